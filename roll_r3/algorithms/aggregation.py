@@ -1,0 +1,32 @@
+"""How token losses become one number: a weight per token and one denominator for the whole optimizer step.
+
+loss = sum over tokens of weight x token loss / denominator. Both follow from the masks, so the denominator is known
+(and summed over data-parallel ranks) before the first micro-batch runs, and the result does not depend on how samples
+are cut into micro-batches or spread over ranks. Shape legend: n samples, N inputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from roll_r3.batch.batch import Batch
+
+
+def loss_weights(batch: Batch, mode: str) -> npt.NDArray[np.float32]:
+    """The weight of each input's loss, float32 [N]; 0 where it is not trained on.
+
+    token-mean and seq-mean-token-sum: 1. seq-mean-token-mean: 1 / trained tokens of its sample.
+    """
+    mask_N = batch.loss_mask_N.astype(np.float32)
+    if mode != "seq-mean-token-mean":
+        return mask_N
+    tokens_n = batch.sum_per_sample(batch.loss_mask_N)
+    return mask_N * batch.per_sample((1.0 / np.maximum(tokens_n, 1)).astype(np.float32))
+
+
+def loss_denominator(batch: Batch, mode: str) -> float:
+    """This shard's part of the denominator: trained tokens (token-mean), or samples that train on any (seq-mean-*)."""
+    if mode == "token-mean":
+        return float(batch.loss_mask_N.sum())
+    return float((batch.sum_per_sample(batch.loss_mask_N) > 0).sum())

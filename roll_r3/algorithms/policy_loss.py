@@ -1,0 +1,86 @@
+"""The clipped policy-gradient loss of one token, with its optional KL, entropy and correction terms.
+
+Sources: PPO's clipped objective, Schulman et al. 2017 (arXiv 1707.06347); asymmetric clipping, DAPO (arXiv
+2503.14476); the dual clip, Ye et al. 2019 (arXiv 1912.09729); truncated importance sampling, Ionides 2008, used
+between rollout and trainer as in Yao et al. 2025 ("Your efficient RL framework secretly brings you off-policy RL
+training").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from roll_r3.algorithms.kl import kl_estimate
+from roll_r3.algorithms.stats import TokenStats
+from roll_r3.config.pipeline import RLVRConfig
+
+MAX_LOG_RATIO = 20.0
+"""Log ratios are clamped to +-this before exp: beyond it fp32 overflows long after the token has lost its meaning."""
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What the loss needs besides the live log-probabilities; all tensors have their shape."""
+
+    mask: torch.Tensor
+    """bool: tokens that are trained on."""
+    advantages: torch.Tensor
+    old_log_probs: torch.Tensor
+    rollout_log_probs: torch.Tensor
+    ref_log_probs: torch.Tensor | None = None
+
+
+def policy_loss(
+    log_probs: torch.Tensor, entropy: torch.Tensor | None, x: TokenInputs, config: RLVRConfig, stats: TokenStats
+) -> torch.Tensor:
+    """Loss of each token (0 where the mask is False), to be weighted by `roll_r3.algorithms.aggregation`.
+
+    Args:
+        log_probs: live log-probabilities of the labels, with gradient, nats.
+        entropy: entropy of the live distribution at each input, nats; with gradient where the bonus is on.
+        stats: receives the token statistics under ROLL's metric names.
+
+    Returns:
+        float32, the shape of `log_probs`.
+    """
+    low, high = config.clip_range
+    # where a token is not trained on, every term below is made 0 before exp, so that no inf * 0 can arise
+    log_ratio = torch.where(x.mask, log_probs - x.old_log_probs, 0.0)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    advantages = torch.where(x.mask, x.advantages, 0.0)
+    clipped_ratio = ratio.clamp(1 - low, 1 + high)
+    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    if config.dual_clip_loss is not None:
+        bound = config.dual_clip_loss * advantages
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, bound), surrogate)
+    pg = -surrogate
+    if config.rollout_correction.mode == "token_tis":
+        log_weight = torch.where(x.mask, x.old_log_probs - x.rollout_log_probs, 0.0)
+        weight = log_weight.clamp(max=MAX_LOG_RATIO).exp()
+        stats.add("actor/is_weight_clipfrac", (weight > config.rollout_correction.cap).float(), x.mask)
+        weight = weight.clamp(max=config.rollout_correction.cap)
+        stats.add("actor/is_weight_mean", weight, x.mask)
+        pg = pg * weight
+    loss = pg
+    stats.add("actor/pg_loss", pg, x.mask)
+    stats.add("actor/ratio_mean", ratio, x.mask)
+    stats.add("actor/ratio_max", ratio, x.mask, "max")
+    stats.add("actor/ratio_min", ratio, x.mask, "min")
+    stats.add("actor/ppo_ratio_high_clipfrac", (ratio > 1 + high).float(), x.mask)
+    stats.add("actor/ppo_ratio_low_clipfrac", (ratio < 1 - low).float(), x.mask)
+    stats.add("actor/ppo_ratio_clipfrac", (clipped_ratio != ratio).float(), x.mask)
+    stats.add("actor/approxkl", log_ratio.square() / 2, x.mask)
+    stats.add("actor/policykl", -log_ratio, x.mask)
+    if x.ref_log_probs is not None:
+        kl = torch.where(x.mask, kl_estimate(log_probs, x.ref_log_probs, config.kl_estimator), 0.0)
+        stats.add("actor/kl_loss", kl, x.mask)
+        if config.use_kl_loss:
+            loss = loss + config.kl_loss_coef * kl
+    if entropy is not None:
+        stats.add("actor/entropy", entropy, x.mask)
+        if config.entropy_loss_coef:
+            loss = loss - config.entropy_loss_coef * torch.where(x.mask, entropy, 0.0)
+    stats.add("actor/total_loss", loss, x.mask)
+    return torch.where(x.mask, loss, 0.0)

@@ -1,0 +1,61 @@
+"""Token statistics that add up over micro-batches and ranks without a copy to the host per micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+Reducer = Literal["mean", "max", "min"]
+_START = {"max": -torch.inf, "min": torch.inf}
+
+
+class TokenStats:
+    """Running mean, maximum and minimum of named token values; everything stays on its device until `reduce`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._bounds: dict[str, tuple[Reducer, torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, name: str, values: torch.Tensor, mask: torch.Tensor, reducer: Reducer = "mean") -> None:
+        """Count `values` where `mask` is True (same shape)."""
+        values = values.detach().double()
+        if reducer == "mean":
+            new = torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum().double()])
+            self._sums[name] = self._sums[name] + new if name in self._sums else new
+            return
+        pick = torch.amax if reducer == "max" else torch.amin
+        new = pick(torch.where(mask, values, _START[reducer]))
+        if name in self._bounds:
+            new = pick(torch.stack([self._bounds[name][1], new]))
+        self._bounds[name] = (reducer, new)
+
+    def reduce(self, all_reduce: Callable[[torch.Tensor, str], None] | None = None) -> dict[str, float]:
+        """The figures over everything added, on this rank or over all ranks of a group.
+
+        Args:
+            all_reduce: reduces a float64 vector in place over the group, given "sum" or "max". Every rank of the
+                group must have added the same names.
+
+        Returns:
+            name -> figure; names that no token counted for are left out.
+        """
+        out: dict[str, float] = {}
+        if self._sums:
+            names = sorted(self._sums)
+            sums = torch.stack([self._sums[n] for n in names])
+            if all_reduce:
+                all_reduce(sums, "sum")
+            out |= {n: total / count for n, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+        if self._bounds:
+            names = sorted(self._bounds)
+            signs = torch.tensor([1.0 if self._bounds[n][0] == "max" else -1.0 for n in names], dtype=torch.float64)
+            bounds = torch.stack([self._bounds[n][1] for n in names])
+            bounds = bounds * signs.to(bounds.device)
+            if all_reduce:
+                all_reduce(bounds, "max")
+            values = (bounds.cpu() * signs).tolist()
+            out |= {n: v for n, v in zip(names, values, strict=True) if abs(v) != torch.inf}
+        return out

@@ -1,0 +1,110 @@
+"""The samples of a step in training form: jagged arrays with one entry per model input.
+
+A sample of T tokens feeds its first T - 1 tokens to the model: input p predicts token p + 1, and route row p says
+which experts processed input p. Everything per token is therefore aligned to inputs, and there is nothing to shift
+later. Shape legend: n samples, N = sum of `lengths` inputs of all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from roll_r3.batch.routes import Routes
+from roll_r3.batch.trajectory import Trajectory
+
+FloatN = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples of one step, or of one data-parallel shard of it.
+
+    Example (two samples of 3 and 2 tokens): `lengths` is [2, 1], `input_ids_N` has 3 entries, and the label of
+    the last input of each sample is its last token.
+    """
+
+    sample_ids: tuple[str, ...]
+    lengths_n: npt.NDArray[np.int64]
+    """Inputs of each sample: its tokens less one."""
+    input_ids_N: npt.NDArray[np.int64]
+    labels_N: npt.NDArray[np.int64]
+    """The token that follows each input."""
+    loss_mask_N: npt.NDArray[np.bool_]
+    """True where the label was sampled by the policy and is to be trained on."""
+    rollout_log_probs_N: FloatN
+    """The engine's log-probability of each label, nats; 0 where `loss_mask_N` is False."""
+    routes: tuple[Routes, ...] | None = None
+    """Per sample, one row per input; None when nothing was recorded."""
+    advantages_N: FloatN | None = None
+    """Filled by the pipeline; 0 where `loss_mask_N` is False."""
+    old_log_probs_N: FloatN | None = None
+    """Filled by the trainer's pass before the update."""
+    ref_log_probs_N: FloatN | None = None
+    """Filled by the reference."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Where each sample starts in the jagged arrays, and N at the end: int64 [n + 1]."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths_n)])
+
+    @classmethod
+    def from_trajectories(cls, trajectories: Sequence[Trajectory]) -> Batch:
+        """Lay trajectories out for training; routes are carried along as they are (arrays or handles)."""
+        tokens = [np.concatenate([t.prompt_ids_P, t.response_ids_R]).astype(np.int64) for t in trajectories]
+        masks, log_probs = [], []
+        for t in trajectories:
+            before = len(t.prompt_ids_P) - 1  # inputs whose label is still a prompt token
+            masks.append(np.concatenate([np.zeros(before, np.bool_), np.ones(len(t.response_ids_R), np.bool_)]))
+            log_probs.append(np.concatenate([np.zeros(before, np.float32), t.log_probs_R]))
+        routes = [t.routes for t in trajectories if t.routes is not None]
+        if routes and len(routes) != len(trajectories):
+            raise ValueError(f"{len(trajectories) - len(routes)} of {len(trajectories)} trajectories carry no routes")
+        return cls(
+            sample_ids=tuple(t.sample_id for t in trajectories),
+            lengths_n=np.array([len(x) - 1 for x in tokens], np.int64),
+            input_ids_N=np.concatenate([x[:-1] for x in tokens]),
+            labels_N=np.concatenate([x[1:] for x in tokens]),
+            loss_mask_N=np.concatenate(masks),
+            rollout_log_probs_N=np.concatenate(log_probs).astype(np.float32),
+            routes=tuple(routes) or None,
+        )
+
+    def per_sample(self, values_n: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """Spread one value per sample over that sample's inputs: [n] -> [N]."""
+        return np.repeat(values_n, self.lengths_n)
+
+    def sum_per_sample(self, values_N: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+        """Sum over each sample's inputs: [N] -> float64 [n]."""
+        rows_N = np.repeat(np.arange(self.num_samples), self.lengths_n)
+        return np.bincount(rows_N, weights=values_N.astype(np.float64), minlength=self.num_samples)
+
+    def select(self, samples: npt.ArrayLike) -> Batch:
+        """The given samples (indices, in the order given) as a batch of their own."""
+        index = np.asarray(samples, np.int64)
+        offsets = self.offsets
+        inputs = (
+            np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in index]) if len(index) else index
+        )
+        changes: dict[str, object] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None:
+                continue
+            if f.name.endswith("_N"):
+                changes[f.name] = value[inputs]
+            elif f.name.endswith("_n"):
+                changes[f.name] = value[index]
+            else:
+                changes[f.name] = tuple(value[i] for i in index)
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def without_routes(self) -> Batch:
+        return replace(self, routes=None)

@@ -1,0 +1,94 @@
+"""Recorded routes of one sample: which experts each MoE layer used for each of its tokens.
+
+Shape legend: M MoE layers, R rows (tokens that were processed), K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from roll_r3.errors import RouteError
+
+RouteArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+
+def route_dtype(num_experts: int) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
+    """The smallest unsigned dtype that holds every expert id in [0, num_experts).
+
+    Chosen from the model, never from the ids at hand: two samples of one model always share a dtype.
+
+    Raises:
+        RouteError: num_experts is not in [1, 65536].
+    """
+    if not 1 <= num_experts <= 1 << 16:
+        raise RouteError(f"num_experts must be in [1, 65536], not {num_experts}")
+    return np.dtype(np.uint8) if num_experts <= 1 << 8 else np.dtype(np.uint16)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedExperts:
+    """Routes of one sample, layer-major, MoE layers only.
+
+    A sample of T tokens has R = T - 1 rows: the last token was sampled but never processed. Row r holds the
+    experts that were used while token r was processed, in the engine's top-k order.
+
+    Example:
+        >>> routes = RoutedExperts(np.zeros((4, 11, 2), np.uint8))
+        >>> routes.num_layers, routes.num_rows, routes.top_k
+        (4, 11, 2)
+    """
+
+    ids_MRK: RouteArray
+    """Expert ids, `uint8` or `uint16` (see `route_dtype`), [M, R, K]."""
+    known_R: npt.NDArray[np.bool_] | None = field(default=None)
+    """False where the engine never processed the token (tool output, say): the live router decides there.
+    None when every row is known."""
+
+    def __post_init__(self) -> None:
+        if self.ids_MRK.ndim != 3 or self.ids_MRK.dtype not in (np.uint8, np.uint16):
+            raise RouteError(
+                f"routes are uint8 or uint16 [MoE layers, rows, top_k], not {self.ids_MRK.dtype} "
+                f"{list(self.ids_MRK.shape)}"
+            )
+        if self.known_R is not None and self.known_R.shape != (self.num_rows,):
+            raise RouteError(f"known_R has shape {self.known_R.shape}, but there are {self.num_rows} rows")
+
+    @property
+    def num_layers(self) -> int:
+        return self.ids_MRK.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.ids_MRK.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.ids_MRK.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the mask of known rows included."""
+        return self.ids_MRK.nbytes + (0 if self.known_R is None else self.known_R.nbytes)
+
+    @property
+    def missing_rows(self) -> int:
+        """How many rows the engine never saw."""
+        return 0 if self.known_R is None else int((~self.known_R).sum())
+
+
+@runtime_checkable
+class RouteHandle(Protocol):
+    """Where a sample's routes lie, for a process that schedules them but never needs to hold them."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Routes = RoutedExperts | RouteHandle

@@ -1,0 +1,159 @@
+"""One token map: which (sample, input) each local token slot of a rank holds.
+
+Padding, packing, the context-parallel zig-zag and the sequence-parallel chunk are only different ways to make an
+integer vector. Token ids, labels, positions, masks, log-probabilities and routed experts of a micro-batch are all
+gathered through that vector, so routes cannot drift from tokens: there is no second layout code for them.
+
+Sizes and ranks are arguments, never globals: every layout can be computed in one process.
+
+Shape legend: n samples of the micro-batch, N their inputs (jagged, see `batch.py`), B x S the padded grid of this
+rank (B = 1 when packed), t the tokens that this rank's routers see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+PADDING = -1
+"""The slot value of a token that belongs to no sample."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a micro-batch is laid out over the ranks that share it."""
+
+    packed: bool = False
+    """True: all samples end to end in one row ("thd"); False: one padded row per sample ("bshd")."""
+    cp_size: int = 1
+    cp_rank: int = 0
+    sp_size: int = 1
+    """Ranks that split the sequence between transformer blocks: TP's size under sequence parallelism, else 1."""
+    sp_rank: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("cp", "sp"):
+            size, rank = getattr(self, f"{name}_size"), getattr(self, f"{name}_rank")
+            if not 0 <= rank < size:
+                raise ValueError(f"{name}_rank must be in [0, {name}_size), but is {rank} of {size}")
+
+    @property
+    def alignment(self) -> int:
+        """Every row (padded) or sample (packed) takes a multiple of this many tokens over all ranks.
+
+        The zig-zag cuts a sequence in 2 * cp pieces; the sequence-parallel chunk cuts what a rank then holds.
+        """
+        return self.sp_size * (2 * self.cp_size if self.cp_size > 1 else 1)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """The slots of one micro-batch on one rank."""
+
+    slots_BS: IntArray
+    """For each local token: its index in the micro-batch's jagged arrays, or `PADDING`. [B, S]"""
+    positions_BS: IntArray
+    """Position of each local token in its own sequence, counted on through padding. [B, S]"""
+    router_slots_t: IntArray
+    """`slots_BS` as this rank's routers see them: sequence outer, batch inner, then the sequence-parallel chunk."""
+    cu_seqlens: npt.NDArray[np.int32] | None
+    """Packed only: where each sample starts in the whole packed row (all CP ranks, padding included). [n + 1]"""
+    num_inputs: int
+    """N, over all ranks."""
+
+    def gather(self, values_N: npt.NDArray[np.generic], fill: float | int | bool) -> npt.NDArray[np.generic]:
+        """Local view of a jagged array: [N, ...] -> [B, S, ...], `fill` in padding slots."""
+        return gather_slots(values_N, self.slots_BS, fill)
+
+    def scatter(self, values_BS: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """The way back: [B, S, ...] -> [N, ...] with zeros for inputs that other ranks hold.
+
+        Every input is held by exactly one context-parallel rank, so the sum over that group is the whole array.
+        """
+        out = np.zeros((self.num_inputs, *values_BS.shape[2:]), values_BS.dtype)
+        held = self.slots_BS != PADDING
+        out[self.slots_BS[held]] = values_BS[held]
+        return out
+
+
+def gather_slots(
+    values_N: npt.NDArray[np.generic], slots: IntArray, fill: float | int | bool
+) -> npt.NDArray[np.generic]:
+    """`values_N[slots]` with `fill` where a slot is `PADDING`: [N, ...] -> [*slots.shape, ...]."""
+    held = slots != PADDING
+    if len(values_N) == 0:
+        return np.full((*slots.shape, *values_N.shape[1:]), fill, values_N.dtype)
+    out = values_N[np.where(held, slots, 0)]
+    out[~held] = fill
+    return out
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> IntArray:
+    """Positions of one sequence that a context-parallel rank holds, in its order.
+
+    The sequence is cut into 2 * cp pieces and rank r holds pieces r and 2 * cp - 1 - r, so that causal attention
+    costs each rank the same (Megatron's and TransformerEngine's order). `length` is a multiple of 2 * cp_size.
+    """
+    if cp_size == 1:
+        return np.arange(length, dtype=np.int64)
+    piece = length // (2 * cp_size)
+    first = np.arange(piece, dtype=np.int64)
+    return np.concatenate([cp_rank * piece + first, (2 * cp_size - 1 - cp_rank) * piece + first])
+
+
+def build_token_map(lengths_n: Sequence[int] | IntArray, layout: Layout, *, pad_to: int = 0) -> TokenMap:
+    """Lay out a micro-batch on the rank that `layout` names.
+
+    Args:
+        lengths_n: inputs of each sample, every one at least 1.
+        layout: packing, and this rank's place in its context- and sequence-parallel groups.
+        pad_to: at least so many tokens a row (padded) or in the whole packed row; rounded up to the alignment.
+
+    Raises:
+        ValueError: no samples, or an empty one.
+    """
+    lengths = np.asarray(lengths_n, np.int64)
+    if len(lengths) == 0 or lengths.min() < 1:
+        raise ValueError(f"a micro-batch needs samples of at least one input, but the lengths are {lengths.tolist()}")
+    starts = np.cumsum(lengths) - lengths
+    if layout.packed:
+        padded = [round_up(int(n), layout.alignment) for n in lengths]
+        spare = round_up(pad_to, layout.alignment) - sum(padded)
+        if spare > 0:  # a tail that belongs to no sample, attended only by itself
+            padded.append(spare)
+        rows = [_row(starts, lengths, padded, layout)]
+        cu_seqlens = np.concatenate([[0], np.cumsum(padded)]).astype(np.int32)
+    else:
+        width = round_up(max(int(lengths.max()), pad_to), layout.alignment)
+        rows = [_row(starts[i : i + 1], lengths[i : i + 1], [width], layout) for i in range(len(lengths))]
+        cu_seqlens = None
+    slots_BS = np.stack([slots for slots, _ in rows])
+    router_slots = slots_BS.T.reshape(layout.sp_size, -1)[layout.sp_rank]
+    return TokenMap(
+        slots_BS=slots_BS,
+        positions_BS=np.stack([positions for _, positions in rows]),
+        router_slots_t=np.ascontiguousarray(router_slots),
+        cu_seqlens=cu_seqlens,
+        num_inputs=int(lengths.sum()),
+    )
+
+
+def _row(starts: IntArray, lengths: IntArray, padded: Sequence[int], layout: Layout) -> tuple[IntArray, IntArray]:
+    """Slots and positions of one row: the given samples, each padded to its size, end to end."""
+    slots, positions = [], []
+    for i, size in enumerate(padded):
+        position = zigzag_positions(size, layout.cp_size, layout.cp_rank)
+        start, length = (int(starts[i]), int(lengths[i])) if i < len(lengths) else (0, 0)
+        slots.append(np.where(position < length, start + position, PADDING))
+        positions.append(position)
+    return np.concatenate(slots), np.concatenate(positions)

@@ -1,0 +1,113 @@
+"""The root of the YAML file: one reinforcement-learning run with verifiable rewards (RLVR)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from roll_r3.config.base import Config
+from roll_r3.config.workers import ActorInferConfig, ActorTrainConfig, ReferenceConfig
+
+
+class RewardConfig(Config):
+    """One reward rule."""
+
+    reward: str
+    """A built-in rule (`exact_match`, `math`) or `package.module:function`."""
+    tag_included: tuple[str, ...] = ()
+    """Domains that this rule scores; empty: every domain that no other rule names."""
+    kwargs: dict[str, str | int | float | bool] = {}
+    """Keyword arguments of the rule."""
+
+
+class RolloutCorrectionConfig(Config):
+    """Off-policy correction for what still differs between rollout and trainer."""
+
+    mode: Literal["disable", "token_tis"] = "disable"
+    """token_tis: weigh each token's loss by min(pi_old / pi_rollout, cap), truncated importance sampling."""
+    cap: PositiveFloat = 2.0
+    """Upper bound of the weight."""
+
+
+class RLVRConfig(Config):
+    """Everything that a run is made of. Batch arithmetic: a step samples rollout_batch_size prompts x
+    num_return_sequences_in_group responses and trains on all of them, ppo_epochs times."""
+
+    exp_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
+    """Name of the experiment and of its directory under `output_dir`."""
+    seed: NonNegativeInt = 42
+    """Everything random is derived from it."""
+    output_dir: str = "output"
+    """Runs are written to output_dir/exp_name/<run>/."""
+    device_type: Literal["auto", "cpu", "cuda"] = "auto"
+    """What a device in `device_mapping` is: a GPU, or a CPU slot. auto: GPUs where the cluster has any."""
+
+    pretrain: str
+    """Hugging Face checkpoint that every role starts from unless its `model_args` names another."""
+    max_steps: PositiveInt = 500
+    """Steps of the run; each is one rollout and the updates on it."""
+    rollout_batch_size: PositiveInt = 128
+    """Prompts of a step."""
+    num_return_sequences_in_group: PositiveInt = 8
+    """Responses sampled for each prompt (the group that GRPO compares)."""
+    prompt_length: PositiveInt = 1024
+    """Longest prompt in tokens; longer ones are left out and counted when the data is read."""
+    response_length: PositiveInt = 1024
+    """Longest response in tokens."""
+
+    adv_estimator: Literal["grpo", "reinforce"] = "grpo"
+    """grpo: reward less its group's mean, over the group's standard deviation. reinforce: reward less the batch's mean."""
+    norm_adv_by_std_in_grpo: bool = True
+    """Divide by the group's standard deviation (GRPO); off gives Dr. GRPO's advantage."""
+    advantage_clip: PositiveFloat | None = None
+    """Advantages are clipped to [-x, x]; None: not."""
+    ppo_epochs: PositiveInt = 1
+    """Passes over a step's samples."""
+    pg_clip: PositiveFloat = 0.2
+    """PPO's clip range of the ratio, both sides, unless pg_clip_low or pg_clip_high say otherwise."""
+    pg_clip_low: PositiveFloat | None = None
+    """Lower clip range: the ratio is clipped at 1 - this; default: pg_clip."""
+    pg_clip_high: PositiveFloat | None = None
+    """Upper clip range: the ratio is clipped at 1 + this; default: pg_clip."""
+    dual_clip_loss: PositiveFloat | None = None
+    """For negative advantages the loss is bounded by this times the advantage (dual-clip PPO, above 1); None: not."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    """How token losses of an optimizer step become one number."""
+    entropy_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    use_kl_loss: bool = False
+    """Add kl_loss_coef x KL(policy || reference) to the loss; needs `reference`."""
+    kl_loss_coef: NonNegativeFloat = 0.001
+    """Weight of that term."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimators of the KL divergence from samples."""
+    add_token_level_kl: bool = False
+    """Subtract init_kl_coef x KL(old policy || reference), summed over the response, from the reward; needs `reference`."""
+    init_kl_coef: NonNegativeFloat = 0.0
+    """Weight of that penalty."""
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    """Truncated importance sampling between rollout and trainer."""
+
+    actor_train: ActorTrainConfig
+    """The policy that learns."""
+    actor_infer: ActorInferConfig
+    """The rollout engines."""
+    reference: ReferenceConfig | None = None
+    """The frozen policy; needed by a KL term only."""
+    rewards: dict[str, RewardConfig] = {"default": RewardConfig(reward="exact_match")}
+    """Reward rules, by a name of your own."""
+
+    track_with: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    """Trackers besides metrics.jsonl, which is always written."""
+    num_logged_samples: NonNegativeInt = 4
+    """Samples of each step that are written to samples.jsonl in the run directory."""
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.rollout_batch_size * self.num_return_sequences_in_group
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(low, high): the ratio is clipped to [1 - low, 1 + high]."""
+        return (self.pg_clip_low or self.pg_clip, self.pg_clip_high or self.pg_clip)

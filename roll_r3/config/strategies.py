@@ -1,0 +1,95 @@
+"""Typed `strategy_config` blocks, one per strategy name. The registry (`roll_r3.strategies.registry`) uses the same names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from roll_r3.config.base import Config
+
+
+class SglangConfig(Config):
+    """The SGLang server that one rollout engine runs."""
+
+    python: str | None = None
+    """Interpreter that has SGLang installed; default: the one that runs roll_r3. SGLang's pins often clash with others'."""
+    host: str = "127.0.0.1"
+    """Address the server binds to. Loopback serves trainers on the same node only; name the node's address on a cluster."""
+    tp_size: PositiveInt = 1
+    """Tensor-parallel size of one engine, in devices. The engines of `actor_infer` are its devices divided by this."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Compute and weight precision of the engine."""
+    mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of device memory for weights and KV cache; default: SGLang's choice. Without meaning on a CPU."""
+    max_total_tokens: PositiveInt | None = None
+    """Size of the KV cache in tokens; default: what memory allows (set it on a CPU)."""
+    max_running_requests: PositiveInt | None = None
+    """Requests the engine decodes at once; default: SGLang's choice."""
+    context_length: PositiveInt | None = None
+    """Longest prompt + response the engine accepts, in tokens; default: prompt_length + response_length."""
+    chunked_prefill_size: int | None = None
+    """Prefill is cut into chunks of this many tokens; default: SGLang's choice."""
+    attention_backend: str | None = None
+    """SGLang's `--attention-backend`; default: SGLang's choice on a GPU, `torch_native` on a CPU."""
+    server_args: dict[str, str | int | float | bool] = {}
+    """Further SGLang server arguments, by the names of its command line with underscores. Those that this strategy
+    owns (model, address, key, routed experts, ...) and those that lose routes are refused."""
+    startup_timeout: PositiveFloat = 600.0
+    """Seconds a server may take until it answers."""
+    request_timeout: PositiveFloat = 1800.0
+    """Seconds a generation request may take, queueing in the engine included."""
+    max_concurrent_requests: PositiveInt = 512
+    """Requests in flight per engine; more wait in the client."""
+    max_retries: NonNegativeInt = 3
+    """How often a sample is asked for again when its request failed or its payload broke the contract; then it is dropped and counted."""
+    weight_bucket_mb: PositiveFloat = 512.0
+    """Weights are broadcast to the engine in groups of about this many MiB."""
+
+
+class MegatronConfig(Config):
+    """How megatron-core lays out and runs the model. Names and meanings are megatron-core's unless said otherwise."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that split every weight matrix (TP)."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Pipeline stages (PP)."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Model chunks per pipeline stage (VPP); needs PP of 2 or more. None: one chunk, the plain 1F1B schedule."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share out the experts of a layer (EP)."""
+    expert_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that split one expert's matrices (ETP); default: 1 with expert parallelism, else TP."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that split each sequence in attention (CP)."""
+    sequence_parallel: bool | None = None
+    """Split the sequence between transformer blocks over TP (SP); default: whenever TP is above 1, which MoE needs."""
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    """Decoder layers of the first stage, when stages are uneven."""
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    """Decoder layers of the last stage, when stages are uneven."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state and master weights over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while backward still runs."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in backward instead of storing them: whole layers, or the modules in `recompute_modules`."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full recompute: every group of `recompute_num_layers` layers, or the first so many of each chunk."""
+    recompute_num_layers: PositiveInt | None = None
+    """Layers, see `recompute_method`."""
+    recompute_modules: tuple[Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"], ...] = ()
+    """With selective recompute: which modules."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens travel to their experts' ranks."""
+    moe_grouped_gemm: bool | None = None
+    """Compute a rank's experts in one grouped matrix product; default: where TransformerEngine is installed."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
+    """Precision of router logits and gates; None: the model's own."""
+    moe_router_fusion: bool = False
+    """Megatron's fused top-k kernel. Refused under replay: it never consults the recorded routes."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the load-balancing loss. Only 0 is accepted: under replay its own top-k disagrees with the routes used."""
+
+
+MegatronInferConfig = MegatronConfig

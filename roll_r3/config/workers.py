@@ -1,0 +1,163 @@
+"""The three roles: `actor_infer` samples, `actor_train` learns, `reference` stays as it was."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from roll_r3.config.base import Config
+from roll_r3.config.devices import Devices
+from roll_r3.config.strategies import MegatronConfig, SglangConfig
+
+
+def _mode_from_yaml(value: Any) -> Any:
+    """YAML 1.1 reads a bare `off` as the boolean False: take that for `disable`, refuse other booleans and say why."""
+    if value is False:
+        return "disable"
+    if value is True:
+        raise ValueError("YAML reads on/yes/true as the boolean True; write R2 or R3 (or disable)")
+    return {"r2": "R2", "r3": "R3", "off": "disable"}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+ReplayMode = Annotated[Literal["disable", "R2", "R3"], BeforeValidator(_mode_from_yaml)]
+
+
+class RouterReplayConfig(Config):
+    """Whose routing decisions the trainer uses."""
+
+    mode: ReplayMode = "disable"
+    """disable: each side routes by itself. R3: the trainer replays the experts that the rollout engine used. R2: the
+    trainer replays those of its own old-log-prob pass. Gate weights always come from live logits, so the router learns."""
+
+
+class ModelArgs(Config):
+    """Which checkpoint a role loads, and how."""
+
+    model_name_or_path: str | None = None
+    """Hugging Face checkpoint directory or name; default: `pretrain`."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of weights and activations in the trainer; with bf16 the optimizer keeps fp32 master weights."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Leave it off unless you wrote that code."""
+
+
+class TrainingArgs(Config):
+    """The optimizer and its schedule."""
+
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of Adam."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of Adam's second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to Adam's denominator."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes to 0 after warm-up, over all optimizer steps of the run."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    per_device_train_batch_size: PositiveInt = 1
+    """Samples of a micro-batch, per data-parallel rank."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches of an optimizer step. Samples of a step: this x per_device_train_batch_size x data-parallel size."""
+
+
+class GeneratingArgs(Config):
+    """How responses are sampled."""
+
+    max_new_tokens: PositiveInt | None = None
+    """Longest response in tokens; default: `response_length`."""
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by this, in the engine and in the trainer."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling. Log-probabilities stay those of the whole distribution, so below 1 ratios are biased."""
+    top_k: int = -1
+    """Sample among so many tokens; -1: all."""
+
+
+class DataArgs(Config):
+    """Where prompts come from."""
+
+    file_name: str | tuple[str, ...] = ()
+    """One or more .jsonl or .parquet files, or `bundled:NAME` for a task that comes with roll_r3."""
+    prompt: str = "prompt"
+    """Column with the prompt text (sent through the chat template as the user's message)."""
+    messages: str | None = None
+    """Column with a list of {role, content} messages; takes the place of `prompt`."""
+    ground_truth: str = "ground_truth"
+    """Column with what the reward compares with."""
+    domain: str | None = None
+    """Column that picks the reward (see `rewards.*.tag_included`); None: every sample has the domain "default"."""
+    id: str | None = None
+    """Column with a name for the prompt; None: its row number."""
+
+
+class SglangStrategy(Config):
+    strategy_name: Literal["sglang"]
+    """Rollout by an SGLang server."""
+    strategy_config: SglangConfig = SglangConfig()
+    """The server's settings."""
+
+
+class MegatronTrainStrategy(Config):
+    strategy_name: Literal["megatron_train"]
+    """Training by megatron-core."""
+    strategy_config: MegatronConfig = MegatronConfig()
+    """Parallel layout and execution."""
+
+
+class MegatronInferStrategy(Config):
+    strategy_name: Literal["megatron_infer"]
+    """Log-probabilities by megatron-core, without an optimizer."""
+    strategy_config: MegatronConfig = MegatronConfig()
+    """Parallel layout and execution."""
+
+
+class WorkerConfig(Config):
+    """What every role declares."""
+
+    model_args: ModelArgs = ModelArgs()
+    """Checkpoint and precision."""
+    router_replay: RouterReplayConfig = RouterReplayConfig()
+    """Routing replay of this role."""
+    device_mapping: Devices = (0,)
+    """The devices (GPUs, or CPU slots where there is none) that this role runs on, one process each, in rank order.
+    Roles may share devices. `list(range(0,8))`, `range(0,8)` or a list."""
+    infer_batch_size: PositiveInt = 8
+    """Samples of a micro-batch in passes without gradients, per data-parallel rank."""
+
+
+class ActorInferConfig(WorkerConfig):
+    """The rollout."""
+
+    strategy_args: SglangStrategy = SglangStrategy(strategy_name="sglang")
+    """Which engine, and its settings."""
+    generating_args: GeneratingArgs = GeneratingArgs()
+    """Sampling."""
+
+
+class ActorTrainConfig(WorkerConfig):
+    """The policy that learns."""
+
+    strategy_args: MegatronTrainStrategy = MegatronTrainStrategy(strategy_name="megatron_train")
+    """Which trainer, and its layout."""
+    training_args: TrainingArgs = TrainingArgs()
+    """Optimizer, schedule, batch sizes."""
+    data_args: DataArgs = DataArgs()
+    """Prompts."""
+    use_sequence_packing: bool = False
+    """Put a micro-batch's samples end to end in one row instead of padding each to the longest."""
+
+
+class ReferenceConfig(WorkerConfig):
+    """The frozen policy that the KL term compares with. It always routes by itself."""
+
+    strategy_args: MegatronInferStrategy = MegatronInferStrategy(strategy_name="megatron_infer")
+    """Which strategy, and its layout."""
+    use_sequence_packing: bool = False
+    """As in `actor_train`."""

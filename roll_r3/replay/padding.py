@@ -1,0 +1,29 @@
+"""Rows for padding slots: k distinct experts each, spread evenly.
+
+A padding token goes through the experts like any other. Sent to experts 0..k-1 they would all land on one
+expert-parallel rank (miles#2697 ran out of memory that way), and a row that names an expert twice breaks the
+dispatcher's counts (verl#4986).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def padding_rows(num_rows: int, num_experts: int, top_k: int, *, ep_size: int = 1) -> torch.Tensor:
+    """Rows of `top_k` distinct experts that load expert-parallel ranks and experts evenly.
+
+    Walks the experts rank first (one of each rank, then the next of each rank, ...) so that the counts of any two
+    expert-parallel ranks differ by at most one entry over all rows, and so do those of any two experts.
+
+    Returns:
+        int64 [num_rows, top_k] on the CPU.
+
+    Raises:
+        ValueError: top_k above num_experts, or experts that do not divide over ep_size.
+    """
+    if top_k > num_experts or num_experts % ep_size:
+        raise ValueError(f"cannot choose {top_k} of {num_experts} experts on {ep_size} expert-parallel ranks")
+    walk = torch.arange(num_experts).view(ep_size, -1).T.reshape(-1)
+    entries = torch.arange(num_rows * top_k) % num_experts
+    return walk[entries].view(num_rows, top_k)

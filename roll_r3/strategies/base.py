@@ -1,0 +1,194 @@
+"""What a strategy is: the contract between the cluster (or a test, or torchrun) and one engine.
+
+Strategies know nothing of Ray. A rollout strategy owns one engine; a train or infer strategy is one rank of a
+torch.distributed world. Shape legend as in `roll_r3.batch.batch`: n samples, N inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a strategy can do; startup checks compare these with what the configuration asks for."""
+
+    records_routes: bool = False
+    """Rollout: returns `routed_experts` with every trajectory."""
+    replays: frozenset[str] = frozenset()
+    """Train and infer: the replay modes it can run, of R2 and R3."""
+    trains: bool = False
+    packs: bool = False
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """A rank's place in its torch.distributed world, as torchrun would say it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    device: str = "cpu"
+    """"cpu" (gloo) or "cuda" (NCCL)."""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One prompt, several samples."""
+
+    prompt_ids: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+    """One response is sampled for each; a retry keeps its id."""
+    seeds: tuple[int, ...]
+    """Sampling seed of each response."""
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    trajectories: tuple[Trajectory, ...]
+    """The samples that came back whole and passed every check, in the order asked for."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Sample id -> why it was given up after its retries."""
+    retries: int = 0
+    """Requests that were sent again."""
+
+
+class WeightTarget(Protocol):
+    """A picklable description of one engine that can take new weights. It may carry a key: never log it."""
+
+
+class WeightChannel(Protocol):
+    """The sending end of a weight update: held by one training rank, connected to every engine."""
+
+    def begin(self, version: int) -> None:
+        """Open an update on every engine. Raises EngineError when one refuses."""
+
+    def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Send (Hugging Face name, whole tensor) pairs to every engine. Raises EngineError when one fails."""
+
+    def end(self) -> None:
+        """Flush caches, raise the weight version, close the update on every engine."""
+
+    def close(self) -> None:
+        """Leave the process group."""
+
+
+class RolloutStrategy(Protocol):
+    """One rollout engine. Every method is a coroutine of the same event loop."""
+
+    async def start(self) -> None:
+        """Launch the engine and wait until it answers.
+
+        Raises:
+            EngineError: version outside the supported window, start-up failed or timed out (with the log's end).
+        """
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+        """Sample; many requests are in flight at once. Results in the order of `requests`.
+
+        Raises:
+            EngineError: the engine died (with the end of its log); a sample's own failure never raises.
+        """
+
+    def weight_target(self) -> WeightTarget:
+        """How a trainer reaches this engine with new weights."""
+
+    async def stop(self) -> None:
+        """End the engine and everything it started. Safe to call twice."""
+
+
+@dataclass(frozen=True)
+class ReplayCounts:
+    """What a replay session did, in (token, MoE layer) entries, summed over all ranks of the world."""
+
+    trainable: int = 0
+    """Entries of tokens whose label is trained on."""
+    trainable_replayed: int = 0
+    """Those of them that used a recorded row."""
+    missing: int = 0
+    """Entries of real tokens whose row the engine never saw: the live router decided."""
+    padded: int = 0
+    """Entries of padding slots."""
+    compared: int = 0
+    """Replayed entries of real tokens that were compared with the live router's own choice."""
+    agreed: int = 0
+    """Those of them where the live router would have chosen the same set of experts."""
+
+
+@dataclass(frozen=True)
+class LogProbResult:
+    """Of one data-parallel shard; only the rank for which `returns_results` is true has values."""
+
+    log_probs_N: npt.NDArray[np.float32] | None
+    """Log-probability of each input's label under the sampling temperature, nats."""
+    entropy_N: npt.NDArray[np.float32] | None
+    replay: ReplayCounts | None
+    """None when routing was native."""
+    seconds_in_routes: float = 0.0
+    """Time this rank spent on anything that touches routes."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    metrics: dict[str, float]
+    """Already reduced over micro-batches, mini-batches and ranks; the same on every rank."""
+    replay: ReplayCounts | None
+    seconds_in_routes: float = 0.0
+
+
+class InferStrategy(Protocol):
+    """One rank of a model that computes log-probabilities."""
+
+    @property
+    def data_parallel_rank(self) -> int: ...
+
+    @property
+    def data_parallel_size(self) -> int: ...
+
+    @property
+    def returns_results(self) -> bool:
+        """True on exactly one rank of each data-parallel shard."""
+
+    def initialize(self) -> None:
+        """Join the process group, build the model, load the weights."""
+
+    def compute_log_probs(self, batch: Batch) -> LogProbResult:
+        """A pass without gradients over this rank's shard; collective.
+
+        Replays `batch.routes` under R3, records routes under R2, and routes natively when replay is off (the
+        reference always does). Raises ReplayError under R3 when the batch carries no routes.
+        """
+
+    def close(self) -> None:
+        """Leave the process group."""
+
+
+class TrainStrategy(InferStrategy, Protocol):
+    """One rank of the policy that learns."""
+
+    def train_step(self, batch: Batch, step: int) -> TrainResult:
+        """All optimizer steps on this rank's shard of step `step`; collective.
+
+        Needs `advantages_N` and `old_log_probs_N` (and `ref_log_probs_N` for a KL loss). Raises ReplayError under
+        R3 when the batch carries no routes, under R2 when no recording pass over these samples came before.
+        """
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) pairs, the same on every rank; collective, so every rank must drain it."""
+
+    def save_hf(self, path: Path) -> None:
+        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""

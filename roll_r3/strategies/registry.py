@@ -1,0 +1,62 @@
+"""Strategy names, what each can do, and where its code is. Importing this module imports no engine.
+
+To add a strategy: a typed config in `roll_r3.config.strategies`, a module under rollout/ or train/, and a row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from roll_r3.config.base import Config
+from roll_r3.config.strategies import MegatronConfig, SglangConfig
+from roll_r3.strategies.base import Capabilities
+
+
+@dataclass(frozen=True)
+class StrategyEntry:
+    """One row of the registry."""
+
+    kind: Literal["rollout", "train", "infer"]
+    config: type[Config]
+    capabilities: Capabilities
+    factory: str
+    """`module:attribute` of the strategy class, imported when it is first needed."""
+    weight_channel: str | None = None
+    """Rollout only: `module:attribute` of the class that sends weights to a list of its `WeightTarget`s."""
+
+    def load(self) -> Any:
+        return load_attribute(self.factory)
+
+
+def load_attribute(path: str) -> Any:
+    """Import `package.module:attribute`."""
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+_REPLAYS = frozenset({"R2", "R3"})
+_MEGATRON = "roll_r3.strategies.train.megatron.strategy"
+
+STRATEGIES: dict[str, StrategyEntry] = {
+    "sglang": StrategyEntry(
+        kind="rollout",
+        config=SglangConfig,
+        capabilities=Capabilities(records_routes=True),
+        factory="roll_r3.strategies.rollout.sglang.strategy:SglangRollout",
+        weight_channel="roll_r3.strategies.rollout.sglang.weights:SglangWeightChannel",
+    ),
+    "megatron_train": StrategyEntry(
+        kind="train",
+        config=MegatronConfig,
+        capabilities=Capabilities(replays=_REPLAYS, trains=True, packs=True),
+        factory=f"{_MEGATRON}:MegatronTrain",
+    ),
+    "megatron_infer": StrategyEntry(
+        kind="infer",
+        config=MegatronConfig,
+        capabilities=Capabilities(packs=True),
+        factory=f"{_MEGATRON}:MegatronInfer",
+    ),
+}
