@@ -74,7 +74,8 @@ def policy_loss(
     stats.add("actor/approxkl", log_ratio.square() / 2, x.mask)
     stats.add("actor/policykl", -log_ratio, x.mask)
     if x.ref_log_probs is not None:
-        kl = torch.where(x.mask, kl_estimate(log_probs, x.ref_log_probs, config.kl_estimator), 0.0)
+        live, ref = (torch.where(x.mask, t, 0.0) for t in (log_probs, x.ref_log_probs))
+        kl = kl_estimate(live, ref, config.kl_estimator)
         stats.add("actor/kl_loss", kl, x.mask)
         if config.use_kl_loss:
             loss = loss + config.kl_loss_coef * kl

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from roll_r3.batch.routes import Routes
 from roll_r3.batch.trajectory import Trajectory
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+"""Element type of an array that is only moved about: what comes out has the type that went in."""
 FloatN = npt.NDArray[np.float32]
 
 
@@ -77,22 +80,21 @@ class Batch:
             routes=tuple(routes) or None,
         )
 
-    def per_sample(self, values_n: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def per_sample(self, values_n: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
         """Spread one value per sample over that sample's inputs: [n] -> [N]."""
         return np.repeat(values_n, self.lengths_n)
 
     def sum_per_sample(self, values_N: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
         """Sum over each sample's inputs: [N] -> float64 [n]."""
         rows_N = np.repeat(np.arange(self.num_samples), self.lengths_n)
-        return np.bincount(rows_N, weights=values_N.astype(np.float64), minlength=self.num_samples)
+        sums_n = np.bincount(rows_N, weights=values_N.astype(np.float64), minlength=self.num_samples)
+        return sums_n.astype(np.float64, copy=False)
 
     def select(self, samples: npt.ArrayLike) -> Batch:
         """The given samples (indices, in the order given) as a batch of their own."""
         index = np.asarray(samples, np.int64)
         offsets = self.offsets
-        inputs = (
-            np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in index]) if len(index) else index
-        )
+        inputs = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in index]) if len(index) else index
         changes: dict[str, object] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -106,5 +108,17 @@ class Batch:
                 changes[f.name] = tuple(value[i] for i in index)
         return replace(self, **changes)  # type: ignore[arg-type]
 
-    def without_routes(self) -> Batch:
-        return replace(self, routes=None)
+    def filled_up(self, multiple: int) -> Batch:
+        """Add copies of the shortest sample that train on nothing, until the samples divide by `multiple`.
+
+        For the rare step in which samples were dropped: every rank still gets as many, and no loss changes.
+        """
+        missing = -self.num_samples % multiple
+        if not missing:
+            return self
+        chosen = np.concatenate([np.arange(self.num_samples), np.full(missing, int(self.lengths_n.argmin()))])
+        grown = self.select(chosen)
+        mask_N = grown.loss_mask_N.copy()
+        mask_N[len(self.input_ids_N) :] = False
+        names = tuple(f"filler{i}" for i in range(missing))
+        return replace(grown, loss_mask_N=mask_N, sample_ids=self.sample_ids + names)

@@ -59,15 +59,15 @@ class RoutedExperts:
 
     @property
     def num_layers(self) -> int:
-        return self.ids_MRK.shape[0]
+        return int(self.ids_MRK.shape[0])
 
     @property
     def num_rows(self) -> int:
-        return self.ids_MRK.shape[1]
+        return int(self.ids_MRK.shape[1])
 
     @property
     def top_k(self) -> int:
-        return self.ids_MRK.shape[2]
+        return int(self.ids_MRK.shape[2])
 
     @property
     def nbytes(self) -> int:

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+"""Element type of an array that is only moved about: what comes out has the type that went in."""
 IntArray = npt.NDArray[np.int64]
 
 PADDING = -1
@@ -66,11 +69,11 @@ class TokenMap:
     num_inputs: int
     """N, over all ranks."""
 
-    def gather(self, values_N: npt.NDArray[np.generic], fill: float | int | bool) -> npt.NDArray[np.generic]:
+    def gather(self, values_N: npt.NDArray[Scalar], fill: float | int | bool) -> npt.NDArray[Scalar]:
         """Local view of a jagged array: [N, ...] -> [B, S, ...], `fill` in padding slots."""
         return gather_slots(values_N, self.slots_BS, fill)
 
-    def scatter(self, values_BS: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def scatter(self, values_BS: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
         """The way back: [B, S, ...] -> [N, ...] with zeros for inputs that other ranks hold.
 
         Every input is held by exactly one context-parallel rank, so the sum over that group is the whole array.
@@ -81,9 +84,7 @@ class TokenMap:
         return out
 
 
-def gather_slots(
-    values_N: npt.NDArray[np.generic], slots: IntArray, fill: float | int | bool
-) -> npt.NDArray[np.generic]:
+def gather_slots(values_N: npt.NDArray[Scalar], slots: IntArray, fill: float | int | bool) -> npt.NDArray[Scalar]:
     """`values_N[slots]` with `fill` where a slot is `PADDING`: [N, ...] -> [*slots.shape, ...]."""
     held = slots != PADDING
     if len(values_N) == 0:

@@ -46,7 +46,8 @@ def _parse_part(part: str, whole: str) -> list[int]:
     if _LIST.fullmatch(inner):
         return [int(n) for n in inner.strip("[]").split(",") if n.strip()]
     raise ValueError(
-        f"{whole!r} is not a device mapping: write list(range(0,8)), range(0,8) or [0,1,2] (it is parsed, not evaluated)"
+        f"{whole!r} is not a device mapping: write list(range(0,8)), range(0,8) or [0,1,2] "
+        "(it is parsed, not evaluated)"
     )
 
 

@@ -57,7 +57,8 @@ class RLVRConfig(Config):
     """Longest response in tokens."""
 
     adv_estimator: Literal["grpo", "reinforce"] = "grpo"
-    """grpo: reward less its group's mean, over the group's standard deviation. reinforce: reward less the batch's mean."""
+    """grpo: reward less its group's mean, over the group's standard deviation. reinforce: reward less the batch's
+    mean."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide by the group's standard deviation (GRPO); off gives Dr. GRPO's advantage."""
     advantage_clip: PositiveFloat | None = None
@@ -83,7 +84,8 @@ class RLVRConfig(Config):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimators of the KL divergence from samples."""
     add_token_level_kl: bool = False
-    """Subtract init_kl_coef x KL(old policy || reference), summed over the response, from the reward; needs `reference`."""
+    """Subtract init_kl_coef x KL(old policy || reference), summed over the response, from the reward; needs
+    `reference`."""
     init_kl_coef: NonNegativeFloat = 0.0
     """Weight of that penalty."""
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()

@@ -1,4 +1,4 @@
-"""Typed `strategy_config` blocks, one per strategy name. The registry (`roll_r3.strategies.registry`) uses the same names."""
+"""Typed `strategy_config` blocks, one per strategy name; `roll_r3.strategies.registry` uses the same names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ class SglangConfig(Config):
     """The SGLang server that one rollout engine runs."""
 
     python: str | None = None
-    """Interpreter that has SGLang installed; default: the one that runs roll_r3. SGLang's pins often clash with others'."""
+    """Interpreter that has SGLang installed; default: the one that runs roll_r3. SGLang's pins often clash with
+    others'."""
     host: str = "127.0.0.1"
-    """Address the server binds to. Loopback serves trainers on the same node only; name the node's address on a cluster."""
+    """Address the server binds to. Loopback serves trainers on the same node only; name the node's address on a
+    cluster."""
     tp_size: PositiveInt = 1
     """Tensor-parallel size of one engine, in devices. The engines of `actor_infer` are its devices divided by this."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -42,7 +44,8 @@ class SglangConfig(Config):
     max_concurrent_requests: PositiveInt = 512
     """Requests in flight per engine; more wait in the client."""
     max_retries: NonNegativeInt = 3
-    """How often a sample is asked for again when its request failed or its payload broke the contract; then it is dropped and counted."""
+    """How often a sample is asked for again when its request failed or its payload broke the contract; then it is
+    dropped and counted."""
     weight_bucket_mb: PositiveFloat = 512.0
     """Weights are broadcast to the engine in groups of about this many MiB."""
 
@@ -73,12 +76,15 @@ class MegatronConfig(Config):
     overlap_grad_reduce: bool = False
     """Reduce gradients while backward still runs."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in backward instead of storing them: whole layers, or the modules in `recompute_modules`."""
+    """Recompute activations in backward instead of storing them: whole layers, or the modules in
+    `recompute_modules`."""
     recompute_method: Literal["uniform", "block"] | None = None
     """With full recompute: every group of `recompute_num_layers` layers, or the first so many of each chunk."""
     recompute_num_layers: PositiveInt | None = None
     """Layers, see `recompute_method`."""
-    recompute_modules: tuple[Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"], ...] = ()
+    recompute_modules: tuple[
+        Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"], ...
+    ] = ()
     """With selective recompute: which modules."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """How tokens travel to their experts' ranks."""
@@ -89,7 +95,8 @@ class MegatronConfig(Config):
     moe_router_fusion: bool = False
     """Megatron's fused top-k kernel. Refused under replay: it never consults the recorded routes."""
     moe_aux_loss_coeff: float = 0.0
-    """Weight of the load-balancing loss. Only 0 is accepted: under replay its own top-k disagrees with the routes used."""
+    """Weight of the load-balancing loss. Only 0 is accepted: under replay its own top-k disagrees with the routes
+    used."""
 
 
 MegatronInferConfig = MegatronConfig

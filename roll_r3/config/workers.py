@@ -28,7 +28,8 @@ class RouterReplayConfig(Config):
 
     mode: ReplayMode = "disable"
     """disable: each side routes by itself. R3: the trainer replays the experts that the rollout engine used. R2: the
-    trainer replays those of its own old-log-prob pass. Gate weights always come from live logits, so the router learns."""
+    trainer replays those of its own old-log-prob pass. Gate weights always come from live logits, so the router
+    learns."""
 
 
 class ModelArgs(Config):
@@ -64,7 +65,7 @@ class TrainingArgs(Config):
     per_device_train_batch_size: PositiveInt = 1
     """Samples of a micro-batch, per data-parallel rank."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches of an optimizer step. Samples of a step: this x per_device_train_batch_size x data-parallel size."""
+    """Micro-batches of an optimizer step. Its samples: this x per_device_train_batch_size x data-parallel size."""
 
 
 class GeneratingArgs(Config):
@@ -98,22 +99,28 @@ class DataArgs(Config):
 
 
 class SglangStrategy(Config):
+    """Rollout by SGLang servers."""
+
     strategy_name: Literal["sglang"]
-    """Rollout by an SGLang server."""
+    """Name of the strategy."""
     strategy_config: SglangConfig = SglangConfig()
     """The server's settings."""
 
 
 class MegatronTrainStrategy(Config):
-    strategy_name: Literal["megatron_train"]
     """Training by megatron-core."""
+
+    strategy_name: Literal["megatron_train"]
+    """Name of the strategy."""
     strategy_config: MegatronConfig = MegatronConfig()
     """Parallel layout and execution."""
 
 
 class MegatronInferStrategy(Config):
+    """Inference by megatron-core, for log-probabilities."""
+
     strategy_name: Literal["megatron_infer"]
-    """Log-probabilities by megatron-core, without an optimizer."""
+    """Name of the strategy."""
     strategy_config: MegatronConfig = MegatronConfig()
     """Parallel layout and execution."""
 

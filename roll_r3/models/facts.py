@@ -26,6 +26,7 @@ class ModelFacts:
     num_experts: int
     """Routed experts a layer chooses from; shared experts are not counted."""
     top_k: int
+    num_attention_heads: int
     vocab_size: int
     context_length: int
     """Longest sequence the position encoding was made for, in tokens."""
@@ -50,15 +51,16 @@ class Reader:
     """Where one architecture's config.json keeps its routing facts."""
 
     moe_layers: Callable[[Mapping[str, Any]], tuple[int, ...]]
-    num_experts: str
+    num_experts: tuple[str, ...]
+    """Names that checkpoints give it; transformers 5 writes `num_local_experts` for some that used to differ."""
 
 
 READERS: dict[str, Reader] = {
-    "qwen3_moe": Reader(_qwen_moe_layers, "num_experts"),
-    "qwen2_moe": Reader(_qwen_moe_layers, "num_experts"),
-    "olmoe": Reader(_all_layers, "num_experts"),
-    "mixtral": Reader(_all_layers, "num_local_experts"),
-    "deepseek_v3": Reader(_deepseek_layers, "n_routed_experts"),
+    "qwen3_moe": Reader(_qwen_moe_layers, ("num_experts", "num_local_experts")),
+    "qwen2_moe": Reader(_qwen_moe_layers, ("num_experts", "num_local_experts")),
+    "olmoe": Reader(_all_layers, ("num_experts", "num_local_experts")),
+    "mixtral": Reader(_all_layers, ("num_local_experts",)),
+    "deepseek_v3": Reader(_deepseek_layers, ("n_routed_experts",)),
 }
 
 
@@ -87,8 +89,9 @@ def facts_of(config: Mapping[str, Any]) -> ModelFacts:
         model_type=model_type,
         num_layers=config["num_hidden_layers"],
         moe_layers=reader.moe_layers(config),
-        num_experts=config[reader.num_experts],
+        num_experts=next(config[name] for name in reader.num_experts if name in config),
         top_k=config["num_experts_per_tok"],
+        num_attention_heads=config["num_attention_heads"],
         vocab_size=config["vocab_size"],
         context_length=config["max_position_embeddings"],
     )

@@ -48,7 +48,7 @@ def compact_routes(
             f"routed_experts holds ids in [{ids_MRK.min()}, {ids_MRK.max()}], but the model has {num_experts} experts"
         )
     if num_rows and (empty := ~ids_MRK.any(axis=(1, 2))).any() and (top_k > 1 or num_rows > 1):
-        layers = [moe_layers[i] for i in np.flatnonzero(empty)]
+        layers = [moe_layers[i] for i in np.flatnonzero(empty).tolist()]
         raise RouteError(f"routed_experts is all zeros in MoE layers {layers}: the engine did not record them")
     compact = np.ascontiguousarray(ids_MRK.astype(route_dtype(num_experts)))
     check_distinct(compact)

@@ -1,0 +1,5 @@
+"""Training and log-probabilities by megatron-core. Importing this package readies the platform for megatron."""
+
+from roll_r3.platform import megatron_cpu
+
+megatron_cpu.install()

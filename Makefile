@@ -1,0 +1,59 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check lint unit docs format clean
+
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+TINY := output/tiny/qwen3_moe
+# Overrides for the quickstart, as in: make quickstart ARGS="seed=7 max_steps=5"
+ARGS ?=
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## make or update .venv (CPU)
+	@docker/install.sh cpu $(VENV)
+
+quickstart: install ## train a tiny MoE model with router replay on this machine
+	@if [[ ! -f $(TINY)/config.json ]]; then \
+	    echo "== making the tiny checkpoint $(TINY)"; \
+	    $(PYTHON) -m roll_r3.data.tiny_task --output $(TINY); \
+	fi
+	@echo "== training: python -m roll_r3.run --config configs/quickstart.yaml $(ARGS)"
+	@$(PYTHON) -m roll_r3.run --config configs/quickstart.yaml $(ARGS)
+
+test: install ## run all tests, those with real engines too
+	@echo "== all tests"
+	@$(PYTHON) -m pytest
+
+check: lint unit ## format, lint, types, import rules, generated docs, unit tests
+
+lint: install
+	@echo "== format"
+	@$(PYTHON) -m ruff format --check .
+	@echo "== lint"
+	@$(PYTHON) -m ruff check .
+	@echo "== types"
+	@$(PYTHON) -m mypy
+	@echo "== import rules"
+	@$(VENV)/bin/lint-imports
+	@echo "== generated docs"
+	@$(PYTHON) -m roll_r3.config.docs --check
+
+unit: install
+	@echo "== unit tests"
+	@$(PYTHON) -m pytest tests/unit
+
+docs: install ## write docs/configuration.md
+	@$(PYTHON) -m roll_r3.config.docs
+	@echo "wrote docs/configuration.md"
+
+format: install ## format the code and mend what ruff can
+	@$(PYTHON) -m ruff check --fix --exit-zero .
+	@$(PYTHON) -m ruff format .
+
+clean: ## remove caches and build leftovers; .venv and output stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find roll_r3 tests -name __pycache__ -prune -exec rm -rf {} +
+	@echo "removed caches; .venv and output are still there"

@@ -1,0 +1,198 @@
+"""The roles as the pipeline sees them: a group of actors behind plain methods."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from roll_r3.batch.batch import Batch, FloatN
+from roll_r3.batch.micro_batch import IntArray, assign_to_ranks
+from roll_r3.cluster.calls import wait_for
+from roll_r3.cluster.placement import Placement
+from roll_r3.cluster.workers import ModelWorker, RolloutWorker
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.errors import ConfigError
+from roll_r3.strategies.base import GenerateRequest, GenerateResult, ReplayCounts
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT = 30.0
+"""Seconds that workers get to leave in order at the end."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    handle: Any
+    log: Path
+
+
+class _Group:
+    """Actors of one role."""
+
+    def __init__(self, members: Sequence[_Member]) -> None:
+        self._members = tuple(members)
+
+    def _call_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call one method on every member, each with its own arguments; results in member order."""
+        refs = [getattr(m.handle, method).remote(*a) for m, a in zip(self._members, arguments, strict=True)]
+        results = wait_for({ref: (m.name, m.log) for ref, m in zip(refs, self._members, strict=True)})
+        return [results[ref] for ref in refs]
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call one method on every member with the same arguments."""
+        return self._call_each(method, [arguments] * len(self._members))
+
+    def _end(self, method: str) -> None:
+        """Let every member leave in order, then end its process; never raises, for it runs while errors are on their way."""
+        refs = [getattr(m.handle, method).remote() for m in self._members]
+        _, late = ray.wait(refs, num_returns=len(refs), timeout=STOP_TIMEOUT)
+        for ref, member in zip(refs, self._members, strict=True):
+            if ref in late:
+                logger.warning("%s did not leave within %.0f s; ending its process", member.name, STOP_TIMEOUT)
+            ray.kill(member.handle, no_restart=True)
+
+
+class RolloutGroup(_Group):
+    """`actor_infer`: its engines."""
+
+    @classmethod
+    def launch(cls, config: RLVRConfig, placement: Placement, log_dir: Path) -> RolloutGroup:
+        """One actor per engine, on the node of the engine's devices. Nothing is started yet.
+
+        Raises:
+            ConfigError: an engine's devices lie on different nodes.
+        """
+        role = config.actor_infer
+        size = role.strategy_args.strategy_config.tp_size
+        members = []
+        for engine, start in enumerate(range(0, len(role.device_mapping), size)):
+            devices = [placement.devices[d] for d in role.device_mapping[start : start + size]]
+            if len({d.node_id for d in devices}) > 1:
+                raise ConfigError(
+                    f"actor_infer.device_mapping: engine {engine} takes devices {[d.index for d in devices]}, which lie "
+                    "on different nodes: an engine's tp_size devices must share a node"
+                )
+            name, log = f"actor_infer-{engine}", log_dir / f"actor_infer-{engine}.log"
+            gpu_ids = tuple(d.gpu_id for d in devices if d.gpu_id is not None)
+            actor = ray.remote(RolloutWorker).options(name=name, **placement.options(devices[0].index))
+            members.append(_Member(name, actor.remote(config, engine, placement.kind, gpu_ids, log), log))
+        return cls(members)
+
+    def start(self) -> None:
+        self._call("start")
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+        """Spread prompts over the engines, as even as they divide; results in the order of `requests`."""
+        size = len(self._members)
+        shares = [list(requests[i::size]) for i in range(size)]
+        answers = self._call_each("generate", [(share,) for share in shares])
+        return [answers[i % size][i // size] for i in range(len(requests))]
+
+    def weight_targets(self) -> list[Any]:
+        return self._call("weight_target")
+
+    def weights_updated(self, version: int) -> None:
+        self._call("weights_updated", version)
+
+    def close(self) -> None:
+        self._end("stop")
+
+
+@dataclass(frozen=True)
+class BatchLogProbs:
+    """Of a whole batch, in its order."""
+
+    log_probs_N: FloatN
+    entropy_N: FloatN | None
+    replay: ReplayCounts | None
+    seconds_in_routes: float
+    """Of the slowest rank."""
+
+
+@dataclass(frozen=True)
+class BatchUpdate:
+    metrics: dict[str, float]
+    replay: ReplayCounts | None
+    seconds_in_routes: float
+    """Of the slowest rank."""
+
+
+class ModelGroup(_Group):
+    """`actor_train` or `reference`: its ranks."""
+
+    def __init__(self, members: Sequence[_Member]) -> None:
+        super().__init__(members)
+        self._places: list[tuple[int, int, bool]] = []
+
+    @classmethod
+    def launch(cls, config: RLVRConfig, role: str, placement: Placement, threads: int, log_dir: Path) -> ModelGroup:
+        """One actor per device of the role, in rank order. Nothing is loaded yet."""
+        mapping = getattr(config, role).device_mapping
+        members = []
+        for rank, device in enumerate(mapping):
+            name, log = f"{role}-{rank}", log_dir / f"{role}-{rank}.log"
+            env = {"OMP_NUM_THREADS": str(threads)}
+            actor = ray.remote(ModelWorker).options(
+                name=name, runtime_env={"env_vars": env}, **placement.options(device)
+            )
+            handle = actor.remote(config, role, rank, len(mapping), placement.kind, threads, log)
+            members.append(_Member(name, handle, log))
+        return cls(members)
+
+    def initialize(self) -> None:
+        first = self._members[0]
+        ref = first.handle.master_address.remote()
+        master = wait_for({ref: (first.name, first.log)})[ref]
+        self._places = self._call("initialize", master)
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self._places[0][1]
+
+    def compute_log_probs(self, batch: Batch) -> BatchLogProbs:
+        """Log-probabilities of every input's label, in the batch's order."""
+        shards = assign_to_ranks(batch.lengths_n, self.data_parallel_size)
+        results = self._call_on_shards("compute_log_probs", batch, shards)
+        log_probs, entropy = np.zeros(len(batch.labels_N), np.float32), None
+        offsets = batch.offsets
+        for (dp_rank, _, returns), result in zip(self._places, results, strict=True):
+            if not returns:
+                continue
+            index = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in shards[dp_rank]])
+            log_probs[index] = result.log_probs_N
+            if result.entropy_N is not None:
+                entropy = np.zeros_like(log_probs) if entropy is None else entropy
+                entropy[index] = result.entropy_N
+        return BatchLogProbs(log_probs, entropy, results[0].replay, max(r.seconds_in_routes for r in results))
+
+    def train_step(self, batch: Batch, step: int) -> BatchUpdate:
+        shards = assign_to_ranks(batch.lengths_n, self.data_parallel_size)
+        results = self._call_on_shards("train_step", batch, shards, step)
+        return BatchUpdate(results[0].metrics, results[0].replay, max(r.seconds_in_routes for r in results))
+
+    def connect_engines(self, targets: Sequence[Any]) -> None:
+        """The first rank will send the weights."""
+        first = self._members[0]
+        wait_for({first.handle.connect_engines.remote(targets): (first.name, first.log)})
+
+    def update_weights(self, version: int) -> None:
+        self._call("update_weights", version)
+
+    def save_hf(self, path: Path) -> None:
+        self._call("save_hf", path)
+
+    def close(self) -> None:
+        self._end("close")
+
+    def _call_on_shards(self, method: str, batch: Batch, shards: Sequence[IntArray], *rest: Any) -> list[Any]:
+        """Every rank gets its data-parallel shard, stored once per shard."""
+        refs = [ray.put(batch.select(shard)) for shard in shards]
+        return self._call_each(method, [(refs[dp_rank], *rest) for dp_rank, _, _ in self._places])
+

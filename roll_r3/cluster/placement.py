@@ -1,0 +1,151 @@
+"""Which process runs where: devices (GPUs, or CPU slots) are placement-group bundles, roles share them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.01
+"""Of a device, claimed by each process on it: roles share devices, so the claim only decides the place."""
+PLACEMENT_TIMEOUT = 300.0
+"""Seconds to wait for the cluster to offer the devices."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of the run."""
+
+    index: int
+    """Its number in every `device_mapping`."""
+    bundle: int
+    node_id: str
+    node_ip: str
+    gpu_id: int | None
+    """None: a CPU slot."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The devices of a run, by their number."""
+
+    kind: str
+    """"cuda" or "cpu"."""
+    group: PlacementGroup
+    devices: tuple[Device, ...]
+
+    def options(self, device: int) -> dict[str, object]:
+        """Ray actor options that put a process on a device."""
+        share = {"num_gpus": SHARE, "num_cpus": SHARE} if self.kind == "cuda" else {"num_cpus": SHARE}
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self.group, placement_group_bundle_index=self.devices[device].bundle
+        )
+        return share | {"scheduling_strategy": strategy}
+
+
+def device_count(config: RLVRConfig) -> int:
+    """Devices that the roles name: one more than the highest number."""
+    roles = [config.actor_train, config.actor_infer, *([config.reference] if config.reference else [])]
+    return 1 + max(max(role.device_mapping) for role in roles)
+
+
+@contextmanager
+def ray_cluster(config: RLVRConfig) -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names, or run one on this machine, bound to loopback, for the block's time."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", **quiet)
+    else:
+        # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
+        cpus = max(device_count(config), os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def resolve_device_kind(config: RLVRConfig) -> str:
+    """What `device_type` means on this cluster.
+
+    Raises:
+        ConfigError: cuda was asked for and there is no GPU, or the trainer and an engine would share a GPU.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.device_type == "cuda" and not gpus:
+        raise ConfigError("device_type: cuda, but the cluster has no GPU; write auto or cpu")
+    kind = "cuda" if gpus and config.device_type != "cpu" else "cpu"
+    shared = set(config.actor_train.device_mapping) & set(config.actor_infer.device_mapping)
+    if kind == "cuda" and shared:
+        raise ConfigError(
+            f"actor_infer.device_mapping: devices {sorted(shared)} are actor_train's too; weights go to the engines "
+            "over NCCL, which cannot connect two processes on one GPU: give the roles devices of their own"
+        )
+    return kind
+
+
+@contextmanager
+def place(config: RLVRConfig) -> Iterator[Placement]:
+    """Reserve every device of the run for the block's time.
+
+    Raises:
+        ConfigError: the cluster cannot offer so many devices.
+    """
+    kind, count = resolve_device_kind(config), device_count(config)
+    resource = "GPU" if kind == "cuda" else "CPU"
+    have = int(ray.cluster_resources().get(resource, 0))
+    if have < count:
+        raise ConfigError(
+            f"device_mapping names devices up to {count - 1}, but the cluster has {have} "
+            f"({resource}s): use fewer, or add nodes"
+        )
+    bundle = {"GPU": 1, "CPU": 1} if kind == "cuda" else {"CPU": 1}
+    group = placement_group([bundle] * count, strategy="PACK")
+    try:
+        if not group.wait(PLACEMENT_TIMEOUT):
+            raise ConfigError(
+                f"the cluster did not offer {count} {resource}s within {PLACEMENT_TIMEOUT:.0f} s: is it in use by others?"
+            )
+        yield Placement(kind, group, _number_devices(kind, group, count))
+    finally:
+        remove_placement_group(group)
+
+
+def _number_devices(kind: str, group: PlacementGroup, count: int) -> tuple[Device, ...]:
+    """Ask each bundle where it is; number devices node by node, so that neighbours share a node."""
+    probe = ray.remote(_where)
+    found: Sequence[tuple[str, str, int | None]] = ray.get(
+        [
+            probe.options(
+                num_cpus=SHARE,
+                num_gpus=SHARE if kind == "cuda" else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=group, placement_group_bundle_index=bundle
+                ),
+            ).remote(kind)
+            for bundle in range(count)
+        ]
+    )
+    first_seen = {node: i for i, node in reversed(list(enumerate(node for node, _, _ in found)))}
+    order = sorted(range(count), key=lambda b: (first_seen[found[b][0]], found[b][2] or 0, b))
+    return tuple(Device(index, bundle, *found[bundle]) for index, bundle in enumerate(order))
+
+
+def _where(kind: str) -> tuple[str, str, int | None]:
+    """Runs in a bundle: its node, and its GPU's id on that node."""
+    context = ray.get_runtime_context()
+    gpu = int(context.get_accelerator_ids()["GPU"][0]) if kind == "cuda" else None
+    return context.get_node_id(), ray.util.get_node_ip_address(), gpu

@@ -1,0 +1,140 @@
+"""What runs inside the actors: each wraps one strategy. Routes are stored and fetched here, so strategies see arrays."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+import torch
+
+from roll_r3.batch.batch import Batch
+from roll_r3.cluster.logs import log_to_file
+from roll_r3.cluster.transport import fetch_routes, store_routes
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.strategies.base import (
+    GenerateRequest,
+    GenerateResult,
+    LogProbResult,
+    ProcessInfo,
+    TrainResult,
+    WeightChannel,
+    WeightTarget,
+)
+from roll_r3.strategies.registry import STRATEGIES, load_attribute
+
+logger = logging.getLogger(__name__)
+
+MIB = 1 << 20
+
+
+class RolloutWorker:
+    """One rollout engine (an asyncio actor)."""
+
+    def __init__(
+        self, config: RLVRConfig, engine_index: int, device: str, gpu_ids: tuple[int, ...], log_path: Path
+    ) -> None:
+        log_to_file(log_path)
+        entry = STRATEGIES[config.actor_infer.strategy_args.strategy_name]
+        server_log = log_path.with_name(f"{log_path.stem}-server.log")
+        self._strategy = entry.load()(
+            config=config, engine_index=engine_index, device=device, gpu_ids=gpu_ids, log_path=server_log
+        )
+
+    async def start(self) -> None:
+        await self._strategy.start()
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+        """As `RolloutStrategy.generate`, with handles in place of routes."""
+        results = await self._strategy.generate(requests)
+        return [replace(r, trajectories=store_routes(r.trajectories)) for r in results]
+
+    async def weight_target(self) -> WeightTarget:
+        return self._strategy.weight_target()
+
+    async def weights_updated(self, version: int) -> None:
+        await self._strategy.on_weights_updated(version)
+
+    async def stop(self) -> None:
+        await self._strategy.stop()
+
+
+class ModelWorker:
+    """One rank of actor_train or reference."""
+
+    def __init__(
+        self, config: RLVRConfig, role: str, rank: int, world_size: int, device: str, threads: int, log_path: Path
+    ) -> None:
+        log_to_file(log_path)
+        torch.set_num_threads(threads)
+        self._config, self._role = config, role
+        # Ray shows a process the one GPU of its bundle, so the local rank is 0 everywhere
+        self._process = ProcessInfo(rank=rank, world_size=world_size, local_rank=0, device=device)
+        self._channel: WeightChannel | None = None
+        self._bucket_bytes = 0
+
+    def master_address(self) -> tuple[str, int]:
+        """An address of this process's node for the others to meet at."""
+        ip = ray.util.get_node_ip_address()
+        with socket.socket() as s:
+            s.bind((ip, 0))
+            return ip, s.getsockname()[1]
+
+    def initialize(self, master: tuple[str, int]) -> tuple[int, int, bool]:
+        """Load the model. Returns (data-parallel rank, data-parallel size, returns results)."""
+        worker = getattr(self._config, self._role)
+        entry = STRATEGIES[worker.strategy_args.strategy_name]
+        process = replace(self._process, master_addr=master[0], master_port=master[1])
+        self._strategy = entry.load()(self._config, self._role, process)
+        self._strategy.initialize()
+        s = self._strategy
+        return s.data_parallel_rank, s.data_parallel_size, s.returns_results
+
+    def compute_log_probs(self, shard: Batch) -> LogProbResult:
+        return self._strategy.compute_log_probs(fetch_routes(shard))
+
+    def train_step(self, shard: Batch, step: int) -> TrainResult:
+        return self._strategy.train_step(fetch_routes(shard), step)
+
+    def connect_engines(self, targets: Sequence[WeightTarget]) -> None:
+        """On rank 0: get ready to send weights to these engines."""
+        strategy = self._config.actor_infer.strategy_args
+        channel = STRATEGIES[strategy.strategy_name].weight_channel
+        assert channel is not None, f"{strategy.strategy_name} takes no weights"
+        self._channel = load_attribute(channel)(targets, device=self._process.device)
+        self._bucket_bytes = int(strategy.strategy_config.weight_bucket_mb * MIB)
+
+    def update_weights(self, version: int) -> None:
+        """Send this policy's weights to every connected engine; collective over all ranks."""
+        channel = self._channel
+        if channel is None:
+            for _ in self._strategy.export_weights():
+                pass  # gathering a tensor needs every rank; only the connected one keeps it
+            return
+        channel.begin(version)
+        bucket: list[tuple[str, torch.Tensor]] = []
+        size = 0
+        for name, tensor in self._strategy.export_weights():
+            bucket.append((name, tensor))
+            size += tensor.nbytes
+            if size >= self._bucket_bytes:
+                channel.send(bucket)
+                bucket, size = [], 0
+        if bucket:
+            channel.send(bucket)
+        channel.end()
+
+    def save_hf(self, path: Path) -> None:
+        self._strategy.save_hf(path)
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._strategy.close()
+
+    def pid(self) -> int:
+        return os.getpid()

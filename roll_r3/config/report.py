@@ -1,0 +1,111 @@
+"""What a check found wrong, and how it is shown to the person who wrote the YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from roll_r3.errors import ConfigError
+
+Severity = Literal["error", "warning"]
+_MAX_VALUE = 80
+"""Characters of a value that are shown."""
+
+
+class _Absent(Enum):
+    ABSENT = "not given"
+
+
+ABSENT = _Absent.ABSENT
+"""The value of a field that the YAML does not have."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a configuration.
+
+    Example:
+        >>> finding = Finding("vpp-needs-pp", "error", (("a.vpp", 2), ("a.pp", 1)), why="...", fix="...")
+        >>> finding.path
+        'a.vpp'
+    """
+
+    rule: str
+    """Id of the rule or of the kind of mistake; stable, so that it can be searched for."""
+    severity: Severity
+    found: tuple[tuple[str, object], ...]
+    """(dotted path, value) of each field involved, the one to change first; empty for the file as a whole."""
+    why: str
+    """What cannot work, as one sentence."""
+    fix: str = ""
+    """What to write instead."""
+
+    @property
+    def path(self) -> str:
+        """The field to change; empty for the file as a whole."""
+        return self.found[0][0] if self.found else ""
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where each value of a configuration came from."""
+
+    file: str
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Dotted path -> `file:line`, or the override as it was typed. Fields that nobody gave are not in it."""
+
+    def of(self, path: str) -> str:
+        """The place of the value at `path`; "default" when nobody gave it."""
+        return self.places.get(path, "default")
+
+    def near(self, path: str) -> str:
+        """The place of `path`, or of the innermost section around it that was given."""
+        while path and path not in self.places:
+            path = path.rpartition(".")[0]
+        return self.places.get(path, self.file)
+
+
+class InvalidConfigError(ConfigError):
+    """A configuration with mistakes, all of them: `findings` for programs, the text for people."""
+
+    def __init__(self, findings: Iterable[Finding], origins: Origins) -> None:
+        self.findings = tuple(findings)
+        self.origins = origins
+        super().__init__(render(self.findings, origins))
+
+
+def render(findings: Iterable[Finding], origins: Origins) -> str:
+    """All findings as text, errors first, and a closing line that counts them."""
+    ordered = sorted(findings, key=lambda f: f.severity != "error")
+    errors = sum(f.severity == "error" for f in ordered)
+    counts = [_count(n, name) for n, name in ((errors, "error"), (len(ordered) - errors, "warning")) if n]
+    return "\n\n".join([*(_render(f, origins) for f in ordered), f"{origins.file}: {' and '.join(counts)}"])
+
+
+def _render(finding: Finding, origins: Origins) -> str:
+    lines = [f"{finding.severity} [{finding.rule}] {finding.why}"]
+    for path, value in finding.found:
+        if value is ABSENT:
+            lines.append(f"    {path}  ({ABSENT.value}; {origins.near(path)})")
+        else:
+            lines.append(f"    {path} = {show_value(value)}  ({origins.of(path)})")
+    if finding.fix:
+        lines.append(f"    fix: {finding.fix}")
+    return "\n".join(lines)
+
+
+def show_value(value: object) -> str:
+    """A value as a YAML user knows it, cut to a readable length."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = value if isinstance(value, str) and value else repr(list(value) if isinstance(value, tuple) else value)
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 3]}..."
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"

@@ -1,0 +1,127 @@
+"""Prompts: files in, token ids out, in a seeded order without end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from roll_r3.config.workers import DataArgs
+from roll_r3.data.tiny_task import BUNDLED_TASKS
+from roll_r3.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = "bundled:"
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+class ChatTokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that prompts need."""
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data, ready to sample from."""
+
+    prompt_id: str
+    text: str
+    """The last message, for people to read."""
+    token_ids: tuple[int, ...]
+    ground_truth: str
+    domain: str = "default"
+
+
+def read_prompts(args: DataArgs, tokenizer: ChatTokenizer, max_tokens: int) -> list[Prompt]:
+    """Read, template and tokenize every row; rows over `max_tokens` tokens are left out and counted in the log.
+
+    Raises:
+        ConfigError: no such file, task or column, an unreadable row, or no prompt short enough.
+    """
+    prompts: list[Prompt] = []
+    too_long = 0
+    for name in (args.file_name,) if isinstance(args.file_name, str) else args.file_name:
+        for i, row in enumerate(_rows(name, args)):
+            messages = row.pop("messages")
+            try:
+                encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            except Exception as error:  # a template is a program of its own: whatever it raises is about this row
+                raise ConfigError(f"{name}: row {i} does not fit the chat template: {error}") from error
+            ids = tuple(encoded["input_ids"])
+            if len(ids) > max_tokens:
+                too_long += 1
+                continue
+            if not ids:
+                raise ConfigError(f"{name}: row {i} is an empty prompt")
+            prompt_id = str(row.pop("id", None) or f"{Path(name.removeprefix(BUNDLED)).stem}-{i}")
+            prompts.append(Prompt(prompt_id=prompt_id, text=messages[-1]["content"], token_ids=ids, **row))
+    if too_long:
+        logger.warning("%d of %d prompts are longer than prompt_length (%d tokens) and were left out",
+                       too_long, too_long + len(prompts), max_tokens)
+    if not prompts:
+        raise ConfigError(
+            f"actor_train.data_args.file_name ({args.file_name!r}): no prompt of at most prompt_length={max_tokens} tokens"
+        )
+    return prompts
+
+
+def _rows(name: str, args: DataArgs) -> Iterator[dict[str, Any]]:
+    """Rows of one source as {messages, ground_truth, domain?, id?}."""
+    if name.startswith(BUNDLED):
+        task = BUNDLED_TASKS.get(name.removeprefix(BUNDLED))
+        if task is None:
+            known = ", ".join(BUNDLED + k for k in sorted(BUNDLED_TASKS))
+            raise ConfigError(f"actor_train.data_args.file_name: {name!r} is not a bundled task; there are {known}")
+        for prompt, answer in task():
+            yield {"messages": [{"role": "user", "content": prompt}], "ground_truth": answer}
+        return
+    reader = READERS.get(Path(name).suffix)
+    if reader is None or not Path(name).is_file():
+        raise ConfigError(
+            f"actor_train.data_args.file_name: {name!r} is not an existing {' or '.join(READERS)} file (nor {BUNDLED}TASK)"
+        )
+    from datasets import load_dataset  # noqa: PLC0415  seconds to import, and the bundled tasks do without
+
+    dataset = load_dataset(reader, data_files=name, split="train")
+    columns = {"prompt": args.messages or args.prompt, "ground_truth": args.ground_truth, "domain": args.domain,
+               "id": args.id}
+    missing = [f"{k}: {v}" for k, v in columns.items() if v and v not in dataset.column_names]
+    if missing:
+        raise ConfigError(
+            f"{name} has no column for actor_train.data_args.{', '.join(missing)}; it has {', '.join(dataset.column_names)}"
+        )
+    for row in dataset:
+        value = row[columns["prompt"]]
+        out = {"messages": value if args.messages else [{"role": "user", "content": str(value)}],
+               "ground_truth": str(row[args.ground_truth])}
+        if args.domain:
+            out["domain"] = str(row[args.domain])
+        if args.id:
+            out["id"] = str(row[args.id])
+        yield out
+
+
+def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
+    """Batches without end: each pass over the data in a new order that (seed, pass) decides.
+
+    A batch may span two passes, so that none is short; it never holds a prompt twice unless `size` exceeds the data.
+    """
+    epoch = 0
+    queue: list[int] = []
+    while True:
+        batch: list[int] = []
+        while len(batch) < size:
+            if not queue:
+                queue = np.random.default_rng((seed, epoch)).permutation(len(prompts)).tolist()
+                epoch += 1
+                if len(prompts) >= size:  # prompts that this batch took from the last pass go to the end of the new one
+                    taken = set(batch)
+                    queue = [i for i in queue if i not in taken] + [i for i in queue if i in taken]
+            batch.append(queue.pop(0))
+        yield [prompts[i] for i in batch]

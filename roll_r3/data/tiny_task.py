@@ -1,0 +1,47 @@
+"""The bundled tasks, small enough that a model of half a million parameters learns them in a few dozen steps, and
+the command that makes that model: `python -m roll_r3.data.tiny_task --output DIR`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+Example = tuple[str, str]
+"""(prompt, ground truth)"""
+
+
+def addition_mod10() -> list[Example]:
+    """All 100 sums of two digits, of which the last digit is asked for: "3+9=" -> "2"."""
+    return [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(10)]
+
+
+def copy_digits() -> list[Example]:
+    """Three digits to say again: "copy 407:" -> "407"."""
+    return [(f"copy {n:03d}:", f"{n:03d}") for n in range(1000)]
+
+
+BUNDLED_TASKS = {"addition_mod10": addition_mod10, "copy_digits": copy_digits}
+
+
+def main() -> None:
+    """Make the quickstart's checkpoint."""
+    parser = argparse.ArgumentParser(description="make a tiny seeded Qwen3-MoE checkpoint with a byte-level tokenizer")
+    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--task", choices=sorted(BUNDLED_TASKS), default="addition_mod10", help="task of the warm start")
+    parser.add_argument("--warm-start-steps", type=int, default=60)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from roll_r3.models.tiny import make_tiny_checkpoint  # noqa: PLC0415  torch and transformers take seconds to import
+
+    make_tiny_checkpoint(
+        args.output, seed=args.seed, examples=BUNDLED_TASKS[args.task](), warm_start_steps=args.warm_start_steps
+    )
+    logging.info("wrote %s", args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Tiny seeded checkpoints with a byte-level tokenizer: real architectures, nothing downloaded.
+
+For tests and the quickstart. A checkpoint is an ordinary Hugging Face directory, so every engine loads it by the same
+code as a large one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+logger = logging.getLogger(__name__)
+
+PAD, START, END, UNUSED = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>"
+
+QWEN3_MOE: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 1024,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.1,
+}
+"""0.5 M parameters."""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes and 4 special tokens; its chat template is the messages' text, end to end."""
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for special in (PAD, START, END, UNUSED):
+        vocab[special] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=[START, UNUSED]
+    )
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return fast
+
+
+def make_tiny_checkpoint(
+    path: Path,
+    *,
+    seed: int = 0,
+    examples: Sequence[tuple[str, str]] = (),
+    warm_start_steps: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> Path:
+    """Write a seeded Qwen3-MoE checkpoint of half a million parameters.
+
+    Args:
+        path: directory, made if missing.
+        seed: of the weights and of the warm start; the same seed gives the same file on the same machine.
+        examples: (prompt, answer) pairs of the warm start.
+        warm_start_steps: supervised steps on random batches of 64 `examples` (Adam, learning rate 3e-3): enough of a
+            start that some samples of a group are right, so that a group has something to compare.
+        dtype: of the saved weights.
+        overrides: fields of Qwen3MoeConfig that differ from `QWEN3_MOE`.
+    """
+    tokenizer = byte_tokenizer()
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3MoeConfig(**{**QWEN3_MOE, "vocab_size": len(tokenizer), **special, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3MoeForCausalLM(config).float()
+        if warm_start_steps:
+            _warm_start(model, tokenizer, examples, warm_start_steps)
+    model.to(dtype).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _warm_start(
+    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, str]], steps: int
+) -> None:
+    """A few supervised steps; the loss covers the answer and the end-of-sequence token."""
+    rows, labels = [], []
+    for prompt, answer in examples:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        answer_ids = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+        rows.append(torch.tensor(prompt_ids + answer_ids))
+        labels.append(torch.tensor([-100] * len(prompt_ids) + answer_ids))
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids, targets = pad(rows, True, tokenizer.pad_token_id), pad(labels, True, -100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model.train()
+    for step in range(steps):
+        pick = torch.randint(len(ids), (64,))
+        loss = model(input_ids=ids[pick], labels=targets[pick]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in (0, steps - 1):
+            logger.info("warm start: step %d of %d, loss %.3f", step + 1, steps, loss.item())
+    model.eval()

@@ -1,0 +1,168 @@
+"""From a checked configuration to a finished run: directory, cluster, roles, loop, summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from roll_r3.cluster.groups import ModelGroup, RolloutGroup
+from roll_r3.cluster.logs import FORMAT
+from roll_r3.cluster.placement import Placement, place, ray_cluster
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.prompts import prompt_batches, read_prompts
+from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.facts import read_facts
+from roll_r3.models.fit import check_fit
+from roll_r3.pipelines.rlvr import RLVRPipeline, ScoredSample
+from roll_r3.rewards.rules import Rewards
+from roll_r3.tracking.metric_log import MetricLog
+from roll_r3.tracking.progress import Progress
+from roll_r3.tracking.report import run_summary
+from roll_r3.tracking.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+SIGTERM_EXIT = 128 + signal.SIGTERM
+
+
+def launch(config: RLVRConfig) -> int:
+    """Run the whole training.
+
+    Returns:
+        The exit status, 0: every step ran.
+
+    Raises:
+        RollError: what stopped the run, in words for the person who started it.
+    """
+    started = time.monotonic()
+    run_dir = RunDir.create(config.output_dir, config.exp_name, datetime.now())
+    _log_driver(run_dir)
+    resolved = config.model_dump(mode="json", exclude_none=True)
+    (run_dir.path / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(config.max_steps))
+        progress.say(f"run directory: {run_dir.path}")
+        stack.enter_context(_leave_on_sigterm())
+        tokenizer, prompts, rewards = _prepare(config, progress)
+        with progress.stage("starting Ray"):
+            stack.enter_context(ray_cluster(config))
+            placement = stack.enter_context(place(config))
+        rollout, trainer, reference = _start_roles(config, placement, run_dir, progress, stack)
+        pipeline = RLVRPipeline(
+            config,
+            prompts=prompt_batches(prompts, config.rollout_batch_size, config.seed),
+            decoder=tokenizer,
+            rewards=rewards,
+            rollout=rollout,
+            trainer=trainer,
+            reference=reference,
+            progress=progress,
+        )
+        log = stack.enter_context(MetricLog(run_dir, config.track_with))
+        with progress.stage("sending the first weights"):
+            pipeline.start()
+        shown = _train(config, pipeline, log, run_dir, progress)
+    mode = config.actor_train.router_replay.mode
+    print(run_summary(run_dir.path, log.history, *shown, replay_mode=mode, seconds=time.monotonic() - started))
+    return 0
+
+
+def _prepare(config: RLVRConfig, progress: Progress) -> tuple[Any, Any, Rewards]:
+    """Everything that can be wrong without a cluster: checkpoint, tokenizer, data, rewards."""
+    with progress.stage("reading checkpoint, tokenizer and prompts"):
+        from transformers import AutoTokenizer  # noqa: PLC0415  seconds to import: after the first line is on screen
+
+        checkpoint = resolve_checkpoint(config.pretrain)
+        facts = read_facts(checkpoint)
+        check_fit(config, facts)
+        trust = config.actor_train.model_args.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust)
+        prompts = read_prompts(config.actor_train.data_args, tokenizer, config.prompt_length)
+        rewards = Rewards(config.rewards)
+        rewards.check_domains({p.domain for p in prompts})
+    progress.say(
+        f"{facts.model_type}, {len(facts.moe_layers)} MoE layers of {facts.num_layers}, top-{facts.top_k} of "
+        f"{facts.num_experts} experts; {len(prompts)} prompts"
+    )
+    return tokenizer, prompts, rewards
+
+
+def _start_roles(
+    config: RLVRConfig, placement: Placement, run_dir: RunDir, progress: Progress, stack: ExitStack
+) -> tuple[RolloutGroup, ModelGroup, ModelGroup | None]:
+    """Launch every role's actors and start them side by side; `stack` ends them."""
+    log_dir = run_dir.path / "logs"
+    ranks = len(config.actor_train.device_mapping)
+    threads = max(1, (os.cpu_count() or 1) // ranks) if placement.kind == "cpu" else 1
+    rollout = RolloutGroup.launch(config, placement, log_dir)
+    stack.callback(rollout.close)
+    trainer = ModelGroup.launch(config, "actor_train", placement, threads, log_dir)
+    stack.callback(trainer.close)
+    reference = None
+    if config.reference is not None:
+        reference = ModelGroup.launch(config, "reference", placement, threads, log_dir)
+        stack.callback(reference.close)
+    engine = config.actor_infer.strategy_args.strategy_name
+    with (
+        progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"),
+        ThreadPoolExecutor(max_workers=3) as pool,
+    ):
+        starts = [rollout.start, trainer.initialize, *([reference.initialize] if reference else [])]
+        for future in [pool.submit(start) for start in starts]:
+            future.result()
+    return rollout, trainer, reference
+
+
+def _train(
+    config: RLVRConfig, pipeline: RLVRPipeline, log: MetricLog, run_dir: RunDir, progress: Progress
+) -> tuple[list[ScoredSample], list[ScoredSample]]:
+    """Every step of the run; the samples shown of the first and of the last."""
+    before: list[ScoredSample] = []
+    shown: list[ScoredSample] = []
+    with run_dir.samples_file.open("a") as samples_file:
+        for step in range(1, config.max_steps + 1):
+            result = pipeline.step(step)
+            log.write(step, result.metrics)
+            # one sample of each of the first prompts says more than all samples of one prompt
+            shown = result.samples[:: config.num_return_sequences_in_group][: config.num_logged_samples]
+            before = before or shown
+            for sample in shown:
+                samples_file.write(json.dumps({"step": step} | asdict(sample), ensure_ascii=False) + "\n")
+            samples_file.flush()
+            progress.step_done(step, result.metrics)
+    return before, shown
+
+
+def _log_driver(run_dir: RunDir) -> None:
+    """This process's log goes to a file: the terminal is for progress."""
+    handler = logging.FileHandler(run_dir.log_file("driver"))
+    handler.setFormatter(logging.Formatter(FORMAT))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+@contextmanager
+def _leave_on_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds like an error, so that engines and workers are ended in order."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(SIGTERM_EXIT)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

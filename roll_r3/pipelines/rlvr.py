@@ -1,0 +1,188 @@
+"""The training loop, top to bottom: sample, score, look back, update, send the weights out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from roll_r3.algorithms.advantages import response_advantages
+from roll_r3.algorithms.kl import kl_estimate
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.cluster.groups import ModelGroup, RolloutGroup
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.prompts import Prompt
+from roll_r3.errors import RollError
+from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
+from roll_r3.rewards.rules import Rewards
+from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.tracking.progress import Progress
+
+
+class Decoder(Protocol):
+    """The part of a Hugging Face tokenizer that rewards need."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """A response with its reward, as a person would read it."""
+
+    sample_id: str
+    prompt: str
+    response: str
+    ground_truth: str
+    score: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    metrics: dict[str, float]
+    samples: list[ScoredSample]
+
+
+@dataclass
+class StepClock:
+    """Seconds of each stage of one step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[f"time/step_{name}"] = time.perf_counter() - start
+
+
+class RLVRPipeline:
+    """Reinforcement learning with verifiable rewards. One call of `step` is one step of the run."""
+
+    def __init__(
+        self,
+        config: RLVRConfig,
+        *,
+        prompts: Iterator[list[Prompt]],
+        decoder: Decoder,
+        rewards: Rewards,
+        rollout: RolloutGroup,
+        trainer: ModelGroup,
+        reference: ModelGroup | None,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._decoder = decoder
+        self._rewards = rewards
+        self._rollout = rollout
+        self._trainer = trainer
+        self._reference = reference
+        self._progress = progress
+        self._samples_seen = 0
+
+    def start(self) -> None:
+        """Give the engines the trainer's weights as version 0, so that both sides begin from the same numbers."""
+        self._trainer.connect_engines(self._rollout.weight_targets())
+        self._send_weights(version=0)
+
+    def step(self, step: int) -> StepResult:
+        """Run step `step`, counted from 1."""
+        clock = StepClock()
+        with clock.stage("total"):
+            with self._progress.stage("rollout", step), clock.stage("generate"):
+                prompts = next(self._prompts)
+                results = self._rollout.generate(self._requests(prompts, step))
+            with self._progress.stage("rewards", step), clock.stage("reward"):
+                trajectories, groups, samples = self._score(prompts, results)
+                batch = Batch.from_trajectories(trajectories).filled_up(self._samples_multiple())
+            reference = None
+            if self._reference is not None:
+                with self._progress.stage("reference", step), clock.stage("reference"):
+                    reference = self._reference.compute_log_probs(replace(batch, routes=None))
+                    batch = replace(batch, ref_log_probs_N=reference.log_probs_N)
+            with self._progress.stage("old log-probs", step), clock.stage("old_log_probs"):
+                old = self._trainer.compute_log_probs(batch)
+                batch = replace(batch, old_log_probs_N=old.log_probs_N)
+            scores = np.array([s.score for s in samples])
+            penalised = scores - self._kl_penalty(batch)[: len(scores)]
+            batch = self._with_advantages(batch, penalised, groups)
+            with self._progress.stage("update", step), clock.stage("train"):
+                update = self._trainer.train_step(batch, step)
+            with self._progress.stage("weights to the engines", step), clock.stage("model_update"):
+                self._send_weights(version=step)
+        self._samples_seen += len(trajectories)
+        record = StepRecord(
+            step=step,
+            seconds=clock.seconds,
+            trajectories=trajectories,
+            scores=scores,
+            penalised=penalised,
+            batch=batch,
+            old=old,
+            update=update,
+            dropped=sum(len(r.dropped) for r in results),
+            retries=sum(r.retries for r in results),
+            samples_seen=self._samples_seen,
+        )
+        return StepResult(step_metrics(self._config, record), samples)
+
+    def _requests(self, prompts: Sequence[Prompt], step: int) -> list[GenerateRequest]:
+        group = self._config.num_return_sequences_in_group
+        seeds = np.random.default_rng((self._config.seed, step)).integers(1 << 31, size=(len(prompts), group))
+        return [
+            GenerateRequest(
+                prompt_ids=prompt.token_ids,
+                sample_ids=tuple(f"step{step}/prompt{i}/sample{j}" for j in range(group)),
+                seeds=tuple(int(s) for s in seeds[i]),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _score(
+        self, prompts: Sequence[Prompt], results: Sequence[GenerateResult]
+    ) -> tuple[list[Trajectory], list[str], list[ScoredSample]]:
+        """The step's trajectories, the group of each, and each with its reward."""
+        trajectories, groups, samples = [], [], []
+        for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+            for t in result.trajectories:
+                response = self._decoder.decode(t.response_ids_R.tolist(), skip_special_tokens=True)
+                score = self._rewards.score(response, prompt.ground_truth, prompt.domain)
+                trajectories.append(t)
+                groups.append(str(i))
+                samples.append(ScoredSample(t.sample_id, prompt.text, response, prompt.ground_truth, score))
+        if not trajectories:
+            reasons = sorted({why for r in results for why in r.dropped.values()})
+            raise RollError("every sample of the step was dropped: " + "; ".join(reasons[:5]))
+        return trajectories, groups, samples
+
+    def _samples_multiple(self) -> int:
+        """Samples of a step must divide into every rank's mini-batches."""
+        args = self._config.actor_train.training_args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self._trainer.data_parallel_size
+        return int(np.lcm(size, self._reference.data_parallel_size)) if self._reference else size
+
+    def _kl_penalty(self, batch: Batch) -> np.ndarray:
+        """What the KL term takes from each sample's score: float64 [n]."""
+        if not self._config.add_token_level_kl:
+            return np.zeros(batch.num_samples)
+        assert batch.old_log_probs_N is not None and batch.ref_log_probs_N is not None
+        kl_N = kl_estimate(
+            torch.from_numpy(batch.old_log_probs_N), torch.from_numpy(batch.ref_log_probs_N), self._config.kl_estimator
+        )
+        return self._config.init_kl_coef * batch.sum_per_sample(np.where(batch.loss_mask_N, kl_N.numpy(), 0.0))
+
+    def _with_advantages(self, batch: Batch, scores: np.ndarray, groups: Sequence[str]) -> Batch:
+        """Spread each response's advantage over its trained tokens; fillers have none."""
+        advantages_n = np.zeros(batch.num_samples, np.float32)
+        advantages_n[: len(scores)] = response_advantages(scores, groups, self._config)
+        return replace(batch, advantages_N=np.where(batch.loss_mask_N, batch.per_sample(advantages_n), np.float32(0)))
+
+    def _send_weights(self, version: int) -> None:
+        self._trainer.update_weights(version)
+        self._rollout.weights_updated(version)

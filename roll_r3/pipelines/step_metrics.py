@@ -1,0 +1,100 @@
+"""The figures of one step, under the names of `roll_r3.tracking.names`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from roll_r3.algorithms.kl import kl_estimate
+from roll_r3.algorithms.mismatch import mismatch_metrics
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
+from roll_r3.config.pipeline import RLVRConfig
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Everything a step leaves behind for its metrics."""
+
+    step: int
+    seconds: dict[str, float]
+    trajectories: Sequence[Trajectory]
+    scores: npt.NDArray[np.float64]
+    """Rewards, one per trajectory."""
+    penalised: npt.NDArray[np.float64]
+    """The same less the KL penalty."""
+    batch: Batch
+    """With every field filled; fillers may follow the trajectories."""
+    old: BatchLogProbs
+    update: BatchUpdate
+    dropped: int
+    retries: int
+    samples_seen: int
+
+
+def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
+    """Metric name -> figure."""
+    batch, mask = r.batch, r.batch.loss_mask_N
+    assert batch.old_log_probs_N is not None and batch.advantages_N is not None
+    prompts = np.array([len(t.prompt_ids_P) for t in r.trajectories])
+    responses = np.array([len(t.response_ids_R) for t in r.trajectories])
+    seconds = r.seconds["time/step_total"]
+    metrics = {
+        **r.seconds,
+        **_spread("critic/score", r.scores),
+        **_spread("critic/rewards", r.penalised),
+        **_spread("critic/advantages", batch.advantages_N[mask]),
+        **_spread("tokens/prompt_length", prompts),
+        **_spread("tokens/response_length", responses),
+        "tokens/truncated_ratio": float(np.mean([t.finish_reason == "length" for t in r.trajectories])),
+        "critic/old_log_prob/mean": float(batch.old_log_probs_N[mask].mean()),
+        **mismatch_metrics(batch.old_log_probs_N[mask], batch.rollout_log_probs_N[mask]),
+        **r.update.metrics,
+        "rollout/dropped_samples": r.dropped,
+        "rollout/retries": r.retries,
+        "system/global_step": r.step,
+        "system/samples": r.samples_seen,
+        "system/tps": float((prompts.sum() + responses.sum()) / seconds),
+    }
+    if r.old.entropy_N is not None:
+        metrics["critic/entropy/mean"] = float(r.old.entropy_N[mask].mean())
+    if batch.ref_log_probs_N is not None:
+        metrics["critic/ref_log_prob/mean"] = float(batch.ref_log_probs_N[mask].mean())
+        kl = kl_estimate(
+            torch.from_numpy(batch.old_log_probs_N[mask]),
+            torch.from_numpy(batch.ref_log_probs_N[mask]),
+            config.kl_estimator,
+        )
+        metrics["critic/kl"] = float(kl.mean())
+    return metrics | _replay_metrics(r, seconds)
+
+
+def _replay_metrics(r: StepRecord, seconds: float) -> dict[str, float]:
+    """Coverage and padding are the update's own; agreement is measured before it, by the weights that sampled."""
+    update, before = r.update.replay, r.old.replay
+    if update is None or before is None:
+        return {}
+    metrics = {
+        "router_replay/coverage": update.trainable_replayed / max(update.trainable, 1),
+        "router_replay/missing_rows": update.missing,
+        "router_replay/padded_rows": update.padded,
+        "router_replay/time_share": (r.old.seconds_in_routes + r.update.seconds_in_routes) / seconds,
+    }
+    if before.compared:
+        metrics["router_replay/agreement_native"] = before.agreed / before.compared
+    routes = [t.routes for t in r.trajectories if t.routes is not None]
+    if routes:
+        metrics["router_replay/bytes_per_token"] = sum(x.nbytes for x in routes) / sum(x.num_rows for x in routes)
+    return metrics
+
+
+def _spread(prefix: str, values: npt.NDArray[np.generic]) -> dict[str, float]:
+    """mean, max and min."""
+    if not len(values):
+        return {}
+    return {f"{prefix}/{name}": float(getattr(np, name)(values)) for name in ("mean", "max", "min")}

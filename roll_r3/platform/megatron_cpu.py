@@ -1,0 +1,171 @@
+"""Everything that lets megatron-core run on a machine without a GPU, in one place.
+
+`install()` before the first import of megatron, in every thread that runs it. Where CUDA is present it only mends one
+upstream omission. Elsewhere whatever megatron asks of "cuda" is served by the CPU: `device="cuda"` becomes the CPU,
+streams and events do nothing, and the CUDA generator is the CPU's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+_patch_lock = threading.Lock()
+_patched = False
+_this_thread = threading.local()
+
+
+def install() -> bool:
+    """Make megatron-core importable and runnable here. Cheap to call again, from any thread.
+
+    Returns:
+        True where the CPU stands in for CUDA, False where CUDA is present.
+    """
+    global _patched
+    if torch.cuda.is_available():
+        _define_te_general_gemm()
+        return False
+    with _patch_lock:
+        if not _patched:
+            _patch_process()
+            _patched = True
+            logger.info("no CUDA device: megatron-core runs on the CPU")
+    if not hasattr(_this_thread, "mode"):
+        # a TorchFunctionMode belongs to the thread that entered it, and stays for the thread's life
+        _this_thread.mode = _CudaMeansCpu()
+        _this_thread.mode.__enter__()
+    return True
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites the device arguments of torch functions."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # megatron's optimizers recognise gradients by the string "torch.cuda.FloatTensor"
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Inert:
+    """Stands in for a CUDA stream or event: every method returns the object itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., _Inert]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Inert) -> float:
+        return 0.0
+
+
+class _OneGenerator(dict[int, torch.Generator]):
+    """`torch.cuda.default_generators`: the CPU's, whatever the index."""
+
+    def __missing__(self, key: int) -> torch.Generator:
+        return torch.default_generator
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _patch_process() -> None:
+    """The part that is done once per process, before megatron is imported."""
+    # torch.optim imports it, and it must see torch.cuda as it is
+    from torch import _dynamo  # noqa: F401
+
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _patch_torch_cuda()
+    random = _import_without_compiling()
+    _define_te_general_gemm()
+
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def splits_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # the original converts only what leaves a GPU, but the all-to-all needs numpy splits either way
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = splits_on_host
+    random._lazy_init = _nothing
+    random._lazy_call = lambda callback, **kwargs: callback()
+    # here the CPU and GPU generators are one, so its warning that the CPU state changed under a GPU fork is moot
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _patch_torch_cuda() -> None:
+    cuda: Any = torch.cuda
+    inert = _Inert()
+    cuda.current_device = lambda: _CPU
+    cuda.device_count = lambda: 1
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, _nothing)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, lambda *args, **kwargs: 0)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, _nothing)
+    cuda.nvtx.range = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: inert
+    cuda.Stream = cuda.Event = _Inert
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.default_generators = _OneGenerator()
+
+
+def _import_without_compiling() -> Any:
+    """Import megatron with `torch.compile` as the identity: its fusers would need a C++ compiler and minutes."""
+    original = torch.compile
+    torch.compile = lambda function=None, **kwargs: function if function is not None else (lambda f: f)  # type: ignore
+    try:
+        import megatron.core.tensor_parallel.random as random
+        import megatron.core.transformer.moe.moe_utils  # noqa: F401
+    finally:
+        torch.compile = original
+    return random
+
+
+def _define_te_general_gemm() -> None:
+    """megatron-core 0.16.1 leaves this name undefined without TransformerEngine, and every MoE router reads it."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

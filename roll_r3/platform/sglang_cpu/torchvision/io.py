@@ -1,0 +1,11 @@
+"""The two names that transformers' image utilities import."""
+
+from enum import Enum
+
+
+class ImageReadMode(Enum):
+    RGB = "RGB"
+
+
+def decode_image(*args: object, **kwargs: object) -> None:
+    raise NotImplementedError("image models need a real torchvision")

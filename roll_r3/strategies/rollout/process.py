@@ -1,0 +1,138 @@
+"""A server as a child process: its log, its death, and its end with everything it started. No engine is named here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from roll_r3.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_LOG_TAIL_BYTES = 64 * 1024
+
+
+def free_port(host: str) -> int:
+    """A port of `host` that nothing listened on just now; whoever binds it later may still come second."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """One child in a process group of its own, with all its output in a log file.
+
+    The child is polled, not awaited through the event loop's child watcher: that works in any thread and under any
+    event loop, and notices a death within a tenth of a second.
+    """
+
+    def __init__(self, name: str, log_path: Path, *, hide: str = "") -> None:
+        """
+        Args:
+            name: for messages ("engine 0").
+            log_path: appended to; its directory is made.
+            hide: a secret that is blotted out of what `log_tail` returns.
+        """
+        self._name = name
+        self._log_path = log_path
+        self._hide = hide
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+        self._death: asyncio.Task[int] | None = None
+
+    def launch(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the child and its watch; needs a running event loop.
+
+        The calling thread must live as long as the child where the child asks the kernel to die with its parent.
+
+        Raises:
+            EngineError: the program does not exist or may not be run.
+        """
+        assert self._process is None or self._process.poll() is not None, "the previous child is still running"
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_path.open("ab") as log:
+            self._log_start = log.tell()
+            try:
+                self._process = subprocess.Popen(
+                    list(command),
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise EngineError(f"{self._name}: cannot run {command[0]}: {error}") from error
+        self._death = asyncio.create_task(self._watch(self._process))
+
+    @staticmethod
+    async def _watch(process: subprocess.Popen[bytes]) -> int:
+        while (code := process.poll()) is None:
+            await asyncio.sleep(_POLL_S)
+        return code
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def death(self) -> asyncio.Task[int]:
+        """Done when the child has exited; its result is the exit code (negative: the signal)."""
+        assert self._death is not None, "launch() comes first"
+        return self._death
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines that this child wrote."""
+        if not self._log_path.exists():
+            return ""
+        with self._log_path.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, size - _LOG_TAIL_BYTES))
+            text = log.read().decode(errors="replace")
+        if self._hide:
+            text = text.replace(self._hide, "<hidden>")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def obituary(self) -> str:
+        """How the child ended, and the end of its log: the text of an error."""
+        code = None if self._process is None else self._process.poll()
+        if code is None:
+            how = "is not running" if self._process is None else "is still running"
+        elif code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"exited with code {code}"
+        return f"{self._name} (process {self.pid}) {how}; the end of {self._log_path}:\n{self.log_tail()}"
+
+    async def stop(self, grace_s: float = 8.0) -> None:
+        """End the whole process group: ask, wait `grace_s`, kill. Safe to call twice."""
+        process = self._process
+        if process is None:
+            return
+        _signal_group(process.pid, signal.SIGTERM)
+        if self._death is not None:
+            await asyncio.wait([self._death], timeout=grace_s)
+        # Children that outlived the leader are still in its group, so this is not only for a deaf leader.
+        _signal_group(process.pid, signal.SIGKILL)
+        if self._death is not None:
+            await asyncio.wait([self._death], timeout=grace_s)
+        if process.poll() is None:
+            logger.warning("%s: process %d does not die even of SIGKILL", self._name, process.pid)
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of it is gone already
+        os.killpg(group, number)

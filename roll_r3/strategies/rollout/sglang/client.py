@@ -1,0 +1,63 @@
+"""The requests that a rollout sends to its server, over one HTTP session."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+
+from roll_r3.strategies.rollout.sampling import SampleError
+
+
+class UnreachableError(SampleError):
+    """No connection: the server is not up yet, is gone, or dropped the line."""
+
+
+class SglangClient:
+    """Must be made and closed in the event loop that uses it."""
+
+    def __init__(self, host: str, port: int, api_key: str) -> None:
+        authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._base = f"http://{authority}"
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {api_key}"},
+            # A fresh connection per request: the server drops idle ones after 5 s, and a request that is just being
+            # written to a dropped one fails.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        )
+
+    async def healthy(self, timeout_s: float) -> bool:
+        """True once the server can generate."""
+        try:
+            async with self._session.get(f"{self._base}/health", timeout=_timeout(timeout_s)) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def generate(self, request: dict[str, Any], timeout_s: float) -> bytes:
+        """The body of the answer.
+
+        Raises:
+            UnreachableError: no connection, or it broke.
+            SampleError: an HTTP error, or no answer in time.
+        """
+        try:
+            async with self._session.post(
+                f"{self._base}/generate", json=request, timeout=_timeout(timeout_s)
+            ) as response:
+                body = await response.read()
+                status = response.status
+        except TimeoutError as error:
+            raise SampleError(f"no answer within {timeout_s:g} s (strategy_config.request_timeout)") from error
+        except aiohttp.ClientError as error:
+            raise UnreachableError(f"the connection to the server failed: {type(error).__name__}: {error}") from error
+        if status != 200:
+            raise SampleError(f"the server answered {status}: {body[:500].decode(errors='replace')}")
+        return body
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+def _timeout(seconds: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=seconds)

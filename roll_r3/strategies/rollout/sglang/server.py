@@ -1,0 +1,179 @@
+"""The SGLang server's command line and environment, as functions of the configuration. SGLang is not imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from roll_r3 import platform
+from roll_r3.config.strategies import SglangConfig
+from roll_r3.strategies.rollout.sglang import launcher
+
+CPU_PATH = Path(platform.__path__[0]) / "sglang_cpu"
+"""Modules that a server without a GPU needs; last on its import path."""
+
+_NO_REPLICAS = "SGLang refuses weight updates to data-parallel replicas; give actor_infer more devices instead"
+_ROUTES_LOST = "routed experts would be missing or wrong"
+_OWNED = "this strategy sets it itself"
+
+_REFUSED: dict[str, str] = {
+    "pp_size": f"pipeline stages do not gather their layers: {_ROUTES_LOST}; use tp_size",
+    "pipeline_parallel_size": f"pipeline stages do not gather their layers: {_ROUTES_LOST}; use tp_size",
+    "enable_hierarchical_cache": f"prefixes that come back from host memory carry no routes: {_ROUTES_LOST}",
+    "disaggregation_mode": f"the prefill server's routes do not travel to the decode server: {_ROUTES_LOST}",
+    "speculative_algorithm": f"draft tokens are not recorded with theirs: {_ROUTES_LOST}",
+    "speculative_draft_model_path": "it belongs to speculative decoding, with which routed experts are not recorded",
+    "enable_return_routed_experts": "it follows actor_infer.router_replay.mode",
+    "skip_tokenizer_init": "routed experts come in another form with it",
+    "dp_size": _NO_REPLICAS,
+    "data_parallel_size": _NO_REPLICAS,
+    "nnodes": "an engine lives on one node",
+    "node_rank": "an engine lives on one node",
+    "dist_init_addr": "an engine lives on one node",
+    "model_path": f"{_OWNED}, from pretrain or actor_infer.model_args.model_name_or_path",
+    "model": f"{_OWNED}, from pretrain or actor_infer.model_args.model_name_or_path",
+    "trust_remote_code": f"{_OWNED}, from actor_infer.model_args.trust_remote_code",
+    "port": f"{_OWNED}: a free one is taken",
+    "api_key": f"{_OWNED}: a fresh one for every start, which never shows on a command line",
+    "admin_api_key": f"{_OWNED}: the one key opens everything",
+    "device": f"{_OWNED}, from device_type",
+    "base_gpu_id": f"{_OWNED}, from actor_infer.device_mapping",
+    "random_seed": f"{_OWNED}, from seed",
+    "weight_version": f"{_OWNED}: it counts weight updates",
+    "skip_server_warmup": f"{_OWNED}: it warms the server up with a checked generation",
+    "preferred_sampling_params": "it would change what generating_args says",
+    "config": "a file could set what is refused here; write its entries under server_args",
+    "tokenizer_worker_num": "SGLang does not support an API key with it",
+    "ssl_keyfile": "the client speaks plain HTTP",
+    "ssl_certfile": "the client speaks plain HTTP",
+    "grpc_mode": "the client speaks HTTP",
+    "smg_grpc_mode": "the client speaks HTTP",
+    "encoder_only": "the server must generate",
+    "use_ray": "the strategy starts the server itself",
+    "tensor_parallel_size": "write strategy_config.tp_size instead",
+    "tp": "write strategy_config.tp_size instead",
+}
+
+
+def refused_server_args(config: SglangConfig) -> list[str]:
+    """One message for each entry of `server_args` that cannot be: key, value and why. Empty when all is well."""
+    typed = set(SglangConfig.model_fields) - {"server_args"}
+    problems = []
+    for name, value in config.server_args.items():
+        if not name.isidentifier():
+            reason: str | None = "write the name with underscores and without leading dashes"
+        elif name in typed:
+            reason = f"write strategy_config.{name} instead"
+        else:
+            reason = _REFUSED.get(name)
+        if reason:
+            problems.append(f"server_args.{name} (= {value!r}) is refused: {reason}")
+    return problems
+
+
+def server_arguments(
+    config: SglangConfig,
+    *,
+    model_path: str,
+    trust_remote_code: bool,
+    device: str,
+    port: int,
+    seed: int,
+    context_length: int,
+    record_routes: bool,
+) -> list[str]:
+    """SGLang's command line, without the key.
+
+    An entry of `server_args` that is True becomes a bare flag. One that is False is left out: SGLang's flags are off
+    unless they are given.
+
+    Args:
+        context_length: used unless the configuration names one.
+    """
+    arguments: dict[str, str | int | float | bool | None] = {
+        "model_path": model_path,
+        "trust_remote_code": trust_remote_code,
+        "host": config.host,
+        "port": port,
+        "device": device,
+        "dtype": config.dtype,
+        "tp_size": config.tp_size,
+        "random_seed": seed,
+        "context_length": config.context_length or context_length,
+        "mem_fraction_static": config.mem_fraction_static,
+        "max_total_tokens": config.max_total_tokens,
+        "max_running_requests": config.max_running_requests,
+        "chunked_prefill_size": config.chunked_prefill_size,
+        "attention_backend": config.attention_backend,
+        "enable_return_routed_experts": record_routes,
+        "weight_version": "0",
+        "skip_server_warmup": True,
+        "log_level_http": "warning",
+    }
+    if device == "cpu":
+        arguments |= {
+            "attention_backend": config.attention_backend or "torch_native",
+            "sampling_backend": "pytorch",
+            "grammar_backend": "none",
+            "enable_deterministic_inference": True,  # what makes SGLang look at a request's seed
+        }
+    arguments |= config.server_args
+    line: list[str] = []
+    for name, value in arguments.items():
+        if value is None or value is False:
+            continue
+        line.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            line.append(str(value))
+    return line
+
+
+def server_command(config: SglangConfig, arguments: list[str]) -> list[str]:
+    return [config.python or sys.executable, launcher.__file__, *arguments]
+
+
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def server_environment(
+    config: SglangConfig,
+    inherited: Mapping[str, str],
+    *,
+    device: str,
+    gpu_ids: tuple[int, ...],
+    key: str,
+) -> dict[str, str]:
+    """The environment that a server starts with; `inherited` is this process's own."""
+    environment = {
+        name: value
+        for name, value in inherited.items()
+        # A trainer's place in its world is not the server's.
+        if name not in _RANK_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    # With it log-probabilities would no longer be those under the sampling temperature.
+    environment.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
+    environment |= {
+        launcher.KEY_VARIABLE: key,
+        launcher.PARENT_VARIABLE: str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",  # the checkpoint is a directory here
+        # A crashed server would stay up for 5 s (60 s with CUDA) to write dumps, and requests would wait as long.
+        "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+    }
+    if device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpu_ids)
+    else:
+        environment |= {
+            launcher.CPU_PATH_VARIABLE: str(CPU_PATH),
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",  # its small operations are several times slower with a pool of threads
+        }
+        if config.tp_size > 1:
+            cores = os.cpu_count() or 1
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % cores) for rank in range(config.tp_size))
+    return environment

@@ -1,0 +1,187 @@
+"""A rank's coordinates, as arithmetic, and the process groups behind them.
+
+Order of ranks: megatron's default "tp-cp-ep-dp-pp", tensor-parallel ranks next to each other, stages outermost.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from roll_r3.batch.token_map import Layout
+from roll_r3.config.strategies import MegatronConfig
+from roll_r3.errors import ConfigError
+from roll_r3.strategies.base import ProcessInfo
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """Parallel sizes, and this rank's place in each; computed before any process group exists."""
+
+    tp_size: int
+    pp_size: int
+    vpp_size: int | None
+    cp_size: int
+    ep_size: int
+    etp_size: int
+    dp_size: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+    sequence_parallel: bool
+
+    @classmethod
+    def of(cls, config: MegatronConfig, process: ProcessInfo, fields: str) -> RankLayout:
+        """Place `process` in the layout.
+
+        Args:
+            fields: dotted path of the `strategy_config`, for messages.
+
+        Raises:
+            ConfigError: the world does not divide into the model-parallel sizes.
+        """
+        tp, pp, cp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.context_parallel_size
+        ep = config.expert_model_parallel_size
+        etp = config.expert_tensor_parallel_size or (1 if ep > 1 else tp)
+        if process.world_size % (tp * cp * pp):
+            raise ConfigError(
+                f"{fields}: {process.world_size} ranks do not divide into tensor_model_parallel_size {tp} x "
+                f"context_parallel_size {cp} x pipeline_model_parallel_size {pp}; change a size or device_mapping"
+            )
+        if (process.world_size // pp) % (ep * etp):
+            raise ConfigError(
+                f"{fields}: the {process.world_size // pp} ranks of a pipeline stage do not divide into "
+                f"expert_model_parallel_size {ep} x expert_tensor_parallel_size {etp}; change a size or device_mapping"
+            )
+        dp = process.world_size // (tp * cp * pp)
+        return cls(
+            tp_size=tp,
+            pp_size=pp,
+            vpp_size=config.virtual_pipeline_model_parallel_size,
+            cp_size=cp,
+            ep_size=ep,
+            etp_size=etp,
+            dp_size=dp,
+            tp_rank=process.rank % tp,
+            cp_rank=process.rank // tp % cp,
+            dp_rank=process.rank // (tp * cp) % dp,
+            pp_rank=process.rank // (tp * cp * dp),
+            sequence_parallel=tp > 1 if config.sequence_parallel is None else config.sequence_parallel,
+        )
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def returns_results(self) -> bool:
+        """True on exactly one rank of each data-parallel shard: of the last stage, where the logits are."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+
+    @property
+    def sp_size(self) -> int:
+        return self.tp_size if self.sequence_parallel else 1
+
+    def token_layout(self, packed: bool, *, cp_rank: int | None = None, sp_rank: int | None = None) -> Layout:
+        """How a micro-batch lies on this rank, or on the rank of its group that the arguments name."""
+        own_sp_rank = self.tp_rank if self.sequence_parallel else 0
+        return Layout(
+            packed=packed,
+            cp_size=self.cp_size,
+            cp_rank=self.cp_rank if cp_rank is None else cp_rank,
+            sp_size=self.sp_size,
+            sp_rank=own_sp_rank if sp_rank is None else sp_rank,
+        )
+
+
+_members = 0
+"""Strategies of this process that use the process group; megatron keeps one set of groups per process."""
+
+
+def join(process: ProcessInfo, layout: RankLayout, seed: int, timeout: timedelta) -> torch.device:
+    """Join the world and make megatron's groups; a second strategy of the same layout shares them.
+
+    Returns:
+        The device that models of this process live on.
+
+    Raises:
+        ConfigError: another strategy of this process uses another layout.
+    """
+    global _members
+    device = torch.device("cuda", process.local_rank) if process.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{process.master_addr}:{process.master_port}",
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=timeout,
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            layout.tp_size,
+            layout.pp_size,
+            layout.vpp_size,
+            context_parallel_size=layout.cp_size,
+            expert_model_parallel_size=layout.ep_size,
+            expert_tensor_parallel_size=layout.etp_size,
+            distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    _check_groups(layout)
+    _members += 1
+    return device
+
+
+def leave() -> None:
+    """Undo one `join`; the last one takes the groups down."""
+    global _members
+    _members -= 1
+    if _members == 0:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _check_groups(layout: RankLayout) -> None:
+    """The groups that exist are those that `layout` describes."""
+    made = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    wanted = (
+        layout.tp_size,
+        layout.tp_rank,
+        layout.pp_size,
+        layout.pp_rank,
+        layout.vpp_size,
+        layout.cp_size,
+        layout.cp_rank,
+        layout.ep_size,
+        layout.etp_size,
+        layout.dp_size,
+        layout.dp_rank,
+    )
+    if made != wanted:
+        raise ConfigError(
+            f"this process already runs megatron with the layout {made} (tp, pp, vpp, cp, ep, etp, dp and ranks), and "
+            f"another role asks for {wanted}: give both roles the same parallel sizes, or processes of their own"
+        )

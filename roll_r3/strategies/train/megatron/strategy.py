@@ -1,0 +1,315 @@
+"""One rank of a model that megatron-core runs: log-probabilities, and the policy that learns.
+
+The order of things is here; what they are is in the modules beside this one. Works under Ray, under torchrun and in a
+plain process alike. Shape legend as in `roll_r3.batch.batch`: n samples, N inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from roll_r3.algorithms.aggregation import loss_denominator
+from roll_r3.algorithms.stats import TokenStats
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.micro_batch import fixed_size, shuffled_mini_batches
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
+from roll_r3.errors import ConfigError, ReplayError
+from roll_r3.models.facts import read_facts
+from roll_r3.platform import megatron_cpu
+from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
+from roll_r3.strategies.train.megatron import parallel
+from roll_r3.strategies.train.megatron.bridge import write_checkpoint
+from roll_r3.strategies.train.megatron.checks import check_role, steps_per_epoch
+from roll_r3.strategies.train.megatron.micro_batch import MicroBatch, cut, fill_pipeline
+from roll_r3.strategies.train.megatron.model import DTYPES, build_model
+from roll_r3.strategies.train.megatron.optimizer import Optimizer, StepFigures
+from roll_r3.strategies.train.megatron.recorded import RecordedRoutes
+from roll_r3.strategies.train.megatron.replay import RecordSession, ReplaySession, local_layers
+from roll_r3.strategies.train.megatron.schedule import (
+    TokenValues,
+    log_prob_objective,
+    policy_objective,
+    run_schedule,
+)
+
+Role = Literal["actor_train", "reference"]
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""After which a rank that waits for another gives up."""
+
+
+class MegatronInfer:
+    """An `InferStrategy`: log-probabilities under frozen weights."""
+
+    trains = False
+
+    def __init__(self, config: RLVRConfig, role: Role, process: ProcessInfo, *, model_path: str | None = None) -> None:
+        """
+        Args:
+            role: which section of `config` this rank belongs to.
+            process: this rank's place in the world.
+            model_path: checkpoint directory, where the configuration names none that is on this disk.
+
+        Raises:
+            ConfigError: settings that cannot work together (see `check_role`).
+        """
+        section: ActorTrainConfig | ReferenceConfig | None = getattr(config, role)
+        if section is None:
+            raise ConfigError(f"{role} is not configured")
+        self.config = config
+        self.role = role
+        self.section = section
+        self.settings = section.strategy_args.strategy_config
+        self.process = process
+        self.model_path = model_path or section.model_args.model_name_or_path or config.pretrain
+        self.layout = parallel.RankLayout.of(self.settings, process, f"{role}.strategy_args.strategy_config")
+        # the reference always routes by itself
+        self.replay_mode = section.router_replay.mode if role == "actor_train" else "disable"
+        check_role(config, role, self.layout)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.layout.dp_rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.layout.dp_size
+
+    @property
+    def returns_results(self) -> bool:
+        """True on exactly one rank of each data-parallel shard."""
+        return self.layout.returns_results
+
+    def initialize(self) -> None:
+        """Join the process group, build the model, load the weights; collective.
+
+        Raises:
+            ConfigError: the checkpoint cannot be built here, or another role of this process has another layout.
+        """
+        megatron_cpu.install()
+        self.facts = read_facts(self.model_path)
+        device = parallel.join(self.process, self.layout, self.config.seed, COLLECTIVE_TIMEOUT)
+        self.model = build_model(
+            self.model_path,
+            self.section.model_args,
+            self.settings,
+            self.layout,
+            device,
+            replays=self.replay_mode != "disable",
+            trains=self.trains,
+        )
+        if unknown := set(local_layers(self.model.routers)) - set(self.facts.moe_layers):
+            raise ConfigError(
+                f"{self.model_path}: megatron routes in layers {sorted(unknown)}, which config.json does not make MoE "
+                f"layers ({list(self.facts.moe_layers)})"
+            )
+        self.recorded = RecordedRoutes(self.layout, self.section.use_sequence_packing, self.facts.num_experts)
+
+    def compute_log_probs(self, batch: Batch) -> LogProbResult:
+        """Log-probabilities and entropies of this rank's shard, without gradients; collective.
+
+        Under R3 it replays `batch.routes`, under R2 it records the routes for `train_step`.
+
+        Raises:
+            ReplayError: R3, and the batch carries no routes, or routes that do not fit its samples.
+        """
+        megatron_cpu.install()
+        micro_batches = self._cut(batch, fixed_size(batch.num_samples, self.section.infer_batch_size))
+        if self.layout.vpp_size:
+            micro_batches = fill_pipeline(micro_batches, self.layout.pp_size)
+        session: ReplaySession | RecordSession | None = None
+        if self.replay_mode == "R3":
+            session = self._replay_session(batch, len(micro_batches), forward_only=True)
+        elif self.replay_mode == "R2":
+            self.recorded.clear()
+            session = RecordSession(self.model.routers, len(micro_batches), **self._routing())
+        objective = log_prob_objective(self.model, self.config.actor_infer.generating_args.temperature)
+        values = run_schedule(self.model, micro_batches, objective, session, forward_only=True)
+        if isinstance(session, RecordSession):
+            with session.stopwatch.running():
+                self.recorded.store(micro_batches, session.chosen)
+        log_probs_N, entropy_N = self._whole(micro_batches, values)
+        return LogProbResult(
+            log_probs_N=log_probs_N,
+            entropy_N=entropy_N,
+            replay=_summed([session.counts]) if isinstance(session, ReplaySession) else None,
+            seconds_in_routes=session.stopwatch.seconds if session else 0.0,
+        )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        parallel.leave()
+
+    def _cut(self, batch: Batch, groups: Sequence[npt.NDArray[np.int64]]) -> list[MicroBatch]:
+        # the allgather dispatcher exchanges equal shapes between expert-parallel ranks
+        same_width = self.settings.moe_token_dispatcher_type == "allgather" and self.layout.ep_size > 1
+        layout = self.layout.token_layout(self.section.use_sequence_packing)
+        return cut(batch, groups, layout, same_width=same_width)
+
+    def _replay_session(self, batch: Batch, num_micro_batches: int, *, forward_only: bool) -> ReplaySession:
+        if batch.routes is None:
+            raise ReplayError(
+                f"{self.role}.router_replay.mode is R3, but the batch carries no routes: the rollout has to record them "
+                "(actor_infer.router_replay.mode: R3)"
+            )
+        # what the rollout recorded covers every MoE layer, a recording pass of this rank only its own
+        layers = self.facts.moe_layers if self.replay_mode == "R3" else local_layers(self.model.routers)
+        return ReplaySession(
+            self.model.routers,
+            num_micro_batches,
+            **self._routing(),
+            layer_rows={layer: row for row, layer in enumerate(layers)},
+            forward_only=forward_only,
+        )
+
+    def _routing(self) -> dict[str, Any]:
+        """What every routing session of this rank needs."""
+        return {"facts": self.facts, "ep_size": self.layout.ep_size, "device": self.model.device}
+
+    def _whole(
+        self, micro_batches: Sequence[MicroBatch], values: Sequence[TokenValues]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | tuple[None, None]:
+        """Values of all inputs of the shard, in the batch's order; only on the ranks of the last stage."""
+        if not self.layout.is_last_stage:
+            return None, None
+        parts = [
+            micro.tokens.scatter(torch.stack(pair, dim=-1).cpu().numpy())
+            for micro, pair in zip(micro_batches, values, strict=True)
+            if micro.counted
+        ]
+        whole_N2 = torch.from_numpy(np.concatenate(parts)).to(self.model.device)
+        if self.layout.cp_size > 1:
+            dist.all_reduce(whole_N2, group=parallel_state.get_context_parallel_group())
+        if not self.returns_results:
+            return None, None
+        log_probs_N, entropy_N = whole_N2.T.contiguous().cpu().numpy()
+        return log_probs_N, entropy_N
+
+
+class MegatronTrain(MegatronInfer):
+    """A `TrainStrategy`: the policy that learns."""
+
+    trains = True
+
+    def initialize(self) -> None:
+        """Join the process group, build the model, load the weights, make the optimizer; collective."""
+        super().initialize()
+        assert isinstance(self.section, ActorTrainConfig)
+        self.training_args = self.section.training_args
+        epochs = self.config.max_steps * self.config.ppo_epochs
+        self.optimizer = Optimizer(
+            self.model.chunks,
+            self.training_args,
+            dtype=DTYPES[self.section.model_args.dtype],
+            distributed=self.settings.use_distributed_optimizer,
+            total_steps=epochs * steps_per_epoch(self.config, self.layout),
+        )
+
+    def train_step(self, batch: Batch, step: int) -> TrainResult:
+        """All optimizer steps on this rank's shard of step `step`; collective.
+
+        Raises:
+            ReplayError: R3 without routes, R2 without a recording pass, or a row that was not used exactly once.
+            RollError: a gradient norm that is not finite.
+        """
+        megatron_cpu.install()
+        if self.replay_mode == "R2":
+            batch = self.recorded.attach(batch)
+        mini_batches = [batch.select(samples) for samples in self._mini_batches(batch.num_samples, step)]
+        denominators = self._denominators(mini_batches)
+        stats = TokenStats()
+        figures: list[StepFigures] = []
+        counts: list[ReplayCounts] = []
+        seconds = 0.0
+        for mini_batch, denominator in zip(mini_batches, denominators, strict=True):
+            groups = fixed_size(mini_batch.num_samples, self.training_args.per_device_train_batch_size)
+            micro_batches = self._cut(mini_batch, groups)
+            session = None
+            if self.replay_mode != "disable":
+                session = self._replay_session(mini_batch, len(micro_batches), forward_only=False)
+            objective = policy_objective(self.model, self.config, denominator, stats)
+            self.optimizer.zero_grad()
+            run_schedule(self.model, micro_batches, objective, session, forward_only=False)
+            figures.append(self.optimizer.step())
+            if session:
+                counts.append(session.counts)
+                seconds += session.stopwatch.seconds
+        return TrainResult(
+            metrics=self._reduced(stats)
+            | {
+                "actor_train/grad_norm": float(np.mean([f.grad_norm for f in figures])),
+                "actor_train/optimizer_steps": float(len(figures)),
+                "actor/lr": figures[-1].learning_rate,
+            },
+            replay=_summed(counts) if counts else None,
+            seconds_in_routes=seconds,
+        )
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) pairs in the training dtype, the same on every rank; collective."""
+        megatron_cpu.install()
+        yield from self.model.export_weights()
+
+    def save_hf(self, path: Path) -> None:
+        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
+        weights = self.export_weights()
+        if self.process.rank == 0:
+            write_checkpoint(weights, Path(self.model_path), path)
+        else:
+            for _ in weights:
+                pass
+        dist.barrier()
+
+    def _mini_batches(self, num_samples: int, step: int) -> list[npt.NDArray[np.int64]]:
+        """Samples of each optimizer step of a training step."""
+        args = self.training_args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return [
+            samples
+            for epoch in range(self.config.ppo_epochs)
+            for samples in shuffled_mini_batches(
+                num_samples, size, (self.config.seed, step, epoch, self.layout.dp_rank)
+            )
+        ]
+
+    def _denominators(self, mini_batches: Sequence[Batch]) -> list[float]:
+        """Of each optimizer step's loss, over all data-parallel ranks."""
+        parts = [loss_denominator(mini_batch, self.config.loss_agg_mode) for mini_batch in mini_batches]
+        total = torch.tensor(parts, dtype=torch.float64, device=self.model.device)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return [max(value, 1.0) for value in total.tolist()]
+
+    def _reduced(self, stats: TokenStats) -> dict[str, float]:
+        """Token statistics over all ranks, on every rank; they arise on the last pipeline stage."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+        def all_reduce(values: torch.Tensor, operation: str) -> None:
+            dist.all_reduce(values, operations[operation], group=group)
+
+        box = [stats.reduce(all_reduce) if self.layout.is_last_stage else {}]
+        if self.layout.pp_size > 1:
+            dist.broadcast_object_list(
+                box,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return box[0]
+
+
+def _summed(counts: Sequence[ReplayCounts]) -> ReplayCounts:
+    """Sum of this rank's counts over all ranks of the world; collective."""
+    total = torch.tensor([astuple(c) for c in counts], device=torch.cuda.current_device()).sum(0)
+    dist.all_reduce(total)
+    return ReplayCounts(**dict(zip((f.name for f in fields(ReplayCounts)), total.tolist(), strict=True)))

@@ -1,0 +1,66 @@
+"""Log-probabilities and entropy of logits that are split over tensor-parallel ranks.
+
+Shape legend: B x S tokens of this rank, V vocabulary columns of this tensor-parallel rank (the last rank may hold
+padded columns, which no token has).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+_NO_TOKEN = -1e9
+"""Logit of a padded column: its probability is exactly 0, and unlike -inf it never makes 0 * inf."""
+
+
+def scaled_logits(logits_BSV: torch.Tensor, temperature: float, vocab_size: int) -> torch.Tensor:
+    """fp32 logits under the sampling temperature, padded columns ruled out. [B, S, V]"""
+    logits_BSV = logits_BSV.float() / temperature
+    columns = logits_BSV.size(-1)
+    held = vocab_size - parallel_state.get_tensor_model_parallel_rank() * columns
+    if held < columns:
+        padded_V = torch.arange(columns, device=logits_BSV.device) >= held
+        logits_BSV = logits_BSV.masked_fill(padded_V, _NO_TOKEN)
+    return logits_BSV
+
+
+def label_log_probs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each label, nats, differentiable. fp32 [B, S]"""
+    # megatron's cross entropy works in place on fp32 input
+    return -vocab_parallel_cross_entropy(logits_BSV.clone(), labels_BS)
+
+
+def entropy(logits_BSV: torch.Tensor) -> torch.Tensor:
+    """Entropy of each token's distribution, nats, differentiable. fp32 [B, S]"""
+    return _VocabParallelEntropy.apply(logits_BSV)
+
+
+class _VocabParallelEntropy(torch.autograd.Function):
+    """H = log Z - sum(p * z), and dH/dz = -p * (log p + H)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BSV: torch.Tensor) -> torch.Tensor:
+        group = parallel_state.get_tensor_model_parallel_group()
+        peak_BS1 = logits_BSV.amax(-1, keepdim=True)
+        dist.all_reduce(peak_BS1, dist.ReduceOp.MAX, group=group)
+        shifted_BSV = logits_BSV - peak_BS1
+        weights_BSV = shifted_BSV.exp()
+        sums_2BS1 = torch.stack(
+            [weights_BSV.sum(-1, keepdim=True), (weights_BSV * shifted_BSV).sum(-1, keepdim=True)]
+        )
+        dist.all_reduce(sums_2BS1, group=group)
+        total_BS1, moment_BS1 = sums_2BS1
+        log_total_BS1 = total_BS1.log()
+        entropy_BS1 = log_total_BS1 - moment_BS1 / total_BS1
+        ctx.save_for_backward(shifted_BSV, log_total_BS1, entropy_BS1)
+        return entropy_BS1.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BS: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        shifted_BSV, log_total_BS1, entropy_BS1 = ctx.saved_tensors
+        log_probs_BSV = shifted_BSV - log_total_BS1
+        return -grad_BS.unsqueeze(-1) * log_probs_BSV.exp() * (log_probs_BSV + entropy_BS1)

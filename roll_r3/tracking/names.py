@@ -1,0 +1,108 @@
+"""Every metric there is: name, unit and meaning, in one place. `MetricLog` refuses a name that is not here.
+
+ROLL's names are the base. docs/metrics.md is generated from this table (`python -m roll_r3.tracking.names`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str
+    meaning: str
+
+
+def _stats(prefix: str, unit: str, what: str) -> dict[str, Metric]:
+    return {
+        f"{prefix}/mean": Metric(unit, f"mean of {what}"),
+        f"{prefix}/max": Metric(unit, f"maximum of {what}"),
+        f"{prefix}/min": Metric(unit, f"minimum of {what}"),
+    }
+
+
+METRICS: dict[str, Metric] = {
+    **_stats("critic/score", "reward", "what the reward rules gave, over the step's samples"),
+    **_stats("critic/rewards", "reward", "scores less the KL penalty (the score itself when add_token_level_kl is off)"),
+    **_stats("critic/advantages", "1", "the advantage of trained tokens"),
+    "critic/kl": Metric("nats", "mean over tokens of the kl_estimator's KL(old policy || reference)"),
+    "critic/entropy/mean": Metric("nats", "mean entropy of the policy before the update, at trained tokens"),
+    "critic/old_log_prob/mean": Metric("nats", "mean log-probability of sampled tokens before the update"),
+    "critic/ref_log_prob/mean": Metric("nats", "mean log-probability of sampled tokens under the reference"),
+    **_stats("tokens/prompt_length", "tokens", "prompt length"),
+    **_stats("tokens/response_length", "tokens", "response length, end-of-sequence token included"),
+    "tokens/truncated_ratio": Metric("share", "samples that ended because response_length was reached"),
+    "actor/pg_loss": Metric("1", "policy-gradient loss, mean over trained tokens of all optimizer steps"),
+    "actor/total_loss": Metric("1", "policy-gradient loss with its KL and entropy terms, mean over trained tokens"),
+    "actor/kl_loss": Metric("nats", "kl_estimator's KL(policy || reference) during the update"),
+    "actor/entropy": Metric("nats", "entropy during the update"),
+    "actor/ratio_mean": Metric("1", "mean of policy / old policy"),
+    "actor/ratio_max": Metric("1", "largest policy / old policy"),
+    "actor/ratio_min": Metric("1", "smallest policy / old policy"),
+    "actor/ppo_ratio_clipfrac": Metric("share", "tokens whose ratio is outside the clip range"),
+    "actor/ppo_ratio_high_clipfrac": Metric("share", "tokens whose ratio is above it"),
+    "actor/ppo_ratio_low_clipfrac": Metric("share", "tokens whose ratio is below it"),
+    "actor/approxkl": Metric("nats", "mean of (log ratio)^2 / 2"),
+    "actor/policykl": Metric("nats", "mean of log old policy - log policy"),
+    "actor/is_weight_mean": Metric("1", "mean truncated importance weight old policy / rollout"),
+    "actor/is_weight_clipfrac": Metric("share", "tokens whose weight was truncated"),
+    "actor/lr": Metric("1", "learning rate of the last optimizer step"),
+    "actor_train/grad_norm": Metric("1", "global gradient norm before clipping, mean over optimizer steps"),
+    "actor_train/optimizer_steps": Metric("steps", "optimizer steps in this step"),
+    "training/rollout_probs_diff_mean": Metric("probability", "mean |p_trainer - p_rollout| of sampled tokens"),
+    "training/rollout_probs_diff_max": Metric("probability", "largest |p_trainer - p_rollout|"),
+    "training/rollout_probs_diff_std": Metric("probability", "standard deviation of |p_trainer - p_rollout|"),
+    "actor/rollout_train_logprobs_abs_diff_mean": Metric("nats", "mean |log p_trainer - log p_rollout|"),
+    "actor/rollout_train_logprobs_abs_diff_max": Metric("nats", "largest |log p_trainer - log p_rollout|"),
+    "rollout_corr/kl": Metric("nats", "k1 estimate of KL(rollout || trainer)"),
+    "rollout_corr/k3_kl": Metric("nats", "k3 estimate of KL(rollout || trainer)"),
+    "rollout_corr/extreme_ratio_tau2": Metric("share", "tokens whose trainer / rollout ratio is above 2 or below 1/2"),
+    "router_replay/coverage": Metric("share", "(trained token, MoE layer) entries that the update replayed"),
+    "router_replay/agreement_native": Metric(
+        "share", "replayed (token, layer) entries where the live router would have chosen the same set of experts"
+    ),
+    "router_replay/missing_rows": Metric("entries", "(token, layer) entries that the engine never saw"),
+    "router_replay/padded_rows": Metric("entries", "(padding slot, layer) entries in the update"),
+    "router_replay/bytes_per_token": Metric("bytes", "bytes of routes held per token that has a row"),
+    "router_replay/time_share": Metric("share", "of the step's time, spent by the slowest rank on routes"),
+    "rollout/dropped_samples": Metric("samples", "samples given up after their retries"),
+    "rollout/retries": Metric("requests", "requests that were sent again"),
+    "time/step_total": Metric("s", "the whole step"),
+    "time/step_generate": Metric("s", "rollout"),
+    "time/step_reward": Metric("s", "rewards and advantages"),
+    "time/step_reference": Metric("s", "reference log-probabilities"),
+    "time/step_old_log_probs": Metric("s", "old log-probabilities"),
+    "time/step_train": Metric("s", "optimizer steps"),
+    "time/step_model_update": Metric("s", "sending weights to the engines"),
+    "system/global_step": Metric("steps", "this step, counted from 1"),
+    "system/samples": Metric("samples", "samples trained on since the run began"),
+    "system/tps": Metric("tokens/s", "tokens of the step, prompts included, over time/step_total"),
+}
+
+
+def metrics_table() -> str:
+    """docs/metrics.md."""
+    rows = [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in METRICS.items()]
+    head = (
+        "# Metrics\n\nGenerated by `python -m roll_r3.tracking.names`; do not edit.\n\n"
+        "Written to `metrics.jsonl` (one JSON object a step) and TensorBoard. A name is absent from a step in which it has "
+        "no meaning (no reference, no replay).\n\n| name | unit | meaning |\n| --- | --- | --- |\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="write docs/metrics.md")
+    parser.add_argument("--check", action="store_true", help="fail when the file is stale instead of writing it")
+    path = Path("docs/metrics.md")
+    if parser.parse_args().check:
+        return int(not path.is_file() or path.read_text() != metrics_table())
+    path.write_text(metrics_table())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

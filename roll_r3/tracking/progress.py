@@ -1,0 +1,105 @@
+"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+SHOWN = {
+    "reward": "critic/score/mean",
+    "|dlogp|": "actor/rollout_train_logprobs_abs_diff_mean",
+    "coverage": "router_replay/coverage",
+    "agree": "router_replay/agreement_native",
+    "grad": "actor_train/grad_norm",
+}
+"""Heading -> metric, in the order of the columns."""
+
+
+def format_seconds(seconds: float) -> str:
+    """95 -> "1:35", 3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """Stage, step, rates and the time that is left."""
+
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
+        self._total = total_steps
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._started = time.monotonic()
+        self._step_times: list[float] = []
+        self._stage = ""
+        self._stage_started = 0.0
+        self._step = 0
+        self._header_shown = False
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(Text(text))
+
+    @contextmanager
+    def stage(self, name: str, step: int = 0) -> Iterator[None]:
+        """Show `name` while the block runs. Outside a terminal only stages before the first step are printed."""
+        self._stage, self._stage_started, self._step = name, time.monotonic(), step
+        if self._live is None and step == 0:
+            self.say(f"{name} ...")
+        try:
+            yield
+        finally:
+            self._stage = ""
+
+    def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of figures."""
+        self._step_times.append(metrics["time/step_total"])
+        if not self._header_shown:
+            self._header_shown = True
+            heads = "".join(f"{head:>11}" for head in SHOWN)
+            self.say(f"{'step':>9}{heads}{'tokens/s':>11}{'s/step':>9}{'left':>9}")
+        cells = "".join(f"{_cell(metrics.get(name)):>11}" for name in SHOWN.values())
+        rate, seconds = metrics["system/tps"], metrics["time/step_total"]
+        self.say(f"{step:>4}/{self._total:<4}{cells}{rate:>11.0f}{seconds:>9.2f}{self._left(step):>9}")
+
+    def _left(self, step: int) -> str:
+        recent = self._step_times[-10:]
+        return format_seconds((self._total - step) * sum(recent) / len(recent)) if recent else "?"
+
+    def _render(self) -> Table:
+        grid = Table.grid(padding=(0, 2))
+        if self._stage:
+            where = f"step {self._step}/{self._total}" if self._step else "starting"
+            spent = format_seconds(time.monotonic() - self._stage_started)
+            done = len(self._step_times)
+            left = f"about {self._left(done)} left" if done else ""
+            grid.add_row(Text(where, style="bold"), Text(self._stage, style="cyan"), Text(spent), Text(left))
+        return grid
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"

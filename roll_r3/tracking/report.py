@@ -1,0 +1,74 @@
+"""The summary that a run ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from roll_r3.tracking.progress import format_seconds
+
+WINDOW = 5
+"""Steps that "at the start" and "at the end" are averaged over: one step's mean reward is noisy."""
+
+
+class Sample(Protocol):
+    """One sampled response, as a person would read it."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def ground_truth(self) -> str: ...
+    @property
+    def score(self) -> float: ...
+
+
+def window_mean(history: Sequence[Mapping[str, float]], name: str, *, end: bool) -> float | None:
+    """Mean of a metric over the first or the last `WINDOW` steps that have it."""
+    values = [row[name] for row in history if name in row]
+    if not values:
+        return None
+    chosen = values[-WINDOW:] if end else values[:WINDOW]
+    return sum(chosen) / len(chosen)
+
+
+def run_summary(
+    run_dir: Path,
+    history: Sequence[Mapping[str, float]],
+    before: Sequence[Sample],
+    after: Sequence[Sample],
+    *,
+    replay_mode: str,
+    seconds: float,
+) -> str:
+    """A few lines of plain text: where the run is, what it learned, what replay did."""
+    steps = len(history)
+    lines = ["", f"finished {steps} steps in {format_seconds(seconds)}", f"run directory   {run_dir}"]
+    start, finish = (window_mean(history, "critic/score/mean", end=e) for e in (False, True))
+    if start is not None and finish is not None:
+        shown = min(WINDOW, steps)
+        lines.append(f"mean reward     {start:.3f} (first {shown} steps) -> {finish:.3f} (last {shown} steps)")
+    lines.append(f"router replay   {replay_mode}")
+    for name, label in (
+        ("router_replay/coverage", "coverage"),
+        ("router_replay/missing_rows", "missing rows"),
+        ("router_replay/agreement_native", "agreement of the live router"),
+        ("router_replay/bytes_per_token", "bytes per token"),
+        ("actor/rollout_train_logprobs_abs_diff_mean", "mean |log p_trainer - log p_rollout|"),
+        ("rollout_corr/k3_kl", "k3 KL(rollout || trainer)"),
+        ("router_replay/time_share", "share of step time on routes"),
+    ):
+        values = [row[name] for row in history if name in row]
+        if values:
+            mean = sum(values) / len(values)
+            lines.append(f"  {label:<38}{mean:<12.5g}(lowest {min(values):.5g}, highest {max(values):.5g})")
+    for title, samples in (("first step", before), ("last step", after)):
+        if samples:
+            lines.append(f"samples of the {title}")
+            lines += [
+                f"  {s.prompt[-60:]!r} -> {s.response[:60]!r}  wanted {s.ground_truth!r}, reward {s.score:g}" for s in samples
+            ]
+    lines.append(f"curves          tensorboard --logdir {run_dir}")
+    return "\n".join(lines)

@@ -1,0 +1,25 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Read when torch is imported, here and in every process a test starts: many processes share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A property is judged by its result; on a busy machine an example's time says nothing.
+settings.register_profile("shared_machine", deadline=None)
+settings.load_profile("shared_machine")
+
+INTEGRATION = Path(__file__).parent / "integration"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything under integration/ carries the marker, also where a test forgot it."""
+    for item in items:
+        if item.path.is_relative_to(INTEGRATION):
+            item.add_marker(pytest.mark.integration)

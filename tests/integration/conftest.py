@@ -1,0 +1,30 @@
+"""What integration tests share: gangs of processes that stay up for the session, and a tiny checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Gang
+
+
+@pytest.fixture(scope="session")
+def gang() -> Iterator[Callable[[int], Gang]]:
+    """`gang(size)`: the one gang of that many processes."""
+    gangs: dict[int, Gang] = {}
+
+    def of(size: int) -> Gang:
+        return gangs.setdefault(size, Gang(size))
+
+    yield of
+    for each in gangs.values():
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE checkpoint of half a million parameters, fp32."""
+    from roll_r3.models.tiny import make_tiny_checkpoint
+
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_moe"), seed=1)

@@ -1,0 +1,117 @@
+"""Real processes for tests: a gang of ranks that stays up, runs one function after another, and never hangs a test.
+
+A function that a test hands over is a module-level one; it is called on every rank with that rank's `ProcessInfo`
+(a fresh port each time, so it may make its own process group) and its results come back in rank order. A rank that
+raises, dies or does not answer in time ends the gang, and the next call starts a new one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from roll_r3.strategies.base import ProcessInfo
+
+GRACE = 5.0
+"""Seconds that the other ranks have once one has failed: they may be waiting for it in a collective."""
+
+
+class RankFailed(AssertionError):
+    """One or more ranks did not return; the text holds their tracebacks."""
+
+
+class Gang:
+    """`size` processes on this machine, started with the first call."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """`function(process, *args)` on every rank.
+
+        Raises:
+            RankFailed: a rank raised, died, or did not return within `timeout` seconds.
+        """
+        if not self._processes:
+            self._start()
+        port = _free_port()
+        for rank, pipe in enumerate(self._pipes):
+            pipe.send((function, ProcessInfo(rank, self.size, rank, "127.0.0.1", port), args))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(failures) < self.size:
+            waiting = [rank for rank in range(self.size) if rank not in results and rank not in failures]
+            ready = wait([self._pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                failures |= {rank: "no answer in time" for rank in waiting}
+            for rank in waiting:
+                if self._pipes[rank] in ready:
+                    self._receive(rank, results, failures)
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE)
+        if failures:
+            self.close()
+            raise RankFailed("\n".join(f"rank {rank} of {self.size}:\n{text}" for rank, text in failures.items()))
+        return [results[rank] for rank in range(self.size)]
+
+    def _receive(self, rank: int, results: dict[int, Any], failures: dict[int, str]) -> None:
+        try:
+            ok, answer = self._pipes[rank].recv()
+        except EOFError:
+            self._processes[rank].join(1.0)
+            failures[rank] = f"died with exit code {self._processes[rank].exitcode}"
+            return
+        (results if ok else failures)[rank] = answer
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        for _ in range(self.size):
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(pipe)
+
+    def close(self) -> None:
+        """End the processes; safe to call twice."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(pipe: Connection) -> None:
+    """What each process does: call, answer, until the pipe closes."""
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, process, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, function(process, *args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,310 @@
+"""Batches, settings and the slow reference that the megatron tests share.
+
+The reference is transformers' model, one sample at a time, without padding, with its routers forced to the given
+rows; its loss and its optimizer are written out here in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import copy
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.routes import RoutedExperts
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.strategies.base import ProcessInfo, ReplayCounts
+
+LAYERS, EXPERTS, TOP_K, VOCAB = 4, 16, 2, 260
+SAMPLES = 8
+
+Weights = dict[str, npt.NDArray[np.float32]]
+
+STEEP = 1e4
+GRADIENT = {
+    "learning_rate": STEEP,
+    "adam_epsilon": STEEP,
+    "adam_beta1": 0.0,
+    "adam_beta2": 0.0,
+    "max_grad_norm": 0.0,
+}
+"""Training arguments under which one Adam step moves every weight by -g / (1 + |g| / STEEP): with them the exported
+weights show the gradients, whatever optimizer, sharding and layout made them."""
+
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a training rank."""
+
+    checkpoint: str
+    layout: dict[str, Any] = field(default_factory=dict)
+    mode: str = "R3"
+    packed: bool = False
+    dtype: str = "fp32"
+    micro_batch_size: int = 2
+    mini_batches: int = 1
+    """Optimizer steps of the training step."""
+    infer_batch_size: int = 3
+    training: dict[str, Any] = field(default_factory=lambda: dict(GRADIENT))
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the root of the configuration."""
+    log_probs_first: bool = False
+    """Run the pass that computes log-probabilities before the training step."""
+
+    def config(self, dp_size: int = 1) -> RLVRConfig:
+        accumulation = SAMPLES // (self.micro_batch_size * dp_size * self.mini_batches)
+        role = {"model_args": {"dtype": self.dtype}, "infer_batch_size": self.infer_batch_size}
+        return RLVRConfig(
+            exp_name="megatron",
+            pretrain=self.checkpoint,
+            max_steps=10,
+            rollout_batch_size=SAMPLES // 2,
+            num_return_sequences_in_group=2,
+            actor_train={
+                **role,
+                "router_replay": {"mode": self.mode},
+                "use_sequence_packing": self.packed,
+                "strategy_args": {"strategy_name": "megatron_train", "strategy_config": self.layout},
+                "training_args": {
+                    "per_device_train_batch_size": self.micro_batch_size,
+                    "gradient_accumulation_steps": accumulation,
+                    **self.training,
+                },
+            },
+            reference={
+                **role,
+                "use_sequence_packing": self.packed,
+                "strategy_args": {"strategy_name": "megatron_infer", "strategy_config": self.layout},
+            },
+            **{"actor_infer": {"generating_args": {"temperature": 0.7}}, **self.options},
+        )
+
+    @property
+    def model_parallel_size(self) -> int:
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        return int(np.prod([self.layout.get(name, 1) for name in sizes]))
+
+
+def make_batch(seed: int = 0, *, unknown: float = 0.0, vocab: int = VOCAB, length: int | None = None) -> Batch:
+    """Ragged samples with random routes.
+
+    Args:
+        unknown: share of rows that the engine is said never to have seen.
+        length: inputs of every sample; None: ragged.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 20, SAMPLES) if length is None else np.full(SAMPLES, length)
+    total = int(lengths.sum())
+    mask = rng.random(total) < 0.7
+    routes = []
+    for rows in lengths:
+        ids = rng.random((LAYERS, rows, EXPERTS)).argsort(-1)[..., :TOP_K].astype(np.uint8)
+        known = None if not unknown else rng.random(rows) >= unknown
+        routes.append(RoutedExperts(ids, known))
+    log_probs = (-4 - rng.random(total)).astype(np.float32)
+    return Batch(
+        sample_ids=tuple(f"sample{i}" for i in range(SAMPLES)),
+        lengths_n=lengths,
+        input_ids_N=rng.integers(0, vocab, total),
+        labels_N=rng.integers(0, vocab, total),
+        loss_mask_N=mask,
+        rollout_log_probs_N=np.where(mask, log_probs, 0).astype(np.float32),
+        routes=tuple(routes),
+        advantages_N=np.where(mask, rng.standard_normal(total), 0).astype(np.float32),
+        old_log_probs_N=(log_probs + 0.05 * rng.standard_normal(total)).astype(np.float32),
+        ref_log_probs_N=(log_probs + 0.1 * rng.standard_normal(total)).astype(np.float32),
+    )
+
+
+def shard(batch: Batch, rank: int, size: int) -> Batch:
+    return batch.select(np.arange(batch.num_samples)[rank::size])
+
+
+@dataclass
+class Outcome:
+    """What one rank of a case returns."""
+
+    weights: Weights | None
+    """After the step; rank 0 only."""
+    digest: float
+    """The same number on every rank whose export is the same."""
+    metrics: dict[str, float]
+    train_counts: ReplayCounts | None
+    log_prob_counts: ReplayCounts | None = None
+    log_probs: npt.NDArray[np.float32] | None = None
+    entropy: npt.NDArray[np.float32] | None = None
+    dp_rank: int = 0
+    seconds_in_routes: float = 0.0
+
+
+def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
+    """Build the strategy, run its step on this rank's shard, return what is to be checked."""
+    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+
+    dp_size = process.world_size // case.model_parallel_size
+    strategy = MegatronTrain(case.config(dp_size), "actor_train", process)
+    strategy.initialize()
+    part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
+    before = strategy.compute_log_probs(part) if case.log_probs_first or case.mode == "R2" else None
+    result = strategy.train_step(part, step=1)
+    weights = dict(exported(strategy))
+    outcome = Outcome(
+        weights=weights if process.rank == 0 else None,
+        digest=float(sum(np.abs(w).astype(np.float64).sum() for w in weights.values())),
+        metrics=result.metrics,
+        train_counts=result.replay,
+        dp_rank=strategy.data_parallel_rank,
+        seconds_in_routes=result.seconds_in_routes,
+    )
+    if before is not None:
+        outcome.log_prob_counts = before.replay
+        assert (before.log_probs_N is not None) == strategy.returns_results
+        outcome.log_probs, outcome.entropy = before.log_probs_N, before.entropy_N
+    strategy.close()
+    return outcome
+
+
+def exported(strategy: Any) -> list[tuple[str, npt.NDArray[np.float32]]]:
+    return [(name, tensor.float().cpu().numpy().copy()) for name, tensor in strategy.export_weights()]
+
+
+def read_weights(checkpoint: str | Path) -> Weights:
+    from safetensors.torch import load_file
+
+    files = sorted(Path(checkpoint).glob("*.safetensors"))
+    return {name: tensor.float().numpy() for file in files for name, tensor in load_file(file).items()}
+
+
+def gradients(before: Weights, after: Weights) -> Weights:
+    """What moved the weights, see `GRADIENT`."""
+    assert set(before) == set(after)
+    steps = {name: before[name].astype(np.float64) - after[name] for name in before}
+    return {name: (step / (1 - np.abs(step) / STEEP)).astype(np.float32) for name, step in steps.items()}
+
+
+def largest_difference(a: Weights, b: Weights) -> float:
+    assert set(a) == set(b)
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
+
+
+# The reference
+
+
+@cache
+def _load_reference(checkpoint: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+
+
+class Reference:
+    """transformers' model with routers that can be forced."""
+
+    def __init__(self, checkpoint: str, temperature: float = 0.7) -> None:
+        self.model = copy.deepcopy(_load_reference(checkpoint))
+        self.temperature = temperature
+        self._forced: RoutedExperts | None = None
+        self._live: list[torch.Tensor] = []
+        for row, layer in enumerate(self.model.model.layers):
+            layer.mlp.gate.forward = self._gate(layer.mlp.gate, row)
+
+    def _gate(self, gate: Any, row: int) -> Any:
+        def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
+            probs = logits.softmax(-1)
+            chosen = probs.topk(TOP_K, dim=-1).indices
+            self._live.append(chosen)
+            if self._forced is not None:
+                recorded = torch.from_numpy(self._forced.ids_MRK[row].astype(np.int64))
+                known = self._forced.known_R
+                which = torch.ones(len(recorded), dtype=torch.bool) if known is None else torch.from_numpy(known)
+                chosen = torch.where(which[:, None], recorded, chosen)
+            gates = probs.gather(1, chosen)
+            return logits, gates / gates.sum(-1, keepdim=True), chosen
+
+        return forward
+
+    def tokens(self, batch: Batch, *, replay: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the labels and entropies, sample by sample. [N], [N]"""
+        log_probs, entropies = [], []
+        offsets = batch.offsets
+        for i in range(batch.num_samples):
+            self._forced = batch.routes[i] if replay and batch.routes is not None else None  # type: ignore[assignment]
+            ids = torch.from_numpy(batch.input_ids_N[offsets[i] : offsets[i + 1]])
+            labels = torch.from_numpy(batch.labels_N[offsets[i] : offsets[i + 1]])
+            logits = self.model(input_ids=ids[None], use_cache=False).logits[0].float() / self.temperature
+            whole = logits.log_softmax(-1)
+            log_probs.append(whole.gather(1, labels[:, None])[:, 0])
+            entropies.append(-(whole.exp() * whole).sum(-1))
+        return torch.cat(log_probs), torch.cat(entropies)
+
+    @torch.no_grad()
+    def live_routes(self, batch: Batch, *, replay: bool = False) -> tuple[RoutedExperts, ...]:
+        """What the routers would choose by themselves at each input, while the given routes are replayed or not."""
+        self._live = []
+        self.tokens(batch, replay=replay)
+        return tuple(
+            RoutedExperts(torch.stack(self._live[i * LAYERS : (i + 1) * LAYERS]).numpy().astype(np.uint8))
+            for i in range(batch.num_samples)
+        )
+
+    def loss(self, batch: Batch, config: RLVRConfig, *, replay: bool) -> torch.Tensor:
+        """PPO's clipped loss with a k3 KL term and an entropy bonus, token mean."""
+        log_probs, entropies = self.tokens(batch, replay=replay)
+        old, advantages = torch.from_numpy(batch.old_log_probs_N), torch.from_numpy(batch.advantages_N)
+        ratio = (log_probs - old).exp()
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        if config.use_kl_loss:
+            gap = torch.from_numpy(batch.ref_log_probs_N) - log_probs
+            loss = loss + config.kl_loss_coef * (gap.exp() - 1 - gap)
+        loss = loss - config.entropy_loss_coef * entropies
+        mask = torch.from_numpy(batch.loss_mask_N)
+        return loss[mask].sum() / mask.sum()
+
+    def gradients(self, batch: Batch, config: RLVRConfig, *, replay: bool = True) -> Weights:
+        self.model.zero_grad()
+        self.loss(batch, config, replay=replay).backward()
+        return _file_names({name: p.grad for name, p in self.model.named_parameters()})
+
+    def train(self, batches: Sequence[Batch], config: RLVRConfig, *, replay: bool = True) -> Weights:
+        """Clipped AdamW steps."""
+        args = config.actor_train.training_args
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=0.0,
+        )
+        for batch in batches:
+            optimizer.zero_grad()
+            self.loss(batch, config, replay=replay).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+            optimizer.step()
+        return _file_names({name: p.data for name, p in self.model.named_parameters()})
+
+
+def _file_names(tensors: dict[str, Any]) -> Weights:
+    """transformers' fused experts under the names of the checkpoint's file."""
+    out: Weights = {}
+    for name, tensor in tensors.items():
+        array = tensor.detach().numpy().copy()
+        stem = name.removesuffix(".gate_up_proj").removesuffix(".down_proj")
+        for e in range(len(array)) if ".mlp.experts." in name else ():
+            if name.endswith("gate_up_proj"):
+                out[f"{stem}.{e}.gate_proj.weight"], out[f"{stem}.{e}.up_proj.weight"] = np.split(array[e], 2)
+            else:
+                out[f"{stem}.{e}.down_proj.weight"] = array[e]
+        if ".mlp.experts." not in name:
+            out[name] = array
+    return out

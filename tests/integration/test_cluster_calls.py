@@ -1,0 +1,111 @@
+"""Workers that die or raise, in real Ray actors: who is named, and how soon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from roll_r3.cluster.calls import wait_for
+from roll_r3.cluster.logs import log_to_file
+from roll_r3.cluster.transport import StoredRoutes, fetch_routes, store_routes
+from roll_r3.errors import EngineError, WorkerError
+
+pytestmark = pytest.mark.integration
+
+
+class Peer:
+    def __init__(self, log) -> None:
+        log_to_file(log)
+        print("hello from the worker", flush=True)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def sleep(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "slept"
+
+    def fail_later(self, seconds: float, kind: str) -> None:
+        time.sleep(seconds)
+        raise EngineError("the engine said no") if kind == "ours" else RuntimeError("connection closed by peer")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import this module for `Peer`
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=4, _node_ip_address="127.0.0.1", runtime_env=here, **quiet)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def peers(tmp_path):
+    logs = [tmp_path / f"peer-{i}.log" for i in range(2)]
+    actors = [ray.remote(Peer).options(num_cpus=0.1).remote(log) for log in logs]
+    pids = ray.get([a.pid.remote() for a in actors])
+    yield actors, logs, pids
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_a_killed_worker_is_named_with_its_log_although_its_peer_failed_first(peers):
+    actors, logs, pids = peers
+    calls = {
+        actors[0].fail_later.remote(0.3, "theirs"): ("rank-0", logs[0]),
+        actors[1].sleep.remote(60): ("rank-1", logs[1]),
+    }
+    time.sleep(1)
+    os.kill(pids[1], signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=r"(?s)rank-1 died \(and, because of it or beside it, rank-0\).*hello from"):
+        wait_for(calls)
+    assert time.monotonic() - start < 10
+
+
+def test_an_error_of_ours_is_shown_as_it_is(peers):
+    actors, logs, _ = peers
+    calls = {
+        actors[0].fail_later.remote(0, "theirs"): ("rank-0", logs[0]),
+        actors[1].fail_later.remote(0.5, "ours"): ("rank-1", logs[1]),
+    }
+    with pytest.raises(WorkerError, match=r"rank-1 failed .*rank-0\): the engine said no$"):
+        wait_for(calls)
+
+
+def test_a_foreign_error_comes_with_the_log(peers):
+    actors, logs, _ = peers
+    with pytest.raises(WorkerError, match=r"(?s)RuntimeError: connection closed by peer.*hello from the worker"):
+        wait_for({actors[0].fail_later.remote(0, "theirs"): ("rank-0", logs[0])})
+
+
+def test_results_come_back_by_reference(peers):
+    actors, logs, _ = peers
+    ref = actors[0].sleep.remote(0)
+    assert wait_for({ref: ("rank-0", logs[0])}) == {ref: "slept"}
+
+
+def test_routes_travel_as_handles_and_come_back_equal():
+    import numpy as np
+
+    from roll_r3.batch.batch import Batch
+    from roll_r3.batch.routes import RoutedExperts
+    from roll_r3.batch.trajectory import Trajectory
+
+    def sample(i: int) -> Trajectory:
+        ids = np.full((4, 3, 2), i, np.uint8)
+        return Trajectory(
+            f"s{i}", np.arange(2, dtype=np.int32), np.arange(2, dtype=np.int32), np.zeros(2, np.float32), "stop", (0,),
+            RoutedExperts(ids),
+        )  # fmt: skip
+
+    stored = store_routes([sample(i) for i in range(3)])
+    assert all(isinstance(t.routes, StoredRoutes) for t in stored)
+    assert len({t.routes.ref for t in stored}) == 1, "one object per prompt"
+    batch = fetch_routes(Batch.from_trajectories(stored).select([2, 0]))
+    assert [r.ids_MRK[0, 0, 0] for r in batch.routes] == [2, 0]

@@ -1,0 +1,281 @@
+"""The routing session inside real schedules: exact, complete, and without residue."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed import Gang
+from megatron_cases import (
+    FULL_RECOMPUTE,
+    GRADIENT,
+    INTERLEAVED,
+    LAYERS,
+    Case,
+    Reference,
+    gradients,
+    largest_difference,
+    make_batch,
+    read_weights,
+    run_case,
+)
+
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.routes import RoutedExperts
+from roll_r3.errors import ReplayError
+from roll_r3.strategies.base import ProcessInfo
+
+pytestmark = pytest.mark.integration
+Gangs = Callable[[int], Gang]
+
+PIPELINE = {**INTERLEAVED, **FULL_RECOMPUTE}
+TWO_STAGES = {"pipeline_model_parallel_size": 2, **FULL_RECOMPUTE}
+
+
+def test_wrong_routes_change_the_loss(gang: Gangs, tiny_moe: Path) -> None:
+    case = Case(str(tiny_moe), PIPELINE)
+    right, wrong = make_batch(), replace(make_batch(), routes=make_batch(seed=1, length=20).routes)
+    wrong = replace(
+        wrong,
+        routes=tuple(
+            RoutedExperts(w.ids_MRK[:, : r.num_rows]) for w, r in zip(wrong.routes, right.routes, strict=True)
+        ),
+    )
+    losses = [gang(2).run(run_case, case, batch)[0].metrics["actor/total_loss"] for batch in (right, wrong)]
+    assert abs(losses[0] - losses[1]) > 1e-2
+
+
+@pytest.mark.parametrize("layout", [PIPELINE, TWO_STAGES, {**TWO_STAGES, "recompute_method": "block"}])
+def test_a_log_prob_pass_before_leaves_nothing_for_backward(layout: dict, gang: Gangs, tiny_moe: Path) -> None:
+    """A row queued in the pass before would be the first that backward takes: a wrong gradient, and no error."""
+    batch = make_batch()
+    case = Case(str(tiny_moe), layout)
+
+    fresh = gang(2).run(run_case, case, batch)[0]
+    after_a_pass = gang(2).run(run_case, replace(case, log_probs_first=True), batch)[0]
+
+    assert largest_difference(fresh.weights, after_a_pass.weights) == 0
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_that_the_engine_never_saw_fall_back_to_the_live_router(
+    size: int, gang: Gangs, tiny_moe: Path
+) -> None:
+    batch = make_batch(unknown=0.3)
+    unknown = sum(int((~routes.known_R).sum()) for routes in batch.routes)
+    case = Case(str(tiny_moe), PIPELINE if size == 2 else FULL_RECOMPUTE)
+
+    outcome = gang(size).run(run_case, case, batch)[0]
+
+    wanted = Reference(str(tiny_moe)).gradients(batch, case.config())
+    assert largest_difference(gradients(read_weights(tiny_moe), outcome.weights), wanted) < 1e-6
+    counts = outcome.train_counts
+    known = np.concatenate([routes.known_R for routes in batch.routes])
+    assert counts.missing == unknown * LAYERS > 0
+    assert counts.trainable == batch.loss_mask_N.sum() * LAYERS
+    assert counts.trainable_replayed == (batch.loss_mask_N & known).sum() * LAYERS
+
+
+# R2
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "packed"),
+    [
+        (1, FULL_RECOMPUTE, False),
+        (2, PIPELINE, True),
+        (2, {"tensor_model_parallel_size": 2}, False),
+        (2, {"context_parallel_size": 2}, True),
+        (2, {"expert_model_parallel_size": 2, **FULL_RECOMPUTE}, False),
+    ],
+)
+def test_r2_replays_the_recording_pass(size: int, layout: dict, packed: bool, gang: Gangs, tiny_moe: Path) -> None:
+    """Two epochs; the second one's weights would route differently, but must not."""
+    reference = Reference(str(tiny_moe))
+    batch = replace(make_batch(), routes=None)
+    recorded = replace(batch, routes=reference.live_routes(batch))
+    training = {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "max_grad_norm": 1.0}
+    case = Case(str(tiny_moe), layout, "R2", packed, training=training, options={"ppo_epochs": 2})
+
+    outcome = gang(size).run(run_case, case, batch)[0]
+
+    wanted = reference.train([recorded, recorded], case.config())
+    native = Reference(str(tiny_moe)).train([batch, batch], case.config(), replay=False)
+    difference = largest_difference(outcome.weights, wanted)
+    print(f"R2 {layout}: {difference:.1e}; routing natively {largest_difference(native, wanted):.1e}")
+    assert difference < 5e-6
+    assert largest_difference(native, wanted) > 1e-3
+    assert outcome.log_prob_counts is None  # the recording pass routes natively
+    assert outcome.train_counts.trainable_replayed == outcome.train_counts.trainable > 0
+
+
+def test_r2_first_ratio_is_exactly_one(gang: Gangs, tiny_moe: Path) -> None:
+    gang(1).run(_exact_ratio, Case(str(tiny_moe), FULL_RECOMPUTE, "R2", infer_batch_size=2), make_batch())
+    gang(2).run(_exact_ratio, Case(str(tiny_moe), TWO_STAGES, "R2", infer_batch_size=2, dtype="bf16"), make_batch())
+
+
+def _exact_ratio(process: ProcessInfo, case: Case, batch: Batch) -> None:
+    import torch.distributed as dist
+
+    strategy = _strategy(process, case)
+    box = [strategy.compute_log_probs(batch).log_probs_N]
+    if process.world_size > 1:
+        dist.broadcast_object_list(box, src=process.world_size - 1)
+    metrics = strategy.train_step(replace(batch, old_log_probs_N=box[0]), step=1).metrics
+    assert metrics["actor/ratio_max"] == metrics["actor/ratio_min"] == 1.0
+    strategy.close()
+
+
+def test_r2_needs_a_recording_pass_over_the_same_samples(gang: Gangs, tiny_moe: Path) -> None:
+    gang(1).run(_refuses_unrecorded, Case(str(tiny_moe), mode="R2"), make_batch())
+
+
+def _refuses_unrecorded(process: ProcessInfo, case: Case, batch: Batch) -> None:
+    strategy = _strategy(process, case)
+    with pytest.raises(ReplayError, match="8 of 8 samples were not in it"):
+        strategy.train_step(batch, step=1)
+    strategy.compute_log_probs(batch)
+    strategy.train_step(batch, step=1)
+    renamed = replace(batch, sample_ids=tuple(f"next{i}" for i in range(8)))
+    strategy.compute_log_probs(renamed)
+    with pytest.raises(ReplayError, match="the first is sample0"):  # dropped by the next recording pass
+        strategy.train_step(batch, step=2)
+    strategy.close()
+
+
+# What goes wrong says so, and leaves nothing behind
+
+
+def test_r3_without_routes_is_refused(gang: Gangs, tiny_moe: Path) -> None:
+    gang(1).run(_refuses_without_routes, Case(str(tiny_moe)), make_batch())
+
+
+def _refuses_without_routes(process: ProcessInfo, case: Case, batch: Batch) -> None:
+    strategy = _strategy(process, case)
+    for call in (strategy.compute_log_probs, lambda b: strategy.train_step(b, step=1)):
+        with pytest.raises(ReplayError, match="the batch carries no routes"):
+            call(batch.without_routes())
+    strategy.close()
+
+
+def test_a_failing_schedule_leaves_no_residue(gang: Gangs, tiny_moe: Path) -> None:
+    """Five ways to fail in the middle of a step; afterwards a good step is as if nothing had happened."""
+    case = Case(str(tiny_moe), FULL_RECOMPUTE)
+    wanted = gang(1).run(run_case, case, make_batch())[0].weights
+    found = gang(1).run(_fail_then_train, case, make_batch())[0]
+    assert largest_difference(found, wanted) == 0
+
+
+def _fail_then_train(process: ProcessInfo, case: Case, batch: Batch) -> dict:
+    from megatron_cases import exported
+    from megatron.core.transformer.moe.router_replay import RouterReplay
+
+    from roll_r3.strategies.train.megatron import replay, schedule
+
+    strategy = _strategy(process, case)
+    routers = [router for chunk in strategy.model.routers for router in chunk]
+    assert [router.layer for router in routers] == list(range(LAYERS))
+
+    def at_rest() -> bool:
+        return all(router.module.router_replay is None for router in routers)
+
+    def fails(match: str, error: type[Exception] = ReplayError, with_batch: Batch = batch) -> None:
+        with pytest.raises(error, match=match):
+            strategy.train_step(with_batch, step=1)
+        assert at_rest()
+        assert RouterReplay.global_router_replay_instances == []
+
+    short = replace(batch, routes=(RoutedExperts(batch.routes[0].ids_MRK[:, 1:]), *batch.routes[1:]))
+    fails("sample0 has .* inputs, but its routes are", with_batch=short)
+
+    with pytest.MonkeyPatch.context() as patch:  # the model computes, then the loss fails in the third micro-batch
+        calls = []
+
+        def third_fails(*args):
+            calls.append(args)
+            if len(calls) == 3:
+                raise ZeroDivisionError("in the third micro-batch")
+            return original(*args)
+
+        original = schedule._loss
+        patch.setattr(schedule, "_loss", third_fails)
+        fails("in the third micro-batch", ZeroDivisionError)
+
+    stage = replay.ReplaySession.stage
+    with pytest.MonkeyPatch.context() as patch:  # one router is never asked
+
+        def skip_layer_2(session, chunk, micro):
+            stage(session, chunk, micro)
+            routers[2].module.router_replay = None
+
+        patch.setattr(replay.ReplaySession, "stage", skip_layer_2)
+        fails("the router of layer 2 did not consume its rows")
+
+    with pytest.MonkeyPatch.context() as patch:  # rows for fewer tokens than the router sees
+
+        def two_rows_short(session, chunk, micro):
+            stage(session, chunk, micro)
+            for layer in session.layers[chunk]:
+                layer.rows = replace(layer.rows, ids_tK=layer.rows.ids_tK[:-2])
+
+        patch.setattr(replay.ReplaySession, "stage", two_rows_short)
+        fails("the rows it was given are")
+
+    with pytest.MonkeyPatch.context() as patch:  # rows are queued, but backward does not recompute
+        patch.setattr(strategy.model.config, "recompute_granularity", None)
+        fails("backward did not recompute the router of layer 0")
+
+    with pytest.MonkeyPatch.context() as patch:  # backward recomputes, though nothing was queued
+        patch.setattr(strategy.model, "routers", [[replace(r, recomputed=False) for r in routers]])
+        fails("the router of layer 3 ran outside a micro-batch")
+
+    strategy.train_step(batch, step=1)
+    assert at_rest()
+    weights = dict(exported(strategy))
+    strategy.close()
+    return weights
+
+
+@pytest.mark.parametrize("layout", [PIPELINE, TWO_STAGES])
+@pytest.mark.parametrize("mistake", ["newest first", "the forward's own"])
+def test_a_wrong_queue_shows_in_a_pipeline(mistake: str, layout: dict, gang: Gangs, tiny_moe: Path) -> None:
+    """Negative control: with two stages these tests can tell the right row from the wrong one."""
+    batch = make_batch(length=12)
+    case = Case(str(tiny_moe), layout)
+
+    right = gang(2).run(run_case, case, batch)[0]
+    wrong = gang(2).run(_with_mistake, mistake, case, batch)[0]
+
+    difference = largest_difference(
+        gradients(read_weights(tiny_moe), right.weights), gradients(read_weights(tiny_moe), wrong.weights)
+    )
+    print(f"{mistake}: gradients off by {difference:.1e}")
+    assert difference > 1e-3
+
+
+def _with_mistake(process: ProcessInfo, mistake: str, case: Case, batch: Batch):
+    from roll_r3.strategies.train.megatron.replay import LayerReplay
+
+    def newest_first(layer):
+        return layer.queue.pop()
+
+    def own_of_forward(layer):
+        newest = layer.queue[-1]
+        layer.queue = deque(list(layer.queue)[1:])
+        return newest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerReplay, "_recompute", newest_first if mistake == "newest first" else own_of_forward)
+        return run_case(process, case, batch)
+
+
+def _strategy(process: ProcessInfo, case: Case):
+    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+
+    strategy = MegatronTrain(case.config(), "actor_train", process)
+    strategy.initialize()
+    return strategy

@@ -1,0 +1,158 @@
+"""The whole program as a user starts it: SGLang, Megatron on two ranks, Ray; and what is seen when a part is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from roll_r3.data.tiny_task import addition_mod10
+from roll_r3.models.tiny import make_tiny_checkpoint
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT = 300
+
+
+class Run:
+    """A run in a process of its own."""
+
+    def __init__(self, tmp_path: Path, checkpoint: Path, *overrides: str) -> None:
+        self.output = tmp_path / "output"
+        self.stdout, self.stderr = tmp_path / "stdout", tmp_path / "stderr"
+        command = [sys.executable, "-m", "roll_r3.run", "--config", str(ROOT / "configs" / "quickstart.yaml")]
+        command += [f"pretrain={checkpoint}", f"output_dir={self.output}", *overrides]
+        with self.stdout.open("w") as out, self.stderr.open("w") as err:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
+
+    @property
+    def path(self) -> Path:
+        return self.output / "quickstart" / "latest"
+
+    def metrics(self) -> list[dict[str, float]]:
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while len(self.metrics()) < step:
+            assert self.process.poll() is None, self.stderr.read_text()
+            assert time.monotonic() < deadline, self.stderr.read_text()
+            time.sleep(0.2)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def finish(self, timeout: float) -> int:
+        return self.process.wait(timeout)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            for process in [*self.descendants(), psutil.Process(self.process.pid)]:
+                process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return make_tiny_checkpoint(path, examples=addition_mod10(), warm_start_steps=60)
+
+
+def few_steps(steps: int, *more: str) -> tuple[str, ...]:
+    return (f"max_steps={steps}", "rollout_batch_size=16", "num_return_sequences_in_group=8", *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checkpoint) -> Iterator[Run]:
+    run = Run(tmp_path_factory.mktemp("finished"), checkpoint, *few_steps(3))
+    try:
+        assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+        yield run
+    finally:
+        run.end()
+
+
+def test_replay_covers_every_trained_token_through_pipeline_and_recomputation(finished):
+    metrics = finished.metrics()
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    for m in metrics:
+        assert m["router_replay/coverage"] == 1.0
+        assert m["router_replay/missing_rows"] == 0
+        assert 0 < m["router_replay/agreement_native"] <= 1
+        assert m["router_replay/bytes_per_token"] == 8, "4 MoE layers x top-2 x 1 byte"
+        assert m["actor_train/optimizer_steps"] == 2
+        assert m["rollout/dropped_samples"] == 0
+    assert metrics[0]["actor/rollout_train_logprobs_abs_diff_mean"] < 0.1, "both sides hold the same weights"
+    # the trainer is fp32 and the rollout bf16: after updates both must still be the same policy
+    assert metrics[2]["actor/rollout_train_logprobs_abs_diff_mean"] < 0.1, "updated weights reach the engine"
+
+
+def test_a_run_leaves_what_was_promised(finished):
+    path = finished.path
+    assert (path / "config.yaml").is_file()
+    assert list((path / "tensorboard").iterdir())
+    logs = {p.name for p in (path / "logs").iterdir()}
+    assert {"actor_train-0.log", "actor_train-1.log", "actor_infer-0.log", "reference-0.log", "driver.log"} <= logs
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {1, 2, 3}
+    summary = finished.stdout.read_text()
+    assert str(path.resolve()) in summary
+    assert "mean reward" in summary
+    assert "coverage" in summary
+
+
+def test_the_engine_key_is_in_no_file(finished):
+    logs = "".join(p.read_text(errors="replace") for p in (finished.path / "logs").iterdir())
+    assert "api_key='" not in logs.replace("api_key='***'", "")
+
+
+def test_no_process_is_left(finished):
+    marker = str(finished.output)
+    left = [p.info for p in psutil.process_iter(["cmdline"]) if marker in " ".join(p.info["cmdline"] or [])]
+    assert left == []
+
+
+def kill_in_step(run: Run, name: str) -> float:
+    """Kill the first descendant whose command line holds `name`, during the second step; seconds until the run ended."""
+    run.wait_for_step(1)
+    victims = [p for p in run.descendants() if name in " ".join(p.cmdline())]
+    assert victims, [p.cmdline()[:3] for p in run.descendants()]
+    os.kill(victims[0].pid, signal.SIGKILL)
+    start = time.monotonic()
+    run.finish(120)
+    return time.monotonic() - start
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    _, left = psutil.wait_procs(processes, timeout=15)
+    return [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize(
+    ("victim", "named"), [("sglang", "actor_infer-0"), ("ray::actor_train-1", "actor_train-1")], ids=["engine", "rank"]
+)
+def test_a_killed_part_ends_the_run_and_is_named(tmp_path, checkpoint, victim, named):
+    run = Run(tmp_path, checkpoint, *few_steps(500))
+    try:
+        run.wait_for_step(1)
+        processes = run.descendants()
+        seconds = kill_in_step(run, victim)
+        message = run.stderr.read_text()
+        assert run.process.returncode == 1, message
+        assert named in message
+        assert "--- end of" in message or "log" in message
+        assert "Traceback (most recent call last)" not in message.split("--- end of")[0]
+        assert seconds < 60
+        assert alive(processes) == []
+    finally:
+        run.end()

@@ -1,0 +1,190 @@
+"""Two fresh servers agree token for token; then each is killed at a bad moment. Nothing hangs and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from sglang_cases import Engine, configuration, group_members, requests, trajectories
+
+from roll_r3.errors import EngineError
+from roll_r3.models.tiny import make_tiny_checkpoint
+from roll_r3.strategies.base import GenerateRequest
+from roll_r3.strategies.rollout.process import ServerProcess, free_port
+from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
+    config = configuration(checkpoint, "bfloat16", response_length=100)
+    pair = [Engine(config, tmp_path_factory.mktemp("log") / f"server{i}.log", engine_index=i) for i in (0, 1)]
+    try:
+        for engine in pair:
+            engine.run(engine.rollout.start())
+        yield pair[0], pair[1]
+    finally:
+        for engine in pair:
+            engine.close()
+
+
+def test_seeds_and_weights_decide_the_tokens(engines: tuple[Engine, Engine]) -> None:
+    """In bf16, in another server, in another order, and in batches of another size."""
+    one, other = engines
+    asked = requests(16, 4)
+    expected = trajectories(one.generate(asked))
+    together = trajectories(other.generate(asked[::-1]))
+    alone = {}
+    for request in asked[:4]:
+        for sample_id, seed in zip(request.sample_ids, request.seeds, strict=True):
+            alone |= trajectories(other.generate([GenerateRequest(request.prompt_ids, (sample_id,), (seed,))]))
+    assert len(together) == 64
+    assert len(alone) == 16
+    for found in (together, alone):
+        for sample_id, t in found.items():
+            np.testing.assert_array_equal(t.response_ids_R, expected[sample_id].response_ids_R)
+            np.testing.assert_array_equal(t.routes.ids_MRK, expected[sample_id].routes.ids_MRK)
+    reseeded = trajectories(one.generate(requests(16, 4, first_seed=5000)))
+    assert sum((reseeded[i].response_ids_R.tobytes() != t.response_ids_R.tobytes()) for i, t in expected.items()) > 60
+
+
+def test_one_channel_updates_both_engines(engines: tuple[Engine, Engine], tmp_path: Path) -> None:
+    changed = make_tiny_checkpoint(tmp_path / "changed", seed=5)
+    channel = SglangWeightChannel([e.rollout.weight_target() for e in engines], device="cpu", timeout_s=120.0)
+    before = trajectories(engines[0].generate(requests(4, 4)))
+    try:
+        channel.begin(1)
+        channel.send(list(load_file(changed / "model.safetensors").items()))
+        channel.end()
+    finally:
+        channel.close()
+    after = []
+    for engine in engines:
+        engine.run(engine.rollout.on_weights_updated(1))
+        after.append(trajectories(engine.generate(requests(4, 4))))
+    for sample_id, t in after[0].items():
+        np.testing.assert_array_equal(t.response_ids_R, after[1][sample_id].response_ids_R)
+        assert t.log_probs_R[0] != before[sample_id].log_probs_R[0]
+
+
+def kill_scheduler(engine: Engine) -> None:
+    """The process that generates dies, as when the system is out of memory; the one that speaks HTTP is still there."""
+    (scheduler,) = [p for p in group_members(engine.rollout._process) if "scheduler" in " ".join(p.cmdline())]
+    os.kill(scheduler.pid, signal.SIGKILL)
+
+
+def test_an_engine_that_dies_in_an_update_ends_it_and_the_others_are_not_used(engines: tuple[Engine, Engine]) -> None:
+    survivor, victim = engines
+    channel = SglangWeightChannel([e.rollout.weight_target() for e in engines], device="cpu", timeout_s=120.0)
+    channel.begin(2)
+    kill_scheduler(victim)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"engine 1 \(SGLang\) is not reachable"):
+        channel.send([(f"model.layers.{i}.mlp.gate.weight", torch.zeros(16, 64)) for i in range(4)])
+    channel.close()
+    assert time.monotonic() - started < 10.0
+    with pytest.raises(EngineError, match=r"engine 1 \(SGLang\) died"):
+        victim.generate(requests(1, 1))
+    (result,) = survivor.generate(requests(1, 1))
+    assert "2-incomplete" in result.dropped["p0/s0"]
+
+
+def test_a_server_that_dies_under_its_requests_is_reported_at_once(engines: tuple[Engine, Engine]) -> None:
+    victim, _ = engines
+    killed_at = 0.0
+
+    async def kill_soon() -> None:
+        nonlocal killed_at
+        await asyncio.sleep(0.5)
+        killed_at = time.monotonic()
+        kill_scheduler(victim)
+
+    async def scenario() -> None:
+        killer = asyncio.create_task(kill_soon())
+        try:
+            await victim.rollout.generate(requests(32, 8))
+        finally:
+            await killer
+
+    with pytest.raises(EngineError, match=r"engine 0 \(SGLang\) died.*the end of .*server0\.log") as caught:
+        victim.run(scenario())
+    assert time.monotonic() - killed_at < 5.0
+    assert len(str(caught.value).splitlines()) > 5
+    assert victim.rollout.weight_target().api_key not in str(caught.value)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match="died"):
+        victim.generate(requests(1, 1))
+    assert time.monotonic() - started < 1.0
+    for engine in engines:
+        engine.run(engine.rollout.stop())
+        assert group_members(engine.rollout._process) == []
+
+
+def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "os.fork(); print('ready', flush=True); time.sleep(600)"
+    )
+
+    async def scenario() -> ServerProcess:
+        process = ServerProcess("stubborn", tmp_path / "log")
+        process.launch([sys.executable, "-c", code], os.environ)
+        while process.log_tail().count("ready") < 2:
+            await asyncio.sleep(0.05)
+        await process.stop(grace_s=0.3)
+        return process
+
+    process = asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert process.death.result() == -signal.SIGKILL
+    deadline = time.monotonic() + 5.0
+    while group_members(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_servers_main_program_dies_with_its_parent(tmp_path: Path) -> None:
+    """The launcher's own watch, with a sleep in the place of SGLang."""
+    launcher = Path(sys.modules["roll_r3.strategies.rollout.sglang.launcher"].__file__)
+    child = (
+        f"import sys, time; sys.path.insert(0, {str(launcher.parent)!r}); import launcher; "
+        "launcher.die_with_parent(int(sys.argv[1])); print('ready', flush=True); time.sleep(600)"
+    )
+    parent = (
+        "import os, subprocess, sys, time; "
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid())]); print(p.pid, flush=True); "
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        child_pid = int(process.stdout.readline())
+        assert process.stdout.readline().strip() == "ready"
+        assert psutil.pid_exists(child_pid)
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 5.0
+    while psutil.pid_exists(child_pid) and psutil.Process(child_pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_free_port_can_be_bound() -> None:
+    assert 1024 <= free_port("127.0.0.1") <= 65535

@@ -1,0 +1,206 @@
+"""A real SGLang server at fp32: what it says of log-probabilities and routes is what transformers computes."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file
+from sglang_cases import (
+    RESPONSE_LENGTH,
+    Engine,
+    Reference,
+    configuration,
+    group_members,
+    requests,
+    trajectories,
+)
+
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.errors import ConfigError, EngineError
+from roll_r3.models.tiny import make_tiny_checkpoint
+from roll_r3.strategies.base import GenerateRequest
+from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
+from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
+
+pytestmark = pytest.mark.integration
+
+TEMPERATURE = 0.8
+END = 258
+"""The end-of-sequence token of the tiny tokenizer."""
+
+
+@pytest.fixture(scope="module")
+def old_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("old"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def new_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("new"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    config = configuration(old_weights, "float32", temperature=TEMPERATURE, max_retries=1)
+    engine = Engine(config, tmp_path_factory.mktemp("log") / "server.log")
+    try:
+        engine.run(engine.rollout.start())
+        yield engine
+    finally:
+        engine.close()
+
+
+def assert_equals_transformers(engine: Engine, checkpoint: Path, version: int) -> None:
+    reference = Reference(checkpoint, TEMPERATURE)
+    asked = requests(6, 3)
+    results = engine.generate(asked)
+    for request, result in zip(asked, results, strict=True):
+        assert not result.dropped
+        assert tuple(t.sample_id for t in result.trajectories) == request.sample_ids
+        for t in result.trajectories:
+            log_probs_R, ids_MRK = reference.log_probs_and_routes(t)
+            assert tuple(t.prompt_ids_P) == request.prompt_ids
+            assert t.weight_versions == (version,)
+            np.testing.assert_array_equal(t.routes.ids_MRK, ids_MRK)
+            np.testing.assert_allclose(t.log_probs_R, log_probs_R, atol=1e-4, rtol=0)
+            stopped = END in t.response_ids_R
+            assert t.finish_reason == ("stop" if stopped else "length")
+            assert t.response_ids_R.tolist().index(END) == len(t.response_ids_R) - 1 if stopped else True
+            assert stopped or len(t.response_ids_R) == RESPONSE_LENGTH
+
+
+def send(channel: SglangWeightChannel, checkpoint: Path, version: int) -> None:
+    tensors = list(load_file(checkpoint / "model.safetensors").items())
+    channel.begin(version)
+    for start in range(0, len(tensors), 100):
+        channel.send(tensors[start : start + 100])
+    channel.end()
+
+
+def test_routes_and_log_probs_are_those_of_transformers(engine: Engine, old_weights: Path) -> None:
+    assert_equals_transformers(engine, old_weights, version=0)
+
+
+def test_samples_of_a_prompt_differ_and_a_prefix_hit_changes_nothing(engine: Engine) -> None:
+    asked = requests(2, 8, first_seed=900)
+    first, second = trajectories(engine.generate(asked)), trajectories(engine.generate(asked))
+    assert len({t.response_ids_R.tobytes() for t in first.values()}) == 16
+    for sample_id, t in first.items():
+        np.testing.assert_array_equal(t.response_ids_R, second[sample_id].response_ids_R)
+        np.testing.assert_array_equal(t.routes.ids_MRK, second[sample_id].routes.ids_MRK)
+
+
+def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine: Engine) -> None:
+    too_long = GenerateRequest(tuple([7] * 200), ("long",), (1,))
+    bad, good = engine.generate([too_long, requests(1, 2)[0]])
+    assert bad.trajectories == ()
+    assert "long" in bad.dropped
+    assert "400" in bad.dropped["long"]
+    assert bad.retries == 1
+    assert len(good.trajectories) == 2
+
+
+def test_nobody_gets_in_without_the_key(engine: Engine) -> None:
+    target = engine.rollout.weight_target()
+
+    async def statuses() -> list[int]:
+        found = []
+        async with aiohttp.ClientSession() as session:
+            for path in ("/generate", "/begin_weight_update", "/flush_cache", "/update_weights_from_distributed"):
+                for headers in ({}, {"Authorization": "Bearer wrong"}):
+                    url = f"http://{target.host}:{target.port}{path}"
+                    async with session.post(url, json={}, headers=headers) as response:
+                        found.append(response.status)
+        return found
+
+    assert engine.run(statuses()) == [401] * 8
+
+
+def test_the_key_shows_nowhere(engine: Engine) -> None:
+    key = engine.rollout.weight_target().api_key
+    listing = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert "launcher.py" in listing
+    assert key not in listing
+    log = engine.log_path.read_text()
+    assert "'api_key': '<hidden>'" in log
+    assert key not in log
+    assert key not in repr(engine.rollout.weight_target()) + repr(engine.rollout)
+
+
+def test_new_weights_arrive_and_stale_answers_are_refused(engine: Engine, old_weights: Path, new_weights: Path) -> None:
+    """In a process that has a default group, as a trainer has."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    channel = SglangWeightChannel([engine.rollout.weight_target()], device="cpu", timeout_s=60.0)
+    try:
+        send(channel, new_weights, version=1)
+        (stale,) = engine.generate(requests(1, 1))
+        assert "version 1, not 0" in stale.dropped["p0/s0"]
+        engine.run(engine.rollout.on_weights_updated(1))
+        assert_equals_transformers(engine, new_weights, version=1)
+        send(channel, old_weights, version=2)
+        engine.run(engine.rollout.on_weights_updated(2))
+        assert_equals_transformers(engine, old_weights, version=2)
+    finally:
+        channel.close()
+        dist.destroy_process_group()
+
+
+def test_answers_from_half_written_weights_are_refused(engine: Engine, new_weights: Path) -> None:
+    """Nothing can be sampled from this engine afterwards."""
+    channel = SglangWeightChannel([engine.rollout.weight_target()], device="cpu", timeout_s=60.0)
+    tensors = load_file(new_weights / "model.safetensors")
+    try:
+        channel.begin(3)
+        name = "model.layers.1.mlp.experts.3.up_proj.weight"
+        with pytest.raises(EngineError, match=r"engine 0 \(SGLang\) refused /update_weights_from_distributed"):
+            channel.send([(name, tensors[name][:5, :5])])  # a shape that the server cannot load
+        (result,) = engine.generate(requests(1, 1))
+        assert "3-incomplete" in result.dropped["p0/s0"]
+        with pytest.raises(EngineError, match="earlier weight update failed"):
+            channel.begin(4)
+    finally:
+        channel.close()
+
+
+def test_stop_leaves_nothing(engine: Engine) -> None:
+    """The last test that uses this engine."""
+    assert len(group_members(engine.rollout._process)) >= 3
+    engine.run(engine.rollout.stop())
+    assert group_members(engine.rollout._process) == []
+    engine.run(engine.rollout.stop())
+    with pytest.raises(EngineError, match="not running"):
+        engine.generate(requests(1, 1))
+
+
+def try_to_start(config: RLVRConfig, tmp_path: Path) -> None:
+    log_path = tmp_path / "server.log"
+    asyncio.run(SglangRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=log_path).start())
+
+
+def test_refused_server_args_stop_the_start(old_weights: Path, tmp_path: Path) -> None:
+    config = configuration(old_weights, "float32", server_args={"pp_size": 2})
+    with pytest.raises(ConfigError, match=r"server_args\.pp_size \(= 2\) is refused"):
+        try_to_start(config, tmp_path)
+
+
+def test_an_interpreter_without_sglang_is_named(old_weights: Path, tmp_path: Path) -> None:
+    bare = "/usr/bin/python3"
+    if not Path(bare).exists():
+        pytest.skip("no second interpreter on this machine")
+    with pytest.raises(EngineError, match=f"{bare} has no SGLang"):
+        try_to_start(configuration(old_weights, "float32", python=bare), tmp_path)
+    with pytest.raises(EngineError, match=r"cannot run strategy_config\.python"):
+        try_to_start(configuration(old_weights, "float32", python="/no/such/python"), tmp_path)
+
+
+def test_a_server_that_cannot_start_shows_its_log(old_weights: Path, tmp_path: Path) -> None:
+    config = configuration(old_weights, "float32", server_args={"no_such_argument": 1})
+    with pytest.raises(EngineError, match=r"did not start: .* exited with code 2; .*(?s:.*)no-such-argument"):
+        try_to_start(config, tmp_path)

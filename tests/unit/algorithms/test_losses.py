@@ -1,0 +1,178 @@
+"""Losses, weights and advantages against plain loops over tokens and samples."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from roll_r3.algorithms.advantages import response_advantages
+from roll_r3.algorithms.aggregation import loss_denominator, loss_weights
+from roll_r3.algorithms.kl import kl_estimate
+from roll_r3.algorithms.mismatch import mismatch_metrics
+from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
+from roll_r3.algorithms.stats import TokenStats
+from roll_r3.batch.batch import Batch
+from roll_r3.config.pipeline import RLVRConfig
+
+
+def config(**changes) -> RLVRConfig:
+    return RLVRConfig(exp_name="t", pretrain="x", actor_train={}, actor_infer={}, **changes)
+
+
+def slow_loss(lp, ent, mask, adv, old, roll, ref, c: RLVRConfig) -> list[float]:
+    """One token at a time, by the formulas in the papers."""
+    low, high = c.clip_range
+    out = []
+    for i in range(len(lp)):
+        if not mask[i]:
+            out.append(0.0)
+            continue
+        r, a = math.exp(lp[i] - old[i]), adv[i]
+        value = min(r * a, min(max(r, 1 - low), 1 + high) * a)
+        if c.dual_clip_loss is not None and a < 0:
+            value = max(value, c.dual_clip_loss * a)
+        loss = -value
+        if c.rollout_correction.mode == "token_tis":
+            loss *= min(math.exp(old[i] - roll[i]), c.rollout_correction.cap)
+        if c.use_kl_loss:
+            d = lp[i] - ref[i]
+            loss += c.kl_loss_coef * {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[c.kl_estimator]
+        out.append(loss - c.entropy_loss_coef * ent[i])
+    return out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pg_clip_low": 0.1, "pg_clip_high": 0.4},
+        {"dual_clip_loss": 1.5},
+        {"rollout_correction": {"mode": "token_tis", "cap": 1.2}},
+        {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_estimator": "k1"},
+        {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_estimator": "k2"},
+        {"use_kl_loss": True, "kl_loss_coef": 0.3, "entropy_loss_coef": 0.2},
+    ],
+)
+def test_policy_loss_equals_the_loop(changes):
+    c = config(**changes)
+    g = torch.Generator().manual_seed(0)
+    lp, old, roll, ref = (-torch.rand(4, 50, generator=g, dtype=torch.float64) * 2 for _ in range(4))
+    adv = torch.randn(50, generator=g, dtype=torch.float64)
+    ent = torch.rand(50, generator=g, dtype=torch.float64)
+    mask = torch.rand(50, generator=g) > 0.3
+    lp, old, roll, ref = lp[0], old[1], roll[2], ref[3]
+    stats = TokenStats()
+    got = policy_loss(lp, ent, TokenInputs(mask, adv, old, roll, ref), c, stats)
+    want = slow_loss(*(x.tolist() for x in (lp, ent, mask, adv, old, roll, ref)), c)
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-12, rtol=0)
+    figures = stats.reduce()
+    ratios = [math.exp(a - b) for a, b, m in zip(lp, old, mask, strict=True) if m]
+    assert figures["actor/ratio_mean"] == pytest.approx(statistics.mean(ratios))
+    assert figures["actor/ratio_max"] == pytest.approx(max(ratios))
+    assert figures["actor/ratio_min"] == pytest.approx(min(ratios))
+
+
+def test_masked_tokens_cannot_spoil_loss_or_gradient():
+    lp = torch.tensor([-1.0, -500.0], requires_grad=True)
+    mask = torch.tensor([True, False])
+    x = TokenInputs(mask, torch.ones(2), torch.tensor([-1.0, 500.0]), torch.zeros(2), torch.tensor([-1.0, 900.0]))
+    loss = policy_loss(lp, None, x, config(use_kl_loss=True), TokenStats()).sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert lp.grad is not None
+    assert lp.grad[1] == 0
+    assert torch.isfinite(lp.grad[0])
+
+
+def batch_of(masks: list[list[bool]]) -> Batch:
+    n = sum(map(len, masks))
+    zeros = np.zeros(n, np.int64)
+    return Batch(
+        tuple(map(str, range(len(masks)))),
+        np.array([len(m) for m in masks]),
+        zeros,
+        zeros,
+        np.concatenate([np.array(m, bool) for m in masks]),
+        np.zeros(n, np.float32),
+    )
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_aggregation_equals_its_name(mode):
+    masks = [[False, True, True], [True], [False, False], [True, True, True, True]]
+    losses = np.random.default_rng(0).normal(size=10).astype(np.float64)
+    rows, start = [], 0
+    for m in masks:
+        kept = [losses[start + i] for i, x in enumerate(m) if x]
+        start += len(m)
+        if kept:
+            rows.append(kept)
+    want = {
+        "token-mean": np.mean(np.concatenate(rows)),
+        "seq-mean-token-mean": np.mean([np.mean(r) for r in rows]),
+        "seq-mean-token-sum": np.mean([np.sum(r) for r in rows]),
+    }[mode]
+    whole = batch_of(masks)
+    assert (loss_weights(whole, mode) * losses).sum() / loss_denominator(whole, mode) == pytest.approx(want, rel=1e-6)
+    # and it does not matter how samples are cut up
+    parts = [whole.select([0, 2]), whole.select([1, 3])]
+    picked = [np.r_[losses[:3], losses[4:6]], np.r_[losses[3:4], losses[6:]]]
+    total = sum((loss_weights(p, mode) * x).sum() for p, x in zip(parts, picked, strict=True))
+    assert total / sum(loss_denominator(p, mode) for p in parts) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm_adv_by_std_in_grpo": False}, {"adv_estimator": "reinforce"}, {"advantage_clip": 0.5}]
+)
+def test_advantages_equal_the_loop(changes):
+    c = config(**changes)
+    scores = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, 0.2]
+    groups = ["a", "a", "b", "b", "c", "c", "d", "a"]
+    want = []
+    for s, g in zip(scores, groups, strict=True):
+        peers = scores if c.adv_estimator == "reinforce" else [x for x, h in zip(scores, groups, strict=True) if h == g]
+        value = s - statistics.mean(peers)
+        if c.adv_estimator == "grpo" and c.norm_adv_by_std_in_grpo and len(peers) > 1:
+            value /= statistics.stdev(peers) + 1e-6
+        want.append(max(-0.5, min(0.5, value)) if c.advantage_clip else value)
+    np.testing.assert_allclose(response_advantages(np.array(scores), groups, c), want, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_estimators_agree_with_the_exact_divergence_in_the_mean():
+    g = torch.Generator().manual_seed(0)
+    p = torch.distributions.Categorical(logits=torch.tensor([0.3, 0.1, -0.2]))
+    q = torch.distributions.Categorical(logits=torch.tensor([0.0, 0.2, -0.1]))
+    torch.manual_seed(g.initial_seed())
+    x = p.sample((200_000,))
+    exact = torch.distributions.kl_divergence(p, q).item()
+    for k in ("k1", "k3"):
+        assert kl_estimate(p.log_prob(x), q.log_prob(x), k).mean().item() == pytest.approx(exact, rel=0.15)
+    with pytest.raises(ValueError, match="k1, k2 or k3"):
+        kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+def test_mismatch_figures():
+    train, rollout = np.log(np.array([0.5, 0.2, 0.9], np.float32)), np.log(np.array([0.5, 0.5, 0.8], np.float32))
+    m = mismatch_metrics(train, rollout)
+    assert m["training/rollout_probs_diff_max"] == pytest.approx(0.3, rel=1e-5)
+    assert m["rollout_corr/extreme_ratio_tau2"] == pytest.approx(1 / 3)
+    ratio = np.array([1, 0.4, 1.125])
+    assert m["rollout_corr/k3_kl"] == pytest.approx(float(np.mean(ratio - 1 - np.log(ratio))), rel=1e-5)
+    assert m["rollout_corr/kl"] == pytest.approx(float(np.mean(-np.log(ratio))), rel=1e-5)
+    assert mismatch_metrics(train[:0], rollout[:0]) == {}
+
+
+def test_stats_add_up_over_micro_batches():
+    stats = TokenStats()
+    for values, mask in (([1.0, 5.0], [True, True]), ([9.0, -3.0], [True, False])):
+        v, m = torch.tensor(values), torch.tensor(mask)
+        stats.add("mean", v, m)
+        stats.add("max", v, m, "max")
+        stats.add("min", v, m, "min")
+    stats.add("nothing", torch.ones(1), torch.zeros(1, dtype=torch.bool))
+    assert stats.reduce() == {"mean": 5.0, "max": 9.0, "min": 1.0}
+    assert stats.reduce(lambda t, op: t.mul_(2) if op == "sum" else t)["mean"] == 5.0, "sums and counts are reduced alike"

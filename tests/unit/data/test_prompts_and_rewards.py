@@ -1,0 +1,144 @@
+"""Data files in, batches out; rewards by name and by import path."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+
+from roll_r3.config.pipeline import RewardConfig
+from roll_r3.config.workers import DataArgs
+from roll_r3.data.prompts import prompt_batches, read_prompts
+from roll_r3.data.tiny_task import BUNDLED_TASKS
+from roll_r3.errors import ConfigError, RollError
+from roll_r3.models.tiny import byte_tokenizer
+from roll_r3.rewards.rules import Rewards
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_columns_are_mapped(tmp_path, tokenizer, kind):
+    rows = [{"q": "1+1=", "a": 2, "topic": "sum", "nr": f"n{i}"} for i in range(3)]
+    name = write_rows(tmp_path / "x.jsonl", rows)
+    if kind == "parquet":
+        from datasets import Dataset
+
+        name = str(tmp_path / "x.parquet")
+        Dataset.from_list(rows).to_parquet(name)
+    args = DataArgs(file_name=name, prompt="q", ground_truth="a", domain="topic", id="nr")
+    prompts = read_prompts(args, tokenizer, 10)
+    assert [p.prompt_id for p in prompts] == ["n0", "n1", "n2"]
+    assert prompts[0].ground_truth == "2"
+    assert prompts[0].domain == "sum"
+    assert tokenizer.decode(prompts[0].token_ids) == "1+1="
+
+
+def test_messages_go_through_the_chat_template(tmp_path, tokenizer):
+    rows = [{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], "ground_truth": "g"}]
+    args = DataArgs(file_name=write_rows(tmp_path / "m.jsonl", rows), messages="messages")
+    assert tokenizer.decode(read_prompts(args, tokenizer, 10)[0].token_ids) == "SU"
+
+
+def test_long_prompts_are_left_out_and_said(tmp_path, tokenizer, caplog):
+    rows = [{"prompt": "x" * n, "ground_truth": ""} for n in (3, 30)]
+    args = DataArgs(file_name=write_rows(tmp_path / "l.jsonl", rows))
+    assert len(read_prompts(args, tokenizer, 10)) == 1
+    assert "1 of 2 prompts are longer" in caplog.text
+    with pytest.raises(ConfigError, match="no prompt of at most"):
+        read_prompts(args, tokenizer, 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"file_name": "nowhere.jsonl"}, "not an existing"),
+        ({"file_name": "bundled:nothing"}, "there are bundled:addition_mod10"),
+        ({"file_name": "data.csv"}, "not an existing"),
+    ],
+)
+def test_missing_sources_are_named(tokenizer, args, message):
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(DataArgs(**args), tokenizer, 10)
+
+
+def test_a_missing_column_lists_those_that_exist(tmp_path, tokenizer):
+    name = write_rows(tmp_path / "c.jsonl", [{"question": "1", "ground_truth": "1"}])
+    with pytest.raises(ConfigError, match="it has question, ground_truth"):
+        read_prompts(DataArgs(file_name=name), tokenizer, 10)
+
+
+def test_bundled_tasks_are_right():
+    assert ("3+9=", "2") in BUNDLED_TASKS["addition_mod10"]()
+    assert ("copy 407:", "407") in BUNDLED_TASKS["copy_digits"]()
+
+
+def test_batches_pass_over_the_data_in_seeded_orders(tokenizer):
+    prompts = read_prompts(DataArgs(file_name="bundled:addition_mod10"), tokenizer, 10)
+    first = list(islice(prompt_batches(prompts, 32, seed=1), 25))
+    again = list(islice(prompt_batches(prompts, 32, seed=1), 25))
+    assert first == again
+    assert first[0] != next(prompt_batches(prompts, 32, seed=2))
+    for batch in first:
+        assert len({p.prompt_id for p in batch}) == 32, "no prompt twice in a batch, also where two passes meet"
+    counts = [p.prompt_id for batch in first for p in batch]
+    assert {counts.count(p.prompt_id) for p in prompts} == {8}, "25 x 32 = 8 x 100: every prompt as often"
+
+
+def test_more_prompts_than_data_repeat(tokenizer):
+    prompts = read_prompts(DataArgs(file_name="bundled:addition_mod10"), tokenizer, 10)[:3]
+    assert len(next(prompt_batches(prompts, 8, seed=0))) == 8
+
+
+def count_letters(response: str, ground_truth: str, letter: str = "a") -> float:
+    if response == "boom":
+        raise RuntimeError("no")
+    return float(response.count(letter))
+
+
+def test_rules_by_name_and_by_path():
+    rewards = Rewards(
+        {
+            "exact": RewardConfig(reward="exact_match"),
+            "letters": RewardConfig(reward=f"{__name__}:count_letters", tag_included=("abc",), kwargs={"letter": "b"}),
+            "math": RewardConfig(reward="math", tag_included=("math",)),
+        }
+    )
+    rewards.check_domains({"abc", "math", "other"})
+    assert rewards.score(" 4\n", "4", "other") == 1
+    assert rewards.score("5", "4", "other") == 0
+    assert rewards.score("abbb", "", "abc") == 3
+    assert rewards.score(r"so the answer is $\frac{1}{2}$", "0.5", "math") == 1
+    assert rewards.score(r"so the answer is $\frac{1}{3}$", "0.5", "math") == 0
+    with pytest.raises(RollError, match=r"rewards.letters .* raised RuntimeError: no for the response 'boom'"):
+        rewards.score("boom", "", "abc")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ({"a": {"reward": "nothing"}}, "neither exact_match, math nor"),
+        ({"a": {"reward": "no.such.module:f"}}, "cannot import"),
+        ({"a": {"reward": "math:no_such"}}, "cannot import"),
+        ({"a": {"reward": "math:pi"}}, "not a function"),
+        ({"a": {"reward": "math"}, "b": {"reward": "math"}}, "both score"),
+        ({"a": {"reward": "math", "tag_included": ["x"]}, "b": {"reward": "math", "tag_included": ["x"]}}, "two reward rules"),
+    ],
+)
+def test_unusable_rules_are_named(rewards, message):
+    with pytest.raises(ConfigError, match=message):
+        Rewards({k: RewardConfig(**v) for k, v in rewards.items()})
+
+
+def test_a_domain_without_a_rule_is_named():
+    with pytest.raises(ConfigError, match="no rule scores the domains code"):
+        Rewards({"a": RewardConfig(reward="math", tag_included=("math",))}).check_domains({"math", "code"})

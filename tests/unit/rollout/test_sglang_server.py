@@ -1,0 +1,167 @@
+"""The command line and environment of the server, and what users may not put into `server_args`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from roll_r3.config.strategies import SglangConfig
+from roll_r3.errors import EngineError
+from roll_r3.strategies.rollout.sglang import launcher
+from roll_r3.strategies.rollout.sglang.server import (
+    CPU_PATH,
+    refused_server_args,
+    server_arguments,
+    server_command,
+    server_environment,
+)
+from roll_r3.strategies.rollout.sglang.version import check_version
+
+KEY = "a-very-secret-key"
+
+
+def arguments(config: SglangConfig, *, device: str = "cpu", record_routes: bool = True) -> list[str]:
+    return server_arguments(
+        config,
+        model_path="/models/tiny",
+        trust_remote_code=False,
+        device=device,
+        port=1234,
+        seed=7,
+        context_length=100,
+        record_routes=record_routes,
+    )
+
+
+def value_of(line: list[str], flag: str) -> str:
+    return line[line.index(flag) + 1]
+
+
+def environment(config: SglangConfig, inherited: dict[str, str], *, device: str = "cpu") -> dict[str, str]:
+    return server_environment(config, inherited, device=device, gpu_ids=(2, 5), key=KEY)
+
+
+def test_the_line_holds_what_the_configuration_says() -> None:
+    line = arguments(SglangConfig(max_total_tokens=4096, tp_size=2, chunked_prefill_size=-1))
+    assert value_of(line, "--model-path") == "/models/tiny"
+    assert value_of(line, "--host") == "127.0.0.1"
+    assert value_of(line, "--port") == "1234"
+    assert value_of(line, "--tp-size") == "2"
+    assert value_of(line, "--max-total-tokens") == "4096"
+    assert value_of(line, "--chunked-prefill-size") == "-1"
+    assert value_of(line, "--context-length") == "100"
+    assert value_of(line, "--random-seed") == "7"
+    assert value_of(line, "--weight-version") == "0"
+    assert "--enable-return-routed-experts" in line
+    assert "--mem-fraction-static" not in line
+    assert "--trust-remote-code" not in line
+
+
+def test_routes_are_recorded_only_when_asked_for() -> None:
+    assert "--enable-return-routed-experts" not in arguments(SglangConfig(), record_routes=False)
+
+
+def test_seeds_decide_samples_on_a_cpu() -> None:
+    line = arguments(SglangConfig())
+    assert "--enable-deterministic-inference" in line
+    assert value_of(line, "--attention-backend") == "torch_native"
+
+
+def test_a_gpu_keeps_sglangs_own_choices() -> None:
+    line = arguments(SglangConfig(), device="cuda")
+    assert not {"--attention-backend", "--sampling-backend", "--enable-deterministic-inference"} & set(line)
+
+
+def test_server_args_come_last_and_false_is_left_out() -> None:
+    config = SglangConfig(
+        server_args={"enable_deterministic_inference": False, "disable_radix_cache": True, "schedule_policy": "fcfs"}
+    )
+    line = arguments(config)
+    assert "--enable-deterministic-inference" not in line
+    assert "--disable-radix-cache" in line
+    assert value_of(line, "--schedule-policy") == "fcfs"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("pp_size", 2, "pipeline"),
+        ("enable_hierarchical_cache", True, "host memory"),
+        ("disaggregation_mode", "prefill", "decode server"),
+        ("speculative_algorithm", "EAGLE", "draft"),
+        ("model_path", "x", "pretrain"),
+        ("port", 1, "free one"),
+        ("api_key", "k", "fresh one"),
+        ("enable_return_routed_experts", False, "router_replay.mode"),
+        ("dp_size", 2, "replicas"),
+        ("skip_tokenizer_init", True, "another form"),
+        ("host", "0.0.0.0", "strategy_config.host"),
+        ("tp_size", 2, "strategy_config.tp_size"),
+        ("max_total_tokens", 2, "strategy_config.max_total_tokens"),
+        ("--dtype", "half", "underscores"),
+        ("disable-radix-cache", True, "underscores"),
+        ("config", "f.yaml", "file"),
+    ],
+)
+def test_owned_and_route_losing_arguments_are_refused(name: str, value: str | int, reason: str) -> None:
+    (problem,) = refused_server_args(SglangConfig(server_args={name: value}))
+    assert name in problem
+    assert repr(value) in problem
+    assert reason in problem
+
+
+def test_every_problem_is_reported_and_harmless_arguments_pass() -> None:
+    config = SglangConfig(server_args={"pp_size": 2, "schedule_policy": "fcfs", "port": 1})
+    assert len(refused_server_args(config)) == 2
+
+
+def test_the_key_is_in_the_environment_and_not_on_the_line() -> None:
+    config = SglangConfig()
+    assert not any(KEY in word for word in server_command(config, arguments(config)))
+    assert environment(config, {})[launcher.KEY_VARIABLE] == KEY
+
+
+def test_the_interpreter_is_the_users_choice() -> None:
+    assert server_command(SglangConfig(python="/opt/sglang/bin/python"), [])[0] == "/opt/sglang/bin/python"
+
+
+def test_a_trainers_rank_does_not_leak_into_the_server() -> None:
+    inherited = {
+        "PATH": "/bin",
+        "RANK": "3",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+    }
+    variables = environment(SglangConfig(), inherited)
+    assert variables["PATH"] == "/bin"
+    assert not set(inherited) - {"PATH"} & set(variables)
+    assert variables[launcher.PARENT_VARIABLE] == str(os.getpid())
+
+
+def test_the_stand_ins_are_for_a_cpu_only() -> None:
+    on_cpu, on_gpu = environment(SglangConfig(), {}), environment(SglangConfig(), {}, device="cuda")
+    assert on_cpu[launcher.CPU_PATH_VARIABLE] == str(CPU_PATH)
+    assert (CPU_PATH / "roll_r3_sglang_cpu.py").is_file()
+    assert on_gpu["CUDA_VISIBLE_DEVICES"] == "2,5"
+    assert not {launcher.CPU_PATH_VARIABLE, "SGLANG_USE_CPU_ENGINE", "OMP_NUM_THREADS"} & set(on_gpu)
+
+
+def test_a_key_does_not_show_in_a_dictionary_of_settings() -> None:
+    assert KEY not in f"{ {'api_key': launcher.HiddenKey(KEY)} }"
+    assert launcher.HiddenKey(KEY) == KEY
+
+
+@pytest.mark.parametrize("text", ["0.5.11", "0.5.10.post1", "0.5.7", "0.4.9", "0.5.12rc1"])
+def test_releases_before_the_window_are_refused_with_the_reason(text: str) -> None:
+    with pytest.raises(EngineError, match=r"too old.*another one.*sglang==0\.5\.23"):
+        check_version(text)
+
+
+def test_releases_inside_the_window_pass_and_newer_ones_warn() -> None:
+    assert check_version("0.5.12") is None
+    assert check_version("0.5.23") is None
+    assert "newer than 0.5.23" in str(check_version("0.5.24"))
+    with pytest.raises(EngineError, match="cannot be read"):
+        check_version("main")

@@ -1,0 +1,76 @@
+"""What a run writes and shows."""
+
+from __future__ import annotations
+
+import io
+import json
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from roll_r3.tracking.metric_log import MetricLog
+from roll_r3.tracking.names import METRICS, metrics_table
+from roll_r3.tracking.progress import Progress, format_seconds
+from roll_r3.tracking.report import run_summary
+from roll_r3.tracking.run_dir import RunDir
+
+NOW = datetime(2026, 11, 21, 12, 0, 0)
+
+
+def test_latest_points_at_the_newest_run(tmp_path):
+    first = RunDir.create(str(tmp_path), "exp", NOW)
+    second = RunDir.create(str(tmp_path), "exp", NOW)
+    assert first.path != second.path, "two runs in one second"
+    assert (tmp_path / "exp" / "latest").resolve() == second.path.resolve()
+
+
+def test_metrics_are_written_in_declared_order_and_kept(tmp_path):
+    run_dir = RunDir.create(str(tmp_path), "exp", NOW)
+    with MetricLog(run_dir, ["tensorboard"]) as log:
+        log.write(1, {"critic/score/mean": 0.5, "actor/lr": float("nan")})
+        with pytest.raises(KeyError, match="actor/typo"):
+            log.write(2, {"actor/typo": 1.0})
+    lines = [json.loads(x) for x in run_dir.metrics_file.read_text().splitlines()]
+    assert lines == [{"step": 1, "critic/score/mean": 0.5, "actor/lr": None}]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
+    assert board.Scalars("critic/score/mean")[0].value == 0.5
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    out = io.StringIO()
+    with Progress(20, out) as progress:
+        with progress.stage("starting Ray"):
+            pass
+        with progress.stage("rollout", 1):
+            pass
+        progress.step_done(1, {"time/step_total": 2.0, "system/tps": 1000.0, "critic/score/mean": 0.25})
+    text = out.getvalue()
+    assert "starting Ray ..." in text
+    assert "rollout" not in text, "stages of a step are for the live line"
+    assert "1/20" in text
+    assert "0.2500" in text
+    assert "0:38" in text, "19 steps of 2 s are left"
+
+
+def test_seconds_for_people():
+    assert [format_seconds(s) for s in (5, 95, 3700)] == ["0:05", "1:35", "1:01:40"]
+
+
+def test_the_summary_says_where_what_and_how():
+    history = [{"critic/score/mean": i / 10, "router_replay/coverage": 1.0} for i in range(11)]
+    sample = SimpleNamespace(prompt="1+1=", response="2", ground_truth="2", score=1.0)
+    text = run_summary(Path("/runs/x"), history, [sample], [sample], replay_mode="R3", seconds=61)
+    assert "/runs/x" in text
+    assert "0.200 (first 5 steps) -> 0.800 (last 5 steps)" in text
+    assert "coverage" in text
+    assert "wanted '2'" in text
+
+
+def test_docs_of_metrics_are_fresh():
+    path = Path(__file__).parents[3] / "docs" / "metrics.md"
+    assert path.read_text() == metrics_table(), "run python -m roll_r3.tracking.names"
+    assert all(m.unit and m.meaning for m in METRICS.values())
