@@ -38,7 +38,7 @@ if [[ ! -x $venv/bin/python ]]; then
 fi
 rm -f "$stamp"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
-quiet=(install --quiet --no-input)
+quiet=(install -qq --no-input)  # errors only
 
 say "pip and setuptools"
 "${pip[@]}" "${quiet[@]}" --upgrade pip 'setuptools>=77'

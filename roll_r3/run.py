@@ -86,13 +86,13 @@ def summary(loaded: LoadedConfig) -> str:
         }
         shown = " ".join(f"{name} {size}" for name, size in sizes.items() if size is not None and size > 1)
         lines.append(
-            f"  {role}: {worker.strategy_args.strategy_name}, {len(worker.device_mapping)} devices"
+            f"  {role}: {worker.strategy_args.strategy_name}, devices {len(worker.device_mapping)}"
             + (f", {shown}" if shown else "")
         )
     engine = config.actor_infer
     engines = len(engine.device_mapping) // engine.strategy_args.strategy_config.tp_size
     lines.append(
-        f"  actor_infer: {engine.strategy_args.strategy_name}, {len(engine.device_mapping)} devices, engines {engines}"
+        f"  actor_infer: {engine.strategy_args.strategy_name}, devices {len(engine.device_mapping)}, engines {engines}"
     )
     return "\n".join(lines)
 

@@ -50,7 +50,7 @@ class _Group:
         return self._call_each(method, [arguments] * len(self._members))
 
     def _end(self, method: str) -> None:
-        """Let every member leave in order, then end its process; never raises, for it runs while errors are on their way."""
+        """Let every member leave in order, then end its process. Never raises: an error may be on its way already."""
         refs = [getattr(m.handle, method).remote() for m in self._members]
         _, late = ray.wait(refs, num_returns=len(refs), timeout=STOP_TIMEOUT)
         for ref, member in zip(refs, self._members, strict=True):
@@ -76,8 +76,8 @@ class RolloutGroup(_Group):
             devices = [placement.devices[d] for d in role.device_mapping[start : start + size]]
             if len({d.node_id for d in devices}) > 1:
                 raise ConfigError(
-                    f"actor_infer.device_mapping: engine {engine} takes devices {[d.index for d in devices]}, which lie "
-                    "on different nodes: an engine's tp_size devices must share a node"
+                    f"actor_infer.device_mapping: engine {engine} takes devices {[d.index for d in devices]}, which "
+                    "lie on different nodes: an engine's tp_size devices must share a node"
                 )
             name, log = f"actor_infer-{engine}", log_dir / f"actor_infer-{engine}.log"
             gpu_ids = tuple(d.gpu_id for d in devices if d.gpu_id is not None)
@@ -195,4 +195,3 @@ class ModelGroup(_Group):
         """Every rank gets its data-parallel shard, stored once per shard."""
         refs = [ray.put(batch.select(shard)) for shard in shards]
         return self._call_each(method, [(refs[dp_rank], *rest) for dp_rank, _, _ in self._places])
-

@@ -117,7 +117,7 @@ def place(config: RLVRConfig) -> Iterator[Placement]:
     try:
         if not group.wait(PLACEMENT_TIMEOUT):
             raise ConfigError(
-                f"the cluster did not offer {count} {resource}s within {PLACEMENT_TIMEOUT:.0f} s: is it in use by others?"
+                f"the cluster did not offer {count} {resource}s within {PLACEMENT_TIMEOUT:.0f} s: do others use it?"
             )
         yield Placement(kind, group, _number_devices(kind, group, count))
     finally:

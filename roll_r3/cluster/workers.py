@@ -1,4 +1,4 @@
-"""What runs inside the actors: each wraps one strategy. Routes are stored and fetched here, so strategies see arrays."""
+"""What runs inside the actors, one strategy each. Routes are stored and fetched here, so strategies see arrays."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class DataArgs(Config):
 class SglangStrategy(Config):
     """Rollout by SGLang servers."""
 
-    strategy_name: Literal["sglang"]
+    strategy_name: Literal["sglang"] = "sglang"
     """Name of the strategy."""
     strategy_config: SglangConfig = SglangConfig()
     """The server's settings."""
@@ -110,7 +110,7 @@ class SglangStrategy(Config):
 class MegatronTrainStrategy(Config):
     """Training by megatron-core."""
 
-    strategy_name: Literal["megatron_train"]
+    strategy_name: Literal["megatron_train"] = "megatron_train"
     """Name of the strategy."""
     strategy_config: MegatronConfig = MegatronConfig()
     """Parallel layout and execution."""
@@ -119,7 +119,7 @@ class MegatronTrainStrategy(Config):
 class MegatronInferStrategy(Config):
     """Inference by megatron-core, for log-probabilities."""
 
-    strategy_name: Literal["megatron_infer"]
+    strategy_name: Literal["megatron_infer"] = "megatron_infer"
     """Name of the strategy."""
     strategy_config: MegatronConfig = MegatronConfig()
     """Parallel layout and execution."""
@@ -142,7 +142,7 @@ class WorkerConfig(Config):
 class ActorInferConfig(WorkerConfig):
     """The rollout."""
 
-    strategy_args: SglangStrategy = SglangStrategy(strategy_name="sglang")
+    strategy_args: SglangStrategy = SglangStrategy()
     """Which engine, and its settings."""
     generating_args: GeneratingArgs = GeneratingArgs()
     """Sampling."""
@@ -151,7 +151,7 @@ class ActorInferConfig(WorkerConfig):
 class ActorTrainConfig(WorkerConfig):
     """The policy that learns."""
 
-    strategy_args: MegatronTrainStrategy = MegatronTrainStrategy(strategy_name="megatron_train")
+    strategy_args: MegatronTrainStrategy = MegatronTrainStrategy()
     """Which trainer, and its layout."""
     training_args: TrainingArgs = TrainingArgs()
     """Optimizer, schedule, batch sizes."""
@@ -164,7 +164,7 @@ class ActorTrainConfig(WorkerConfig):
 class ReferenceConfig(WorkerConfig):
     """The frozen policy that the KL term compares with. It always routes by itself."""
 
-    strategy_args: MegatronInferStrategy = MegatronInferStrategy(strategy_name="megatron_infer")
+    strategy_args: MegatronInferStrategy = MegatronInferStrategy()
     """Which strategy, and its layout."""
     use_sequence_packing: bool = False
     """As in `actor_train`."""

@@ -62,11 +62,16 @@ def read_prompts(args: DataArgs, tokenizer: ChatTokenizer, max_tokens: int) -> l
             prompt_id = str(row.pop("id", None) or f"{Path(name.removeprefix(BUNDLED)).stem}-{i}")
             prompts.append(Prompt(prompt_id=prompt_id, text=messages[-1]["content"], token_ids=ids, **row))
     if too_long:
-        logger.warning("%d of %d prompts are longer than prompt_length (%d tokens) and were left out",
-                       too_long, too_long + len(prompts), max_tokens)
+        logger.warning(
+            "%d of %d prompts are longer than prompt_length (%d tokens) and were left out",
+            too_long,
+            too_long + len(prompts),
+            max_tokens,
+        )
     if not prompts:
         raise ConfigError(
-            f"actor_train.data_args.file_name ({args.file_name!r}): no prompt of at most prompt_length={max_tokens} tokens"
+            f"actor_train.data_args.file_name ({args.file_name!r}): no prompt of at most "
+            f"prompt_length={max_tokens} tokens"
         )
     return prompts
 
@@ -84,22 +89,30 @@ def _rows(name: str, args: DataArgs) -> Iterator[dict[str, Any]]:
     reader = READERS.get(Path(name).suffix)
     if reader is None or not Path(name).is_file():
         raise ConfigError(
-            f"actor_train.data_args.file_name: {name!r} is not an existing {' or '.join(READERS)} file (nor {BUNDLED}TASK)"
+            f"actor_train.data_args.file_name: {name!r} is not an existing {' or '.join(READERS)} file "
+            f"(nor {BUNDLED}TASK)"
         )
     from datasets import load_dataset  # noqa: PLC0415  seconds to import, and the bundled tasks do without
 
     dataset = load_dataset(reader, data_files=name, split="train")
-    columns = {"prompt": args.messages or args.prompt, "ground_truth": args.ground_truth, "domain": args.domain,
-               "id": args.id}
+    columns = {
+        "prompt": args.messages or args.prompt,
+        "ground_truth": args.ground_truth,
+        "domain": args.domain,
+        "id": args.id,
+    }
     missing = [f"{k}: {v}" for k, v in columns.items() if v and v not in dataset.column_names]
     if missing:
         raise ConfigError(
-            f"{name} has no column for actor_train.data_args.{', '.join(missing)}; it has {', '.join(dataset.column_names)}"
+            f"{name} has no column for actor_train.data_args.{', '.join(missing)}; "
+            f"it has {', '.join(dataset.column_names)}"
         )
     for row in dataset:
         value = row[columns["prompt"]]
-        out = {"messages": value if args.messages else [{"role": "user", "content": str(value)}],
-               "ground_truth": str(row[args.ground_truth])}
+        out = {
+            "messages": value if args.messages else [{"role": "user", "content": str(value)}],
+            "ground_truth": str(row[args.ground_truth]),
+        }
         if args.domain:
             out["domain"] = str(row[args.domain])
         if args.id:

@@ -30,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="make a tiny seeded Qwen3-MoE checkpoint with a byte-level tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--task", choices=sorted(BUNDLED_TASKS), default="addition_mod10", help="task of the warm start")
+    parser.add_argument(
+        "--task", choices=sorted(BUNDLED_TASKS), default="addition_mod10", help="task of the warm start"
+    )
     parser.add_argument("--warm-start-steps", type=int, default=60)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -21,7 +21,7 @@ def resolve_checkpoint(name: str) -> Path:
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ConfigError(f"checkpoint {name!r}: no such directory (a hub name has the form owner/model)")
     from huggingface_hub import snapshot_download  # noqa: PLC0415  only needed for hub names
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "original/*"]))

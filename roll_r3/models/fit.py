@@ -48,7 +48,7 @@ def _layout_misfits(path: str, layout: MegatronConfig, facts: ModelFacts) -> lis
     chunks = layout.virtual_pipeline_model_parallel_size or 1
     if stages > 0 and layers % (stages * chunks):
         found.append(
-            f"{path}.pipeline_model_parallel_size: {layers} layers do not divide over {stages} stages of {chunks} chunks; "
-            "choose other sizes, or num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage"
+            f"{path}.pipeline_model_parallel_size: {layers} layers do not divide over {stages} stages x {chunks} "
+            "chunks: choose other sizes, or num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage"
         )
     return found

@@ -15,12 +15,11 @@ from datetime import datetime
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from roll_r3.cluster.groups import ModelGroup, RolloutGroup
 from roll_r3.cluster.logs import FORMAT
 from roll_r3.cluster.placement import Placement, place, ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import prompt_batches, read_prompts
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
@@ -49,8 +48,7 @@ def launch(config: RLVRConfig) -> int:
     started = time.monotonic()
     run_dir = RunDir.create(config.output_dir, config.exp_name, datetime.now())
     _log_driver(run_dir)
-    resolved = config.model_dump(mode="json", exclude_none=True)
-    (run_dir.path / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    (run_dir.path / "config.yaml").write_text(to_yaml(config))
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.max_steps))
         progress.say(f"run directory: {run_dir.path}")

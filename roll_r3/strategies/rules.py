@@ -8,6 +8,7 @@ from __future__ import annotations
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules import Rule, Verdict, megatron_workers, workers
 from roll_r3.strategies.registry import STRATEGIES, StrategyEntry
+from roll_r3.strategies.rollout.sglang.server import refused_server_args
 
 _KINDS = {"actor_train": "train", "actor_infer": "rollout", "reference": "infer"}
 
@@ -42,6 +43,10 @@ def _cannot_pack(config: RLVRConfig) -> Verdict:
     return ", ".join(role for role in roles if not entry(config, role).capabilities.packs)
 
 
+def _refused_server_args(config: RLVRConfig) -> Verdict:
+    return "; ".join(refused_server_args(config.actor_infer.strategy_args.strategy_config))
+
+
 CAPABILITY_RULES: tuple[Rule, ...] = (
     Rule(
         id="strategy-fits-role",
@@ -70,5 +75,12 @@ CAPABILITY_RULES: tuple[Rule, ...] = (
         why="this strategy cannot pack samples into one row",
         fix="write use_sequence_packing: false for the role",
         violates=_cannot_pack,
+    ),
+    Rule(
+        id="sglang-server-args",
+        fields=("actor_infer.strategy_args.strategy_config.server_args",),
+        why="the strategy owns these arguments, or routes are lost with them",
+        fix="take them out",
+        violates=_refused_server_args,
     ),
 )

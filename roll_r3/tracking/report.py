@@ -68,7 +68,8 @@ def run_summary(
         if samples:
             lines.append(f"samples of the {title}")
             lines += [
-                f"  {s.prompt[-60:]!r} -> {s.response[:60]!r}  wanted {s.ground_truth!r}, reward {s.score:g}" for s in samples
+                f"  {s.prompt[-60:]!r} -> {s.response[:60]!r}  wanted {s.ground_truth!r}, reward {s.score:g}"
+                for s in samples
             ]
     lines.append(f"curves          tensorboard --logdir {run_dir}")
     return "\n".join(lines)

@@ -6,9 +6,9 @@ rows; its loss and its optimizer are written out here in plain PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import copy
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any

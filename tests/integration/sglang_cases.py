@@ -48,7 +48,7 @@ def configuration(
                         "dtype": dtype,
                         "max_total_tokens": 8192,
                         "max_running_requests": 64,
-                        "startup_timeout": 240,
+                        "startup_timeout": 400,
                         **strategy_config,
                     },
                 },

@@ -45,7 +45,11 @@ LAYOUTS = {
     "recompute uniform": (1, FULL_RECOMPUTE, False),
     "recompute block": (1, {**BLOCK, "recompute_num_layers": 2}, False),
     "recompute moe": (1, SELECTIVE, False),
-    "DP2 distributed optimizer, overlapped": (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True}, False),
+    "DP2 distributed optimizer, overlapped": (
+        2,
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
+        False,
+    ),
     "DP2": (2, {}, False),
     "TP2": (2, {**TP2, **FULL_RECOMPUTE}, False),
     "TP2 packed": (2, TP2, True),
@@ -136,10 +140,14 @@ def test_clipped_adam_steps_equal_the_reference(
     outcome = gang(size).run(run_case, case, batch)[0]
 
     shards = [shard(batch, rank, ranks) for rank in range(ranks)]
-    order = [shuffled_mini_batches(SAMPLES // ranks, SAMPLES // ranks // 2, (config.seed, 1, 0, r)) for r in range(ranks)]
+    order = [
+        shuffled_mini_batches(SAMPLES // ranks, SAMPLES // ranks // 2, (config.seed, 1, 0, r)) for r in range(ranks)
+    ]
     number = {sample_id: i for i, sample_id in enumerate(batch.sample_ids)}
     steps = [
-        batch.select([number[s] for part, cuts in zip(shards, order, strict=True) for s in part.select(cuts[i]).sample_ids])
+        batch.select(
+            [number[s] for part, cuts in zip(shards, order, strict=True) for s in part.select(cuts[i]).sample_ids]
+        )
         for i in range(2)
     ]
     wanted = Reference(str(tiny_moe)).train(steps, config)
@@ -181,7 +189,9 @@ def test_bf16_trains_close_to_fp32(gang: Gangs, tiny_moe: Path) -> None:
     assert np.abs(alone.log_probs - exact.log_probs).max() < 0.2
     assert np.abs(alone.log_probs - log_probs).max() < 1e-5
     assert alone.metrics["actor_train/grad_norm"] == pytest.approx(exact.metrics["actor_train/grad_norm"], rel=0.05)
-    assert together[0].metrics["actor_train/grad_norm"] == pytest.approx(alone.metrics["actor_train/grad_norm"], rel=1e-3)
+    assert together[0].metrics["actor_train/grad_norm"] == pytest.approx(
+        alone.metrics["actor_train/grad_norm"], rel=1e-3
+    )
     assert largest_difference(alone.weights, together[0].weights) < 1e-3
 
 

@@ -48,9 +48,7 @@ PIPELINE = {**INTERLEAVED, **FULL_RECOMPUTE}
     ],
 )
 @pytest.mark.parametrize("mode", ["disable", "R3"])
-def test_log_probs_and_entropies(
-    mode: str, size: int, layout: dict, packed: bool, gang: Gangs, tiny_moe: Path
-) -> None:
+def test_log_probs_and_entropies(mode: str, size: int, layout: dict, packed: bool, gang: Gangs, tiny_moe: Path) -> None:
     batch = make_batch(unknown=0.1)
     case = Case(str(tiny_moe), layout, mode, packed, log_probs_first=True)
     ranks = size // case.model_parallel_size
@@ -130,16 +128,14 @@ def _reference_beside_actor(process: ProcessInfo, case: Case, batch: Batch) -> N
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("size", "layout"), [(1, {}), (2, TP2), (2, EP2), (2, {**TP2, **EP2}), (2, INTERLEAVED)]
-)
+@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, TP2), (2, EP2), (2, {**TP2, **EP2}), (2, INTERLEAVED)])
 def test_export_is_bit_exact(size: int, layout: dict, dtype: str, gang: Gangs, tmp_path: Path) -> None:
     import torch
 
     checkpoint = make_tiny_checkpoint(tmp_path, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     wanted = read_weights(checkpoint)
     for found, dtypes in gang(size).run(_export, Case(str(checkpoint), layout, dtype=dtype)):
-        assert list(sorted(found)) == sorted(wanted)
+        assert sorted(found) == sorted(wanted)
         assert largest_difference(found, wanted) == 0
         assert dtypes == {"torch.bfloat16" if dtype == "bf16" else "torch.float32"}
 

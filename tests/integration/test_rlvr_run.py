@@ -123,7 +123,7 @@ def test_no_process_is_left(finished):
 
 
 def kill_in_step(run: Run, name: str) -> float:
-    """Kill the first descendant whose command line holds `name`, during the second step; seconds until the run ended."""
+    """Kill the first descendant whose command line holds `name`, in the second step; seconds until the run ended."""
     run.wait_for_step(1)
     victims = [p for p in run.descendants() if name in " ".join(p.cmdline())]
     assert victims, [p.cmdline()[:3] for p in run.descendants()]

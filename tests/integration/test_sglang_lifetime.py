@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
-    config = configuration(checkpoint, "bfloat16", response_length=100)
+    config = configuration(checkpoint, "bfloat16", response_length=40)
     pair = [Engine(config, tmp_path_factory.mktemp("log") / f"server{i}.log", engine_index=i) for i in (0, 1)]
     try:
         for engine in pair:

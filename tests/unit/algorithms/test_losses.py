@@ -175,4 +175,6 @@ def test_stats_add_up_over_micro_batches():
         stats.add("min", v, m, "min")
     stats.add("nothing", torch.ones(1), torch.zeros(1, dtype=torch.bool))
     assert stats.reduce() == {"mean": 5.0, "max": 9.0, "min": 1.0}
-    assert stats.reduce(lambda t, op: t.mul_(2) if op == "sum" else t)["mean"] == 5.0, "sums and counts are reduced alike"
+    assert stats.reduce(lambda t, op: t.mul_(2) if op == "sum" else t)["mean"] == 5.0, (
+        "sums and counts are reduced alike"
+    )

@@ -75,7 +75,9 @@ def test_every_layout_equals_the_simulation(lens, packed, cp, sp, pad_to):
             expected = [p for row in grids[c] for cell in row if cell is not None for p in [cell[1]]]
             assert token_map.positions_BS[held].tolist() == expected
             seen += [cell for cell in cells_of(token_map.router_slots_t, lens) if cell is not None]
-    assert sorted(seen) == [(i, p) for i, n in enumerate(lens) for p in range(n)], "each input on exactly one router rank"
+    assert sorted(seen) == [(i, p) for i, n in enumerate(lens) for p in range(n)], (
+        "each input on exactly one router rank"
+    )
 
 
 @settings(max_examples=300, deadline=None)

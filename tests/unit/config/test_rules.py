@@ -373,7 +373,17 @@ CAPABILITIES: dict[str, tuple[str, dict[str, object], list[str]]] = {
 
 
 def test_every_capability_rule_has_an_example():
-    assert set(CAPABILITIES) == {rule.id for rule in CAPABILITY_RULES}
+    assert {*CAPABILITIES, "sglang-server-args"} == {rule.id for rule in CAPABILITY_RULES}
+
+
+def test_server_args_that_lose_routes_are_refused_and_others_pass(load_text):
+    passing = load_text(MINIMAL, sglang(server_args="{schedule_policy: fcfs}")).config
+    assert check_rules(passing, CAPABILITY_RULES) == []
+    violating = load_text(MINIMAL, sglang(server_args="{pp_size: 2, port: 1}")).config
+    (finding,) = check_rules(violating, CAPABILITY_RULES)
+    assert finding.rule == "sglang-server-args"
+    assert "pp_size" in str(finding)
+    assert "port" in str(finding)
 
 
 @pytest.mark.parametrize("rule", CAPABILITIES)

@@ -131,7 +131,10 @@ def test_rules_by_name_and_by_path():
         ({"a": {"reward": "math:no_such"}}, "cannot import"),
         ({"a": {"reward": "math:pi"}}, "not a function"),
         ({"a": {"reward": "math"}, "b": {"reward": "math"}}, "both score"),
-        ({"a": {"reward": "math", "tag_included": ["x"]}, "b": {"reward": "math", "tag_included": ["x"]}}, "two reward rules"),
+        (
+            {"a": {"reward": "math", "tag_included": ["x"]}, "b": {"reward": "math", "tag_included": ["x"]}},
+            "two reward rules",
+        ),
     ],
 )
 def test_unusable_rules_are_named(rewards, message):

@@ -83,9 +83,7 @@ def _causal_mask(cu_seqlens: tuple[int, ...], cp_size: int, cp_rank: int) -> tor
 
     def index(rank: int) -> np.ndarray:
         starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-        return np.concatenate(
-            [s + zigzag_positions(e - s, cp_size, rank) for s, e in zip(starts, ends, strict=True)]
-        )
+        return np.concatenate([s + zigzag_positions(e - s, cp_size, rank) for s, e in zip(starts, ends, strict=True)])
 
     keys = np.concatenate([index(rank) for rank in range(cp_size)])
     queries = index(cp_rank)

@@ -64,10 +64,9 @@ def open_bridge(
         )
     if "rope_theta" in rope:
         hf_config.rope_theta = rope["rope_theta"]
-    if hasattr(hf_config, "norm_topk_prob"):
+    if hf_config.model_type in ("qwen2_moe", "qwen3_moe"):
         # gates that are not renormalised after top-k are megatron's softmax before top-k
-        if hf_config.model_type in ("qwen2_moe", "qwen3_moe"):
-            overrides["moe_router_pre_softmax"] = not hf_config.norm_topk_prob
+        overrides["moe_router_pre_softmax"] = not hf_config.norm_topk_prob
     bridge = AutoBridge.from_config(hf_config, dtype=dtype, make_vocab_size_divisible_by=tp_size)
     bridge.set_extra_args(**overrides)
     if not transformer_engine:

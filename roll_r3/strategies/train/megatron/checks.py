@@ -23,7 +23,9 @@ def check_role(config: RLVRConfig, role: str, layout: RankLayout) -> None:
             "leave it out or set true"
         )
     if layout.tp_size == 1 and layout.sequence_parallel:
-        found.append(f"{at}.sequence_parallel is true with tensor_model_parallel_size 1, where there is nothing to split")
+        found.append(
+            f"{at}.sequence_parallel is true with tensor_model_parallel_size 1, where there is nothing to split"
+        )
     if layout.vpp_size and layout.pp_size == 1:
         found.append(
             f"{at}.virtual_pipeline_model_parallel_size is {layout.vpp_size} with pipeline_model_parallel_size 1: "

@@ -31,9 +31,7 @@ class MicroBatch:
     counted: bool = True
     """False for a repeat that only fills the pipeline: its results are thrown away."""
 
-    def tensor(
-        self, values_N: npt.NDArray[np.generic], fill: float | int | bool, device: torch.device
-    ) -> torch.Tensor:
+    def tensor(self, values_N: npt.NDArray[np.generic], fill: float | int | bool, device: torch.device) -> torch.Tensor:
         """This rank's view of a jagged array. [B, S]"""
         return torch.from_numpy(self.tokens.gather(values_N, fill)).to(device, non_blocking=True)
 

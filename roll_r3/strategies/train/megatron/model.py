@@ -16,7 +16,7 @@ from roll_r3.config.workers import ModelArgs
 from roll_r3.errors import ConfigError
 from roll_r3.strategies.train.megatron import bridge as weights
 from roll_r3.strategies.train.megatron.parallel import RankLayout
-from roll_r3.strategies.train.megatron.replay import Router, adopt_routers
+from roll_r3.strategies.train.megatron.routed_layer import Router, adopt_routers
 from roll_r3.strategies.train.megatron.spec import has_transformer_engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -68,7 +68,9 @@ def build_model(
     transformer_engine = has_transformer_engine(device)
     grouped = transformer_engine if settings.moe_grouped_gemm is None else settings.moe_grouped_gemm
     if grouped and not transformer_engine:
-        raise ConfigError("moe_grouped_gemm: true needs TransformerEngine on a GPU; leave it out to have it where it is")
+        raise ConfigError(
+            "moe_grouped_gemm: true needs TransformerEngine on a GPU; leave it out to have it where it is"
+        )
     bridge = weights.open_bridge(
         model_path,
         trust_remote_code=model_args.trust_remote_code,

@@ -48,7 +48,11 @@ class RankLayout:
         Raises:
             ConfigError: the world does not divide into the model-parallel sizes.
         """
-        tp, pp, cp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.context_parallel_size
+        tp, pp, cp = (
+            config.tensor_model_parallel_size,
+            config.pipeline_model_parallel_size,
+            config.context_parallel_size,
+        )
         ep = config.expert_model_parallel_size
         etp = config.expert_tensor_parallel_size or (1 if ep > 1 else tp)
         if process.world_size % (tp * cp * pp):

@@ -67,9 +67,7 @@ class RecordedRoutes:
 
     def _whole(self, micro: MicroBatch, ids_LtK: torch.Tensor) -> RouteArray:
         """This rank's layers, all inputs of the micro-batch. [L, N, K]"""
-        ids_LNK = np.zeros(
-            (len(ids_LtK), micro.tokens.num_inputs, ids_LtK.size(-1)), route_dtype(self._num_experts)
-        )
+        ids_LNK = np.zeros((len(ids_LtK), micro.tokens.num_inputs, ids_LtK.size(-1)), route_dtype(self._num_experts))
         if not len(ids_LtK):
             return ids_LNK
         # of the unsigned 16-bit integers torch and the backends know too little

@@ -12,20 +12,15 @@ micro-batch, M rows of a sample's routes on the layer axis.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.router_replay import RouterReplay
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
@@ -35,220 +30,16 @@ from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.padding import padding_rows
 from roll_r3.strategies.base import ReplayCounts
 from roll_r3.strategies.train.megatron.micro_batch import MicroBatch
+from roll_r3.strategies.train.megatron.routed_layer import (
+    LayerRecord,
+    LayerReplay,
+    RoutedLayer,
+    Router,
+    RouterRows,
+    Stopwatch,
+)
 
-TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Router:
-    """One router of a live chunk."""
-
-    module: TopKRouter
-    layer: int
-    """Global index of its decoder layer, from 0."""
-    recomputed: bool
-    """Whether training runs it a second time, in backward."""
-
-
-def adopt_routers(chunk: Any) -> list[Router]:
-    """The routers of a GPTModel's decoder, in layer order, each taken out of megatron's global list.
-
-    Multi-token-prediction blocks lie outside the decoder and keep routing natively.
-    """
-    for module in chunk.modules():
-        if isinstance(module, TopKRouter) and module.router_replay is not None:
-            RouterReplay.global_router_replay_instances.remove(module.router_replay)
-            module.router_replay = None
-    return [
-        Router(module, module.layer_number - 1, recomputes_router(chunk.config, index))
-        for index, layer in enumerate(chunk.decoder.layers)
-        for module in layer.modules()
-        if isinstance(module, TopKRouter)
-    ]
-
-
-def recomputes_router(config: TransformerConfig, index_in_chunk: int) -> bool:
-    """Whether megatron's recompute settings run the router of a chunk's layer again in backward."""
-    if config.recompute_granularity == "full":
-        return config.recompute_method == "uniform" or index_in_chunk < (config.recompute_num_layers or 0)
-    return config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or ())
-
-
-class Stopwatch:
-    """Host seconds spent on anything that touches routes."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += perf_counter() - start
-
-
-@dataclass(frozen=True)
-class RouterRows:
-    """What one router is to choose for one micro-batch."""
-
-    ids_tK: torch.Tensor
-    """int64; padding slots hold balanced rows of their own."""
-    known_t: torch.Tensor | None
-    """bool; False where the live router decides. None: nowhere."""
-    compared_t: torch.Tensor | None
-    """bool; where the live router's choice is compared with the row. None: nowhere."""
-
-
-class _RoutedLayer(RouterReplay, ABC):
-    """Stands in for a router's RouterReplay during one session. Not registered with megatron."""
-
-    def __init__(self, layer: int, stopwatch: Stopwatch) -> None:
-        self.layer = layer
-        self.in_forward = False
-        """True while a micro-batch runs through this layer's chunk; a call outside is backward's recompute."""
-        self.waiting = False
-        """True until that forward reaches this layer."""
-        self.consumed = 0
-        self._stopwatch = stopwatch
-
-    def get_replay_topk(
-        self,
-        scores: torch.Tensor,
-        topk: int,
-        num_groups: int | None = None,
-        group_topk: int | None = None,
-        default_compute_topk: TopK | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Megatron's hook: (scores of the chosen experts, their ids), both [t, K]."""
-        assert default_compute_topk is not None
-
-        def live() -> tuple[torch.Tensor, torch.Tensor]:
-            return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-
-        with self._stopwatch.running():
-            return self.choose(scores, topk, live)
-
-    @abstractmethod
-    def choose(
-        self, scores_tE: torch.Tensor, topk: int, live: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and ids of the chosen experts; `live` asks the router itself."""
-
-    def expect(self) -> None:
-        """A micro-batch's forward is about to run."""
-        self.in_forward = self.waiting = True
-
-    def _consume(self) -> None:
-        """Raises ReplayError when the router runs outside a forward that was announced, or twice in one."""
-        if not self.waiting:
-            raise ReplayError(
-                f"the router of layer {self.layer} ran outside a micro-batch of its session, or twice in one"
-            )
-        self.waiting = False
-        self.consumed += 1
-
-    def end_forward(self) -> None:
-        """Raises ReplayError when the forward that just ended left this layer's rows unused."""
-        if self.waiting:
-            raise ReplayError(
-                f"the router of layer {self.layer} did not consume its rows: the forward of micro-batch "
-                f"{self.consumed} ended without running it"
-            )
-        self.in_forward = False
-
-
-Layer = TypeVar("Layer", bound=_RoutedLayer)
-
-
-class LayerReplay(_RoutedLayer):
-    """Chooses the recorded experts; their weights come from the live scores, so the router learns.
-
-    In forward it takes the rows of the micro-batch that runs, and queues what it chose where backward will recompute
-    the layer. A call outside a forward is that recompute: it takes the oldest choice, since every chunk runs its
-    backwards in the order of its forwards.
-    """
-
-    def __init__(self, layer: int, stopwatch: Stopwatch, *, recomputed: bool) -> None:
-        super().__init__(layer, stopwatch)
-        self.recomputed = recomputed
-        self.rows: RouterRows | None = None
-        self.queue: deque[torch.Tensor] = deque()
-        self.agreed: torch.Tensor | None = None
-        """Compared rows where the live router would have chosen the same set: int64 [], on the device."""
-
-    def hand_over(self, rows: RouterRows) -> None:
-        """The rows of the micro-batch whose forward is about to run."""
-        self.expect()
-        self.rows = rows
-
-    def choose(
-        self, scores_tE: torch.Tensor, topk: int, live: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids_tK = self._recompute() if self.recomputed and not self.in_forward else self._forward(live)
-        if ids_tK.shape != (scores_tE.shape[0], topk):
-            raise ReplayError(
-                f"layer {self.layer} routes {scores_tE.shape[0]} tokens to {topk} experts each, but the rows it was "
-                f"given are {list(ids_tK.shape)}"
-            )
-        return scores_tE.gather(1, ids_tK), ids_tK
-
-    def _forward(self, live: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        self._consume()
-        rows, self.rows = self.rows, None
-        assert rows is not None
-        ids_tK = rows.ids_tK
-        if rows.known_t is not None or rows.compared_t is not None:
-            with torch.no_grad():
-                _, live_tK = live()
-            if live_tK.shape == ids_tK.shape:  # otherwise the caller says what is wrong
-                if rows.compared_t is not None:
-                    same_t = (live_tK.sort(-1).values == ids_tK.sort(-1).values).all(-1) & rows.compared_t
-                    self.agreed = same_t.sum() + (0 if self.agreed is None else self.agreed)
-                if rows.known_t is not None:
-                    ids_tK = torch.where(rows.known_t[:, None], ids_tK, live_tK)
-        if self.recomputed:
-            self.queue.append(ids_tK)
-        return ids_tK
-
-    def _recompute(self) -> torch.Tensor:
-        if not self.queue:
-            raise ReplayError(
-                f"backward recomputes the router of layer {self.layer} once more than it ran forward: no rows are left"
-            )
-        return self.queue.popleft()
-
-
-class LayerRecord(_RoutedLayer):
-    """Lets the router choose for real tokens, and keeps what it chose.
-
-    Padding goes where it will go in replay: experts' batches are then the same in both, and so is every bit.
-    """
-
-    def __init__(self, layer: int, stopwatch: Stopwatch) -> None:
-        super().__init__(layer, stopwatch)
-        self.padding: RouterRows | None = None
-        self.chosen: list[torch.Tensor] = []
-        """Of each micro-batch, int64 [t, K]."""
-
-    def hand_over(self, padding: RouterRows | None) -> None:
-        """The rows of padding slots (`known_t` there), or None when there are none."""
-        self.expect()
-        self.padding = padding
-
-    def choose(
-        self, scores_tE: torch.Tensor, topk: int, live: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._consume()
-        scores_tK, ids_tK = live()
-        if self.padding is not None:
-            assert self.padding.known_t is not None
-            ids_tK = torch.where(self.padding.known_t[:, None], self.padding.ids_tK, ids_tK)
-            scores_tK = scores_tE.gather(1, ids_tK)
-        self.padding = None
-        self.chosen.append(ids_tK.detach())
-        return scores_tK, ids_tK
+Layer = TypeVar("Layer", bound=RoutedLayer)
 
 
 class RoutingSession(ABC, Generic[Layer]):
@@ -379,10 +170,10 @@ class ReplaySession(RoutingSession[LayerReplay]):
         layers = self.layers[chunk]
         if not layers:
             return
-        ids_NMK, known_N = _joined_routes(micro.batch, [self.layer_rows[layer.layer] for layer in layers], self.facts)
+        ids_NLK, known_N = self._joined_routes(micro.batch, [self.layer_rows[layer.layer] for layer in layers])
         slots_t = micro.tokens.router_slots_t
         real_t = slots_t != PADDING
-        ids_tLK = gather_slots(ids_NMK, slots_t, 0)
+        ids_tLK = gather_slots(ids_NLK, slots_t, 0)
         ids_tLK[~real_t] = self._padding_rows(int((~real_t).sum()))[:, None]
         known_t = real_t if known_N is None else real_t & gather_slots(known_N, slots_t, False)
         ids_LtK = self._to_device(ids_tLK).long().permute(1, 0, 2).contiguous()
@@ -415,34 +206,33 @@ class ReplaySession(RoutingSession[LayerReplay]):
         total = int(torch.stack(agreed).sum()) if agreed else 0
         self.counts = ReplayCounts(**self._tally, agreed=total)
 
+    def _joined_routes(
+        self, batch: Batch, rows: Sequence[int]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        """The samples' routes end to end: ids [N, L, K] of the given rows of axis M, and which inputs they know [N].
 
-def _joined_routes(
-    batch: Batch, rows: Sequence[int], facts: ModelFacts
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
-    """The samples' routes end to end: ids [N, L, K] of the given rows of axis M, and which inputs they know, bool [N].
-
-    Raises:
-        ReplayError: no routes, routes that were not fetched, or routes of another shape than the samples'.
-    """
-    if batch.routes is None:
-        raise ReplayError("the batch carries no routes")
-    ids, known = [], []
-    for sample_id, length, routes in zip(batch.sample_ids, batch.lengths_n, batch.routes, strict=True):
-        if not isinstance(routes, RoutedExperts):
-            raise ReplayError(f"sample {sample_id} carries a {type(routes).__name__}: fetch its routes first")
-        if routes.num_rows != length or routes.top_k != facts.top_k or routes.num_layers <= max(rows):
-            raise ReplayError(
-                f"sample {sample_id} has {length} inputs, but its routes are {list(routes.ids_MRK.shape)} "
-                f"[MoE layers, rows, experts per token] for a model of top-{facts.top_k}"
-            )
-        ids.append(routes.ids_MRK[list(rows)])
-        known.append(routes.known_R)
-    ids_NMK = np.concatenate(ids, axis=1).transpose(1, 0, 2)
-    if all(k is None for k in known):
-        return ids_NMK, None
-    lengths = batch.lengths_n
-    known_N = np.concatenate([np.ones(n, np.bool_) if k is None else k for n, k in zip(lengths, known, strict=True)])
-    return ids_NMK, known_N
+        Raises:
+            ReplayError: no routes, routes that were not fetched, or routes of another shape than the samples'.
+        """
+        if batch.routes is None:
+            raise ReplayError("the batch carries no routes")
+        ids, known = [], []
+        for sample_id, length, routes in zip(batch.sample_ids, batch.lengths_n, batch.routes, strict=True):
+            if not isinstance(routes, RoutedExperts):
+                raise ReplayError(f"sample {sample_id} carries a {type(routes).__name__}: fetch its routes first")
+            expected = (len(self.layer_rows), int(length), self.facts.top_k)
+            if routes.ids_MRK.shape != expected:
+                raise ReplayError(
+                    f"the routes of sample {sample_id} are {list(routes.ids_MRK.shape)} [MoE layers, rows, experts per "
+                    f"token], but its {length} inputs and this model need {list(expected)}"
+                )
+            ids.append(routes.ids_MRK[list(rows)])
+            known.append(routes.known_R)
+        ids_NLK = np.concatenate(ids, axis=1).transpose(1, 0, 2)
+        if all(k is None for k in known):
+            return ids_NLK, None
+        pairs = zip(batch.lengths_n, known, strict=True)
+        return ids_NLK, np.concatenate([np.ones(n, np.bool_) if k is None else k for n, k in pairs])
 
 
 class RecordSession(RoutingSession[LayerRecord]):
@@ -470,8 +260,3 @@ class RecordSession(RoutingSession[LayerRecord]):
             self.chosen = [torch.stack(chosen) for chosen in zip(*(x.chosen for x in layers), strict=True)]
         else:  # a pipeline stage of dense layers only
             self.chosen = [torch.empty(0, 0, 0, dtype=torch.int64)] * self.num_micro_batches
-
-
-def local_layers(routers: Sequence[Sequence[Router]]) -> list[int]:
-    """Global layers of all routers of this rank, chunk after chunk."""
-    return [router.layer for chunk in routers for router in chunk]

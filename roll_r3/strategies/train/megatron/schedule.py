@@ -14,10 +14,10 @@ from roll_r3.algorithms.aggregation import loss_weights
 from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.strategies.train.megatron import vocab
 from roll_r3.strategies.train.megatron.micro_batch import MicroBatch
 from roll_r3.strategies.train.megatron.model import MegatronModel
 from roll_r3.strategies.train.megatron.replay import RoutingSession
+from roll_r3.strategies.train.megatron.vocab import label_log_probs_and_entropy
 
 TokenValues = tuple[torch.Tensor, torch.Tensor]
 """Log-probabilities of the labels, and entropies; fp32 [B, S] of this rank."""
@@ -79,9 +79,13 @@ def log_prob_objective(model: MegatronModel, temperature: float) -> Objective:
     """Log-probabilities and entropies; there is nothing to learn, so the loss is 0."""
 
     def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
-        logits_BSV = vocab.scaled_logits(logits_BSV, temperature, model.vocab_size)
-        labels_BS = micro.tensor(micro.batch.labels_N, 0, model.device)
-        values = vocab.label_log_probs(logits_BSV, labels_BS), vocab.entropy(logits_BSV)
+        values = label_log_probs_and_entropy(
+            logits_BSV,
+            micro.tensor(micro.batch.labels_N, 0, model.device),
+            temperature=temperature,
+            vocab_size=model.vocab_size,
+            entropy_gradient=False,
+        )
         return logits_BSV.new_zeros(()), values
 
     return objective
@@ -94,16 +98,18 @@ def policy_objective(model: MegatronModel, config: RLVRConfig, denominator: floa
         denominator: of the whole optimizer step, over all data-parallel ranks.
         stats: receives the token statistics.
     """
-    temperature = config.actor_infer.generating_args.temperature
 
     def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
         batch = micro.batch
         assert batch.advantages_N is not None and batch.old_log_probs_N is not None
         device = model.device
-        logits_BSV = vocab.scaled_logits(logits_BSV, temperature, model.vocab_size)
-        log_probs_BS = vocab.label_log_probs(logits_BSV, micro.tensor(batch.labels_N, 0, device))
-        with torch.set_grad_enabled(config.entropy_loss_coef > 0):
-            entropy_BS = vocab.entropy(logits_BSV)
+        log_probs_BS, entropy_BS = label_log_probs_and_entropy(
+            logits_BSV,
+            micro.tensor(batch.labels_N, 0, device),
+            temperature=config.actor_infer.generating_args.temperature,
+            vocab_size=model.vocab_size,
+            entropy_gradient=config.entropy_loss_coef > 0,
+        )
         reference = batch.ref_log_probs_N
         tokens = TokenInputs(
             mask=micro.tensor(batch.loss_mask_N, False, device),

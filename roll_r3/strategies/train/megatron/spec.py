@@ -29,9 +29,7 @@ class LocalNorm(torch.nn.RMSNorm):
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """This stage's layers without TransformerEngine: they do sequence-parallel norms, packed rows and CP."""
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
-    )
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     block.layer_norm = LocalNorm
     for layer in block.layer_specs:
         parts = layer.submodules

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,8 @@ from roll_r3.strategies.train.megatron.micro_batch import MicroBatch, cut, fill_
 from roll_r3.strategies.train.megatron.model import DTYPES, build_model
 from roll_r3.strategies.train.megatron.optimizer import Optimizer, StepFigures
 from roll_r3.strategies.train.megatron.recorded import RecordedRoutes
-from roll_r3.strategies.train.megatron.replay import RecordSession, ReplaySession, local_layers
+from roll_r3.strategies.train.megatron.replay import RecordSession, ReplaySession
+from roll_r3.strategies.train.megatron.routed_layer import local_layers
 from roll_r3.strategies.train.megatron.schedule import (
     TokenValues,
     log_prob_objective,
@@ -52,7 +53,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class MegatronInfer:
     """An `InferStrategy`: log-probabilities under frozen weights."""
 
-    trains = False
+    trains: ClassVar[bool] = False
 
     def __init__(self, config: RLVRConfig, role: Role, process: ProcessInfo, *, model_path: str | None = None) -> None:
         """
@@ -160,8 +161,8 @@ class MegatronInfer:
     def _replay_session(self, batch: Batch, num_micro_batches: int, *, forward_only: bool) -> ReplaySession:
         if batch.routes is None:
             raise ReplayError(
-                f"{self.role}.router_replay.mode is R3, but the batch carries no routes: the rollout has to record them "
-                "(actor_infer.router_replay.mode: R3)"
+                f"{self.role}.router_replay.mode is {self.replay_mode}, but the batch carries no routes: the rollout "
+                "has to record them (actor_infer.router_replay.mode: R3)"
             )
         # what the rollout recorded covers every MoE layer, a recording pass of this rank only its own
         layers = self.facts.moe_layers if self.replay_mode == "R3" else local_layers(self.model.routers)
@@ -200,7 +201,7 @@ class MegatronInfer:
 class MegatronTrain(MegatronInfer):
     """A `TrainStrategy`: the policy that learns."""
 
-    trains = True
+    trains: ClassVar[bool] = True
 
     def initialize(self) -> None:
         """Join the process group, build the model, load the weights, make the optimizer; collective."""

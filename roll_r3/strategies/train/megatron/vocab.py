@@ -17,26 +17,33 @@ _NO_TOKEN = -1e9
 """Logit of a padded column: its probability is exactly 0, and unlike -inf it never makes 0 * inf."""
 
 
-def scaled_logits(logits_BSV: torch.Tensor, temperature: float, vocab_size: int) -> torch.Tensor:
-    """fp32 logits under the sampling temperature, padded columns ruled out. [B, S, V]"""
+def label_log_probs_and_entropy(
+    logits_BSV: torch.Tensor,
+    labels_BS: torch.Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    entropy_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each label, and entropy, of the distribution under the sampling temperature; nats.
+
+    Args:
+        vocab_size: columns over all ranks that stand for a token.
+        entropy_gradient: whether the entropy is differentiable, as the log-probabilities are.
+
+    Returns:
+        fp32 [B, S] each, the same on every tensor-parallel rank.
+    """
     logits_BSV = logits_BSV.float() / temperature
     columns = logits_BSV.size(-1)
     held = vocab_size - parallel_state.get_tensor_model_parallel_rank() * columns
     if held < columns:
         padded_V = torch.arange(columns, device=logits_BSV.device) >= held
         logits_BSV = logits_BSV.masked_fill(padded_V, _NO_TOKEN)
-    return logits_BSV
-
-
-def label_log_probs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each label, nats, differentiable. fp32 [B, S]"""
-    # megatron's cross entropy works in place on fp32 input
-    return -vocab_parallel_cross_entropy(logits_BSV.clone(), labels_BS)
-
-
-def entropy(logits_BSV: torch.Tensor) -> torch.Tensor:
-    """Entropy of each token's distribution, nats, differentiable. fp32 [B, S]"""
-    return _VocabParallelEntropy.apply(logits_BSV)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy_BS: torch.Tensor = _VocabParallelEntropy.apply(logits_BSV)
+    # last, because megatron's cross entropy overwrites its input; nothing above needs it for its gradient
+    return -vocab_parallel_cross_entropy(logits_BSV, labels_BS), entropy_BS
 
 
 class _VocabParallelEntropy(torch.autograd.Function):
@@ -49,9 +56,7 @@ class _VocabParallelEntropy(torch.autograd.Function):
         dist.all_reduce(peak_BS1, dist.ReduceOp.MAX, group=group)
         shifted_BSV = logits_BSV - peak_BS1
         weights_BSV = shifted_BSV.exp()
-        sums_2BS1 = torch.stack(
-            [weights_BSV.sum(-1, keepdim=True), (weights_BSV * shifted_BSV).sum(-1, keepdim=True)]
-        )
+        sums_2BS1 = torch.stack([weights_BSV.sum(-1, keepdim=True), (weights_BSV * shifted_BSV).sum(-1, keepdim=True)])
         dist.all_reduce(sums_2BS1, group=group)
         total_BS1, moment_BS1 = sums_2BS1
         log_total_BS1 = total_BS1.log()

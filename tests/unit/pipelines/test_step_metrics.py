@@ -1,0 +1,86 @@
+"""A step's figures against numbers worked out by hand; and that every name is declared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.routes import RoutedExperts
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
+from roll_r3.strategies.base import ReplayCounts
+from roll_r3.tracking.names import METRICS
+
+
+def trajectory(name: str, prompt: int, log_probs: list[float], finish: str) -> Trajectory:
+    rows = prompt + len(log_probs) - 1
+    return Trajectory(
+        name,
+        np.arange(prompt, dtype=np.int32),
+        np.arange(len(log_probs), dtype=np.int32),
+        np.array(log_probs, np.float32),
+        finish,  # type: ignore[arg-type]
+        (0,),
+        RoutedExperts(np.zeros((3, rows, 2), np.uint8)),
+    )
+
+
+@pytest.fixture
+def record() -> StepRecord:
+    trajectories = [trajectory("a", 3, [-1.0, -2.0], "stop"), trajectory("b", 2, [-0.5], "length")]
+    batch = Batch.from_trajectories(trajectories).filled_up(3)
+    mask = batch.loss_mask_N
+    # the trainer says 0.1 less of every sampled token; fillers carry nonsense that must not count
+    old = np.where(mask, batch.rollout_log_probs_N - 0.1, -99).astype(np.float32)
+    batch = replace(batch, old_log_probs_N=old, advantages_N=np.where(mask, 2.0, 0.0).astype(np.float32))
+    counts = ReplayCounts(trainable=9, trainable_replayed=9, missing=0, padded=6, compared=20, agreed=15)
+    return StepRecord(
+        step=4,
+        seconds={"time/step_total": 2.0, "time/step_generate": 1.0},
+        trajectories=trajectories,
+        scores=np.array([1.0, 0.0]),
+        penalised=np.array([0.9, 0.0]),
+        batch=batch,
+        old=BatchLogProbs(old, np.where(mask, 0.3, 99).astype(np.float32), counts, 0.1),
+        update=BatchUpdate({"actor/lr": 1e-3}, counts, 0.3),
+        dropped=1,
+        retries=2,
+        samples_seen=8,
+    )
+
+
+def test_figures(record):
+    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
+    m = step_metrics(config, record)
+    assert set(m) <= set(METRICS)
+    assert m["critic/score/mean"] == 0.5
+    assert m["critic/rewards/max"] == 0.9
+    assert m["tokens/response_length/max"] == 2
+    assert m["tokens/truncated_ratio"] == 0.5
+    assert m["system/tps"] == 4.0, "8 tokens in 2 s"
+    assert m["actor/rollout_train_logprobs_abs_diff_mean"] == pytest.approx(0.1, rel=1e-5)
+    assert m["critic/entropy/mean"] == pytest.approx(0.3)
+    assert m["critic/advantages/min"] == 2.0
+    assert m["router_replay/coverage"] == 1.0
+    assert m["router_replay/agreement_native"] == 0.75
+    assert m["router_replay/bytes_per_token"] == 6, "3 MoE layers x top-2 x 1 byte"
+    assert m["router_replay/time_share"] == pytest.approx(0.2)
+    assert "critic/kl" not in m
+
+
+def test_the_reference_adds_its_figures(record):
+    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
+    ref = (record.batch.old_log_probs_N + 0.5).astype(np.float32)
+    m = step_metrics(config, replace(record, batch=replace(record.batch, ref_log_probs_N=ref)))
+    assert m["critic/kl"] == pytest.approx(np.exp(0.5) - 1 - 0.5, rel=1e-4)
+
+
+def test_without_replay_there_are_no_replay_figures(record):
+    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
+    plain = replace(record, old=replace(record.old, replay=None), update=replace(record.update, replay=None))
+    assert not [name for name in step_metrics(config, plain) if name.startswith("router_replay/")]
