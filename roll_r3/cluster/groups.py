@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import ray
@@ -23,7 +25,12 @@ from roll_r3.strategies.base import GenerateRequest, GenerateResult, ReplayCount
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT = 30.0
-"""Seconds that workers get to leave in order at the end."""
+"""Seconds that workers get to leave in order at the end of a run that went well."""
+FAILED_STOP_TIMEOUT = 5.0
+"""The same after a failure: the ranks left may wait for a dead one, and only the engines have something to end."""
+
+Calls = dict[ray.ObjectRef, tuple[str, Path]]
+"""Calls under way: reference -> (worker's name, its log file)."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +48,27 @@ class _Group:
 
     def _call_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call one method on every member, each with its own arguments; results in member order."""
-        refs = [getattr(m.handle, method).remote(*a) for m, a in zip(self._members, arguments, strict=True)]
-        results = wait_for({ref: (m.name, m.log) for ref, m in zip(refs, self._members, strict=True)})
-        return [results[ref] for ref in refs]
+        calls = self._begin_each(method, arguments)
+        results = wait_for(calls)
+        return [results[ref] for ref in calls]
+
+    def _begin_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Calls:
+        """The same, without waiting."""
+        return {
+            getattr(m.handle, method).remote(*a): (m.name, m.log) for m, a in zip(self._members, arguments, strict=True)
+        }
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """Call one method on every member with the same arguments."""
         return self._call_each(method, [arguments] * len(self._members))
 
-    def _end(self, method: str) -> None:
-        """Let every member leave in order, then end its process. Never raises: an error may be on its way already."""
-        refs = [getattr(m.handle, method).remote() for m in self._members]
-        _, late = ray.wait(refs, num_returns=len(refs), timeout=STOP_TIMEOUT)
-        for ref, member in zip(refs, self._members, strict=True):
-            if ref in late:
-                logger.warning("%s did not leave within %.0f s; ending its process", member.name, STOP_TIMEOUT)
+    def begin_close(self) -> Calls:
+        """Ask every member to leave in order."""
+        return self._begin_each("close", [()] * len(self._members))
+
+    def kill(self) -> None:
+        """End every member's process."""
+        for member in self._members:
             ray.kill(member.handle, no_restart=True)
 
 
@@ -85,8 +98,8 @@ class RolloutGroup(_Group):
             members.append(_Member(name, actor.remote(config, engine, placement.kind, gpu_ids, log), log))
         return cls(members)
 
-    def start(self) -> None:
-        self._call("start")
+    def begin_start(self) -> Calls:
+        return self._begin_each("start", [()] * len(self._members))
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         """Spread prompts over the engines, as even as they divide; results in the order of `requests`."""
@@ -100,9 +113,6 @@ class RolloutGroup(_Group):
 
     def weights_updated(self, version: int) -> None:
         self._call("weights_updated", version)
-
-    def close(self) -> None:
-        self._end("stop")
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,9 @@ class ModelGroup(_Group):
 
     def __init__(self, members: Sequence[_Member]) -> None:
         super().__init__(members)
+        self._starting: Calls = {}
         self._places: list[tuple[int, int, bool]] = []
+        """Of each rank: data-parallel rank, data-parallel size, whether it returns results."""
 
     @classmethod
     def launch(cls, config: RLVRConfig, role: str, placement: Placement, threads: int, log_dir: Path) -> ModelGroup:
@@ -146,11 +158,15 @@ class ModelGroup(_Group):
             members.append(_Member(name, handle, log))
         return cls(members)
 
-    def initialize(self) -> None:
-        first = self._members[0]
-        ref = first.handle.master_address.remote()
-        master = wait_for({ref: (first.name, first.log)})[ref]
-        self._places = self._call("initialize", master)
+    def begin_start(self) -> Calls:
+        """Have the first rank say where the ranks meet, and all of them load the model."""
+        master = self._members[0].handle.host_store.remote()
+        self._starting = self._begin_each("initialize", [(master,)] * len(self._members))
+        return self._starting
+
+    def started(self, results: Mapping[ray.ObjectRef, Any]) -> None:
+        """Take what the calls of `begin_start` returned."""
+        self._places = [results[ref] for ref in self._starting]
 
     @property
     def data_parallel_size(self) -> int:
@@ -188,10 +204,53 @@ class ModelGroup(_Group):
     def save_hf(self, path: Path) -> None:
         self._call("save_hf", path)
 
-    def close(self) -> None:
-        self._end("close")
-
     def _call_on_shards(self, method: str, batch: Batch, shards: Sequence[IntArray], *rest: Any) -> list[Any]:
         """Every rank gets its data-parallel shard, stored once per shard."""
         refs = [ray.put(batch.select(shard)) for shard in shards]
         return self._call_each(method, [(refs[dp_rank], *rest) for dp_rank, _, _ in self._places])
+
+
+class Roles:
+    """All roles of a run: launched together, started side by side, ended together."""
+
+    def __init__(self, config: RLVRConfig, placement: Placement, log_dir: Path) -> None:
+        """Launch every role's actors; nothing is started yet."""
+        ranks = len(config.actor_train.device_mapping)
+        threads = max(1, (os.cpu_count() or 1) // ranks) if placement.kind == "cpu" else 1
+        self.rollout = RolloutGroup.launch(config, placement, log_dir)
+        self.trainer = ModelGroup.launch(config, "actor_train", placement, threads, log_dir)
+        self.reference: ModelGroup | None = None
+        if config.reference is not None:
+            self.reference = ModelGroup.launch(config, "reference", placement, threads, log_dir)
+
+    @property
+    def _models(self) -> list[ModelGroup]:
+        return [self.trainer, *([self.reference] if self.reference else [])]
+
+    def start(self) -> None:
+        """Start engines and load models, all at once. Raises WorkerError with the first that fails."""
+        calls = self.rollout.begin_start()
+        for model in self._models:
+            calls |= model.begin_start()
+        results = wait_for(calls)
+        for model in self._models:
+            model.started(results)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let every process leave in order, then end it. Never raises: an error may be on its way already."""
+        groups = [self.rollout, *self._models]
+        calls: Calls = {}
+        for group in groups:
+            calls |= group.begin_close()
+        timeout = STOP_TIMEOUT if kind is None else FAILED_STOP_TIMEOUT
+        _, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout)
+        if late and kind is None:
+            names = ", ".join(calls[ref][0] for ref in late)
+            logger.warning("%s did not leave within %.0f s; ending their processes", names, timeout)
+        for group in groups:
+            group.kill()

@@ -59,7 +59,7 @@ class RolloutWorker:
     async def weights_updated(self, version: int) -> None:
         await self._strategy.on_weights_updated(version)
 
-    async def stop(self) -> None:
+    async def close(self) -> None:
         await self._strategy.stop()
 
 
@@ -77,15 +77,23 @@ class ModelWorker:
         self._channel: WeightChannel | None = None
         self._bucket_bytes = 0
 
-    def master_address(self) -> tuple[str, int]:
-        """An address of this process's node for the others to meet at."""
+    def host_store(self) -> tuple[str, int]:
+        """On rank 0: the store that the role's ranks meet at, on this node's address; returns where it listens.
+
+        It listens from here on, so that nobody else can take the port while the ranks are still importing.
+        """
         ip = ray.util.get_node_ip_address()
-        with socket.socket() as s:
-            s.bind((ip, 0))
-            return ip, s.getsockname()[1]
+        listener = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
+        port = listener.getsockname()[1]
+        self._store = torch.distributed.TCPStore(
+            ip, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return ip, port
 
     def initialize(self, master: tuple[str, int]) -> tuple[int, int, bool]:
         """Load the model. Returns (data-parallel rank, data-parallel size, returns results)."""
+        # as under torchrun: the store is there already, and every rank, the first one too, is its client
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         worker = getattr(self._config, self._role)
         entry = STRATEGIES[worker.strategy_args.strategy_name]
         process = replace(self._process, master_addr=master[0], master_port=master[1])
@@ -135,6 +143,3 @@ class ModelWorker:
         if self._channel is not None:
             self._channel.close()
         self._strategy.close()
-
-    def pid(self) -> int:
-        return os.getpid()

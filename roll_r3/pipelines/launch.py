@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from types import FrameType
 from typing import Any
 
-from roll_r3.cluster.groups import ModelGroup, RolloutGroup
+from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.logs import FORMAT
-from roll_r3.cluster.placement import Placement, place, ray_cluster
+from roll_r3.cluster.placement import place, ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import prompt_batches, read_prompts
@@ -57,15 +55,18 @@ def launch(config: RLVRConfig) -> int:
         with progress.stage("starting Ray"):
             stack.enter_context(ray_cluster(config))
             placement = stack.enter_context(place(config))
-        rollout, trainer, reference = _start_roles(config, placement, run_dir, progress, stack)
+        roles = stack.enter_context(Roles(config, placement, run_dir.path / "logs"))
+        engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
+        with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"):
+            roles.start()
         pipeline = RLVRPipeline(
             config,
             prompts=prompt_batches(prompts, config.rollout_batch_size, config.seed),
             decoder=tokenizer,
             rewards=rewards,
-            rollout=rollout,
-            trainer=trainer,
-            reference=reference,
+            rollout=roles.rollout,
+            trainer=roles.trainer,
+            reference=roles.reference,
             progress=progress,
         )
         log = stack.enter_context(MetricLog(run_dir, config.track_with))
@@ -95,32 +96,6 @@ def _prepare(config: RLVRConfig, progress: Progress) -> tuple[Any, Any, Rewards]
         f"{facts.num_experts} experts; {len(prompts)} prompts"
     )
     return tokenizer, prompts, rewards
-
-
-def _start_roles(
-    config: RLVRConfig, placement: Placement, run_dir: RunDir, progress: Progress, stack: ExitStack
-) -> tuple[RolloutGroup, ModelGroup, ModelGroup | None]:
-    """Launch every role's actors and start them side by side; `stack` ends them."""
-    log_dir = run_dir.path / "logs"
-    ranks = len(config.actor_train.device_mapping)
-    threads = max(1, (os.cpu_count() or 1) // ranks) if placement.kind == "cpu" else 1
-    rollout = RolloutGroup.launch(config, placement, log_dir)
-    stack.callback(rollout.close)
-    trainer = ModelGroup.launch(config, "actor_train", placement, threads, log_dir)
-    stack.callback(trainer.close)
-    reference = None
-    if config.reference is not None:
-        reference = ModelGroup.launch(config, "reference", placement, threads, log_dir)
-        stack.callback(reference.close)
-    engine = config.actor_infer.strategy_args.strategy_name
-    with (
-        progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"),
-        ThreadPoolExecutor(max_workers=3) as pool,
-    ):
-        starts = [rollout.start, trainer.initialize, *([reference.initialize] if reference else [])]
-        for future in [pool.submit(start) for start in starts]:
-            future.result()
-    return rollout, trainer, reference
 
 
 def _train(

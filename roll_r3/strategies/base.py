@@ -107,6 +107,9 @@ class RolloutStrategy(Protocol):
     def weight_target(self) -> WeightTarget:
         """How a trainer reaches this engine with new weights."""
 
+    async def on_weights_updated(self, version: int) -> None:
+        """A `WeightChannel.end` of this version returned: from now on only its samples are accepted."""
+
     async def stop(self) -> None:
         """End the engine and everything it started. Safe to call twice."""
 

@@ -67,7 +67,7 @@ class Engine:
             config=config, engine_index=engine_index, device="cpu", gpu_ids=(), log_path=log_path
         )
 
-    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 300.0) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 900.0) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, timeout_s))
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:

@@ -187,7 +187,7 @@ def _fail_then_train(process: ProcessInfo, case: Case, batch: Batch) -> dict:
         assert RouterReplay.global_router_replay_instances == []
 
     short = replace(batch, routes=(RoutedExperts(batch.routes[0].ids_MRK[:, 1:]), *batch.routes[1:]))
-    fails("the routes of sample0 are", with_batch=short)
+    fails("the routes of sample sample0 are", with_batch=short)
 
     with pytest.MonkeyPatch.context() as patch:  # the model computes, then the loss fails in the third micro-batch
         calls = []

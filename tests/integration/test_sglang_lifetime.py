@@ -22,9 +22,10 @@ from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest
 from roll_r3.strategies.rollout.process import ServerProcess, free_port
+from roll_r3.strategies.rollout.sglang import strategy
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,22 @@ def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     config = configuration(checkpoint, "bfloat16", response_length=40)
     pair = [Engine(config, tmp_path_factory.mktemp("log") / f"server{i}.log", engine_index=i) for i in (0, 1)]
     try:
-        for engine in pair:
-            engine.run(engine.rollout.start())
+        pair[0].run(pair[0].rollout.start())
+        taken = [pair[0].rollout.weight_target().port]
+        with pytest.MonkeyPatch.context() as patch:
+            # The second one is first sent to the port of the first, where a healthy server answers.
+            patch.setattr(strategy, "free_port", lambda host: taken.pop() if taken else free_port(host))
+            pair[1].run(pair[1].rollout.start())
         yield pair[0], pair[1]
     finally:
         for engine in pair:
             engine.close()
+
+
+def test_a_taken_port_is_given_up_for_another(engines: tuple[Engine, Engine]) -> None:
+    one, other = engines
+    assert one.rollout.weight_target().port != other.rollout.weight_target().port
+    assert "address already in use" in other.log_path.read_text()
 
 
 def test_seeds_and_weights_decide_the_tokens(engines: tuple[Engine, Engine]) -> None:

@@ -29,7 +29,7 @@ from roll_r3.strategies.base import GenerateRequest
 from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 TEMPERATURE = 0.8
 END = 258

@@ -1,0 +1,1 @@
+"""Rollout strategies: what any engine needs lies here, each engine has a folder of its own."""

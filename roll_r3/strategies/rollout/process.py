@@ -43,7 +43,7 @@ class ServerProcess:
             hide: a secret that is blotted out of what `log_tail` returns.
         """
         self._name = name
-        self._log_path = log_path
+        self.log_path = log_path
         self._hide = hide
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
@@ -58,8 +58,8 @@ class ServerProcess:
             EngineError: the program does not exist or may not be run.
         """
         assert self._process is None or self._process.poll() is not None, "the previous child is still running"
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._log_path.open("ab") as log:
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             try:
                 self._process = subprocess.Popen(
@@ -96,9 +96,9 @@ class ServerProcess:
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines that this child wrote."""
-        if not self._log_path.exists():
+        if not self.log_path.exists():
             return ""
-        with self._log_path.open("rb") as log:
+        with self.log_path.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - _LOG_TAIL_BYTES))
             text = log.read().decode(errors="replace")
@@ -115,7 +115,7 @@ class ServerProcess:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
             how = f"exited with code {code}"
-        return f"{self._name} (process {self.pid}) {how}; the end of {self._log_path}:\n{self.log_tail()}"
+        return f"{self._name} (process {self.pid}) {how}; the end of {self.log_path}:\n{self.log_tail()}"
 
     async def stop(self, grace_s: float = 8.0) -> None:
         """End the whole process group: ask, wait `grace_s`, kill. Safe to call twice."""

@@ -27,12 +27,15 @@ class SglangClient:
         )
 
     async def healthy(self, timeout_s: float) -> bool:
-        """True once the server can generate."""
+        """True once the server can generate, and knows the key: another server on the same port does not."""
         try:
-            async with self._session.get(f"{self._base}/health", timeout=_timeout(timeout_s)) as response:
-                return response.status == 200
+            for path in ("/health", "/model_info"):  # the first asks for no key
+                async with self._session.get(self._base + path, timeout=_timeout(timeout_s)) as response:
+                    if response.status != 200:
+                        return False
         except (aiohttp.ClientError, TimeoutError):
             return False
+        return True
 
     async def generate(self, request: dict[str, Any], timeout_s: float) -> bytes:
         """The body of the answer.

@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+from importlib import import_module
 
 KEY_VARIABLE = "ROLL_R3_SGLANG_API_KEY"
 PARENT_VARIABLE = "ROLL_R3_SGLANG_PARENT"
@@ -48,17 +49,14 @@ def main() -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if entry != here]  # this folder's modules must not shadow others
 
-    # SGLang goes after the lines above, and its spawned processes do not come this far.
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
-    server_args = prepare_server_args(sys.argv[1:])
+    # By name, because only the interpreter that runs this has SGLang; spawned processes do not come this far.
+    launch = import_module("sglang.launch_server")
+    server_args = import_module("sglang.srt.server_args").prepare_server_args(sys.argv[1:])
     server_args.api_key = key
     try:
-        run_server(server_args)
+        launch.run_server(server_args)
     finally:
-        kill_process_tree(os.getpid(), include_parent=False)
+        import_module("sglang.srt.utils").kill_process_tree(os.getpid(), include_parent=False)
 
 
 if __name__ == "__main__":

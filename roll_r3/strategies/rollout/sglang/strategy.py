@@ -99,6 +99,7 @@ class SglangRollout:
         version = await self._installed_version()
         if warning := check_version(version):
             logger.warning("%s: %s", self._name, warning)
+        logger.info("%s: starting SGLang %s, its log is %s", self._name, version, self._process.log_path)
         started = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._config.startup_timeout):
@@ -113,7 +114,7 @@ class SglangRollout:
             await self.stop()
             raise
         seconds = asyncio.get_running_loop().time() - started
-        logger.info("%s: SGLang %s is up on port %d after %.1f s", self._name, version, self._port, seconds)
+        logger.info("%s: up on port %d after %.1f s", self._name, self._port, seconds)
 
     async def _installed_version(self) -> str:
         """The SGLang of the interpreter that will run the server, which may not be this one."""
