@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -123,18 +125,22 @@ class ModelWorker:
             for _ in self._strategy.export_weights():
                 pass  # gathering a tensor needs every rank; only the connected one keeps it
             return
-        channel.begin(version)
+        start = time.perf_counter()
+        sending = _seconds(lambda: channel.begin(version))
         bucket: list[tuple[str, torch.Tensor]] = []
-        size = 0
+        size, tensors = 0, 0
         for name, tensor in self._strategy.export_weights():
             bucket.append((name, tensor))
             size += tensor.nbytes
+            tensors += 1
             if size >= self._bucket_bytes:
-                channel.send(bucket)
+                sending += _seconds(partial(channel.send, bucket))
                 bucket, size = [], 0
         if bucket:
-            channel.send(bucket)
-        channel.end()
+            sending += _seconds(partial(channel.send, bucket))
+        sending += _seconds(channel.end)
+        gathering = time.perf_counter() - start - sending
+        logger.info("weights %d: %d tensors, gathered in %.2f s, sent in %.2f s", version, tensors, gathering, sending)
 
     def save_hf(self, path: Path) -> None:
         self._strategy.save_hf(path)
@@ -143,3 +149,10 @@ class ModelWorker:
         if self._channel is not None:
             self._channel.close()
         self._strategy.close()
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start

@@ -7,6 +7,7 @@ raises, dies or does not answer in time ends the gang, and the next call starts 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -117,6 +118,8 @@ def _serve(pipe: Connection) -> None:
         except BaseException:  # noqa: BLE001  what pytest raises is no Exception
             answer = (False, traceback.format_exc())
         pipe.send(answer)
+        del function, process, args, answer
+        gc.collect()  # process groups in reference cycles keep their threads and sockets
 
 
 def _free_port() -> int:

@@ -42,6 +42,17 @@ class MegatronModel:
         for chunk in self.chunks:
             chunk.train(mode)
 
+    def release(self) -> None:
+        """Free the memory and the process groups' threads; the model cannot be used again.
+
+        The wrappers' gradient hooks live in autograd's graph, of which modules keep pieces: a cycle that Python's
+        collector cannot see.
+        """
+        for chunk in self.chunks:
+            if isinstance(chunk, DistributedDataParallel):
+                chunk.grad_accs.clear()
+                del chunk.module
+
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return weights.export_weights(self.bridge, self.chunks, self.local_layers)
 

@@ -149,7 +149,9 @@ class MegatronInfer:
         )
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Let the model go, and leave the process group."""
+        self.model.release()
+        del self.model
         parallel.leave()
 
     def _cut(self, batch: Batch, groups: Sequence[npt.NDArray[np.int64]]) -> list[MicroBatch]:
