@@ -61,7 +61,8 @@ def _failure(failures: Mapping[tuple[str, Path], RayError]) -> WorkerError:
     others = sorted(n for (n, _) in failures if n != name)
     also = f" (and, because of it or beside it, {', '.join(others)})" if others else ""
     if isinstance(error, RayActorError):
-        return WorkerError(f"{name} died{also}: its process is gone\n{log_end(log)}")
+        # a worker that cannot even be made has no log yet: Ray's own words say why
+        return WorkerError(f"{name} died{also}: its process is gone\n{log_end(log) if log.exists() else error}")
     cause = _cause(error)
     if isinstance(cause, RollError):
         return WorkerError(f"{name} failed{also}: {cause}")

@@ -29,6 +29,8 @@ STOP_TIMEOUT = 30.0
 FAILED_STOP_TIMEOUT = 5.0
 """The same after a failure: the ranks left may wait for a dead one, and only the engines have something to end."""
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 Calls = dict[ray.ObjectRef, tuple[str, Path]]
 """Calls under way: reference -> (worker's name, its log file)."""
 
@@ -80,10 +82,12 @@ class RolloutGroup(_Group):
         """One actor per engine, on the node of the engine's devices. Nothing is started yet.
 
         Raises:
-            ConfigError: an engine's devices lie on different nodes.
+            ConfigError: an engine's devices lie on different nodes, or a node is out of reach of the trainer.
         """
         role = config.actor_infer
-        size = role.strategy_args.strategy_config.tp_size
+        settings = role.strategy_args.strategy_config
+        size = settings.tp_size
+        trainer = placement.devices[config.actor_train.device_mapping[0]]
         members = []
         for engine, start in enumerate(range(0, len(role.device_mapping), size)):
             devices = [placement.devices[d] for d in role.device_mapping[start : start + size]]
@@ -91,6 +95,12 @@ class RolloutGroup(_Group):
                 raise ConfigError(
                     f"actor_infer.device_mapping: engine {engine} takes devices {[d.index for d in devices]}, which "
                     "lie on different nodes: an engine's tp_size devices must share a node"
+                )
+            if devices[0].node_id != trainer.node_id and settings.host in LOOPBACK:
+                raise ConfigError(
+                    f"actor_infer.strategy_args.strategy_config.host: {settings.host} cannot be reached from the "
+                    f"trainer's node, which sends weights to engine {engine} on {devices[0].node_ip}: write 0.0.0.0 "
+                    "(every address of an engine's node; its key protects it)"
                 )
             name, log = f"actor_infer-{engine}", log_dir / f"actor_infer-{engine}.log"
             gpu_ids = tuple(d.gpu_id for d in devices if d.gpu_id is not None)

@@ -44,7 +44,12 @@ class RolloutWorker:
         entry = STRATEGIES[config.actor_infer.strategy_args.strategy_name]
         server_log = log_path.with_name(f"{log_path.stem}-server.log")
         self._strategy = entry.load()(
-            config=config, engine_index=engine_index, device=device, gpu_ids=gpu_ids, log_path=server_log
+            config=config,
+            engine_index=engine_index,
+            device=device,
+            gpu_ids=gpu_ids,
+            log_path=server_log,
+            node_address=ray.util.get_node_ip_address(),
         )
 
     async def start(self) -> None:

@@ -16,8 +16,8 @@ class SglangConfig(Config):
     """Interpreter that has SGLang installed; default: the one that runs roll_r3. SGLang's pins often clash with
     others'."""
     host: str = "127.0.0.1"
-    """Address the server binds to. Loopback serves trainers on the same node only; name the node's address on a
-    cluster."""
+    """Address the server binds to. Loopback serves a trainer on the same node only; `0.0.0.0` is every address of the
+    engine's node, which a cluster of several nodes needs (the server always demands a key)."""
     tp_size: PositiveInt = 1
     """Tensor-parallel size of one engine, in devices. The engines of `actor_infer` are its devices divided by this."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import SglangConfig
 from roll_r3.errors import EngineError
 from roll_r3.strategies.rollout.sglang import launcher
@@ -16,6 +17,7 @@ from roll_r3.strategies.rollout.sglang.server import (
     server_command,
     server_environment,
 )
+from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
 from roll_r3.strategies.rollout.sglang.version import check_version
 
 KEY = "a-very-secret-key"
@@ -165,3 +167,13 @@ def test_releases_inside_the_window_pass_and_newer_ones_warn() -> None:
     assert "newer than 0.5.23" in str(check_version("0.5.24"))
     with pytest.raises(EngineError, match="cannot be read"):
         check_version("main")
+
+
+@pytest.mark.parametrize(("host", "reached"), [("0.0.0.0", "10.1.2.3"), ("127.0.0.1", "127.0.0.1")])
+def test_a_server_on_every_address_is_reached_at_its_nodes(tmp_path, host, reached):
+    settings = {"strategy_args": {"strategy_config": {"host": host}}}
+    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer=settings)
+    engine = SglangRollout(
+        config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=tmp_path / "log", node_address="10.1.2.3"
+    )
+    assert engine.reachable_host == reached

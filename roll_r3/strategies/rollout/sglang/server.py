@@ -14,6 +14,9 @@ from roll_r3.strategies.rollout.sglang import launcher
 CPU_PATH = Path(platform.__path__[0]) / "sglang_cpu"
 """Modules that a server without a GPU needs; last on its import path."""
 
+EVERY_ADDRESS = ("0.0.0.0", "::")
+"""Hosts that a server listens on but that nobody can connect to from elsewhere."""
+
 _NO_REPLICAS = "SGLang refuses weight updates to data-parallel replicas; give actor_infer more devices instead"
 _ROUTES_LOST = "routed experts would be missing or wrong"
 _OWNED = "this strategy sets it itself"

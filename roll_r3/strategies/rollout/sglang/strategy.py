@@ -22,6 +22,7 @@ from roll_r3.strategies.rollout.sampling import SampleError, sample_all
 from roll_r3.strategies.rollout.sglang.client import SglangClient, UnreachableError
 from roll_r3.strategies.rollout.sglang.payload import read_sample
 from roll_r3.strategies.rollout.sglang.server import (
+    EVERY_ADDRESS,
     refused_server_args,
     server_arguments,
     server_command,
@@ -50,7 +51,14 @@ class SglangRollout:
     """
 
     def __init__(
-        self, *, config: RLVRConfig, engine_index: int, device: str, gpu_ids: tuple[int, ...], log_path: Path
+        self,
+        *,
+        config: RLVRConfig,
+        engine_index: int,
+        device: str,
+        gpu_ids: tuple[int, ...],
+        log_path: Path,
+        node_address: str = "127.0.0.1",
     ) -> None:
         """
         Args:
@@ -59,6 +67,7 @@ class SglangRollout:
             device: "cpu" or "cuda".
             gpu_ids: the GPUs that the server sees; without meaning on a CPU.
             log_path: the server's output.
+            node_address: where other nodes reach this one, for a server that binds to every address.
         """
         role = config.actor_infer
         self._config = role.strategy_args.strategy_config
@@ -70,6 +79,7 @@ class SglangRollout:
         self._record_routes = role.router_replay.mode == "R3"
         self._seed = config.seed + engine_index
         self._device = device
+        self._node_address = node_address
         self._gpu_ids = gpu_ids
         self._name = f"engine {engine_index} (SGLang)"
         self._key = secrets.token_urlsafe(32)
@@ -241,12 +251,17 @@ class SglangRollout:
         """Answers must come from this weight version from now on. Call it when the weight channel's `end` returned."""
         self._weight_version = version
 
+    @property
+    def reachable_host(self) -> str:
+        """Where a trainer, perhaps on another node, reaches this server."""
+        return self._node_address if self._config.host in EVERY_ADDRESS else self._config.host
+
     def weight_target(self) -> SglangWeightTarget:
         if self._client is None:
             raise EngineError(f"{self._name} has no address yet: start() comes first")
         return SglangWeightTarget(
             name=self._name,
-            host=self._config.host,
+            host=self.reachable_host,
             port=self._port,
             api_key=self._key,
             tp_size=self._config.tp_size,
