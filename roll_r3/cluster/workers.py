@@ -77,6 +77,7 @@ class ModelWorker:
         self, config: RLVRConfig, role: str, rank: int, world_size: int, device: str, threads: int, log_path: Path
     ) -> None:
         log_to_file(log_path)
+        logger.info("%s rank %d is process %d on %s", role, rank, os.getpid(), ray.util.get_node_ip_address())
         torch.set_num_threads(threads)
         self._config, self._role = config, role
         # Ray shows a process the one GPU of its bundle, so the local rank is 0 everywhere
