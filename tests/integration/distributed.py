@@ -20,9 +20,6 @@ from typing import Any
 
 from roll_r3.strategies.base import ProcessInfo
 
-CALLS = 8
-"""After so many calls the processes are started anew. A model that has trained is never freed (megatron's gradient hooks
-and autograd hold each other), and it keeps its process groups, of some 50 gloo threads that wake all the time."""
 GRACE = 5.0
 """Seconds that the other ranks have once one has failed: they may be waiting for it in a collective."""
 
@@ -38,8 +35,6 @@ class Gang:
         self.size = size
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
-        self._calls = 0
-        """Of these processes."""
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """`function(process, *args)` on every rank.
@@ -47,11 +42,8 @@ class Gang:
         Raises:
             RankFailed: a rank raised, died, or did not return within `timeout` seconds.
         """
-        if self._calls == CALLS:
-            self.close()
         if not self._processes:
             self._start()
-        self._calls += 1
         port = _free_port()
         for rank, pipe in enumerate(self._pipes):
             pipe.send((function, ProcessInfo(rank, self.size, rank, "127.0.0.1", port), args))
@@ -100,7 +92,7 @@ class Gang:
         for process in self._processes:
             process.kill()
             process.join()
-        self._processes, self._pipes, self._calls = [], [], 0
+        self._processes, self._pipes = [], []
 
 
 def _serve(pipe: Connection) -> None:
