@@ -37,7 +37,12 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from roll_r3.models.tiny import make_tiny_checkpoint  # noqa: PLC0415  torch and transformers take seconds to import
+    # torch and transformers take seconds to import
+    import torch  # noqa: PLC0415
+
+    from roll_r3.models.tiny import make_tiny_checkpoint  # noqa: PLC0415
+
+    torch.set_num_threads(1)  # sums depend on how they are split over threads, and the checkpoint on the sums
 
     make_tiny_checkpoint(
         args.output, seed=args.seed, examples=BUNDLED_TASKS[args.task](), warm_start_steps=args.warm_start_steps
