@@ -18,6 +18,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.transport import fetch_routes, store_routes
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.strategies.base import (
     GenerateRequest,
     GenerateResult,
@@ -105,7 +106,8 @@ class ModelWorker:
         worker = getattr(self._config, self._role)
         entry = STRATEGIES[worker.strategy_args.strategy_name]
         process = replace(self._process, master_addr=master[0], master_port=master[1])
-        self._strategy = entry.load()(self._config, self._role, process)
+        checkpoint = resolve_checkpoint(worker.model_args.model_name_or_path or self._config.pretrain)
+        self._strategy = entry.load()(self._config, self._role, process, model_path=str(checkpoint))
         self._strategy.initialize()
         s = self._strategy
         return s.data_parallel_rank, s.data_parallel_size, s.returns_results

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.logs import FORMAT
 from roll_r3.cluster.placement import place, ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.workers import WorkerConfig
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import prompt_batches, read_prompts
 from roll_r3.models.checkpoint import resolve_checkpoint
@@ -44,6 +46,7 @@ def launch(config: RLVRConfig) -> int:
         RollError: what stopped the run, in words for the person who started it.
     """
     started = time.monotonic()
+    config = with_absolute_checkpoints(config)
     run_dir = RunDir.create(config.output_dir, config.exp_name, datetime.now())
     _log_driver(run_dir)
     (run_dir.path / "config.yaml").write_text(to_yaml(config))
@@ -78,12 +81,28 @@ def launch(config: RLVRConfig) -> int:
     return 0
 
 
+def with_absolute_checkpoints(config: RLVRConfig) -> RLVRConfig:
+    """Checkpoints that are directories here, by their absolute path: workers may start in another directory."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+    changes: dict[str, object] = {"pretrain": absolute(config.pretrain)}
+    for role in ("actor_train", "actor_infer", "reference"):
+        section: WorkerConfig | None = getattr(config, role)
+        if section is not None and section.model_args.model_name_or_path:
+            name = absolute(section.model_args.model_name_or_path)
+            args = section.model_args.model_copy(update={"model_name_or_path": name})
+            changes[role] = section.model_copy(update={"model_args": args})
+    return config.model_copy(update=changes)
+
+
 def _prepare(config: RLVRConfig, progress: Progress) -> tuple[Any, Any, Rewards]:
     """Everything that can be wrong without a cluster: checkpoint, tokenizer, data, rewards."""
     with progress.stage("reading checkpoint, tokenizer and prompts"):
         from transformers import AutoTokenizer  # noqa: PLC0415  seconds to import: after the first line is on screen
 
-        checkpoint = resolve_checkpoint(config.pretrain)
+        checkpoint = resolve_checkpoint(config.actor_train.model_args.model_name_or_path or config.pretrain)
         facts = read_facts(checkpoint)
         check_fit(config, facts)
         trust = config.actor_train.model_args.trust_remote_code

@@ -77,7 +77,7 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
 def _replay_metrics(r: StepRecord, seconds: float) -> dict[str, float]:
     """Coverage and padding are the update's own; agreement is measured before it, by the weights that sampled."""
     update, before = r.update.replay, r.old.replay
-    if update is None or before is None:
+    if update is None:
         return {}
     metrics = {
         "router_replay/coverage": update.trainable_replayed / max(update.trainable, 1),
@@ -85,7 +85,7 @@ def _replay_metrics(r: StepRecord, seconds: float) -> dict[str, float]:
         "router_replay/padded_rows": update.padded,
         "router_replay/time_share": (r.old.seconds_in_routes + r.update.seconds_in_routes) / seconds,
     }
-    if before.compared:
+    if before is not None and before.compared:  # R2's own recording pass has nothing to compare with
         metrics["router_replay/agreement_native"] = before.agreed / before.compared
     routes = [t.routes for t in r.trajectories if t.routes is not None]
     if routes:

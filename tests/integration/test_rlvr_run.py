@@ -123,6 +123,20 @@ def test_no_process_is_left(finished):
     assert left == []
 
 
+def test_r2_replays_the_trainers_own_pass_and_a_seed_samples_the_same_again(tmp_path, checkpoint, finished):
+    modes = ("actor_train.router_replay.mode=R2", "actor_infer.router_replay.mode=disable")
+    run = Run(tmp_path, checkpoint, *few_steps(2, *modes))
+    try:
+        assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+        metrics = run.metrics()
+        assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0]
+        # another mode changes the update, not what the first weights sample
+        for name in ("critic/score/mean", "tokens/response_length/mean"):
+            assert metrics[0][name] == finished.metrics()[0][name]
+    finally:
+        run.end()
+
+
 def engine_server(run: Run) -> int:
     """Process id of the SGLang server."""
     return next(p.pid for p in run.descendants() if any("launcher.py" in part for part in p.cmdline()))

@@ -84,3 +84,10 @@ def test_without_replay_there_are_no_replay_figures(record):
     config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
     plain = replace(record, old=replace(record.old, replay=None), update=replace(record.update, replay=None))
     assert not [name for name in step_metrics(config, plain) if name.startswith("router_replay/")]
+
+
+def test_r2_reports_coverage_without_an_agreement(record):
+    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
+    m = step_metrics(config, replace(record, old=replace(record.old, replay=None)))
+    assert m["router_replay/coverage"] == 1.0
+    assert "router_replay/agreement_native" not in m
