@@ -74,11 +74,6 @@ class RoutedExperts:
         """Bytes held, the mask of known rows included."""
         return self.ids_MRK.nbytes + (0 if self.known_R is None else self.known_R.nbytes)
 
-    @property
-    def missing_rows(self) -> int:
-        """How many rows the engine never saw."""
-        return 0 if self.known_R is None else int((~self.known_R).sum())
-
 
 @runtime_checkable
 class RouteHandle(Protocol):

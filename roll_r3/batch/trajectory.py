@@ -22,8 +22,8 @@ class Trajectory:
     Example:
         >>> t = Trajectory("step3/p0/s1", np.array([5, 6], np.int32), np.array([7], np.int32),
         ...                np.array([-0.1], np.float32), "stop", (3,))
-        >>> t.num_tokens
-        3
+        >>> len(t.response_ids_R)
+        1
     """
 
     sample_id: str
@@ -38,8 +38,3 @@ class Trajectory:
     """The weight versions that produced the response, oldest first; one entry unless weights changed under it."""
     routes: Routes | None = None
     """T - 1 rows, or a handle to them; None when the rollout does not record."""
-
-    @property
-    def num_tokens(self) -> int:
-        """T, prompt and response together."""
-        return len(self.prompt_ids_P) + len(self.response_ids_R)

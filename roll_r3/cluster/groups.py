@@ -211,9 +211,6 @@ class ModelGroup(_Group):
     def update_weights(self, version: int) -> None:
         self._call("update_weights", version)
 
-    def save_hf(self, path: Path) -> None:
-        self._call("save_hf", path)
-
     def _call_on_shards(self, method: str, batch: Batch, shards: Sequence[IntArray], *rest: Any) -> list[Any]:
         """Every rank gets its data-parallel shard, stored once per shard."""
         refs = [ray.put(batch.select(shard)) for shard in shards]

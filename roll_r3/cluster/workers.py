@@ -150,9 +150,6 @@ class ModelWorker:
         gathering = time.perf_counter() - start - sending
         logger.info("weights %d: %d tensors, gathered in %.2f s, sent in %.2f s", version, tensors, gathering, sending)
 
-    def save_hf(self, path: Path) -> None:
-        self._strategy.save_hf(path)
-
     def close(self) -> None:
         if self._channel is not None:
             self._channel.close()

@@ -29,7 +29,6 @@ class Capabilities:
     """Rollout: returns `routed_experts` with every trajectory."""
     replays: frozenset[str] = frozenset()
     """Train and infer: the replay modes it can run, of R2 and R3."""
-    trains: bool = False
     packs: bool = False
 
 

@@ -50,7 +50,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
     "megatron_train": StrategyEntry(
         kind="train",
         config=MegatronConfig,
-        capabilities=Capabilities(replays=_REPLAYS, trains=True, packs=True),
+        capabilities=Capabilities(replays=_REPLAYS, packs=True),
         factory=f"{_MEGATRON}:MegatronTrain",
     ),
     "megatron_infer": StrategyEntry(

@@ -115,7 +115,7 @@ class ServerProcess:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
             how = f"exited with code {code}"
-        return f"{self._name} (process {self.pid}) {how}; the end of {self.log_path}:\n{self.log_tail()}"
+        return f"process {self.pid} {how}; the end of {self.log_path}:\n{self.log_tail()}"
 
     async def stop(self, grace_s: float = 8.0) -> None:
         """End the whole process group: ask, wait `grace_s`, kill. Safe to call twice."""

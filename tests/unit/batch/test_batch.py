@@ -107,7 +107,7 @@ def test_the_model_decides_the_dtype(experts, dtype):
 def test_routes_know_their_shape():
     known = np.array([True, False, True])
     routes = RoutedExperts(np.zeros((4, 3, 2), np.uint16), known)
-    assert (routes.num_layers, routes.num_rows, routes.top_k, routes.missing_rows) == (4, 3, 2, 1)
+    assert (routes.num_layers, routes.num_rows, routes.top_k) == (4, 3, 2)
     assert routes.nbytes == 4 * 3 * 2 * 2 + 3
     with pytest.raises(RouteError, match="uint8 or uint16"):
         RoutedExperts(np.zeros((4, 3, 2), np.int32))

@@ -364,7 +364,7 @@ CAPABILITIES: dict[str, tuple[str, dict[str, object], list[str]]] = {
     "trainer-replays-mode": ("megatron_train", {"capabilities": Capabilities(replays=frozenset({"R2"}))}, []),
     "packing-supported": (
         "megatron_train",
-        {"capabilities": Capabilities(replays=frozenset({"R2", "R3"}), trains=True)},
+        {"capabilities": Capabilities(replays=frozenset({"R2", "R3"}))},
         ["actor_train.use_sequence_packing=true"],
     ),
     "strategy-fits-role": ("megatron_train", {"kind": "infer"}, []),
