@@ -13,31 +13,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.architectures.base import TINY
 
 logger = logging.getLogger(__name__)
 
 PAD, START, END, UNUSED = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>"
 
-QWEN3_MOE: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 32,
-    "num_experts": 16,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 1024,
-    "rope_theta": 10000.0,
-    "initializer_range": 0.1,
-}
-"""0.5 M parameters."""
+TINY_MODELS = {name: a.model_type for a in ARCHITECTURES.values() for name in a.tiny}
+"""Name of each tiny model -> its `model_type`."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -57,6 +43,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_tiny_checkpoint(
     path: Path,
+    name: str = "qwen3_moe",
     *,
     seed: int = 0,
     examples: Sequence[tuple[str, str]] = (),
@@ -64,32 +51,40 @@ def make_tiny_checkpoint(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> Path:
-    """Write a seeded Qwen3-MoE checkpoint of half a million parameters.
+    """Write a seeded checkpoint of about half a million parameters.
 
     Args:
         path: directory, made if missing.
+        name: which of `TINY_MODELS`.
         seed: of the weights and of the warm start; the same seed gives the same file on the same machine.
         examples: (prompt, answer) pairs of the warm start.
         warm_start_steps: supervised steps on random batches of 64 `examples` (Adam, learning rate 3e-3): enough of a
             start that some samples of a group are right, so that a group has something to compare.
         dtype: of the saved weights.
-        overrides: fields of Qwen3MoeConfig that differ from `QWEN3_MOE`.
+        overrides: fields of the model's configuration that differ from its tiny one.
     """
     tokenizer = byte_tokenizer()
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen3MoeConfig(**{**QWEN3_MOE, "vocab_size": len(tokenizer), **special, **overrides})
+    architecture = ARCHITECTURES[TINY_MODELS[name]]
+    fields = {**TINY, **architecture.tiny[name], "vocab_size": len(tokenizer), **special, **overrides}
+    config = AutoConfig.for_model(architecture.model_type, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3MoeForCausalLM(config).float()
+        model = AutoModelForCausalLM.from_config(config).float()
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):  # zeros would leave it untested
+                buffer.normal_(std=0.1)
         if warm_start_steps:
             _warm_start(model, tokenizer, examples, warm_start_steps)
-    model.to(dtype).save_pretrained(path)
+    for parameter in model.parameters():  # buffers, such as an expert bias, stay fp32 as in published checkpoints
+        parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
 def _warm_start(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, str]], steps: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, str]], steps: int
 ) -> None:
     """A few supervised steps; the loss covers the answer and the end-of-sequence token."""
     rows, labels = [], []

@@ -1,8 +1,8 @@
 """Everything that lets megatron-core run on a machine without a GPU, in one place.
 
-`install()` before the first import of megatron, in every thread that runs it. Where CUDA is present it only mends one
-upstream omission. Elsewhere whatever megatron asks of "cuda" is served by the CPU: `device="cuda"` becomes the CPU,
-streams and events do nothing, and the CUDA generator is the CPU's.
+`install()` before the first import of megatron, in every thread that runs it. Where CUDA is present it only mends what
+megatron gets wrong without TransformerEngine. Elsewhere whatever megatron asks of "cuda" is served by the CPU:
+`device="cuda"` becomes the CPU, streams and events do nothing, and the CUDA generator is the CPU's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def install() -> bool:
     """
     global _patched
     if torch.cuda.is_available():
-        _define_te_general_gemm()
+        _mend_without_transformer_engine()
         return False
     with _patch_lock:
         if not _patched:
@@ -115,7 +116,7 @@ def _patch_process() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _patch_torch_cuda()
     random = _import_without_compiling()
-    _define_te_general_gemm()
+    _mend_without_transformer_engine()
 
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -163,9 +164,15 @@ def _import_without_compiling() -> Any:
     return random
 
 
-def _define_te_general_gemm() -> None:
-    """megatron-core 0.16.1 leaves this name undefined without TransformerEngine, and every MoE router reads it."""
+def _mend_without_transformer_engine() -> None:
+    """What megatron-core 0.16.1 gets wrong where TransformerEngine is not installed.
+
+    It leaves a name undefined that every MoE router reads, and latent attention takes its stand-in for the real thing.
+    """
     import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as multi_latent_attention
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    if find_spec("transformer_engine") is None:
+        multi_latent_attention.HAVE_TE = False

@@ -20,6 +20,7 @@ import torch
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.models.facts import read_facts
 from roll_r3.strategies.base import ProcessInfo, ReplayCounts
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 4, 16, 2, 260
@@ -95,20 +96,48 @@ class Case:
         return int(np.prod([self.layout.get(name, 1) for name in sizes]))
 
 
-def make_batch(seed: int = 0, *, unknown: float = 0.0, vocab: int = VOCAB, length: int | None = None) -> Batch:
+def make_model(path: Path, name: str, **overrides: Any) -> Path:
+    """A tiny checkpoint whose norms and biases are not all alike."""
+    from safetensors.torch import load_file, save_file
+
+    from roll_r3.models.tiny import make_tiny_checkpoint
+
+    file = make_tiny_checkpoint(path, name, seed=1, **overrides) / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.ndim == 1 else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+    return path
+
+
+def make_batch(
+    seed: int = 0,
+    *,
+    unknown: float = 0.0,
+    vocab: int = VOCAB,
+    length: int | None = None,
+    checkpoint: Path | None = None,
+) -> Batch:
     """Ragged samples with random routes.
 
     Args:
+        checkpoint: routes fit this one; None: the tiny Qwen3-MoE.
         unknown: share of rows that the engine is said never to have seen.
         length: inputs of every sample; None: ragged.
     """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 20, SAMPLES) if length is None else np.full(SAMPLES, length)
+    layers, experts, top_k = LAYERS, EXPERTS, TOP_K
+    if checkpoint is not None:
+        facts = read_facts(checkpoint)
+        layers, experts, top_k = len(facts.moe_layers), facts.num_experts, facts.top_k
     total = int(lengths.sum())
     mask = rng.random(total) < 0.7
     routes = []
     for rows in lengths:
-        ids = rng.random((LAYERS, rows, EXPERTS)).argsort(-1)[..., :TOP_K].astype(np.uint8)
+        ids = rng.random((layers, rows, experts)).argsort(-1)[..., :top_k].astype(np.uint8)
         known = None if not unknown else rng.random(rows) >= unknown
         routes.append(RoutedExperts(ids, known))
     log_probs = (-4 - rng.random(total)).astype(np.float32)
@@ -212,25 +241,33 @@ class Reference:
 
     def __init__(self, checkpoint: str, temperature: float = 0.7) -> None:
         self.model = copy.deepcopy(_load_reference(checkpoint))
+        self.model.model.embed_tokens.padding_idx = None  # some models give this token no gradient
         self.temperature = temperature
         self._forced: RoutedExperts | None = None
         self._live: list[torch.Tensor] = []
-        for row, layer in enumerate(self.model.model.layers):
-            layer.mlp.gate.forward = self._gate(layer.mlp.gate, row)
+        self.moe_layers = read_facts(checkpoint).moe_layers
+        for row, layer in enumerate(self.moe_layers):
+            gate = self.model.model.layers[layer].mlp.gate
+            gate.forward = self._gate(gate, type(gate).forward, row)
 
-    def _gate(self, gate: Any, row: int) -> Any:
+    def _gate(self, gate: Any, native: Any, row: int) -> Any:
+        config = self.model.config
+        sigmoid = config.model_type == "deepseek_v3"
+        renormalised = config.model_type == "mixtral" or config.norm_topk_prob
+
         def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
-            probs = logits.softmax(-1)
-            chosen = probs.topk(TOP_K, dim=-1).indices
+            chosen = native(gate, hidden)[2]
             self._live.append(chosen)
             if self._forced is not None:
                 recorded = torch.from_numpy(self._forced.ids_MRK[row].astype(np.int64))
                 known = self._forced.known_R
                 which = torch.ones(len(recorded), dtype=torch.bool) if known is None else torch.from_numpy(known)
                 chosen = torch.where(which[:, None], recorded, chosen)
-            gates = probs.gather(1, chosen)
-            return logits, gates / gates.sum(-1, keepdim=True), chosen
+            gates = (logits.sigmoid() if sigmoid else logits.softmax(-1)).gather(1, chosen)
+            if renormalised:
+                gates = gates / gates.sum(-1, keepdim=True)
+            return logits, gates * (config.routed_scaling_factor if sigmoid else 1.0), chosen
 
         return forward
 
@@ -252,9 +289,10 @@ class Reference:
     def live_routes(self, batch: Batch, *, replay: bool = False) -> tuple[RoutedExperts, ...]:
         """What the routers would choose by themselves at each input, while the given routes are replayed or not."""
         self._live = []
+        layers = len(self.moe_layers)
         self.tokens(batch, replay=replay)
         return tuple(
-            RoutedExperts(torch.stack(self._live[i * LAYERS : (i + 1) * LAYERS]).numpy().astype(np.uint8))
+            RoutedExperts(torch.stack(self._live[i * layers : (i + 1) * layers]).numpy().astype(np.uint8))
             for i in range(batch.num_samples)
         )
 
@@ -274,7 +312,7 @@ class Reference:
     def gradients(self, batch: Batch, config: RLVRConfig, *, replay: bool = True) -> Weights:
         self.model.zero_grad()
         self.loss(batch, config, replay=replay).backward()
-        return _file_names({name: p.grad for name, p in self.model.named_parameters()})
+        return self._file_names({name: p.grad for name, p in self.model.named_parameters()})
 
     def train(self, batches: Sequence[Batch], config: RLVRConfig, *, replay: bool = True) -> Weights:
         """Clipped AdamW steps."""
@@ -291,20 +329,25 @@ class Reference:
             self.loss(batch, config, replay=replay).backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
             optimizer.step()
-        return _file_names({name: p.data for name, p in self.model.named_parameters()})
+        return self._file_names({name: p.data for name, p in self.model.named_parameters()})
 
-
-def _file_names(tensors: dict[str, Any]) -> Weights:
-    """transformers' fused experts under the names of the checkpoint's file."""
-    out: Weights = {}
-    for name, tensor in tensors.items():
-        array = tensor.detach().numpy().copy()
-        stem = name.removesuffix(".gate_up_proj").removesuffix(".down_proj")
-        for e in range(len(array)) if ".mlp.experts." in name else ():
-            if name.endswith("gate_up_proj"):
-                out[f"{stem}.{e}.gate_proj.weight"], out[f"{stem}.{e}.up_proj.weight"] = np.split(array[e], 2)
-            else:
-                out[f"{stem}.{e}.down_proj.weight"] = array[e]
-        if ".mlp.experts." not in name:
-            out[name] = array
-    return out
+    def _file_names(self, tensors: dict[str, Any]) -> Weights:
+        """transformers' fused experts under the names of the checkpoint's file."""
+        out: Weights = {}
+        for name, tensor in tensors.items():
+            array = np.zeros(0) if tensor is None else tensor.detach().numpy().copy()
+            stem = name.removesuffix(".gate_up_proj").removesuffix(".down_proj")
+            for e in range(len(array)) if ".mlp.experts." in name else ():
+                if name.endswith("gate_up_proj"):
+                    out[f"{stem}.{e}.gate_proj.weight"], out[f"{stem}.{e}.up_proj.weight"] = np.split(array[e], 2)
+                else:
+                    out[f"{stem}.{e}.down_proj.weight"] = array[e]
+            if ".mlp.experts." not in name:
+                out[name] = array
+        if self.model.config.model_type == "mixtral":
+            for new, old in {"block_sparse_moe": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.items():
+                out = {name.replace(f".{old}.", f".{new}."): array for name, array in out.items()}
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # no gradient moves it
+                out[name] = np.zeros(buffer.shape, np.float32)
+        return out

@@ -15,7 +15,6 @@ from megatron_cases import (
     LAYERS,
     Case,
     Reference,
-    exported,
     largest_difference,
     make_batch,
     read_weights,
@@ -24,7 +23,6 @@ from megatron_cases import (
 )
 
 from roll_r3.batch.batch import Batch
-from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import ProcessInfo
 
 pytestmark = pytest.mark.integration
@@ -125,30 +123,6 @@ def _reference_beside_actor(process: ProcessInfo, case: Case, batch: Batch) -> N
         assert np.abs(before.log_probs_N - actor_before.log_probs_N).max() > 1e-2  # the actor replays
     actor.close()
     frozen.close()
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, TP2), (2, EP2), (2, {**TP2, **EP2}), (2, INTERLEAVED)])
-def test_export_is_bit_exact(size: int, layout: dict, dtype: str, gang: Gangs, tmp_path: Path) -> None:
-    import torch
-
-    checkpoint = make_tiny_checkpoint(tmp_path, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-    wanted = read_weights(checkpoint)
-    for found, dtypes in gang(size).run(_export, Case(str(checkpoint), layout, dtype=dtype)):
-        assert sorted(found) == sorted(wanted)
-        assert largest_difference(found, wanted) == 0
-        assert dtypes == {"torch.bfloat16" if dtype == "bf16" else "torch.float32"}
-
-
-def _export(process: ProcessInfo, case: Case):
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
-
-    strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
-    strategy.initialize()
-    dtypes = {str(tensor.dtype) for _, tensor in strategy.export_weights()}
-    weights = dict(exported(strategy))
-    strategy.close()
-    return weights, dtypes
 
 
 @pytest.mark.parametrize(

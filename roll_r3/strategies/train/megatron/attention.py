@@ -2,7 +2,7 @@
 
 Used where TransformerEngine is not installed. Packed rows and context parallelism build a T x T mask, so it is meant
 for the CPU and for tests; plain padded rows take PyTorch's causal kernels. Shape legend: s local positions, t keys of
-all context-parallel ranks, b rows, h heads, d head size.
+all context-parallel ranks, b rows, h heads, d head size (the values' may differ from the keys').
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class TorchCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         assert config.kv_channels is not None

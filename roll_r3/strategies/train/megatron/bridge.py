@@ -1,7 +1,8 @@
-"""Hugging Face weights in and out of megatron's layers, through mbridge.
+"""Hugging Face weights in and out of megatron's layers: mbridge splits and merges them, our tables name them.
 
-mbridge knows the parameter names of TransformerEngine layers; `_TransformerEngineNames` shows it local layers under
-those names, so one table of names serves both.
+Two sets of parameter names exist in megatron, those of TransformerEngine layers and those of plain PyTorch ones;
+`_PlainNames` shows both under one: plain names, with an expert's number at the end. `roll_r3.models.architectures`
+says what each is called in a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,17 +15,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mbridge import AutoBridge
 from mbridge.core import LLMBridge
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from roll_r3.errors import ConfigError
-from roll_r3.strategies.train.megatron.spec import local_block_spec
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.architectures.base import TOP_NAMES, Architecture
+from roll_r3.strategies.train.megatron.spec import block_spec
 
 SHARD_BYTES = 5 << 30
 """Size at which a saved checkpoint starts another file."""
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
+
+
+class TableBridge(LLMBridge):
+    """mbridge's conversion, with the fields and the names that an `Architecture` gives."""
+
+    has_vp_stage = True
+
+    def __init__(self, architecture: Architecture, hf_config: Any, *, transformer_engine: bool, **kwargs: Any) -> None:
+        self.architecture = architecture
+        self.transformer_engine = transformer_engine
+        super().__init__(hf_config, **kwargs)
+
+    def _build_config(self) -> TransformerConfig:
+        self.TransformerConfigClass = MLATransformerConfig if self.architecture.latent_attention else TransformerConfig
+        routed = self.architecture.moe_layers(self.hf_config.to_dict())
+        config: TransformerConfig = self._build_base_config(
+            **self.architecture.megatron(self.hf_config),
+            moe_layer_freq=[int(layer in routed) for layer in range(self.hf_config.num_hidden_layers)],
+        )
+        return config
+
+    def _get_transformer_layer_spec(self, vp_stage: int | None = None) -> Any:
+        return block_spec(
+            self.config,
+            vp_stage,
+            transformer_engine=self.transformer_engine,
+            whole_qk_norm=self.architecture.whole_qk_norm,
+        )
+
+    def _get_gptmodel_args(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.hf_config.vocab_size,
+            "max_sequence_length": self.hf_config.max_position_embeddings,
+            "position_embedding_type": "rope",
+            "rotary_base": self.hf_config.rope_parameters["rope_theta"],
+        }
+
+    def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
+        if mcore_weights_name in TOP_NAMES:
+            return list(TOP_NAMES[mcore_weights_name])
+        found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*?)(\d*)", mcore_weights_name)
+        if found is None or found[2] not in self.architecture.layer_names:
+            raise ConfigError(
+                f"megatron's parameter {mcore_weights_name} has no name in the table of {self.architecture.model_type}"
+            )
+        layer, name, expert = found.groups()
+        return [f"model.layers.{layer}.{part.format(expert)}" for part in self.architecture.layer_names[name]]
 
 
 def open_bridge(
@@ -35,70 +86,67 @@ def open_bridge(
     tp_size: int,
     transformer_engine: bool,
     **overrides: Any,
-) -> LLMBridge:
+) -> TableBridge:
     """The bridge of a checkpoint, its TransformerConfig made; needs megatron's process groups.
 
     Args:
-        overrides: TransformerConfig fields that win over what mbridge reads from the checkpoint.
+        overrides: TransformerConfig fields that win over what follows from the checkpoint.
 
     Raises:
-        ConfigError: an architecture or a position encoding that mbridge cannot build here.
+        ConfigError: an architecture that has no table, or settings of the checkpoint that megatron cannot build.
     """
     hf_config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    if hf_config.model_type not in AutoBridge.list_supported_models():
+    architecture = ARCHITECTURES.get(hf_config.model_type)
+    if architecture is None:
         raise ConfigError(
-            f"{model_path} has model_type {hf_config.model_type!r}, which mbridge does not convert to megatron; it "
-            f"knows {', '.join(sorted(AutoBridge.list_supported_models()))}"
+            f"{model_path} has model_type {hf_config.model_type!r}; roll_r3 trains {', '.join(sorted(ARCHITECTURES))}"
         )
-    latent_attention = hasattr(hf_config, "kv_lora_rank")
-    if latent_attention and not transformer_engine:
-        raise ConfigError(
-            f"{model_path} ({hf_config.model_type}) has latent attention, which needs TransformerEngine on a GPU"
+    refused = architecture.refuses(hf_config)
+    if getattr(hf_config, "quantization_config", None) is not None:
+        refused.append("its weights are quantized: convert it to bf16 first")
+    rope = hf_config.rope_parameters
+    if not architecture.latent_attention and rope.get("rope_type", "default") != "default":
+        refused.append(
+            f"rope_parameters.rope_type is {rope['rope_type']!r}, but only plain rotary embeddings are built"
         )
-    # transformers 5 moved rope_theta into rope_parameters; mbridge reads the old place and ignores scaling
-    rope = getattr(hf_config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default" and not latent_attention:
-        raise ConfigError(
-            f"{model_path} scales its rotary embedding ({rope['rope_type']!r}), which mbridge would ignore: use a "
-            "checkpoint without rope scaling"
-        )
-    if "rope_theta" in rope:
-        hf_config.rope_theta = rope["rope_theta"]
-    if hf_config.model_type in ("qwen2_moe", "qwen3_moe"):
-        # gates that are not renormalised after top-k are megatron's softmax before top-k
-        overrides["moe_router_pre_softmax"] = not hf_config.norm_topk_prob
-    bridge = AutoBridge.from_config(hf_config, dtype=dtype, make_vocab_size_divisible_by=tp_size)
+    if refused:
+        reasons = "; ".join(refused)
+        raise ConfigError(f"{model_path} ({hf_config.model_type}) cannot be built with megatron-core: {reasons}")
+    if getattr(hf_config, "head_dim", None) is None:  # mbridge takes a None for a size
+        hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
+    bridge = TableBridge(
+        architecture,
+        hf_config,
+        dtype=dtype,
+        make_vocab_size_divisible_by=tp_size,
+        transformer_engine=transformer_engine,
+    )
     bridge.set_extra_args(**overrides)
-    if not transformer_engine:
-        bridge.has_vp_stage = True
-        bridge._get_transformer_layer_spec = lambda vp_stage=None: local_block_spec(bridge.config, vp_stage)
     return bridge
 
 
-def load_weights(bridge: LLMBridge, chunks: Sequence[torch.nn.Module], model_path: str, local: bool) -> None:
+def load_weights(bridge: LLMBridge, chunks: Sequence[torch.nn.Module], model_path: str) -> None:
     """Fill the chunks from the checkpoint; collective over tensor-parallel groups."""
     with torch.no_grad():
-        bridge.load_weights([_TransformerEngineNames(chunk, local) for chunk in chunks], model_path)
+        bridge.load_weights([_PlainNames(chunk) for chunk in chunks], model_path)
 
 
-def export_weights(
-    bridge: LLMBridge, chunks: Sequence[torch.nn.Module], local: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
+def export_weights(bridge: LLMBridge, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in the checkpoint's files, whole tensor) on every rank; collective over all model-parallel groups."""
     with torch.no_grad():
-        for name, tensor in bridge.export_weights([_TransformerEngineNames(chunk, local) for chunk in chunks]):
+        for name, tensor in bridge.export_weights([_PlainNames(chunk) for chunk in chunks]):
             yield name, tensor.detach()
 
 
-class _TransformerEngineNames:
-    """A chunk whose parameters go by the names that mbridge expects."""
+class _PlainNames:
+    """A chunk whose parameters go by one set of names, whatever layers it is made of."""
 
-    def __init__(self, chunk: torch.nn.Module, local: bool) -> None:
+    def __init__(self, chunk: torch.nn.Module) -> None:
         model = unwrap(chunk)
         self.decoder = model.decoder
         self.config = model.config
-        self._parameters = [(_bridge_name(name, local), value) for name, value in model.named_parameters()]
-        self._state = {_bridge_name(n, local): v for n, v in model.state_dict().items() if v is not None}
+        self._parameters = [(_plain_name(name), value) for name, value in model.named_parameters()]
+        self._state = {_plain_name(name): value for name, value in model.state_dict().items() if value is not None}
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return self._parameters
@@ -107,9 +155,18 @@ class _TransformerEngineNames:
         return self._state
 
 
-def _bridge_name(name: str, local: bool) -> str:
-    if local:  # TransformerEngine fuses this norm into the projection that follows it
-        name = name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""TransformerEngine fuses a norm into the projection that follows it."""
+
+
+def _plain_name(name: str) -> str:
+    for fused, plain in _FUSED_NORMS.items():
+        name = name.replace(fused, plain)
     return re.sub(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight", r"experts.\2.weight\1", name)
 
 
@@ -121,7 +178,10 @@ def unwrap(chunk: torch.nn.Module) -> Any:
 
 
 def write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> None:
-    """Write weights as safetensors with an index, and everything else of the source checkpoint beside them."""
+    """Write weights as safetensors with an index, and everything else of the source checkpoint beside them.
+
+    Tensors of the source that the trainer does not hold (multi-token-prediction layers) are copied as they are.
+    """
     path.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in _WEIGHT_FILES):
@@ -129,7 +189,7 @@ def write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path, 
     shards: list[dict[str, torch.Tensor]] = [{}]
     names: dict[str, int] = {}
     size = total = 0
-    for name, tensor in weights:
+    for name, tensor in _with_the_rest(weights, source):
         held = tensor.cpu().contiguous().clone()
         bytes_ = held.numel() * held.element_size()
         if size and size + bytes_ > SHARD_BYTES:
@@ -146,6 +206,19 @@ def write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path, 
         (path / _shard_name(number, None)).rename(path / _shard_name(number, count))
     index = {"metadata": {"total_size": total}, "weight_map": {n: _shard_name(i, count) for n, i in names.items()}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _with_the_rest(weights: Iterator[tuple[str, torch.Tensor]], source: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The given weights, then those of the source's files that were not among them."""
+    written = set()
+    for name, tensor in weights:
+        written.add(name)
+        yield name, tensor
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is no mapping
+                if name not in written:
+                    yield name, tensors.get_tensor(name)
 
 
 def _write_shard(path: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:

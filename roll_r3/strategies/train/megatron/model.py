@@ -35,8 +35,6 @@ class MegatronModel:
     """Without the columns that pad it to a multiple of the tensor-parallel size."""
     device: torch.device
     bridge: LLMBridge
-    local_layers: bool
-    """Without TransformerEngine."""
 
     def train(self, mode: bool) -> None:
         for chunk in self.chunks:
@@ -54,7 +52,7 @@ class MegatronModel:
                 del chunk.module
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return weights.export_weights(self.bridge, self.chunks, self.local_layers)
+        return weights.export_weights(self.bridge, self.chunks)
 
 
 def build_model(
@@ -96,7 +94,7 @@ def build_model(
             f"pipeline_model_parallel_size {layout.pp_size}: set it to 1"
         )
     chunks = bridge.get_model(bf16=model_args.dtype == "bf16")
-    weights.load_weights(bridge, chunks, model_path, local=not transformer_engine)
+    weights.load_weights(bridge, chunks, model_path)
     routers = [adopt_routers(weights.unwrap(chunk)) for chunk in chunks]
     if trains:
         chunks = wrap_for_training(chunks, bridge.config, settings)
@@ -107,7 +105,6 @@ def build_model(
         vocab_size=bridge.vocab_size,
         device=device,
         bridge=bridge,
-        local_layers=not transformer_engine,
     )
 
 

@@ -1,0 +1,123 @@
+"""What has to be known of an architecture, and the tables that most of them share.
+
+Only data and arithmetic: no engine and no weights are needed to read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HfConfig = Any
+"""The `transformers` configuration of a checkpoint, with its defaults filled in."""
+RawConfig = Mapping[str, Any]
+"""A config.json as it was written."""
+Names = dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `model_type`: where it routes, how megatron-core builds it, and what its weights are called."""
+
+    model_type: str
+    moe_layers: Callable[[RawConfig], tuple[int, ...]]
+    """Global indices of the layers that route, ascending."""
+    num_experts: tuple[str, ...]
+    """Names under which config.json gives the routed experts of a layer; transformers 5 renamed some."""
+    megatron: Callable[[HfConfig], dict[str, Any]]
+    """Fields of megatron's (MLA)TransformerConfig that every layout shares; `moe_layer_freq` is filled in elsewhere."""
+    layer_names: Names
+    """Parameter of one decoder layer -> its parts in the checkpoint's layer. The keys are megatron's names of its
+    plain PyTorch layers, with an expert's number at the end (`mlp.experts.linear_fc1.weight7`) left out; `{}` in a
+    value is that number. The parts of `linear_qkv` and `linear_fc1` are interleaved and stacked by mbridge."""
+    tiny: Mapping[str, Mapping[str, Any]]
+    """Configurations of tiny models for tests, by name; what `TINY` gives need not be said again."""
+    refuses: Callable[[HfConfig], list[str]] = lambda config: []
+    """Settings of a checkpoint that megatron-core cannot build, each with the reason."""
+    latent_attention: bool = False
+    """Multi-head latent attention: keys and values through a low-rank projection."""
+    whole_qk_norm: bool = False
+    """The norms of Q and K span all heads of a token, not each head alone."""
+
+
+TOP_NAMES: Names = {
+    "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
+    "decoder.final_layernorm.weight": ("model.norm.weight",),
+    "output_layer.weight": ("lm_head.weight",),
+}
+"""Parameters outside the layers: the same in every architecture here."""
+
+NORMS: Names = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+}
+ATTENTION: Names = {
+    "self_attention.linear_qkv.weight": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+}
+QKV_BIAS: Names = {
+    "self_attention.linear_qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+}
+QK_NORM: Names = {
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
+}
+DENSE_MLP: Names = {
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+MOE: Names = {
+    "mlp.router.weight": ("mlp.gate.weight",),
+    "mlp.experts.linear_fc1.weight": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+    "mlp.experts.linear_fc2.weight": ("mlp.experts.{}.down_proj.weight",),
+}
+
+
+def shared_expert(name: str) -> Names:
+    """Names of the expert that sees every token, `name` in the checkpoint."""
+    return {
+        "mlp.shared_experts.linear_fc1.weight": (f"mlp.{name}.gate_proj.weight", f"mlp.{name}.up_proj.weight"),
+        "mlp.shared_experts.linear_fc2.weight": (f"mlp.{name}.down_proj.weight",),
+    }
+
+
+TINY: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 1024,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.1,
+}
+"""What tiny models have in common: about half a million parameters."""
+
+
+def all_layers(config: RawConfig) -> tuple[int, ...]:
+    """Every layer routes."""
+    return tuple(range(config["num_hidden_layers"]))
+
+
+def softmax_router(config: HfConfig, *, renormalised: bool) -> dict[str, Any]:
+    """A softmax over all experts, top-k of it; `renormalised`: the chosen gates sum to 1.
+
+    Renormalising the chosen ones of a softmax is a softmax over the chosen ones: megatron's order after top-k.
+    """
+    return {
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not renormalised,
+    }
+
+
+def refuse(**reasons: object) -> list[str]:
+    """`name=value` of each given setting that is set (not None, False or 0)."""
+    return [f"{name} is {value!r}" for name, value in reasons.items() if value]

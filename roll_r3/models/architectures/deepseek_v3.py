@@ -1,0 +1,142 @@
+"""DeepSeek-V3 and what is built like it (Moonlight, Kimi-K2): latent attention, dense first layers, a shared expert,
+and a sigmoid router with expert bias that first chooses groups of experts.
+
+Multi-token-prediction layers are not trained: reinforcement learning has no loss for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from roll_r3.models.architectures.base import (
+    DENSE_MLP,
+    MOE,
+    NORMS,
+    Architecture,
+    HfConfig,
+    RawConfig,
+    all_layers,
+    refuse,
+    shared_expert,
+)
+
+
+def _moe_layers(config: RawConfig) -> tuple[int, ...]:
+    first, freq = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
+    return tuple(i for i in all_layers(config) if i >= first and i % freq == 0)
+
+
+def _megatron(config: HfConfig) -> dict[str, Any]:
+    grouped = config.n_group > 1
+    return {
+        "num_moe_experts": config.n_routed_experts,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": config.moe_intermediate_size * config.n_shared_experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": config.routed_scaling_factor,
+        "moe_router_num_groups": config.n_group if grouped else None,
+        "moe_router_group_topk": config.topk_group if grouped else None,
+        "qk_layernorm": True,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_head_dim": config.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        **_rope(config.rope_parameters),
+    }
+
+
+def _rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Megatron's fields for `rope_parameters`; the YaRN defaults are those of transformers."""
+    if rope.get("rope_type", "default") == "default":
+        return {"rope_type": "rope", "rotary_base": rope["rope_theta"], "rotary_scaling_factor": 1.0}
+    return {
+        "rope_type": "yarn",
+        "rotary_base": rope["rope_theta"],
+        "rotary_scaling_factor": rope["factor"],
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "beta_fast": rope.get("beta_fast") or 32,
+        "beta_slow": rope.get("beta_slow") or 1,
+        "mscale": rope.get("mscale") or 1.0,
+        "mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
+    }
+
+
+def _refuses(config: HfConfig) -> list[str]:
+    found = refuse(attention_bias=config.attention_bias)
+    if not config.norm_topk_prob:
+        found.append("norm_topk_prob is false, but megatron renormalises sigmoid gates")
+    if not config.rope_interleave:
+        found.append("rope_interleave is false, but megatron's latent attention pairs neighbouring channels")
+    if config.n_group > 1 and config.num_experts_per_tok // config.topk_group != 2:
+        found.append(
+            f"num_experts_per_tok {config.num_experts_per_tok} over topk_group {config.topk_group} is not 2: the model "
+            "rates a group by its two best experts, megatron by that quotient"
+        )
+    if (kind := config.rope_parameters.get("rope_type", "default")) not in ("default", "yarn"):
+        found.append(f"rope_parameters.rope_type is {kind!r}, but megatron's latent attention knows default and yarn")
+    return found
+
+
+_TINY = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_nextn_predict_layers": 0,
+    # SGLang reads these, transformers does not
+    "moe_layer_freq": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
+_YARN = {
+    "type": "yarn",
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+DEEPSEEK_V3 = Architecture(
+    model_type="deepseek_v3",
+    moe_layers=_moe_layers,
+    num_experts=("n_routed_experts", "num_local_experts"),
+    megatron=_megatron,
+    layer_names={
+        **NORMS,
+        "self_attention.linear_q_proj.weight": ("self_attn.q_proj.weight",),
+        "self_attention.linear_q_down_proj.weight": ("self_attn.q_a_proj.weight",),
+        "self_attention.q_layernorm.weight": ("self_attn.q_a_layernorm.weight",),
+        "self_attention.linear_q_up_proj.weight": ("self_attn.q_b_proj.weight",),
+        "self_attention.linear_kv_down_proj.weight": ("self_attn.kv_a_proj_with_mqa.weight",),
+        "self_attention.kv_layernorm.weight": ("self_attn.kv_a_layernorm.weight",),
+        "self_attention.linear_kv_up_proj.weight": ("self_attn.kv_b_proj.weight",),
+        "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+        **DENSE_MLP,
+        **MOE,
+        **shared_expert("shared_experts"),
+        "mlp.router.expert_bias": ("mlp.gate.e_score_correction_bias",),
+    },
+    tiny={
+        "deepseek_v3": {**_TINY, "rope_scaling": _YARN},
+        "moonlight": {**_TINY, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3},
+    },
+    refuses=_refuses,
+    latent_attention=True,
+)

@@ -1,0 +1,95 @@
+"""Qwen3-MoE and Qwen2-MoE (Qwen1.5-MoE): softmax router, dense layers anywhere; Qwen2 has a gated shared expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from roll_r3.models.architectures.base import (
+    ATTENTION,
+    DENSE_MLP,
+    MOE,
+    NORMS,
+    QK_NORM,
+    QKV_BIAS,
+    Architecture,
+    HfConfig,
+    RawConfig,
+    all_layers,
+    refuse,
+    shared_expert,
+    softmax_router,
+)
+
+
+def _moe_layers(config: RawConfig) -> tuple[int, ...]:
+    step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+    return tuple(i for i in all_layers(config) if i not in dense and (i + 1) % step == 0)
+
+
+def _moe(config: HfConfig) -> dict[str, Any]:
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        **softmax_router(config, renormalised=config.norm_topk_prob),
+    }
+
+
+def _qwen3(config: HfConfig) -> dict[str, Any]:
+    return {**_moe(config), "qk_layernorm": True}
+
+
+def _qwen2(config: HfConfig) -> dict[str, Any]:
+    return {
+        **_moe(config),
+        "add_qkv_bias": True,
+        "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": True,
+    }
+
+
+def _refuses(config: HfConfig) -> list[str]:
+    return refuse(sliding_window=config.sliding_window, attention_bias=getattr(config, "attention_bias", False))
+
+
+_TINY = {
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "num_experts": 16,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+QWEN3_MOE = Architecture(
+    model_type="qwen3_moe",
+    moe_layers=_moe_layers,
+    num_experts=("num_experts", "num_local_experts"),
+    megatron=_qwen3,
+    layer_names={**NORMS, **ATTENTION, **QK_NORM, **DENSE_MLP, **MOE},
+    tiny={"qwen3_moe": _TINY, "qwen3_moe_mixed": {**_TINY, "mlp_only_layers": [2]}},
+    refuses=_refuses,
+)
+
+QWEN2_MOE = Architecture(
+    model_type="qwen2_moe",
+    moe_layers=_moe_layers,
+    num_experts=("num_experts", "num_local_experts"),
+    megatron=_qwen2,
+    layer_names={
+        **NORMS,
+        **ATTENTION,
+        **QKV_BIAS,
+        **DENSE_MLP,
+        **MOE,
+        **shared_expert("shared_expert"),
+        "mlp.shared_experts.gate_weight": ("mlp.shared_expert_gate.weight",),
+    },
+    tiny={
+        "qwen2_moe": {
+            **{name: value for name, value in _TINY.items() if name != "head_dim"},
+            "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 64,
+        }
+    },
+    refuses=_refuses,
+)
