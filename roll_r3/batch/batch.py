@@ -90,11 +90,15 @@ class Batch:
         sums_n = np.bincount(rows_N, weights=values_N.astype(np.float64), minlength=self.num_samples)
         return sums_n.astype(np.float64, copy=False)
 
+    def inputs_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Places of the samples' inputs in the jagged arrays, sample after sample in the order given."""
+        offsets = self.offsets
+        return np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in samples]) if len(samples) else samples
+
     def select(self, samples: npt.ArrayLike) -> Batch:
         """The given samples (indices, in the order given) as a batch of their own."""
         index = np.asarray(samples, np.int64)
-        offsets = self.offsets
-        inputs = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in index]) if len(index) else index
+        inputs = self.inputs_of(index)
         changes: dict[str, object] = {}
         for f in fields(self):
             value = getattr(self, f.name)

@@ -38,20 +38,25 @@ class Layout:
     sp_size: int = 1
     """Ranks that split the sequence between transformer blocks: TP's size under sequence parallelism, else 1."""
     sp_rank: int = 0
+    multiple: int = 1
+    """Every rank that shares a row (padded) or a sample (packed) holds a multiple of this many of its tokens."""
 
     def __post_init__(self) -> None:
         for name in ("cp", "sp"):
             size, rank = getattr(self, f"{name}_size"), getattr(self, f"{name}_rank")
             if not 0 <= rank < size:
                 raise ValueError(f"{name}_rank must be in [0, {name}_size), but is {rank} of {size}")
+        if self.multiple < 1:
+            raise ValueError(f"multiple must be 1 or more, but is {self.multiple}")
 
     @property
     def alignment(self) -> int:
         """Every row (padded) or sample (packed) takes a multiple of this many tokens over all ranks.
 
-        The zig-zag cuts a sequence in 2 * cp pieces; the sequence-parallel chunk cuts what a rank then holds.
+        The zig-zag cuts a sequence in 2 * cp pieces; the sequence-parallel chunk cuts what a rank then holds. Each
+        piece's share of a chunk is a multiple of `multiple`, so each rank's share of the sequence is one too.
         """
-        return self.sp_size * (2 * self.cp_size if self.cp_size > 1 else 1)
+        return self.sp_size * (2 * self.cp_size if self.cp_size > 1 else 1) * self.multiple
 
 
 @dataclass(frozen=True, eq=False)

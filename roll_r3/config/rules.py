@@ -14,6 +14,7 @@ from math import prod
 
 from roll_r3.config.base import Config
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.pipeline_layout import parse_pipeline_layout
 from roll_r3.config.report import Finding, Severity
 from roll_r3.config.strategies import MegatronConfig
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig
@@ -137,6 +138,14 @@ def changed(config: RLVRConfig, path: str) -> bool:
     return any(getattr(s, name) != type(s).model_fields[name].default for s in sections if isinstance(s, Config))
 
 
+def token_alignment(worker: MegatronWorker) -> int:
+    """Tokens that every row, or sample of a packed row, is padded to a multiple of: `Layout.alignment` of its ranks."""
+    m = layout(worker)
+    sp = 1 if m.sequence_parallel is False else m.tensor_model_parallel_size
+    cp = m.context_parallel_size
+    return sp * (2 * cp if cp > 1 else 1) * worker.sequence_length_round
+
+
 def longest_sequence(config: RLVRConfig) -> int:
     """Tokens of the longest prompt and response together."""
     return config.prompt_length + config.response_length
@@ -170,7 +179,7 @@ def _samples_over_mini_batches(config: RLVRConfig) -> Verdict:
 def _interleaved_micro_batches(config: RLVRConfig) -> Verdict:
     m = layout(config.actor_train)
     stages = m.pipeline_model_parallel_size
-    if m.virtual_pipeline_model_parallel_size is None or stages < 2:
+    if m.chunks_per_stage is None or stages < 2 or config.actor_train.use_dynamic_batching_in_train:
         return False
     return _remainder(config.actor_train.training_args.gradient_accumulation_steps, stages, "pipeline stages")
 
@@ -212,6 +221,54 @@ def _unreachable_rewards(config: RLVRConfig) -> Verdict:
     return ", ".join(n for n, r in config.rewards.items() if r.tag_included and "default" not in r.tag_included)
 
 
+def _first_or_last(m: MegatronConfig) -> bool:
+    return bool(m.num_layers_in_first_pipeline_stage or m.num_layers_in_last_pipeline_stage)
+
+
+def _accounting(m: MegatronConfig) -> bool:
+    return m.account_for_embedding_in_pipeline_split or m.account_for_loss_in_pipeline_split
+
+
+def _layout_stages(m: MegatronConfig) -> int:
+    """Stages that the pipeline layout writes; 0 without one."""
+    text = m.pipeline_model_parallel_layout
+    return 0 if text is None else len(parse_pipeline_layout(text))
+
+
+def _layout_against_vpp(worker: MegatronWorker) -> Verdict:
+    m = layout(worker)
+    stages, pp, vpp = _layout_stages(m), m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
+    if not stages or vpp is None or stages % pp or stages == pp * vpp:
+        return False
+    return f"{stages} stages / {pp} make {stages // pp}"
+
+
+def _budget_too_small(config: RLVRConfig, path: str, worker: MegatronWorker, kind: str) -> Verdict:
+    budget, alignment = getattr(worker, f"max_tokens_per_microbatch_in_{kind}"), token_alignment(worker)
+    needed = -(-(longest_sequence(config) - 1) // alignment) * alignment
+    return f"{path} needs {needed}" if budget is not None and budget < needed else False
+
+
+def _infer_budget_too_small(config: RLVRConfig) -> Verdict:
+    found = (_budget_too_small(config, role, w, "infer") for role, w in megatron_workers(config).items())
+    return next((verdict for verdict in found if verdict), False)
+
+
+def _dynamic(worker: MegatronWorker) -> bool:
+    """Whether any pass of the role is cut by a token budget."""
+    in_train = isinstance(worker, ActorTrainConfig) and worker.use_dynamic_batching_in_train
+    return worker.use_dynamic_batching_in_infer or in_train
+
+
+def _audits_elsewhere(config: RLVRConfig) -> Verdict:
+    return ", ".join(role for role, w in workers(config).items() if role != "actor_train" and w.router_replay.audit)
+
+
+def _audit_every_unread(config: RLVRConfig) -> Verdict:
+    roles = (r for r, w in workers(config).items() if not w.router_replay.audit)
+    return ", ".join(role for role in roles if changed(config, f"{role}.router_replay.audit_every"))
+
+
 def _full_recompute_incomplete(worker: MegatronWorker) -> Verdict:
     m = layout(worker)
     return m.recompute_granularity == "full" and (m.recompute_method is None or m.recompute_num_layers is None)
@@ -236,11 +293,20 @@ _CP = f"{_MEGATRON}.context_parallel_size"
 _EP = f"{_MEGATRON}.expert_model_parallel_size"
 _ETP = f"{_MEGATRON}.expert_tensor_parallel_size"
 _SP = f"{_MEGATRON}.sequence_parallel"
+_FIRST = f"{_MEGATRON}.num_layers_in_first_pipeline_stage"
+_LAST = f"{_MEGATRON}.num_layers_in_last_pipeline_stage"
+_EMBEDDING = f"{_MEGATRON}.account_for_embedding_in_pipeline_split"
+_LOSS = f"{_MEGATRON}.account_for_loss_in_pipeline_split"
+_LAYOUT = f"{_MEGATRON}.pipeline_model_parallel_layout"
 _RECOMPUTE = f"{_MEGATRON}.recompute"
 _ENGINE = "actor_infer.strategy_args.strategy_config"
 _TRAIN_REPLAY = "actor_train.router_replay.mode"
 _INFER_REPLAY = "actor_infer.router_replay.mode"
 _BATCH = "actor_train.training_args"
+_TRAIN_DYNAMIC = "actor_train.use_dynamic_batching_in_train"
+_TRAIN_BUDGET = "actor_train.max_tokens_per_microbatch_in_train"
+_INFER_DYNAMIC = "use_dynamic_batching_in_infer"
+_INFER_BUDGET = "max_tokens_per_microbatch_in_infer"
 
 _TRAINING_ONLY = tuple(
     f"reference.{_MEGATRON}.{name}"
@@ -283,6 +349,43 @@ RULES: tuple[AnyRule, ...] = (
         why="the load-balancing loss computes a top-k of its own, which disagrees with the experts that are replayed",
         fix="write moe_aux_loss_coeff: 0",
         violates=lambda w: layout(w).moe_aux_loss_coeff != 0,
+    ),
+    Rule(
+        id="reference-bias-is-frozen",
+        fields=(f"reference.{_MEGATRON}.moe_router_bias_update_rate",),
+        why="the reference takes no optimizer steps, so its expert bias stays as in the checkpoint",
+        fix="leave it out under reference",
+        violates=lambda c: c.reference is not None and layout(c.reference).moe_router_bias_update_rate != 0,
+    ),
+    Rule(
+        id="audit-is-the-trainers",
+        fields=("actor_infer.router_replay.audit", "reference.router_replay.audit"),
+        why="only the trainer replays, so there is nothing to audit elsewhere",
+        fix="write audit under actor_train.router_replay",
+        violates=_audits_elsewhere,
+    ),
+    Rule(
+        id="audit-needs-replay",
+        fields=("actor_train.router_replay.audit", _TRAIN_REPLAY),
+        why="without replay there are no recorded experts to compare with",
+        fix="write mode R2 or R3, or audit: false",
+        violates=lambda c: c.actor_train.router_replay.audit and c.actor_train.router_replay.mode == "disable",
+    ),
+    Rule(
+        id="audit-reads-the-dispatcher",
+        fields=(f"actor_train.{_MEGATRON}.moe_token_dispatcher_type", "actor_train.router_replay.audit"),
+        why="the flex dispatcher keeps no routing map that an audit could read",
+        fix="write alltoall or allgather, or audit: false",
+        violates=lambda c: (
+            c.actor_train.router_replay.audit and layout(c.actor_train).moe_token_dispatcher_type == "flex"
+        ),
+    ),
+    Rule(
+        id="audit-every-unread",
+        fields=("*.router_replay.audit_every", "*.router_replay.audit"),
+        why="as things stand, nothing would read this setting",
+        fix="write audit: true, or leave audit_every out",
+        violates=_audit_every_unread,
     ),
     # Parallel layout
     Rule(
@@ -332,17 +435,35 @@ RULES: tuple[AnyRule, ...] = (
     ),
     LayoutRule(
         id="uneven-stages-need-pp",
-        fields=(
-            f"{_MEGATRON}.num_layers_in_first_pipeline_stage",
-            f"{_MEGATRON}.num_layers_in_last_pipeline_stage",
-            _PP,
-        ),
-        why="with one pipeline stage there is no first or last stage to give another number of layers",
+        fields=(_FIRST, _LAST, _EMBEDDING, _LOSS, _LAYOUT, _PP),
+        why="with one pipeline stage there is nothing to share layers out to",
         fix="leave them out, or raise pipeline_model_parallel_size",
         violates=lambda w: (
             layout(w).pipeline_model_parallel_size == 1
-            and bool(layout(w).num_layers_in_first_pipeline_stage or layout(w).num_layers_in_last_pipeline_stage)
+            and (_first_or_last(layout(w)) or _accounting(layout(w)) or _layout_stages(layout(w)) > 0)
         ),
+    ),
+    LayoutRule(
+        id="one-way-to-split-layers",
+        fields=(_LAYOUT, _FIRST, _LAST, _EMBEDDING, _LOSS),
+        why="each of these says how layers are shared out: a layout all of it, num_layers_in_* those of the first or "
+        "last stage, account_for_* what else counts as a layer",
+        fix="keep the layout, or num_layers_in_*, or account_for_*",
+        violates=lambda w: sum((_layout_stages(layout(w)) > 0, _first_or_last(layout(w)), _accounting(layout(w)))) > 1,
+    ),
+    LayoutRule(
+        id="layout-stages-over-pp",
+        fields=(_LAYOUT, _PP),
+        why="every pipeline rank takes as many stages of the layout",
+        fix="write a multiple of pipeline_model_parallel_size stages",
+        violates=lambda w: _remainder(_layout_stages(layout(w)), layout(w).pipeline_model_parallel_size, "ranks"),
+    ),
+    LayoutRule(
+        id="layout-agrees-with-vpp",
+        fields=(_VPP, _LAYOUT, _PP),
+        why="with a layout, the chunks per pipeline stage are its stages / pipeline_model_parallel_size",
+        fix="leave virtual_pipeline_model_parallel_size out",
+        violates=_layout_against_vpp,
     ),
     LayoutRule(
         id="tp-needs-sp",
@@ -437,6 +558,62 @@ RULES: tuple[AnyRule, ...] = (
         why="the interleaved schedule takes micro-batches in groups of one per pipeline stage",
         fix="write a multiple of pipeline_model_parallel_size",
         violates=_interleaved_micro_batches,
+    ),
+    Rule(
+        id="train-budget-given",
+        fields=(_TRAIN_BUDGET, _TRAIN_DYNAMIC),
+        why="a token budget is read with dynamic batching only, and dynamic batching needs one",
+        fix="write both, or neither",
+        violates=lambda c: (
+            c.actor_train.use_dynamic_batching_in_train
+            != (c.actor_train.max_tokens_per_microbatch_in_train is not None)
+        ),
+    ),
+    LayoutRule(
+        id="infer-budget-given",
+        fields=(_INFER_BUDGET, _INFER_DYNAMIC),
+        why="a token budget is read with dynamic batching only, and dynamic batching needs one",
+        fix="write both, or neither",
+        violates=lambda w: w.use_dynamic_batching_in_infer != (w.max_tokens_per_microbatch_in_infer is not None),
+    ),
+    Rule(
+        id="train-budget-fits-longest",
+        fields=(_TRAIN_BUDGET, "prompt_length", "response_length"),
+        why="the longest sample (prompt_length + response_length - 1 inputs, padded to what its ranks need) must fit "
+        "into a micro-batch",
+        fix="raise the budget",
+        violates=lambda c: _budget_too_small(c, "actor_train", c.actor_train, "train"),
+    ),
+    Rule(
+        id="infer-budget-fits-longest",
+        fields=(f"*.{_INFER_BUDGET}", "prompt_length", "response_length"),
+        why="the longest sample (prompt_length + response_length - 1 inputs, padded to what its ranks need) must fit "
+        "into a micro-batch",
+        fix="raise the budget",
+        violates=_infer_budget_too_small,
+    ),
+    LayoutRule(
+        id="infer-batch-unread",
+        fields=("infer_batch_size", _INFER_DYNAMIC),
+        why="with dynamic batching the token budget cuts micro-batches: nothing would read this setting",
+        fix="leave infer_batch_size out",
+        violates=lambda w: (
+            w.use_dynamic_batching_in_infer
+            and w.infer_batch_size != WorkerConfig.model_fields["infer_batch_size"].default
+        ),
+    ),
+    LayoutRule(
+        id="dynamic-batching-with-allgather",
+        fields=("use_sequence_packing", f"{_MEGATRON}.moe_token_dispatcher_type", _EP),
+        why="the allgather dispatcher exchanges equal shapes between expert-parallel ranks, and padded micro-batches "
+        "of a token budget differ in their number of rows",
+        fix="write moe_token_dispatcher_type: alltoall, or use_sequence_packing: true",
+        violates=lambda w: (
+            _dynamic(w)
+            and not w.use_sequence_packing
+            and layout(w).moe_token_dispatcher_type == "allgather"
+            and layout(w).expert_model_parallel_size > 1
+        ),
     ),
     # Algorithm
     Rule(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_r3.config.base import Config
+from roll_r3.config.pipeline_layout import PipelineLayout, parse_pipeline_layout
 
 
 class SglangConfig(Config):
@@ -58,7 +59,8 @@ class MegatronConfig(Config):
     pipeline_model_parallel_size: PositiveInt = 1
     """Pipeline stages (PP)."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
-    """Model chunks per pipeline stage (VPP); needs PP of 2 or more. None: one chunk, the plain 1F1B schedule."""
+    """Model chunks per pipeline stage (VPP); needs PP of 2 or more. None: as many as `pipeline_model_parallel_layout`
+    says, else one chunk, the plain 1F1B schedule."""
     expert_model_parallel_size: PositiveInt = 1
     """Ranks that share out the experts of a layer (EP)."""
     expert_tensor_parallel_size: PositiveInt | None = None
@@ -71,6 +73,14 @@ class MegatronConfig(Config):
     """Decoder layers of the first stage, when stages are uneven."""
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
     """Decoder layers of the last stage, when stages are uneven."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer when layers are shared out evenly: the first chunk gets one decoder layer less."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the output layer and the loss as a layer: the last chunk gets one decoder layer less."""
+    pipeline_model_parallel_layout: PipelineLayout | None = None
+    """Every stage's layers, as in `Et*3|t*2|t*2L`: E embedding, t a decoder layer, L the loss, `|` between stages,
+    `t*3` or `(tt|)*3` to repeat. With more stages than PP, stage i is chunk i // PP of pipeline rank i % PP, and VPP is
+    the number of stages / PP."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state and master weights over data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -97,6 +107,15 @@ class MegatronConfig(Config):
     moe_aux_loss_coeff: float = 0.0
     """Weight of the load-balancing loss. Only 0 is accepted: under replay its own top-k disagrees with the routes
     used."""
+    moe_router_bias_update_rate: NonNegativeFloat = 0.0
+    """DeepSeek-style expert bias: how far an optimizer step moves it towards balance; 0: it stays as in the
+    checkpoint."""
 
-
-MegatronInferConfig = MegatronConfig
+    @property
+    def chunks_per_stage(self) -> int | None:
+        """Model chunks per pipeline stage, the layout's count filled in; None: the plain schedule with one chunk."""
+        if self.virtual_pipeline_model_parallel_size is not None or self.pipeline_model_parallel_layout is None:
+            return self.virtual_pipeline_model_parallel_size
+        stages = len(parse_pipeline_layout(self.pipeline_model_parallel_layout))
+        chunks = stages // self.pipeline_model_parallel_size
+        return chunks if chunks > 1 else None

@@ -30,6 +30,11 @@ class RouterReplayConfig(Config):
     """disable: each side routes by itself. R3: the trainer replays the experts that the rollout engine used. R2: the
     trainer replays those of its own old-log-prob pass. Gate weights always come from live logits, so the router
     learns."""
+    audit: bool = False
+    """Check, in the first step and in every `audit_every`th, that the experts which the dispatcher really used are the
+    recorded ones; actor_train only."""
+    audit_every: PositiveInt = 10
+    """Steps from one audit to the next."""
 
 
 class ModelArgs(Config):
@@ -63,9 +68,11 @@ class TrainingArgs(Config):
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the learning rate rises from 0."""
     per_device_train_batch_size: PositiveInt = 1
-    """Samples of a micro-batch, per data-parallel rank."""
+    """Samples of a micro-batch, per data-parallel rank; with `use_dynamic_batching_in_train` only a factor of an
+    optimizer step's samples."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches of an optimizer step. Its samples: this x per_device_train_batch_size x data-parallel size."""
+    """Micro-batches of an optimizer step. Its samples: this x per_device_train_batch_size x data-parallel size. With
+    `use_dynamic_batching_in_train` that is still their number, but the token budget says how they are cut."""
 
 
 class GeneratingArgs(Config):
@@ -148,7 +155,21 @@ class ActorInferConfig(WorkerConfig):
     """Sampling."""
 
 
-class ActorTrainConfig(WorkerConfig):
+class MegatronWorkerConfig(WorkerConfig):
+    """What the roles that Megatron runs declare besides."""
+
+    use_dynamic_batching_in_infer: bool = False
+    """Cut passes without gradients by `max_tokens_per_microbatch_in_infer` instead of `infer_batch_size`."""
+    max_tokens_per_microbatch_in_infer: PositiveInt | None = None
+    """Tokens of one micro-batch in such a pass, padding included, over all context-parallel ranks that share it."""
+    use_sequence_packing: bool = False
+    """Put a micro-batch's samples end to end in one row instead of padding each to the longest."""
+    sequence_length_round: PositiveInt = 1
+    """Pad each row, or each sample of a packed row, until every rank that shares it holds a multiple of so many of its
+    tokens; FP8 kernels want 16 or 32."""
+
+
+class ActorTrainConfig(MegatronWorkerConfig):
     """The policy that learns."""
 
     strategy_args: MegatronTrainStrategy = MegatronTrainStrategy()
@@ -157,14 +178,15 @@ class ActorTrainConfig(WorkerConfig):
     """Optimizer, schedule, batch sizes."""
     data_args: DataArgs = DataArgs()
     """Prompts."""
-    use_sequence_packing: bool = False
-    """Put a micro-batch's samples end to end in one row instead of padding each to the longest."""
+    use_dynamic_batching_in_train: bool = False
+    """Cut the samples of an optimizer step into micro-batches by `max_tokens_per_microbatch_in_train` instead of
+    `per_device_train_batch_size`."""
+    max_tokens_per_microbatch_in_train: PositiveInt | None = None
+    """Tokens of one micro-batch in training, padding included, over all context-parallel ranks that share it."""
 
 
-class ReferenceConfig(WorkerConfig):
+class ReferenceConfig(MegatronWorkerConfig):
     """The frozen policy that the KL term compares with. It always routes by itself."""
 
     strategy_args: MegatronInferStrategy = MegatronInferStrategy()
     """Which strategy, and its layout."""
-    use_sequence_packing: bool = False
-    """As in `actor_train`."""

@@ -6,6 +6,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import MegatronConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.facts import ModelFacts
+from roll_r3.models.layer_map import chunk_layers
 
 
 def check_fit(config: RLVRConfig, facts: ModelFacts) -> None:
@@ -42,13 +43,8 @@ def _layout_misfits(path: str, layout: MegatronConfig, facts: ModelFacts) -> lis
         found.append(
             f"{path}.tensor_model_parallel_size: {tp} does not divide the {facts.num_attention_heads} attention heads"
         )
-    first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
-    stages = layout.pipeline_model_parallel_size - (first is not None) - (last is not None)
-    layers = facts.num_layers - (first or 0) - (last or 0)
-    chunks = layout.virtual_pipeline_model_parallel_size or 1
-    if stages > 0 and layers % (stages * chunks):
-        found.append(
-            f"{path}.pipeline_model_parallel_size: {layers} layers do not divide over {stages} stages x {chunks} "
-            "chunks: choose other sizes, or num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage"
-        )
+    try:
+        chunk_layers(facts.num_layers, layout)
+    except ValueError as error:
+        found.append(f"{path}.{error}")
     return found

@@ -125,6 +125,7 @@ def _patch_process() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = splits_on_host
+    _let_gloo_split_unevenly()
     random._lazy_init = _nothing
     random._lazy_call = lambda callback, **kwargs: callback()
     # here the CPU and GPU generators are one, so its warning that the CPU state changed under a GPU fork is moot
@@ -150,6 +151,38 @@ def _patch_torch_cuda() -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.default_generators = _OneGenerator()
+
+
+def _let_gloo_split_unevenly() -> None:
+    """Gather and reduce-scatter parts of different sizes, which NCCL can and gloo cannot: padded to the largest."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def padded(part: torch.Tensor, rows: int) -> torch.Tensor:
+        return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
+
+    def gather_parts(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        sizes = [int(size) for size in output_split_sizes] if output_split_sizes is not None else []
+        if len(set(sizes)) < 2 or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)  # type: ignore[no-any-return]
+        parts = gather(padded(input_, max(sizes)), group).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter_parts(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        sizes = [int(size) for size in input_split_sizes] if input_split_sizes is not None else []
+        if len(set(sizes)) < 2 or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)  # type: ignore[no-any-return]
+        parts = torch.cat([padded(part, max(sizes)) for part in input_.split(sizes)])
+        own: torch.Tensor = reduce_scatter(parts, group)[: sizes[group.rank()]]
+        return own
+
+    mappings._gather_along_first_dim = gather_parts
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
 
 
 def _import_without_compiling() -> Any:

@@ -129,6 +129,10 @@ class ReplayCounts:
     """Replayed entries of real tokens that were compared with the live router's own choice."""
     agreed: int = 0
     """Those of them where the live router would have chosen the same set of experts."""
+    audited: int = 0
+    """Entries whose dispatch was compared with their recorded row; a recomputation in backward compares them again."""
+    audit_equal: int = 0
+    """Those of them whose token went to exactly the recorded experts."""
 
 
 @dataclass(frozen=True)

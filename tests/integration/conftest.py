@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from compatibility import Compatibility
 from distributed import Gang
 
 
@@ -28,3 +29,8 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from roll_r3.models.tiny import make_tiny_checkpoint
 
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_moe"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def compatibility() -> Compatibility:
+    return Compatibility()

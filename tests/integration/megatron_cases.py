@@ -21,6 +21,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.facts import read_facts
+from roll_r3.platform import megatron_cpu
 from roll_r3.strategies.base import ProcessInfo, ReplayCounts
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 4, 16, 2, 260
@@ -57,6 +58,8 @@ class Case:
     """Optimizer steps of the training step."""
     infer_batch_size: int = 3
     training: dict[str, Any] = field(default_factory=lambda: dict(GRADIENT))
+    role: dict[str, Any] = field(default_factory=dict)
+    """Further fields of `actor_train`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further fields of the root of the configuration."""
     log_probs_first: bool = False
@@ -81,6 +84,7 @@ class Case:
                     "gradient_accumulation_steps": accumulation,
                     **self.training,
                 },
+                **self.role,
             },
             reference={
                 **role,
@@ -97,7 +101,10 @@ class Case:
 
 
 def make_model(path: Path, name: str, **overrides: Any) -> Path:
-    """A tiny checkpoint whose norms and biases are not all alike."""
+    """A tiny checkpoint whose norms and biases are not all alike, and whose embeddings are of unit size.
+
+    At their initial size the first norm would multiply the embeddings' gradients, and their rounding, by ten.
+    """
     from safetensors.torch import load_file, save_file
 
     from roll_r3.models.tiny import make_tiny_checkpoint
@@ -108,6 +115,7 @@ def make_model(path: Path, name: str, **overrides: Any) -> Path:
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.ndim == 1 else tensor
         for name, tensor in load_file(file).items()
     }
+    weights["model.embed_tokens.weight"] = 10 * weights["model.embed_tokens.weight"]
     save_file(weights, file, metadata={"format": "pt"})
     return path
 
@@ -174,11 +182,16 @@ class Outcome:
     entropy: npt.NDArray[np.float32] | None = None
     dp_rank: int = 0
     seconds_in_routes: float = 0.0
+    at_rest: bool = True
+    """No router holds anything after the step."""
 
 
 def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
     """Build the strategy, run its step on this rank's shard, return what is to be checked."""
     from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+
+    megatron_cpu.install()
+    from megatron.core.transformer.moe.router_replay import RouterReplay
 
     dp_size = process.world_size // case.model_parallel_size
     strategy = MegatronTrain(case.config(dp_size), "actor_train", process)
@@ -194,6 +207,8 @@ def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
         train_counts=result.replay,
         dp_rank=strategy.data_parallel_rank,
         seconds_in_routes=result.seconds_in_routes,
+        at_rest=all(router.module.router_replay is None for chunk in strategy.model.routers for router in chunk)
+        and not RouterReplay.global_router_replay_instances,
     )
     if before is not None:
         outcome.log_prob_counts = before.replay

@@ -226,7 +226,7 @@ def _prediction_layers(patch: pytest.MonkeyPatch, layers: int) -> None:
 def test_layers_that_predict_further_tokens_route_by_themselves(
     size: int, gang: Gangs, silent_models: dict[str, Path]
 ) -> None:
-    checkpoint = silent_models["interleaved"]
+    checkpoint = silent_models["dense first"]
     case = Case(str(checkpoint), {"tensor_model_parallel_size": size})
     seen = gang(size).run(watch, case, coded_batch(checkpoint), "prediction layers")
     assert all(rank.outside > 0 and rank.rows > 0 for rank in seen)

@@ -13,12 +13,12 @@ lengths = st.lists(st.integers(1, 23), min_size=1, max_size=5)
 sizes = st.sampled_from([1, 2, 4])
 
 
-def brute_force(lens: list[int], packed: bool, cp: int, sp: int, pad_to: int = 0):
+def brute_force(lens: list[int], packed: bool, cp: int, sp: int, pad_to: int = 0, multiple: int = 1):
     """Lay (sample, position) pairs out token by token, cut the zig-zag piece by piece, chunk over SP by slicing.
 
     Returns per cp rank: rows of cells [B][S]; and per (cp rank, sp rank): the cells that a router sees.
     """
-    align = sp * (2 * cp if cp > 1 else 1)
+    align = sp * (2 * cp if cp > 1 else 1) * multiple
 
     def up(n: int) -> int:
         while n % align:
@@ -62,15 +62,16 @@ def cells_of(slots: np.ndarray, lens: list[int]) -> list:
 
 
 @settings(max_examples=1500, deadline=None)
-@given(lengths, st.booleans(), sizes, sizes, st.sampled_from([0, 0, 7, 40]))
-def test_every_layout_equals_the_simulation(lens, packed, cp, sp, pad_to):
-    grids, routers = brute_force(lens, packed, cp, sp, pad_to)
+@given(lengths, st.booleans(), sizes, sizes, st.sampled_from([0, 0, 7, 40]), st.integers(1, 3))
+def test_every_layout_equals_the_simulation(lens, packed, cp, sp, pad_to, multiple):
+    grids, routers = brute_force(lens, packed, cp, sp, pad_to, multiple)
     seen = []
     for c in range(cp):
         for t in range(sp):
-            token_map = build_token_map(lens, Layout(packed, cp, c, sp, t), pad_to=pad_to)
+            token_map = build_token_map(lens, Layout(packed, cp, c, sp, t, multiple), pad_to=pad_to)
             assert [cells_of(row, lens) for row in token_map.slots_BS] == grids[c]
             assert cells_of(token_map.router_slots_t, lens) == routers[c, t]
+            assert len(token_map.router_slots_t) % multiple == 0
             held = token_map.slots_BS != PADDING
             expected = [p for row in grids[c] for cell in row if cell is not None for p in [cell[1]]]
             assert token_map.positions_BS[held].tolist() == expected
@@ -94,13 +95,14 @@ def test_what_is_gathered_comes_back_in_sample_order(lens, packed, cp, sp):
 
 
 @settings(max_examples=200, deadline=None)
-@given(lengths, sizes, sizes)
-def test_packed_boundaries_are_aligned_and_cover_the_row(lens, cp, sp):
-    layout = Layout(True, cp, 0, sp, 0)
+@given(lengths, sizes, sizes, st.integers(1, 3))
+def test_packed_boundaries_are_aligned_and_cover_the_row(lens, cp, sp, multiple):
+    layout = Layout(True, cp, 0, sp, 0, multiple)
     token_map = build_token_map(lens, layout)
     assert token_map.cu_seqlens is not None
     assert token_map.cu_seqlens[0] == 0
     assert (np.diff(token_map.cu_seqlens) % layout.alignment == 0).all()
+    assert (np.diff(token_map.cu_seqlens) // (cp * sp) % multiple == 0).all(), "each rank's share of each sample"
     assert token_map.cu_seqlens[-1] == token_map.slots_BS.size * cp
 
 
@@ -124,3 +126,8 @@ def test_empty_samples_are_refused(lens):
 def test_a_rank_outside_its_group_is_refused():
     with pytest.raises(ValueError, match="cp_rank must be in"):
         Layout(cp_size=2, cp_rank=2)
+
+
+def test_a_multiple_below_one_is_refused():
+    with pytest.raises(ValueError, match="multiple must be 1 or more"):
+        Layout(multiple=0)

@@ -209,7 +209,7 @@ def test_a_name_is_looked_for_in_other_sections_too(load_text):
 
 def test_an_unknown_name_without_a_likeness_lists_the_fields(load_text):
     finding = only(load_text, MINIMAL, "actor_train.router_replay.zzz=1")
-    assert finding.fix == "fields here: mode"
+    assert finding.fix == "fields here: mode, audit, audit_every"
 
 
 def test_union_members_do_not_show_in_paths(load_text):

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from roll_r3.batch.token_map import Layout
 from roll_r3.config.report import render
-from roll_r3.config.rules import RULES, check_rules
+from roll_r3.config.rules import RULES, check_rules, token_alignment
+from roll_r3.config.strategies import MegatronConfig
+from roll_r3.config.workers import ActorTrainConfig, MegatronTrainStrategy
 from roll_r3.strategies.base import Capabilities
 from roll_r3.strategies.registry import STRATEGIES
 from roll_r3.strategies.rules import CAPABILITY_RULES
@@ -38,8 +41,30 @@ def devices(role: str, number: int) -> str:
     return f"{role}.device_mapping=range({number})"
 
 
-PP2 = ("pipeline_model_parallel_size", 2)
+TWO_STAGES = {"pipeline_model_parallel_size": 2}
+LAYOUT = {"pipeline_model_parallel_layout": "'Ett|ttL'"}
+SHORT = ["prompt_length=8", "response_length=9"]  # 16 inputs
+
+
+def train_budget(tokens: int | str) -> list[str]:
+    return [
+        "actor_train.use_dynamic_batching_in_train=true",
+        f"actor_train.max_tokens_per_microbatch_in_train={tokens}",
+    ]
+
+
+def infer_budget(role: str, tokens: int | str) -> list[str]:
+    return [f"{role}.use_dynamic_batching_in_infer=true", f"{role}.max_tokens_per_microbatch_in_infer={tokens}"]
+
+
 KL = "use_kl_loss=true"
+
+ALLGATHER = megatron(moe_token_dispatcher_type="allgather", expert_model_parallel_size=2)
+REFERENCE_ALLGATHER = [
+    devices("reference", 2),
+    reference(moe_token_dispatcher_type="allgather", expert_model_parallel_size=2),
+    *infer_budget("reference", 4096),
+]
 
 Examples = tuple[list[list[str]], list[list[str]]]
 EXAMPLES: dict[str, Examples] = {
@@ -62,6 +87,29 @@ EXAMPLES: dict[str, Examples] = {
     "no-aux-loss": (
         [[megatron(moe_aux_loss_coeff=0.01)], [KL, reference(moe_aux_loss_coeff=0.01)]],
         [[megatron(moe_aux_loss_coeff=0)]],
+    ),
+    "reference-bias-is-frozen": (
+        [[KL, reference(moe_router_bias_update_rate=0.001)]],
+        [[KL, "reference={}", megatron(moe_router_bias_update_rate=0.001)]],
+    ),
+    "audit-is-the-trainers": (
+        [["actor_infer.router_replay.audit=true"], [KL, "reference.router_replay.audit=true"]],
+        [["actor_train.router_replay.audit=true"]],
+    ),
+    "audit-needs-replay": (
+        [["actor_train.router_replay={audit: true}", "actor_infer.router_replay={}"]],
+        [["actor_train.router_replay={mode: R2, audit: true}", "actor_infer.router_replay={}"]],
+    ),
+    "audit-reads-the-dispatcher": (
+        [["actor_train.router_replay.audit=true", f"{TRAIN}.strategy_config.moe_token_dispatcher_type=flex"]],
+        [["actor_train.router_replay.audit=true", f"{TRAIN}.strategy_config.moe_token_dispatcher_type=alltoall"]],
+    ),
+    "audit-every-unread": (
+        [["actor_train.router_replay.audit_every=5"], [KL, "reference.router_replay.audit_every=5"]],
+        [
+            ["actor_train.router_replay={mode: R3, audit: true, audit_every: 5}"],
+            ["actor_train.router_replay.audit_every=10"],
+        ],
     ),
     "devices-named": (
         [["actor_train.device_mapping=[]"], ["actor_infer.device_mapping=[]"], [KL, "reference.device_mapping=[]"]],
@@ -110,11 +158,74 @@ EXAMPLES: dict[str, Examples] = {
         [[devices("actor_train", 2), megatron(pipeline_model_parallel_size=2)]],
     ),
     "uneven-stages-need-pp": (
-        [[megatron(num_layers_in_first_pipeline_stage=3)], [megatron(num_layers_in_last_pipeline_stage=3)]],
         [
+            [megatron(num_layers_in_first_pipeline_stage=3)],
+            [megatron(num_layers_in_last_pipeline_stage=3)],
+            [megatron(account_for_embedding_in_pipeline_split="true")],
+            [megatron(account_for_loss_in_pipeline_split="true")],
+            [megatron(pipeline_model_parallel_layout="EttL")],
+        ],
+        [
+            [devices("actor_train", 2), megatron(**TWO_STAGES, account_for_loss_in_pipeline_split="true")],
             [
                 devices("actor_train", 2),
                 megatron(num_layers_in_first_pipeline_stage=3, pipeline_model_parallel_size=2),
+            ],
+        ],
+    ),
+    "one-way-to-split-layers": (
+        [
+            [devices("actor_train", 2), megatron(**TWO_STAGES, **LAYOUT, num_layers_in_first_pipeline_stage=2)],
+            [devices("actor_train", 2), megatron(**TWO_STAGES, **LAYOUT, num_layers_in_last_pipeline_stage=2)],
+            [devices("actor_train", 2), megatron(**TWO_STAGES, **LAYOUT, account_for_loss_in_pipeline_split="true")],
+            [
+                devices("actor_train", 2),
+                megatron(
+                    **TWO_STAGES,
+                    num_layers_in_last_pipeline_stage=2,
+                    account_for_embedding_in_pipeline_split="true",
+                ),
+            ],
+        ],
+        [
+            [devices("actor_train", 2), megatron(**TWO_STAGES, **LAYOUT)],
+            [
+                devices("actor_train", 2),
+                megatron(
+                    **TWO_STAGES,
+                    account_for_embedding_in_pipeline_split="true",
+                    account_for_loss_in_pipeline_split="true",
+                ),
+            ],
+        ],
+    ),
+    "layout-stages-over-pp": (
+        [[devices("actor_train", 2), megatron(**TWO_STAGES, pipeline_model_parallel_layout="'Et|t|tL'")]],
+        [
+            [
+                devices("actor_train", 2),
+                megatron(**TWO_STAGES, pipeline_model_parallel_layout="'Et|t|t|tL'"),
+                f"{BATCH}.gradient_accumulation_steps=2",
+            ]
+        ],
+    ),
+    "layout-agrees-with-vpp": (
+        [
+            [
+                devices("actor_train", 2),
+                megatron(**TWO_STAGES, **LAYOUT, virtual_pipeline_model_parallel_size=2),
+                f"{BATCH}.gradient_accumulation_steps=2",
+            ]
+        ],
+        [
+            [
+                devices("actor_train", 2),
+                megatron(
+                    **TWO_STAGES,
+                    pipeline_model_parallel_layout="'Et|t|t|tL'",
+                    virtual_pipeline_model_parallel_size=2,
+                ),
+                f"{BATCH}.gradient_accumulation_steps=2",
             ]
         ],
     ),
@@ -192,6 +303,53 @@ EXAMPLES: dict[str, Examples] = {
                 f"{BATCH}.gradient_accumulation_steps=4",
             ],
             [devices("actor_train", 2), megatron(pipeline_model_parallel_size=2)],
+            [
+                devices("actor_train", 2),
+                megatron(virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=2),
+                *train_budget(4096),
+            ],
+        ],
+    ),
+    "train-budget-given": (
+        [
+            ["actor_train.max_tokens_per_microbatch_in_train=4096"],
+            ["actor_train.use_dynamic_batching_in_train=true"],
+        ],
+        [train_budget(4096)],
+    ),
+    "infer-budget-given": (
+        [
+            ["actor_train.max_tokens_per_microbatch_in_infer=4096"],
+            ["actor_train.use_dynamic_batching_in_infer=true"],
+            [KL, "reference.use_dynamic_batching_in_infer=true"],
+        ],
+        [infer_budget("actor_train", 4096), [KL, *infer_budget("reference", 4096)]],
+    ),
+    "train-budget-fits-longest": (
+        [
+            [*SHORT, *train_budget(15)],
+            [*SHORT, *train_budget(16), "actor_train.sequence_length_round=3"],
+            [*SHORT, *train_budget(16), devices("actor_train", 6), megatron(tensor_model_parallel_size=3)],
+            [*SHORT, *train_budget(16), devices("actor_train", 3), megatron(context_parallel_size=3)],
+        ],
+        [[*SHORT, *train_budget(16)], [*SHORT, *train_budget(18), "actor_train.sequence_length_round=3"]],
+    ),
+    "infer-budget-fits-longest": (
+        [[*SHORT, *infer_budget("actor_train", 15)], [*SHORT, KL, *infer_budget("reference", 15)]],
+        [[*SHORT, *infer_budget("actor_train", 16)], [*SHORT, KL, *infer_budget("reference", 16)]],
+    ),
+    "infer-batch-unread": (
+        [
+            [*infer_budget("actor_train", 4096), "actor_train.infer_batch_size=4"],
+            [KL, *infer_budget("reference", 4096), "reference.infer_batch_size=4"],
+        ],
+        [["actor_train.infer_batch_size=4", *train_budget(4096)]],
+    ),
+    "dynamic-batching-with-allgather": (
+        [[devices("actor_train", 2), ALLGATHER, *train_budget(4096)], [KL, *REFERENCE_ALLGATHER]],
+        [
+            [devices("actor_train", 2), ALLGATHER, *train_budget(4096), "actor_train.use_sequence_packing=true"],
+            [devices("actor_train", 2), ALLGATHER],
         ],
     ),
     "kl-needs-reference": (
@@ -395,3 +553,16 @@ def test_a_capability_rule_refuses_and_accepts(load_text, monkeypatch, rule):
     (finding,) = check_rules(config, CAPABILITY_RULES)
     assert finding.rule == rule
     assert finding.found
+
+
+@pytest.mark.parametrize("sp", [None, False])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("cp", [1, 2, 4])
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_the_alignment_of_the_rules_is_that_of_the_token_map(sp, tp, cp, multiple):
+    megatron_config = MegatronConfig(tensor_model_parallel_size=tp, context_parallel_size=cp, sequence_parallel=sp)
+    worker = ActorTrainConfig(
+        strategy_args=MegatronTrainStrategy(strategy_config=megatron_config), sequence_length_round=multiple
+    )
+    sp_size = 1 if sp is False else tp
+    assert token_alignment(worker) == Layout(cp_size=cp, sp_size=sp_size, multiple=multiple).alignment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,53 @@ def test_forward_and_recompute_use_the_rows_of_their_micro_batch() -> None:
     assert session.counts.trainable == session.counts.trainable_replayed == 2 * 3 * 4
     assert session.counts.padded == 2 * 3 * 2
     assert session.counts.compared == session.counts.agreed == session.counts.missing == 0
+
+
+@pytest.mark.parametrize(
+    ("mistake", "noticed"),
+    [
+        ("newest first", "another map"),
+        ("never backward", "ran outside a micro-batch of its session, or twice"),
+        ("the last forward's rows", "backward did not recompute the router of layer"),
+    ],
+)
+def test_negative_control_of_the_order_of_backward(mistake: str, noticed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong in megatron's own replay: its queue's order, and an action that stays at forward."""
+    from roll_r3.strategies.train.megatron.routed_layer import LayerReplay
+
+    if mistake == "newest first":
+        monkeypatch.setattr(LayerReplay, "_recompute", lambda layer: layer.queue.pop())
+    elif mistake == "never backward":
+        monkeypatch.setattr(LayerReplay, "_recompute", lambda layer: layer._forward(lambda: None))
+    else:
+        monkeypatch.setattr(LayerReplay, "_recompute", lambda layer: layer.queue[-1])
+    with pytest.raises(ReplayError, match=noticed):
+        _forwards_then_backwards()
+
+
+def _forwards_then_backwards() -> None:
+    """Of layer 5, as the first stage of a pipeline does them. Raises ReplayError when a map differs."""
+    world = _world()
+    world.routers = [[], world.routers[1]]
+    with _session(world) as session:
+        maps = []
+        for micro in world.micro_batches:
+            with session.micro_batch(1, micro):
+                maps.append(world.forward(1, 0, _scores())[1])
+        again = [world.forward(1, 0, _scores())[1] for _ in maps]
+    if not all(torch.equal(a, b) for a, b in zip(maps, again, strict=True)):
+        raise ReplayError("another map")
+
+
+def test_rows_do_not_outlive_their_session() -> None:
+    """What a pass without backward left in a layer would be the first that the next backward takes."""
+    world = _world(recomputed=True)
+    for session in (_session(world, forward_only=True), _session(world, forward_only=True)):
+        _run(world, session)
+    with pytest.raises(ReplayError, match="backward did not recompute the router of layer 1 for 2 of 2"):
+        _run(world, _session(world))  # leaves rows behind, and fails
+    with contextlib.suppress(ReplayError), _session(world) as session:
+        assert not any(layer.queue or layer.rows for chunk in session.layers for layer in chunk)
 
 
 def test_unknown_rows_route_natively_and_recompute_repeats_the_choice() -> None:
@@ -284,14 +332,14 @@ def test_routes_that_do_not_fit_are_refused(routes: Any, said: str) -> None:
 
 
 def test_the_pipeline_is_filled_with_repeats_that_do_not_count() -> None:
-    from roll_r3.strategies.train.megatron.micro_batch import fill_pipeline
+    from roll_r3.strategies.train.megatron.micro_batch import fill_up
 
     world = _world(num_micro_batches=3)
-    filled = fill_pipeline(world.micro_batches, 2)
+    filled = fill_up(world.micro_batches, 4)
     assert [micro.counted for micro in filled] == [True, True, True, False]
     assert filled[3].batch is world.micro_batches[0].batch
-    assert fill_pipeline(filled, 2) == filled
-    assert len(fill_pipeline(world.micro_batches[:1], 4)) == 4
+    assert fill_up(filled, 4) == filled
+    assert len(fill_up(world.micro_batches[:1], 4)) == 4
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def _check_steps(config: RLVRConfig, layout: RankLayout) -> list[str]:
     """The arithmetic of optimizer steps."""
     args, at = config.actor_train.training_args, "actor_train.training_args"
     found = []
-    if layout.vpp_size and args.gradient_accumulation_steps % layout.pp_size:
+    dynamic = config.actor_train.use_dynamic_batching_in_train
+    if layout.vpp_size and args.gradient_accumulation_steps % layout.pp_size and not dynamic:
         found.append(
             f"{at}.gradient_accumulation_steps is {args.gradient_accumulation_steps}, but the interleaved schedule "
             f"(virtual_pipeline_model_parallel_size {layout.vpp_size}) needs a multiple of "

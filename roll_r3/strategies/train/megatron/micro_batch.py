@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.token_map import Layout, TokenMap, build_token_map
+from roll_r3.batch.micro_batch import by_token_budget
+from roll_r3.batch.token_map import Layout, TokenMap, build_token_map, round_up
 
 IntArray = npt.NDArray[np.int64]
 
@@ -24,12 +25,14 @@ class MicroBatch:
     """Samples that go through the model together."""
 
     batch: Batch
+    samples: IntArray
+    """Which of the batch that was cut."""
     tokens: TokenMap
     """Of this rank."""
     pad_to: int = 0
     """What the map was padded to (see `build_token_map`); the maps of other ranks need it."""
     counted: bool = True
-    """False for a repeat that only fills the pipeline: its results are thrown away."""
+    """False for a repeat that only fills the schedule: its results are thrown away, and nothing is learnt from it."""
 
     def tensor(self, values_N: npt.NDArray[np.generic], fill: float | int | bool, device: torch.device) -> torch.Tensor:
         """This rank's view of a jagged array. [B, S]"""
@@ -60,6 +63,28 @@ class MicroBatch:
         )
 
 
+def groups_within(
+    lengths_n: IntArray, max_tokens: int, layout: Layout, *, dp_size: int, multiple: int
+) -> tuple[list[IntArray], int]:
+    """Samples of each micro-batch under a token budget; collective over data-parallel ranks.
+
+    Ranks that share experts run in step, so all of them take the largest number of micro-batches that one needs.
+
+    Args:
+        max_tokens: of a micro-batch, padding included, over the context-parallel ranks that share it.
+        multiple: their number is one of this (the interleaved schedule asks for that).
+
+    Returns:
+        The groups, and the number agreed on: above the number of groups where there are too few samples.
+    """
+    groups = by_token_budget(lengths_n, max_tokens, layout.alignment, packed=layout.packed)
+    needed = torch.tensor(len(groups), device=torch.cuda.current_device())
+    if dp_size > 1:
+        dist.all_reduce(needed, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    number = round_up(int(needed), multiple)
+    return by_token_budget(lengths_n, max_tokens, layout.alignment, packed=layout.packed, at_least=number), number
+
+
 def cut(batch: Batch, groups: Sequence[IntArray], layout: Layout, *, same_width: bool = False) -> list[MicroBatch]:
     """The micro-batches of the given samples, laid out for this rank.
 
@@ -74,8 +99,8 @@ def cut(batch: Batch, groups: Sequence[IntArray], layout: Layout, *, same_width:
         dist.all_reduce(widest, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
         widths = widest.tolist()
     return [
-        MicroBatch(part, build_token_map(part.lengths_n, layout, pad_to=width), width)
-        for part, width in zip(parts, widths, strict=True)
+        MicroBatch(part, group, build_token_map(part.lengths_n, layout, pad_to=width), width)
+        for part, group, width in zip(parts, groups, widths, strict=True)
     ]
 
 
@@ -85,8 +110,8 @@ def _width(part: Batch, layout: Layout) -> int:
     return int(whole.cu_seqlens[-1]) if whole.cu_seqlens is not None else whole.slots_BS.shape[1] * layout.cp_size
 
 
-def fill_pipeline(micro_batches: list[MicroBatch], multiple: int) -> list[MicroBatch]:
-    """Repeat micro-batches, uncounted, until their number is a multiple: the interleaved schedule needs that."""
-    missing = -len(micro_batches) % multiple
+def fill_up(micro_batches: list[MicroBatch], number: int) -> list[MicroBatch]:
+    """Repeat micro-batches, uncounted, until there are `number` of them."""
+    missing = number - len(micro_batches)
     repeats = [replace(micro_batches[i % len(micro_batches)], counted=False) for i in range(missing)]
     return micro_batches + repeats

@@ -93,6 +93,11 @@ def build_model(
             f"{model_path} ties its output to its embedding, which mbridge does not load with "
             f"pipeline_model_parallel_size {layout.pp_size}: set it to 1"
         )
+    if settings.moe_router_bias_update_rate and not bridge.config.moe_router_enable_expert_bias:
+        raise ConfigError(
+            f"moe_router_bias_update_rate is {settings.moe_router_bias_update_rate}, but {model_path} has no expert "
+            "bias: leave it out"
+        )
     chunks = bridge.get_model(bf16=model_args.dtype == "bf16")
     weights.load_weights(bridge, chunks, model_path)
     routers = [adopt_routers(weights.unwrap(chunk)) for chunk in chunks]
@@ -116,6 +121,9 @@ def _overrides(
         "sequence_parallel": layout.sequence_parallel,
         "num_layers_in_first_pipeline_stage": settings.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": settings.num_layers_in_last_pipeline_stage,
+        "account_for_embedding_in_pipeline_split": settings.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": settings.account_for_loss_in_pipeline_split,
+        "pipeline_model_parallel_layout": settings.pipeline_model_parallel_layout,
         "recompute_granularity": settings.recompute_granularity,
         "recompute_method": settings.recompute_method,
         "recompute_num_layers": settings.recompute_num_layers,
@@ -126,8 +134,7 @@ def _overrides(
         "moe_router_fusion": settings.moe_router_fusion,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        # a bias that moves by itself would change routing between the rollout's weights and the trainer's
-        "moe_router_bias_update_rate": 0.0,
+        "moe_router_bias_update_rate": settings.moe_router_bias_update_rate,
         "moe_enable_routing_replay": replays,
         # gradients are summed, not averaged, over micro-batches and ranks: the loss is divided before
         "calculate_per_token_loss": True,

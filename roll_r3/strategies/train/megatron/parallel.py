@@ -69,7 +69,7 @@ class RankLayout:
         return cls(
             tp_size=tp,
             pp_size=pp,
-            vpp_size=config.virtual_pipeline_model_parallel_size,
+            vpp_size=config.chunks_per_stage,
             cp_size=cp,
             ep_size=ep,
             etp_size=etp,
@@ -94,15 +94,15 @@ class RankLayout:
     def sp_size(self) -> int:
         return self.tp_size if self.sequence_parallel else 1
 
-    def token_layout(self, packed: bool, *, cp_rank: int | None = None, sp_rank: int | None = None) -> Layout:
-        """How a micro-batch lies on this rank, or on the rank of its group that the arguments name."""
-        own_sp_rank = self.tp_rank if self.sequence_parallel else 0
+    def token_layout(self, packed: bool, multiple: int) -> Layout:
+        """How a micro-batch lies on this rank (see `Layout` for the arguments)."""
         return Layout(
             packed=packed,
             cp_size=self.cp_size,
-            cp_rank=self.cp_rank if cp_rank is None else cp_rank,
+            cp_rank=self.cp_rank,
             sp_size=self.sp_size,
-            sp_rank=own_sp_rank if sp_rank is None else sp_rank,
+            sp_rank=self.tp_rank if self.sequence_parallel else 0,
+            multiple=multiple,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from roll_r3.algorithms.stats import TokenStats
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.strategies.train.megatron.micro_batch import MicroBatch
 from roll_r3.strategies.train.megatron.model import MegatronModel
+from roll_r3.strategies.train.megatron.observer import Observer
 from roll_r3.strategies.train.megatron.replay import RoutingSession
 from roll_r3.strategies.train.megatron.vocab import label_log_probs_and_entropy
 
@@ -32,11 +33,13 @@ def run_schedule(
     session: RoutingSession[Any] | None,
     *,
     forward_only: bool,
+    observers: Sequence[Observer] = (),
 ) -> list[TokenValues]:
     """Run every micro-batch through every chunk, and back unless `forward_only`; collective.
 
     Args:
         session: routes these micro-batches; None: routers choose by themselves.
+        observers: watch every forward and backward.
 
     Returns:
         What the objective returned for each micro-batch, on the last stage; nothing elsewhere.
@@ -44,16 +47,24 @@ def run_schedule(
     index_of_chunk = {id(chunk): index for index, chunk in enumerate(model.chunks)}
 
     def forward_step(micro_batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        micro = next(micro_batches)
-        routed = session.micro_batch(index_of_chunk[id(chunk)], micro) if session else nullcontext()
-        with routed:
+        micro, index = next(micro_batches), index_of_chunk[id(chunk)]
+        with ExitStack() as stack:
+            if session:
+                stack.enter_context(session.micro_batch(index, micro))
+            for observer in observers:
+                stack.enter_context(observer.forward(index, micro))
             output = chunk(**micro.model_inputs(model.device))
+        for observer in observers:
+            observer.await_backward(index, micro, output)
         return output, partial(_loss, objective, micro)
 
     model.train(not forward_only)
     iterators = [iter(micro_batches) for _ in model.chunks]
     rows, width = micro_batches[0].tokens.slots_BS.shape
-    with session or nullcontext(), torch.set_grad_enabled(not forward_only):
+    with ExitStack() as stack, torch.set_grad_enabled(not forward_only):
+        for context in (session, *observers):
+            if context:
+                stack.enter_context(context)
         results: list[TokenValues] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -118,6 +129,8 @@ def policy_objective(model: MegatronModel, config: RLVRConfig, denominator: floa
             rollout_log_probs=micro.tensor(batch.rollout_log_probs_N, 0, device),
             ref_log_probs=None if reference is None else micro.tensor(reference, 0, device),
         )
+        if not micro.counted:  # every weight takes part, with no gradient
+            return logits_BSV.sum() * 0.0, (log_probs_BS.detach(), entropy_BS.detach())
         losses_BS = policy_loss(log_probs_BS, entropy_BS, tokens, config, stats)
         weights_BS = micro.tensor(loss_weights(batch, config.loss_agg_mode), 0, device)
         loss = (losses_BS * weights_BS).sum() / denominator

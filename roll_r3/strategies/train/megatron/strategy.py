@@ -7,7 +7,7 @@ plain process alike. Shape legend as in `roll_r3.batch.batch`: n samples, N inpu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,21 +22,25 @@ from roll_r3.algorithms.aggregation import loss_denominator
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.micro_batch import fixed_size, shuffled_mini_batches
+from roll_r3.batch.token_map import round_up
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
 from roll_r3.errors import ConfigError, ReplayError
 from roll_r3.models.facts import read_facts
+from roll_r3.models.layer_map import chunk_layers
 from roll_r3.platform import megatron_cpu
 from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
 from roll_r3.strategies.train.megatron import parallel
+from roll_r3.strategies.train.megatron.audit import DispatchAudit
 from roll_r3.strategies.train.megatron.bridge import write_checkpoint
 from roll_r3.strategies.train.megatron.checks import check_role, steps_per_epoch
-from roll_r3.strategies.train.megatron.micro_batch import MicroBatch, cut, fill_pipeline
+from roll_r3.strategies.train.megatron.expert_bias import RealTokenCounts
+from roll_r3.strategies.train.megatron.micro_batch import MicroBatch, cut, fill_up, groups_within
 from roll_r3.strategies.train.megatron.model import DTYPES, build_model
 from roll_r3.strategies.train.megatron.optimizer import Optimizer, StepFigures
 from roll_r3.strategies.train.megatron.recorded import RecordedRoutes
 from roll_r3.strategies.train.megatron.replay import RecordSession, ReplaySession
-from roll_r3.strategies.train.megatron.routed_layer import local_layers
+from roll_r3.strategies.train.megatron.routed_layer import Stopwatch, local_layers
 from roll_r3.strategies.train.megatron.schedule import (
     TokenValues,
     log_prob_objective,
@@ -75,6 +79,7 @@ class MegatronInfer:
         self.process = process
         self.model_path = model_path or section.model_args.model_name_or_path or config.pretrain
         self.layout = parallel.RankLayout.of(self.settings, process, f"{role}.strategy_args.strategy_config")
+        self.tokens = self.layout.token_layout(section.use_sequence_packing, section.sequence_length_round)
         # the reference always routes by itself
         self.replay_mode = section.router_replay.mode if role == "actor_train" else "disable"
         check_role(config, role, self.layout)
@@ -110,12 +115,8 @@ class MegatronInfer:
             replays=self.replay_mode != "disable",
             trains=self.trains,
         )
-        if unknown := set(local_layers(self.model.routers)) - set(self.facts.moe_layers):
-            raise ConfigError(
-                f"{self.model_path}: megatron routes in layers {sorted(unknown)}, which config.json does not make MoE "
-                f"layers ({list(self.facts.moe_layers)})"
-            )
-        self.recorded = RecordedRoutes(self.layout, self.section.use_sequence_packing, self.facts.num_experts)
+        self._check_layers()
+        self.recorded = RecordedRoutes(self.layout, self.tokens, self.facts.num_experts)
 
     def compute_log_probs(self, batch: Batch) -> LogProbResult:
         """Log-probabilities and entropies of this rank's shard, without gradients; collective.
@@ -126,9 +127,9 @@ class MegatronInfer:
             ReplayError: R3, and the batch carries no routes, or routes that do not fit its samples.
         """
         megatron_cpu.install()
-        micro_batches = self._cut(batch, fixed_size(batch.num_samples, self.section.infer_batch_size))
-        if self.layout.vpp_size:
-            micro_batches = fill_pipeline(micro_batches, self.layout.pp_size)
+        micro_batches = self._cut(
+            batch, size=self.section.infer_batch_size, max_tokens=self.section.max_tokens_per_microbatch_in_infer
+        )
         session: ReplaySession | RecordSession | None = None
         if self.replay_mode == "R3":
             session = self._replay_session(batch, len(micro_batches), forward_only=True)
@@ -140,7 +141,7 @@ class MegatronInfer:
         if isinstance(session, RecordSession):
             with session.stopwatch.running():
                 self.recorded.store(micro_batches, session.chosen)
-        log_probs_N, entropy_N = self._whole(micro_batches, values)
+        log_probs_N, entropy_N = self._whole(batch, micro_batches, values)
         return LogProbResult(
             log_probs_N=log_probs_N,
             entropy_N=entropy_N,
@@ -154,11 +155,34 @@ class MegatronInfer:
         del self.model
         parallel.leave()
 
-    def _cut(self, batch: Batch, groups: Sequence[npt.NDArray[np.int64]]) -> list[MicroBatch]:
+    def _check_layers(self) -> None:
+        """The routers that megatron built are those of the MoE layers that the layout puts here."""
+        try:
+            planned = chunk_layers(self.facts.num_layers, self.settings)[self.layout.pp_rank]
+        except ValueError as error:
+            raise ConfigError(f"{self.role}.strategy_args.strategy_config.{error}") from error
+        wanted = [[layer for layer in chunk if layer in self.facts.moe_layers] for chunk in planned]
+        built = [[router.layer for router in chunk] for chunk in self.model.routers]
+        if built != wanted:
+            raise ConfigError(
+                f"{self.model_path}: megatron built routers of the layers {built} in the chunks of stage "
+                f"{self.layout.pp_rank}, where config.json and the layout say {wanted}"
+            )
+
+    def _cut(self, batch: Batch, *, size: int, max_tokens: int | None) -> list[MicroBatch]:
+        """Micro-batches of `size` samples, or of as many as `max_tokens` hold; collective over data-parallel ranks."""
+        # the interleaved schedule passes micro-batches round the stages
+        multiple = self.layout.pp_size if self.layout.vpp_size else 1
+        if max_tokens is None:
+            groups = fixed_size(batch.num_samples, size)
+            number = round_up(len(groups), multiple)
+        else:
+            groups, number = groups_within(
+                batch.lengths_n, max_tokens, self.tokens, dp_size=self.layout.dp_size, multiple=multiple
+            )
         # the allgather dispatcher exchanges equal shapes between expert-parallel ranks
         same_width = self.settings.moe_token_dispatcher_type == "allgather" and self.layout.ep_size > 1
-        layout = self.layout.token_layout(self.section.use_sequence_packing)
-        return cut(batch, groups, layout, same_width=same_width)
+        return fill_up(cut(batch, groups, self.tokens, same_width=same_width), number)
 
     def _replay_session(self, batch: Batch, num_micro_batches: int, *, forward_only: bool) -> ReplaySession:
         if batch.routes is None:
@@ -166,32 +190,36 @@ class MegatronInfer:
                 f"{self.role}.router_replay.mode is {self.replay_mode}, but the batch carries no routes: the rollout "
                 "has to record them (actor_infer.router_replay.mode: R3)"
             )
-        # what the rollout recorded covers every MoE layer, a recording pass of this rank only its own
-        layers = self.facts.moe_layers if self.replay_mode == "R3" else local_layers(self.model.routers)
         return ReplaySession(
             self.model.routers,
             num_micro_batches,
             **self._routing(),
-            layer_rows={layer: row for row, layer in enumerate(layers)},
+            layer_rows=self._layer_rows(),
             forward_only=forward_only,
         )
+
+    def _layer_rows(self) -> dict[int, int]:
+        """Global layer -> its row in a sample's routes."""
+        # what the rollout recorded covers every MoE layer, a recording pass of this rank only its own
+        layers = self.facts.moe_layers if self.replay_mode == "R3" else local_layers(self.model.routers)
+        return {layer: row for row, layer in enumerate(layers)}
 
     def _routing(self) -> dict[str, Any]:
         """What every routing session of this rank needs."""
         return {"facts": self.facts, "ep_size": self.layout.ep_size, "device": self.model.device}
 
     def _whole(
-        self, micro_batches: Sequence[MicroBatch], values: Sequence[TokenValues]
+        self, batch: Batch, micro_batches: Sequence[MicroBatch], values: Sequence[TokenValues]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | tuple[None, None]:
         """Values of all inputs of the shard, in the batch's order; only on the ranks of the last stage."""
         if not self.layout.is_last_stage:
             return None, None
-        parts = [
-            micro.tokens.scatter(torch.stack(pair, dim=-1).cpu().numpy())
-            for micro, pair in zip(micro_batches, values, strict=True)
-            if micro.counted
-        ]
-        whole_N2 = torch.from_numpy(np.concatenate(parts)).to(self.model.device)
+        found_N2 = np.zeros((int(batch.lengths_n.sum()), 2), np.float32)
+        for micro, pair in zip(micro_batches, values, strict=True):
+            if micro.counted:
+                part = micro.tokens.scatter(torch.stack(pair, dim=-1).cpu().numpy())
+                found_N2[batch.inputs_of(micro.samples)] = part
+        whole_N2 = torch.from_numpy(found_N2).to(self.model.device)
         if self.layout.cp_size > 1:
             dist.all_reduce(whole_N2, group=parallel_state.get_context_parallel_group())
         if not self.returns_results:
@@ -223,30 +251,41 @@ class MegatronTrain(MegatronInfer):
         """All optimizer steps on this rank's shard of step `step`; collective.
 
         Raises:
-            ReplayError: R3 without routes, R2 without a recording pass, or a row that was not used exactly once.
+            ReplayError: R3 without routes, R2 without a recording pass, a row that was not used exactly once, or a
+                token that the audit found at other experts than recorded.
             RollError: a gradient norm that is not finite.
         """
         megatron_cpu.install()
+        attaching = Stopwatch()
         if self.replay_mode == "R2":
-            batch = self.recorded.attach(batch)
+            with attaching.running():
+                batch = self.recorded.attach(batch)
         mini_batches = [batch.select(samples) for samples in self._mini_batches(batch.num_samples, step)]
         denominators = self._denominators(mini_batches)
         stats = TokenStats()
         figures: list[StepFigures] = []
         counts: list[ReplayCounts] = []
-        seconds = 0.0
+        seconds = attaching.seconds
         for mini_batch, denominator in zip(mini_batches, denominators, strict=True):
-            groups = fixed_size(mini_batch.num_samples, self.training_args.per_device_train_batch_size)
-            micro_batches = self._cut(mini_batch, groups)
-            session = None
+            micro_batches = self._cut(
+                mini_batch,
+                size=self.training_args.per_device_train_batch_size,
+                max_tokens=self.section.max_tokens_per_microbatch_in_train,
+            )
+            session = audit = None
             if self.replay_mode != "disable":
                 session = self._replay_session(mini_batch, len(micro_batches), forward_only=False)
+                audit = self._audit(len(micro_batches), step)
             objective = policy_objective(self.model, self.config, denominator, stats)
             self.optimizer.zero_grad()
-            run_schedule(self.model, micro_batches, objective, session, forward_only=False)
+            observers = [observer for observer in (self._real_token_counts(), audit) if observer]
+            run_schedule(self.model, micro_batches, objective, session, forward_only=False, observers=observers)
+            if audit:  # before the weights learn from a wrong route
+                audit.verify()
             figures.append(self.optimizer.step())
             if session:
-                counts.append(session.counts)
+                audited = {"audited": audit.audited, "audit_equal": audit.audit_equal} if audit else {}
+                counts.append(replace(session.counts, **audited))
                 seconds += session.stopwatch.seconds
         return TrainResult(
             metrics=self._reduced(stats)
@@ -285,6 +324,20 @@ class MegatronTrain(MegatronInfer):
                 num_samples, size, (self.config.seed, step, epoch, self.layout.dp_rank)
             )
         ]
+
+    def _audit(self, num_micro_batches: int, step: int) -> DispatchAudit | None:
+        """For one optimizer step of a training step that is audited."""
+        replay = self.section.router_replay
+        if not replay.audit or (step - 1) % replay.audit_every:
+            return None
+        return DispatchAudit(self.model, num_micro_batches, layer_rows=self._layer_rows(), top_k=self.facts.top_k)
+
+    def _real_token_counts(self) -> RealTokenCounts | None:
+        """For one optimizer step of a model whose expert bias moves."""
+        config = self.model.config
+        if not config.moe_router_enable_expert_bias or not config.moe_router_bias_update_rate:
+            return None
+        return RealTokenCounts(self.model.chunks)
 
     def _denominators(self, mini_batches: Sequence[Batch]) -> list[float]:
         """Of each optimizer step's loss, over all data-parallel ranks."""

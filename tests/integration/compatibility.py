@@ -1,0 +1,6 @@
+"""stub"""
+
+
+class Compatibility:
+    def ran(self, mix):
+        pass
