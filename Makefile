@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check lint unit docs format clean
+.PHONY: help install quickstart test check lint unit docs compatibility format clean
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
@@ -48,6 +48,9 @@ unit: install
 docs: install ## write docs/configuration.md
 	@$(PYTHON) -m roll_r3.config.docs
 	@echo "wrote docs/configuration.md"
+
+compatibility: install ## run the matrix of layouts and write docs/compatibility.md from it (minutes)
+	@$(PYTHON) -m pytest tests/integration/test_megatron_matrix.py --write-compatibility
 
 format: install ## format the code and mend what ruff can
 	@$(PYTHON) -m ruff check --fix --exit-zero .

@@ -260,6 +260,12 @@ def _dynamic(worker: MegatronWorker) -> bool:
     return worker.use_dynamic_batching_in_infer or in_train
 
 
+def _experts_split_otherwise(worker: MegatronWorker) -> Verdict:
+    split, experts, _ = expert_layout(worker)
+    tensor = layout(worker).tensor_model_parallel_size
+    return split != tensor and (experts == 1 or split > tensor)
+
+
 def _audits_elsewhere(config: RLVRConfig) -> Verdict:
     return ", ".join(role for role, w in workers(config).items() if role != "actor_train" and w.router_replay.audit)
 
@@ -346,7 +352,8 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="no-aux-loss",
         fields=(f"{_MEGATRON}.moe_aux_loss_coeff",),
-        why="the load-balancing loss computes a top-k of its own, which disagrees with the experts that are replayed",
+        why="megatron-core's load-balancing loss takes a top-k of its own over all rows, padding included: it balances "
+        "experts that no token used",
         fix="write moe_aux_loss_coeff: 0",
         violates=lambda w: layout(w).moe_aux_loss_coeff != 0,
     ),
@@ -416,6 +423,23 @@ RULES: tuple[AnyRule, ...] = (
         "(ETP defaults to 1 with expert parallelism, else to TP)",
         fix="change the number of devices, or the layout",
         violates=lambda w: _remainder(len(w.device_mapping), prod(expert_layout(w)), "ranks of a copy of the experts"),
+    ),
+    LayoutRule(
+        id="experts-split-as-weights",
+        fields=(_ETP, _EP, _TP),
+        why="weights are converted only where an expert's matrices are split over all tensor-parallel ranks or, with "
+        "expert parallelism, over fewer of them",
+        fix="leave expert_tensor_parallel_size out",
+        violates=_experts_split_otherwise,
+    ),
+    LayoutRule(
+        id="allgather-needs-one-stage",
+        fields=(f"{_MEGATRON}.moe_token_dispatcher_type", _PP),
+        why="with the allgather dispatcher megatron-core passes only micro-batches of one shape between stages",
+        fix="write moe_token_dispatcher_type: alltoall",
+        violates=lambda w: (
+            layout(w).moe_token_dispatcher_type == "allgather" and layout(w).pipeline_model_parallel_size > 1
+        ),
     ),
     LayoutRule(
         id="vpp-needs-pp",

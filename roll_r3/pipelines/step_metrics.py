@@ -88,8 +88,8 @@ def _replay_metrics(r: StepRecord, seconds: float) -> dict[str, float]:
     if before is not None and before.compared:  # R2's own recording pass has nothing to compare with
         metrics["router_replay/agreement_native"] = before.agreed / before.compared
     if update.audited:
-        metrics["replay/audit_equal"] = update.audit_equal / update.audited
-        metrics["replay/audit_entries"] = update.audited
+        metrics["router_replay/audit_equal"] = update.audit_equal / update.audited
+        metrics["router_replay/audit_entries"] = update.audited
     routes = [t.routes for t in r.trajectories if t.routes is not None]
     if routes:
         metrics["router_replay/bytes_per_token"] = sum(x.nbytes for x in routes) / sum(x.num_rows for x in routes)

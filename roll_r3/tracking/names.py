@@ -70,10 +70,10 @@ METRICS: dict[str, Metric] = {
     "router_replay/padded_rows": Metric("entries", "(padding slot, layer) entries in the update"),
     "router_replay/bytes_per_token": Metric("bytes", "bytes of routes held per token that has a row"),
     "router_replay/time_share": Metric("share", "of the step's time, spent by the slowest rank on routes"),
-    "replay/audit_equal": Metric(
+    "router_replay/audit_equal": Metric(
         "share", "audited entries whose token went to exactly the recorded experts: must be 1"
     ),
-    "replay/audit_entries": Metric(
+    "router_replay/audit_entries": Metric(
         "entries", "(token, layer) entries whose dispatch was audited, a recomputation in backward counted again"
     ),
     "rollout/dropped_samples": Metric("samples", "samples given up after their retries"),

@@ -10,6 +10,12 @@ from compatibility import Compatibility
 from distributed import Gang
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-compatibility", action="store_true", help="write docs/compatibility.md from what the matrix ran"
+    )
+
+
 @pytest.fixture(scope="session")
 def gang() -> Iterator[Callable[[int], Gang]]:
     """`gang(size)`: the one gang of that many processes."""
@@ -33,4 +39,5 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def compatibility() -> Compatibility:
+    """What the matrix has run and what was refused, for docs/compatibility.md."""
     return Compatibility()

@@ -1,7 +1,7 @@
-"""Mixes of everything that a training layout can be, drawn so that every pair of choices meets.
+"""Mixes of everything that a training layout can be, drawn so that every pair of choices meets; and what is refused.
 
-Each dimension is a name and its choices; a mix takes one choice of each. `possible` says which mixes can be run with
-four processes at all; what a user may write but the program refuses is in test_compatibility.py.
+Each dimension is a name and its choices; a mix takes one choice of each. `possible` says which mixes the program
+accepts and four processes can run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BATCHING: dict[str, dict[str, Any]] = {
         for name, value in {"use_dynamic_batching": True, "max_tokens_per_microbatch": 64}.items()
     },
 }
-MODELS = ("qwen3_moe", "qwen3_moe_mixed", "olmoe", "mixtral", "deepseek_v3", "moonlight")
+MODELS = ("qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "olmoe", "mixtral", "deepseek_v3", "moonlight")
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "TP": ("TP1", "TP2"),
@@ -101,6 +101,9 @@ def possible(mix: Mix) -> bool:
         # without expert parallelism experts are split as everything else is
         and (size.ep > 1 or size.etp == size.tp)
         and (mix["dispatcher"] == "alltoall" or size.pp == 1)
+        and not (
+            size.ep > 1 and (mix["dispatcher"], mix["batching"], mix["rows"]) == ("allgather", "dynamic", "padded")
+        )
     )
 
 
@@ -167,3 +170,57 @@ def case_of(mix: Mix, checkpoint: Path) -> Case:
             **BATCHING[mix["batching"]],
         },
     )
+
+
+REFUSED: dict[str, list[str]] = {
+    "R3 in the trainer alone": ["actor_infer.router_replay.mode=disable"],
+    "R3 in the rollout alone": ["actor_train.router_replay.mode=disable"],
+    "R2 in the rollout": ["actor_train.router_replay.mode=R2", "actor_infer.router_replay.mode=R2"],
+    "replay in the reference": ["use_kl_loss=true", "reference={router_replay: {mode: R3}}"],
+    "replay with the fused router": ["{train}.moe_router_fusion=true"],
+    "a load-balancing loss": ["{train}.moe_aux_loss_coeff=0.01"],
+    "a moving expert bias in the reference": [
+        "use_kl_loss=true",
+        "reference={strategy_args: {strategy_config: {moe_router_bias_update_rate: 0.001}}}",
+    ],
+    "TP without SP": ["{devices}=[0, 1]", "{train}.tensor_model_parallel_size=2", "{train}.sequence_parallel=false"],
+    "SP without TP": ["{train}.sequence_parallel=true"],
+    "VPP without PP": ["{train}.virtual_pipeline_model_parallel_size=2"],
+    "allgather with PP": [
+        "{devices}=[0, 1]",
+        "{train}.pipeline_model_parallel_size=2",
+        "{train}.moe_token_dispatcher_type=allgather",
+    ],
+    "allgather with EP, dynamic, padded": [
+        "{devices}=[0, 1]",
+        "{train}.expert_model_parallel_size=2",
+        "{train}.moe_token_dispatcher_type=allgather",
+        "actor_train.use_dynamic_batching_in_train=true",
+        "actor_train.max_tokens_per_microbatch_in_train=4096",
+    ],
+    "ETP above TP": ["{devices}=[0, 1]", "{train}.expert_tensor_parallel_size=2"],
+    "ETP below TP without EP": [
+        "{devices}=[0, 1]",
+        "{train}.tensor_model_parallel_size=2",
+        "{train}.expert_tensor_parallel_size=1",
+    ],
+    "audit with the flex dispatcher": [
+        "actor_train.router_replay.audit=true",
+        "{train}.moe_token_dispatcher_type=flex",
+    ],
+}
+"""What a user may write and the program refuses: overrides of a sound configuration."""
+
+REFUSED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sigmoid gates that are not renormalised": ("deepseek_v3", {"norm_topk_prob": False}),
+    "groups rated by more than two experts": ("deepseek_v3", {"topk_group": 1, "num_experts_per_tok": 4}),
+    "latent attention with halves rotated": ("deepseek_v3", {"rope_interleave": False}),
+    "a sliding window": ("mixtral", {"sliding_window": 128}),
+    "clipped Q, K and V": ("olmoe", {"clip_qkv": 8.0}),
+    "scaled rotary embeddings": (
+        "qwen3_moe",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "quantized weights": ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}),
+}
+"""Checkpoints that are refused: a tiny model, and the fields of its config.json that differ."""

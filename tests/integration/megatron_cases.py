@@ -103,7 +103,8 @@ class Case:
 def make_model(path: Path, name: str, **overrides: Any) -> Path:
     """A tiny checkpoint whose norms and biases are not all alike, and whose embeddings are of unit size.
 
-    At their initial size the first norm would multiply the embeddings' gradients, and their rounding, by ten.
+    At their initial size the first norm would multiply the embeddings' gradients, and their rounding, by ten; by a
+    thousand for the padding token, whose embedding transformers sets to zero.
     """
     from safetensors.torch import load_file, save_file
 
@@ -115,7 +116,9 @@ def make_model(path: Path, name: str, **overrides: Any) -> Path:
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.ndim == 1 else tensor
         for name, tensor in load_file(file).items()
     }
-    weights["model.embed_tokens.weight"] = 10 * weights["model.embed_tokens.weight"]
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[embedding.abs().sum(-1) == 0] = embedding[0].clone()
+    weights["model.embed_tokens.weight"] = 10 * embedding
     save_file(weights, file, metadata={"format": "pt"})
     return path
 

@@ -20,6 +20,7 @@ from megatron_cases import (
     gradients,
     largest_difference,
     make_batch,
+    make_model,
     read_weights,
     run_case,
     shard,
@@ -101,6 +102,35 @@ def test_the_pipeline_equals_one_process(gang: Gangs, tiny_moe: Path) -> None:
     before = read_weights(tiny_moe)
     assert largest_difference(gradients(before, alone.weights), gradients(before, together.weights)) < 1e-6
     assert together.metrics == pytest.approx(alone.metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "layout"),
+    [
+        (5, {**PP2, "account_for_embedding_in_pipeline_split": True}),
+        (5, {**PP2, "account_for_loss_in_pipeline_split": True}),
+        (
+            6,
+            {
+                **INTERLEAVED,
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+                **FULL_RECOMPUTE,
+            },
+        ),
+        (8, {**INTERLEAVED, "num_layers_in_first_pipeline_stage": 2}),
+    ],
+)
+def test_layers_that_are_not_dealt_evenly(layers: int, layout: dict, gang: Gangs, tmp_path: Path) -> None:
+    """The embedding or the loss takes the place of a layer; an uneven stage is interleaved."""
+    checkpoint = make_model(tmp_path, "qwen3_moe_mixed", num_hidden_layers=layers, mlp_only_layers=[0, 3])
+    batch = make_batch(checkpoint=checkpoint)
+    case = Case(str(checkpoint), layout)
+
+    outcome = gang(2).run(run_case, case, batch)[0]
+
+    found = gradients(read_weights(checkpoint), outcome.weights)
+    assert largest_difference(found, Reference(str(checkpoint)).gradients(batch, case.config())) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["seq-mean-token-mean", "seq-mean-token-sum"])

@@ -6,6 +6,7 @@ is compared with transformers' model, one sample at a time, in one process, with
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compatibility import Compatibility
+import torch
+from compatibility import PAGE, Compatibility
 from distributed import Gang
-from matrix import DIMENSIONS, MODELS, Mix, Sizes, case_of, draw, name_of, pairs, possible
+from matrix import DIMENSIONS, MODELS, REFUSED, REFUSED_MODELS, Mix, Sizes, case_of, draw, name_of, pairs, possible
 from megatron_cases import (
     Reference,
     gradients,
@@ -26,7 +28,12 @@ from megatron_cases import (
     run_case,
 )
 
+from roll_r3.config.load import load
+from roll_r3.config.rules import check_rules
+from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
+from roll_r3.models.tiny import make_tiny_checkpoint
+from roll_r3.platform import megatron_cpu
 
 pytestmark = pytest.mark.integration
 Gangs = Callable[[int], Gang]
@@ -89,6 +96,55 @@ def test_a_mix_equals_the_reference(
             seen += len(own)
     assert seen == batch.num_samples
     compatibility.ran(mix)
+
+
+BASE = """\
+exp_name: matrix
+pretrain: some/checkpoint
+rollout_batch_size: 16
+num_return_sequences_in_group: 4
+actor_train:
+  router_replay: {mode: R3}
+  data_args: {file_name: "bundled:demo"}
+actor_infer:
+  router_replay: {mode: R3}
+"""
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_configuration_is_refused(what: str, tmp_path: Path, compatibility: Compatibility) -> None:
+    (tmp_path / "run.yaml").write_text(BASE)
+    names = {"train": "actor_train.strategy_args.strategy_config", "devices": "actor_train.device_mapping"}
+    overrides = [
+        override.replace("{train}", names["train"]).replace("{devices}", names["devices"]) for override in REFUSED[what]
+    ]
+    assert not check_rules(load(tmp_path / "run.yaml").config)
+    found = [f for f in check_rules(load(tmp_path / "run.yaml", overrides).config) if f.severity == "error"]
+    assert found
+    compatibility.refused[what] = f"`{found[0].rule}`: {found[0].why}"
+
+
+@pytest.mark.parametrize("what", REFUSED_MODELS)
+def test_a_checkpoint_is_refused(what: str, tmp_path: Path, compatibility: Compatibility) -> None:
+    megatron_cpu.install()
+    from roll_r3.strategies.train.megatron.bridge import open_bridge
+
+    name, fields = REFUSED_MODELS[what]
+    make_tiny_checkpoint(tmp_path, name)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    with pytest.raises(ConfigError, match="cannot be built with megatron-core") as refused:
+        open_bridge(str(tmp_path), trust_remote_code=False, dtype=torch.float32, tp_size=1, transformer_engine=False)
+    compatibility.refused[f"{name}: {what}"] = str(refused.value).partition("megatron-core: ")[2]
+
+
+def test_the_page_says_what_ran(compatibility: Compatibility, request: pytest.FixtureRequest) -> None:
+    """docs/compatibility.md is what this session saw; `make compatibility` writes it."""
+    if len(compatibility.mixes) < len(draw()) or len(compatibility.refused) < len(REFUSED) + len(REFUSED_MODELS):
+        pytest.skip("needs the whole file to run, and to pass")
+    if request.config.getoption("--write-compatibility"):
+        PAGE.write_text(compatibility.render())
+    assert PAGE.read_text() == compatibility.render(), "run make compatibility"
 
 
 def test_every_possible_pair_meets() -> None:

@@ -21,6 +21,7 @@ from megatron_cases import (
     make_batch,
     read_weights,
     run_case,
+    shard,
 )
 
 from roll_r3.batch.batch import Batch
@@ -77,6 +78,59 @@ def test_rows_that_the_engine_never_saw_fall_back_to_the_live_router(size: int, 
     assert counts.trainable_replayed == (batch.loss_mask_N & known).sum() * LAYERS
 
 
+RECOMPUTE = {
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ("moe",)},
+    "uniform": FULL_RECOMPUTE,
+    "block": {**FULL_RECOMPUTE, "recompute_method": "block"},
+}
+
+
+@pytest.mark.parametrize("mode", ["R3", "R2"])
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (1, {}),
+        (2, INTERLEAVED),
+        (2, {"tensor_model_parallel_size": 2}),
+        (2, {"expert_model_parallel_size": 2}),
+        (2, {"context_parallel_size": 2}),
+    ],
+)
+def test_recomputation_changes_no_bit(size: int, layout: dict, mode: str, gang: Gangs, tiny_moe: Path) -> None:
+    """Gradients with recomputation are those without, to the last bit; rows of the live router among them."""
+    batch = make_batch(unknown=0.3)
+    case = Case(str(tiny_moe), layout, mode, packed=bool(layout))
+
+    stored = gang(size).run(_raw_gradients, case, batch)
+    for name, settings in RECOMPUTE.items():
+        again = gang(size).run(_raw_gradients, replace(case, layout={**layout, **settings}), batch)
+        for rank, (one, other) in enumerate(zip(stored, again, strict=True)):
+            assert one.keys() == other.keys() and one
+            wrong = [parameter for parameter in one if not np.array_equal(one[parameter], other[parameter])]
+            assert wrong == [], f"recompute {name}, rank {rank}"
+
+
+def _raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.ndarray]:
+    """What the optimizer would step on: fp32, after all reductions."""
+    strategy = _strategy(process, case)
+    part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
+    if case.mode == "R2":
+        strategy.compute_log_probs(part)
+    found = {}
+    step = strategy.optimizer.step
+
+    def keep_then_step():
+        for number, chunk in enumerate(strategy.model.chunks):
+            for name, parameter in chunk.named_parameters():
+                found[f"{number}.{name}"] = parameter.main_grad.numpy().copy()
+        return step()
+
+    strategy.optimizer.step = keep_then_step
+    strategy.train_step(part, step=1)
+    strategy.close()
+    return found
+
+
 # R2
 
 
@@ -110,19 +164,40 @@ def test_r2_replays_the_recording_pass(size: int, layout: dict, packed: bool, ga
     assert outcome.train_counts.trainable_replayed == outcome.train_counts.trainable > 0
 
 
-def test_r2_first_ratio_is_exactly_one(gang: Gangs, tiny_moe: Path) -> None:
-    gang(1).run(_exact_ratio, Case(str(tiny_moe), FULL_RECOMPUTE, "R2", infer_batch_size=2), make_batch())
-    gang(2).run(_exact_ratio, Case(str(tiny_moe), TWO_STAGES, "R2", infer_batch_size=2, dtype="bf16"), make_batch())
+ALIKE = {"infer_batch_size": 2, "micro_batch_size": 2}
+"""Micro-batches of the recording pass and of the update are composed alike: then their arithmetic is the same."""
+DYNAMIC = {
+    f"{name}_in_{way}": value
+    for way in ("train", "infer")
+    for name, value in {"use_dynamic_batching": True, "max_tokens_per_microbatch": 64}.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [
+        (1, {"layout": FULL_RECOMPUTE, **ALIKE}),
+        (1, {"packed": True, "role": DYNAMIC}),
+        (2, {"layout": TWO_STAGES, "dtype": "bf16", **ALIKE}),
+        (2, {"layout": PIPELINE, "packed": True, **ALIKE}),
+        (2, {"layout": {"tensor_model_parallel_size": 2}, **ALIKE}),
+        (2, {"layout": {"context_parallel_size": 2, **FULL_RECOMPUTE}, "packed": True, **ALIKE}),
+        (2, {"layout": {"expert_model_parallel_size": 2}, "role": DYNAMIC}),
+    ],
+)
+def test_r2_first_ratio_is_exactly_one(size: int, case: dict, gang: Gangs, tiny_moe: Path) -> None:
+    gang(size).run(_exact_ratio, Case(str(tiny_moe), mode="R2", **case), make_batch())
 
 
 def _exact_ratio(process: ProcessInfo, case: Case, batch: Batch) -> None:
     import torch.distributed as dist
 
     strategy = _strategy(process, case)
-    box = [strategy.compute_log_probs(batch).log_probs_N]
-    if process.world_size > 1:
-        dist.broadcast_object_list(box, src=process.world_size - 1)
-    metrics = strategy.train_step(replace(batch, old_log_probs_N=box[0]), step=1).metrics
+    part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
+    found = [(strategy.data_parallel_rank, strategy.compute_log_probs(part).log_probs_N)] * process.world_size
+    dist.all_gather_object(found, found[process.rank])
+    own = next(values for rank, values in found if rank == strategy.data_parallel_rank and values is not None)
+    metrics = strategy.train_step(replace(part, old_log_probs_N=own), step=1).metrics
     assert metrics["actor/ratio_max"] == metrics["actor/ratio_min"] == 1.0
     strategy.close()
 
@@ -273,6 +348,6 @@ def _with_mistake(process: ProcessInfo, mistake: str, case: Case, batch: Batch):
 def _strategy(process: ProcessInfo, case: Case):
     from roll_r3.strategies.train.megatron.strategy import MegatronTrain
 
-    strategy = MegatronTrain(case.config(), "actor_train", process)
+    strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
     strategy.initialize()
     return strategy

@@ -119,6 +119,34 @@ def test_no_process_is_left(finished):
     assert left == []
 
 
+def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path):
+    """DeepSeek-V3's architecture from the engine to the trainer and back, in another layout, with the audit on."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", "deepseek_v3", examples=addition_mod10(), warm_start_steps=20)
+    layout = "{tensor_model_parallel_size: 2, expert_model_parallel_size: 2, moe_router_bias_update_rate: 0.001}"
+    run = Run(
+        tmp_path,
+        checkpoint,
+        *few_steps(3),
+        f"actor_train.strategy_args.strategy_config={layout}",
+        "actor_train.use_sequence_packing=true",
+        "actor_train.use_dynamic_batching_in_train=true",
+        "actor_train.max_tokens_per_microbatch_in_train=512",
+        "actor_train.router_replay.audit=true",
+        "actor_train.router_replay.audit_every=2",
+    )
+    try:
+        assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+        metrics = run.metrics()
+    finally:
+        run.end()
+    assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0, 1.0]
+    assert [m.get("router_replay/audit_equal") for m in metrics] == [1.0, None, 1.0]
+    assert metrics[0]["router_replay/bytes_per_token"] == 12, "3 MoE layers of 4 x top-4 x 1 byte"
+    # the bias that moved reaches the engine: it still samples from the trainer's policy
+    assert max(m["actor/rollout_train_logprobs_abs_diff_mean"] for m in metrics) < 0.1
+    assert min(m["router_replay/agreement_native"] for m in metrics) > 0.9
+
+
 def test_r2_replays_the_trainers_own_pass_and_a_seed_samples_the_same_again(tmp_path, checkpoint, finished):
     modes = ("actor_train.router_replay.mode=R2", "actor_infer.router_replay.mode=disable")
     run = Run(tmp_path, checkpoint, *few_steps(2, *modes))

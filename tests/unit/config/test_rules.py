@@ -138,6 +138,23 @@ EXAMPLES: dict[str, Examples] = {
             [devices("actor_train", 4), megatron(expert_model_parallel_size=4, tensor_model_parallel_size=4)],
         ],
     ),
+    "experts-split-as-weights": (
+        [
+            [devices("actor_train", 2), megatron(expert_tensor_parallel_size=2)],
+            [devices("actor_train", 2), megatron(expert_tensor_parallel_size=1, tensor_model_parallel_size=2)],
+        ],
+        [
+            [devices("actor_train", 2), megatron(expert_tensor_parallel_size=2, tensor_model_parallel_size=2)],
+            [
+                devices("actor_train", 2),
+                megatron(expert_tensor_parallel_size=1, tensor_model_parallel_size=2, expert_model_parallel_size=2),
+            ],
+        ],
+    ),
+    "allgather-needs-one-stage": (
+        [[devices("actor_train", 2), megatron(moe_token_dispatcher_type="allgather", pipeline_model_parallel_size=2)]],
+        [[devices("actor_train", 2), megatron(moe_token_dispatcher_type="allgather")]],
+    ),
     "vpp-needs-pp": (
         [[megatron(virtual_pipeline_model_parallel_size=2)]],
         [

@@ -42,6 +42,7 @@ def test_a_sound_configuration_builds_nothing() -> None:
         (1, {"virtual_pipeline_model_parallel_size": 2}, {}, "virtual stages need 2 or more"),
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": False}, {}, "sequence_parallel is false"),
         (1, {"sequence_parallel": True}, {}, "sequence_parallel is true"),
+        (2, {"expert_tensor_parallel_size": 2}, {}, "expert_tensor_parallel_size is 2 with"),
         (1, {"moe_aux_loss_coeff": 0.01}, {}, "moe_aux_loss_coeff is 0.01: only 0"),
         (1, {"moe_router_fusion": True}, {}, "moe_router_fusion is true with router_replay.mode R3"),
         (2, {**PP2, "moe_token_dispatcher_type": "allgather"}, {}, "use alltoall"),

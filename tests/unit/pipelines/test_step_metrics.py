@@ -95,9 +95,9 @@ def test_r2_reports_coverage_without_an_agreement(record):
 
 def test_an_audited_step_says_how_much_was_compared(record):
     config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
-    assert not {"replay/audit_equal", "replay/audit_entries"} & set(step_metrics(config, record))
+    assert not {"router_replay/audit_equal", "router_replay/audit_entries"} & set(step_metrics(config, record))
     counts = replace(record.update.replay, audited=40, audit_equal=30)
     m = step_metrics(config, replace(record, update=replace(record.update, replay=counts)))
-    assert m["replay/audit_equal"] == 0.75
-    assert m["replay/audit_entries"] == 40
+    assert m["router_replay/audit_equal"] == 0.75
+    assert m["router_replay/audit_entries"] == 40
     assert set(m) <= set(METRICS)

@@ -31,6 +31,11 @@ def check_role(config: RLVRConfig, role: str, layout: RankLayout) -> None:
             f"{at}.virtual_pipeline_model_parallel_size is {layout.vpp_size} with pipeline_model_parallel_size 1: "
             "virtual stages need 2 or more stages"
         )
+    if layout.etp_size != layout.tp_size and (layout.ep_size == 1 or layout.etp_size > layout.tp_size):
+        found.append(
+            f"{at}.expert_tensor_parallel_size is {layout.etp_size} with tensor_model_parallel_size {layout.tp_size} "
+            f"and expert_model_parallel_size {layout.ep_size}: weights cannot be converted then; leave it out"
+        )
     if settings.moe_aux_loss_coeff != 0:
         found.append(f"{at}.moe_aux_loss_coeff is {settings.moe_aux_loss_coeff}: only 0 is supported")
     if settings.moe_token_dispatcher_type == "allgather" and layout.pp_size > 1:
