@@ -119,10 +119,20 @@ def test_no_process_is_left(finished):
     assert left == []
 
 
-def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path):
-    """DeepSeek-V3's architecture from the engine to the trainer and back, in another layout, with the audit on."""
-    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", "deepseek_v3", examples=addition_mod10(), warm_start_steps=20)
-    layout = "{tensor_model_parallel_size: 2, expert_model_parallel_size: 2, moe_router_bias_update_rate: 0.001}"
+@pytest.mark.parametrize(
+    ("model", "layout", "bytes_per_token"),
+    [
+        (
+            "deepseek_v3",
+            "{tensor_model_parallel_size: 2, expert_model_parallel_size: 2, moe_router_bias_update_rate: 0.001}",
+            3 * 4,
+        ),
+        ("moonlight", "{context_parallel_size: 2}", 3 * 3),
+    ],
+)
+def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path, model, layout, bytes_per_token):
+    """From the engine to the trainer and back, in other layouts, with the audit on; one layer of four is dense."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", model, examples=addition_mod10(), warm_start_steps=20)
     run = Run(
         tmp_path,
         checkpoint,
@@ -141,7 +151,7 @@ def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path):
         run.end()
     assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0, 1.0]
     assert [m.get("router_replay/audit_equal") for m in metrics] == [1.0, None, 1.0]
-    assert metrics[0]["router_replay/bytes_per_token"] == 12, "3 MoE layers of 4 x top-4 x 1 byte"
+    assert metrics[0]["router_replay/bytes_per_token"] == bytes_per_token, "MoE layers x top-k x 1 byte"
     # the bias that moved reaches the engine: it still samples from the trainer's policy
     assert max(m["actor/rollout_train_logprobs_abs_diff_mean"] for m in metrics) < 0.1
     assert min(m["router_replay/agreement_native"] for m in metrics) > 0.9

@@ -31,6 +31,31 @@ def _absorbed_mla(module: Any) -> None:
     module.AttentionBackendRegistry.register("torch_native", lambda attention, batch: module.AttnForwardMethod.MLA)
 
 
+def _unscaled_rotary_mla(module: Any) -> None:
+    """On a CPU latent attention takes scaled rotary embeddings only: scaled by 1 they are the plain ones."""
+    original = module.get_rope_cpu
+
+    def get_rope_cpu(
+        head_size: int,
+        rotary_dim: int,
+        max_position: int,
+        base: int,
+        is_neox_style: bool = True,
+        rope_scaling: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if rope_scaling is None:
+            rope_scaling = {
+                "rope_type": "deepseek_yarn",
+                "factor": 1.0,
+                "original_max_position_embeddings": max_position,
+            }
+        return original(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, *args, **kwargs)
+
+    module.get_rope_cpu = get_rope_cpu
+
+
 def _seeded_sampling(module: Any) -> None:
     """`torch_native` attends one sequence at a time, so it may serve where seeds decide the samples."""
     module.add_deterministic_attention_backend_choices(["torch_native"])
@@ -49,6 +74,7 @@ def _no_batch_invariant_kernels(module: Any) -> None:
 _AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
     "sglang.srt.mem_cache.pool_host.common": _plain_host_memory,
     "sglang.srt.models.deepseek_common.attention_backend_handler": _absorbed_mla,
+    "sglang.srt.layers.rotary_embedding.factory": _unscaled_rotary_mla,
     "sglang.srt.arg_groups.choices": _seeded_sampling,
     "sglang.srt.batch_invariant_ops": _no_batch_invariant_kernels,
 }
