@@ -1,5 +1,5 @@
-"""DeepSeek-V3 and what is built like it (Moonlight, Kimi-K2): latent attention, dense first layers, a shared expert,
-and a sigmoid router with expert bias that first chooses groups of experts.
+"""DeepSeek-V3 and Moonlight: latent attention, dense first layers, a shared expert, and a sigmoid router with expert
+bias that first chooses groups of experts.
 
 Multi-token-prediction layers are not trained: reinforcement learning has no loss for them.
 """

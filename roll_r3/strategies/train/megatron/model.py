@@ -144,14 +144,9 @@ def _overrides(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    if not transformer_engine:
-        fields |= {
-            "persist_layer_norm": False,
-            "bias_activation_fusion": False,
-            "bias_dropout_fusion": False,
-            "masked_softmax_fusion": False,
-        }
-    return fields
+    # megatron's own fused kernels, which want a GPU
+    fusions = ("persist_layer_norm", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion")
+    return fields | dict.fromkeys(fusions, transformer_engine)
 
 
 def wrap_for_training(
