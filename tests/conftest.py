@@ -23,3 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(INTEGRATION):
             item.add_marker(pytest.mark.integration)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Here, because pytest reads options only from the top."""
+    parser.addoption(
+        "--write-compatibility", action="store_true", help="write docs/compatibility.md from what the matrix ran"
+    )

@@ -141,7 +141,7 @@ class ModelWorker:
             bucket.append((name, tensor))
             size += tensor.nbytes
             tensors += 1
-            if size >= self._bucket_bytes:
+            if size >= self._bucket_bytes and not splits_a_pair([name for name, _ in bucket]):
                 sending += _seconds(partial(channel.send, bucket))
                 bucket, size = [], 0
         if bucket:
@@ -154,6 +154,16 @@ class ModelWorker:
         if self._channel is not None:
             self._channel.close()
         self._strategy.close()
+
+
+def splits_a_pair(names: Sequence[str]) -> bool:
+    """Whether a bucket that ends here holds one latent-attention down-projection of a layer without the other.
+
+    SGLang 0.5.23 fuses the two within one update request, and drops in silence what comes without its partner.
+    """
+    pair = ("q_a_proj.", "kv_a_proj_with_mqa.")
+    layers = [{name.replace(part, "") for name in names if f".{part}" in name} for part in pair]
+    return layers[0] != layers[1] and bool(layers[0])
 
 
 def _seconds(action: Callable[[], None]) -> float:

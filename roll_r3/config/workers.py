@@ -166,7 +166,7 @@ class MegatronWorkerConfig(WorkerConfig):
     """Put a micro-batch's samples end to end in one row instead of padding each to the longest."""
     sequence_length_round: PositiveInt = 1
     """Pad each row, or each sample of a packed row, until every rank that shares it holds a multiple of so many of its
-    tokens; FP8 kernels want 16 or 32."""
+    tokens."""
 
 
 class ActorTrainConfig(MegatronWorkerConfig):

@@ -1,4 +1,4 @@
-"""What integration tests share: gangs of processes that stay up for the session, and a tiny checkpoint."""
+"""What integration tests share: gangs of processes that stay up for a module's tests, and a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from compatibility import Compatibility
 from distributed import Gang
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--write-compatibility", action="store_true", help="write docs/compatibility.md from what the matrix ran"
-    )
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gang() -> Iterator[Callable[[int], Gang]]:
-    """`gang(size)`: the one gang of that many processes."""
+    """`gang(size)`: the module's one gang of that many processes.
+
+    Not the session's: autograd's graph keeps pieces of a world that has trained, and their threads take time from the
+    tests that come later.
+    """
     gangs: dict[int, Gang] = {}
 
     def of(size: int) -> Gang:

@@ -75,6 +75,8 @@ def _refuses(config: HfConfig) -> list[str]:
             f"num_experts_per_tok {config.num_experts_per_tok} over topk_group {config.topk_group} is not 2: the model "
             "rates a group by its two best experts, megatron by that quotient"
         )
+    if len([name for name in ("mscale", "mscale_all_dim") if config.rope_parameters.get(name)]) == 1:
+        found.append("rope_parameters has one of mscale and mscale_all_dim: transformers then scales in another way")
     if (kind := config.rope_parameters.get("rope_type", "default")) not in ("default", "yarn"):
         found.append(f"rope_parameters.rope_type is {kind!r}, but megatron's latent attention knows default and yarn")
     return found

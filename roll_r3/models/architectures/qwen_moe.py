@@ -41,7 +41,7 @@ def _qwen3(config: HfConfig) -> dict[str, Any]:
 def _qwen2(config: HfConfig) -> dict[str, Any]:
     return {
         **_moe(config),
-        "add_qkv_bias": True,
+        "add_qkv_bias": config.qkv_bias,
         "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
         "moe_shared_expert_gate": True,
     }

@@ -111,7 +111,7 @@ def _width(part: Batch, layout: Layout) -> int:
 
 
 def fill_up(micro_batches: list[MicroBatch], number: int) -> list[MicroBatch]:
-    """Repeat micro-batches, uncounted, until there are `number`: the last ones first, for they are the smallest."""
+    """Repeat micro-batches, uncounted, until there are `number`: the last first, the smallest under a token budget."""
     missing = number - len(micro_batches)
     repeats = [replace(micro_batches[-1 - i % len(micro_batches)], counted=False) for i in range(missing)]
     return micro_batches + repeats

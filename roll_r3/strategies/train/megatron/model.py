@@ -99,6 +99,11 @@ def build_model(
             "bias: leave it out"
         )
     chunks = bridge.get_model(bf16=model_args.dtype == "bf16")
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            # TransformerEngine marks these as split, though every tensor-parallel rank holds them whole
+            if name.endswith(("linear_q_down_proj.weight", "linear_kv_down_proj.weight")):
+                parameter.tensor_model_parallel = False
     weights.load_weights(bridge, chunks, model_path)
     routers = [adopt_routers(weights.unwrap(chunk)) for chunk in chunks]
     if trains:
