@@ -40,14 +40,19 @@ lint: install
 	@$(VENV)/bin/lint-imports
 	@echo "== generated docs"
 	@$(PYTHON) -m roll_r3.config.docs --check
+	@$(PYTHON) -m roll_r3.config.schema --check
+	@$(PYTHON) -m roll_r3.preflight.docs --check
+	@$(PYTHON) -m roll_r3.config.roll_yaml --check
 
 unit: install
 	@echo "== unit tests"
 	@$(PYTHON) -m pytest tests/unit
 
-docs: install ## write docs/configuration.md
+docs: install ## write what is generated: the configuration's pages and the schema for editors
 	@$(PYTHON) -m roll_r3.config.docs
-	@echo "wrote docs/configuration.md"
+	@$(PYTHON) -m roll_r3.config.schema
+	@$(PYTHON) -m roll_r3.preflight.docs
+	@$(PYTHON) -m roll_r3.config.roll_yaml
 
 compatibility: install ## run the matrix of layouts and write docs/compatibility.md from it (minutes)
 	@$(PYTHON) -m pytest tests/integration/test_megatron_matrix.py --write-compatibility

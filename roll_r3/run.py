@@ -1,6 +1,7 @@
-"""The command line: load, check, then print, validate or launch.
+"""The command line: load, check, then print, plan or launch.
 
-    python -m roll_r3.run --config FILE [section.field=value ...] [--validate-only | --print-config]
+    python -m roll_r3.run --config FILE [section.field=value ...] [--validate-only | --print-config | --plan]
+    python -m roll_r3.run --explain RULE
 
 Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted.
 """
@@ -8,25 +9,40 @@ Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 inte
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.load import LoadedConfig, load
-from roll_r3.config.report import InvalidConfigError, render
-from roll_r3.config.rules import RULES, check_rules, data_parallel_size, megatron_workers
+from roll_r3.config.report import Finding, InvalidConfigError, Origins, as_json, has_errors, render
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import ConfigError, RollError
-from roll_r3.strategies.rules import CAPABILITY_RULES
+from roll_r3.preflight.check import check
+from roll_r3.preflight.explain import explain_rule, rule_ids, similar_rules
+from roll_r3.preflight.plan import Plan, make_plan
+from roll_r3.preflight.plan_text import plan_json, render_plan
+from roll_r3.preflight.summary import summary
+from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
 
+DEVICES_PER_NODE = 8
+"""Of the machines that most clusters are made of."""
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = _parser().parse_intermixed_args(arguments)
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    if options.explain is not None:
+        return _explain(options.explain)
+    _refuse_misplaced(parser, options)
     try:
         return _run(options)
+    except InvalidConfigError as error:
+        _report(options, error.findings, error.origins)
+        return EXIT_CONFIG
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
@@ -38,63 +54,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def _refuse_misplaced(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Leave when an option would not be read."""
+    if options.config is None:
+        parser.error("--config FILE is needed")
+    starts = not (options.validate_only or options.print_config or options.plan)
+    if starts and (options.elsewhere or options.format != "text"):
+        parser.error("--elsewhere and --format go with --validate-only, --print-config or --plan")
+    if options.print_config and options.format != "text":
+        parser.error("--print-config prints YAML: leave --format out")
+    if options.devices_per_node is not None and not options.plan:
+        parser.error("--devices-per-node goes with --plan")
+    if options.devices_per_node is not None and options.devices_per_node < 1:
+        parser.error("--devices-per-node is 1 or more")
+
+
 def _run(options: argparse.Namespace) -> int:
     loaded = load(options.config, options.overrides)
-    check(loaded)
+    surroundings = (elsewhere if options.elsewhere else look_around)(loaded.config)
+    findings = check(loaded, surroundings)
+    if has_errors(findings):
+        raise InvalidConfigError(findings, loaded.origins)
+    if options.validate_only:
+        _report(options, findings, loaded.origins)
+        if options.format == "text":
+            print(summary(loaded.config, loaded.origins.file, surroundings))
+        return EXIT_OK
+    if findings:
+        print(render(findings, loaded.origins), file=sys.stderr)
     if options.print_config:
         print(to_yaml(loaded.config), end="")
         return EXIT_OK
-    if options.validate_only:
-        print(summary(loaded))
+    if options.plan:
+        plan = _plan(loaded, surroundings, options.devices_per_node or DEVICES_PER_NODE)
+        print(json.dumps(plan_json(plan), indent=2) if options.format == "json" else render_plan(plan))
         return EXIT_OK
     from roll_r3.pipelines.launch import launch  # noqa: PLC0415  brings in torch and Ray, which checking does not need
 
-    return launch(loaded.config)
+    return launch(loaded.config, loaded.origins)
 
 
-def check(loaded: LoadedConfig) -> None:
-    """Apply every rule; warnings go to stderr.
-
-    Raises:
-        InvalidConfigError: with all findings, when one of them is an error.
-    """
-    findings = check_rules(loaded.config, RULES + CAPABILITY_RULES)
-    if any(finding.severity == "error" for finding in findings):
-        raise InvalidConfigError(findings, loaded.origins)
-    if findings:
-        print(render(findings, loaded.origins), file=sys.stderr)
-
-
-def summary(loaded: LoadedConfig) -> str:
-    """A few lines that say what would run."""
-    config = loaded.config
-    lines = [
-        f"valid: {loaded.origins.file}",
-        f"  {config.exp_name}: {config.max_steps} steps of {config.rollout_batch_size} prompts x "
-        f"{config.num_return_sequences_in_group} samples",
-        f"  router replay: {config.actor_train.router_replay.mode}",
-    ]
-    for role, worker in megatron_workers(config).items():
-        layout = worker.strategy_args.strategy_config
-        sizes = {
-            "TP": layout.tensor_model_parallel_size,
-            "PP": layout.pipeline_model_parallel_size,
-            "VPP": layout.virtual_pipeline_model_parallel_size,
-            "EP": layout.expert_model_parallel_size,
-            "CP": layout.context_parallel_size,
-            "DP": data_parallel_size(worker),
-        }
-        shown = " ".join(f"{name} {size}" for name, size in sizes.items() if size is not None and size > 1)
-        lines.append(
-            f"  {role}: {worker.strategy_args.strategy_name}, devices {len(worker.device_mapping)}"
-            + (f", {shown}" if shown else "")
+def _plan(loaded: LoadedConfig, surroundings: Surroundings, devices_per_node: int) -> Plan:
+    name = checkpoint_of(loaded.config, "actor_train")
+    model = surroundings.models.get(name)
+    if model is None:
+        raise ConfigError(
+            f"a plan needs to know the model, and {name} is neither here, nor in the hub's cache, nor in the bundled "
+            "table: name a directory with its config.json, or one of the table's"
         )
-    engine = config.actor_infer
-    engines = len(engine.device_mapping) // engine.strategy_args.strategy_config.tp_size
-    lines.append(
-        f"  actor_infer: {engine.strategy_args.strategy_name}, devices {len(engine.device_mapping)}, engines {engines}"
-    )
-    return "\n".join(lines)
+    return make_plan(loaded.config, model.raw, devices_per_node=devices_per_node)
+
+
+def _report(options: argparse.Namespace, findings: Sequence[Finding], origins: Origins) -> None:
+    """Show findings: to people on stderr, to programs on stdout."""
+    if options.format == "json":
+        print(json.dumps({"file": origins.file, "findings": as_json(findings, origins)}, indent=2, allow_nan=False))
+    elif findings:
+        print(render(findings, origins), file=sys.stderr)
+
+
+def _explain(rule_id: str) -> int:
+    if rule_id == "list":
+        print("\n".join(rule_ids()))
+        return EXIT_OK
+    page = explain_rule(rule_id)
+    if page is None:
+        meant = similar_rules(rule_id)
+        hint = f"did you mean {' or '.join(meant)}?" if meant else "`--explain list` names them all"
+        print(f"there is no rule {rule_id!r}: {hint}", file=sys.stderr)
+        return EXIT_CONFIG
+    print(page)
+    return EXIT_OK
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted. "
         "All fields: docs/configuration.md.",
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the YAML file")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -114,6 +144,22 @@ def _parser() -> argparse.ArgumentParser:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--validate-only", action="store_true", help="check the configuration, start nothing")
     action.add_argument("--print-config", action="store_true", help="print the resolved configuration, start nothing")
+    action.add_argument(
+        "--plan", action="store_true", help="print what would run where, its memory and its traffic, start nothing"
+    )
+    action.add_argument("--explain", metavar="RULE", help="say what a rule of the check is about; `list` names all")
+    parser.add_argument(
+        "--elsewhere",
+        action="store_true",
+        help="the run will start on another machine: do not look for its files and engines here",
+    )
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="of findings and of the plan")
+    parser.add_argument(
+        "--devices-per-node",
+        type=int,
+        metavar="N",
+        help=f"for --plan: devices of a machine (default: {DEVICES_PER_NODE})",
+    )
     return parser
 
 

@@ -51,4 +51,7 @@ def _parse_part(part: str, whole: str) -> list[int]:
     )
 
 
-Devices = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(parse_devices)]
+_Device = Annotated[int, Field(ge=0)]
+Devices = Annotated[
+    tuple[_Device, ...], BeforeValidator(parse_devices, json_schema_input_type=tuple[_Device, ...] | _Device | str)
+]

@@ -1,12 +1,10 @@
 """docs/configuration.md, generated from the models so that it cannot be out of date.
 
-python -m roll_r3.config.docs [--check] [FILE]
+python -m roll_r3.config.docs [--check]
 """
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import sys
 import types
 import typing
@@ -19,12 +17,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from roll_r3.config import generated
 from roll_r3.config.devices import parse_devices
 from roll_r3.config.explain import is_section, members
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import show_value
-from roll_r3.config.rules import RULES
-from roll_r3.config.yaml_file import join
+from roll_r3.config.tree import join
 
 OUTPUT = Path("docs/configuration.md")
 _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
@@ -35,12 +33,17 @@ _HEADER = """\
 
 A run is one YAML file: `python -m roll_r3.run --config FILE [section.field=value ...]`.
 
-- `--validate-only` checks the file and starts nothing; `--print-config` prints it with every default filled in.
+- `--validate-only` checks the file and starts nothing; `--plan` prints what would run where; `--print-config` prints
+  the file with every default filled in. With `--elsewhere` they do not look for files and engines on this machine.
+- Everything wrong is reported at once, with the rule, the file and line, the value, why, and what to write instead.
+  `--explain RULE` says more, `--format json` is for programs. docs/compatibility.md lists all rules with examples.
+- Editors complete and check such a file by roll_r3/config/schema.json; the files in configs/ name it in their first
+  line.
 - An override such as `actor_train.training_args.learning_rate=1e-5` is read as YAML and replaces what the file says,
   whole sections and lists included; `device_mapping.0=3` sets one item of a list.
 - `${rollout_batch_size}` stands for another field's value, `${.name}` and `${..name}` are relative. Environment
   variables are not read: pass them as overrides.
-- Unknown fields are refused, and so is a setting that nothing would read. Everything wrong is reported at once.
+- Unknown fields are refused, and so is a setting that nothing would read.
 """
 
 
@@ -48,7 +51,7 @@ def render_docs() -> str:
     """The whole page."""
     paths = {model: path for path, model in _sections("", RLVRConfig)}
     sections = "\n".join(_section(path, model, paths) for model, path in paths.items())
-    return f"{_HEADER}\n{sections}\n{_rules()}"
+    return f"{_HEADER}\n{sections}"
 
 
 def _sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -130,31 +133,5 @@ def _default(field: FieldInfo) -> str:
     return f"`{show_value(field.default)}`"
 
 
-def _rules() -> str:
-    lines = ["## Rules", "", "What is checked between fields, before anything starts.", ""]
-    lines += ["| Rule | Why | What to write |", "| --- | --- | --- |"]
-    for rule in RULES:
-        name = f"`{rule.id}`" + (" (warning)" if rule.severity == "warning" else "")
-        lines.append(f"| {name} | {rule.why} | {rule.fix} |")
-    return "\n".join([*lines, ""])
-
-
-def main(arguments: typing.Sequence[str] | None = None) -> int:
-    """Write the page, or with --check compare it; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m roll_r3.config.docs", description=inspect.getdoc(sys.modules[__name__])
-    )
-    parser.add_argument("file", nargs="?", type=Path, default=OUTPUT)
-    parser.add_argument("--check", action="store_true", help="fail if the file is not what would be written")
-    options = parser.parse_args(arguments)
-    text = render_docs()
-    if not options.check:
-        options.file.write_text(text)
-    elif not options.file.is_file() or options.file.read_text() != text:
-        print(f"{options.file} is out of date: run python -m roll_r3.config.docs", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(generated.main(OUTPUT, render_docs))

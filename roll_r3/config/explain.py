@@ -11,50 +11,51 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from roll_r3.config.interpolate import children
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import ABSENT, Finding
-from roll_r3.config.yaml_file import join
+from roll_r3.config.tree import Keys, children, dotted, join
 
+MAX_INTEGER = 2**63 - 1
+"""Larger numbers are slips of the finger, and no engine could hold them."""
 _RULE_IDS = {"extra_forbidden": "unknown-field", "missing": "missing-field"}
 
 
-def explain(error: ValidationError, data: dict[str, Any]) -> list[Finding]:
-    """One finding per field of `data` that was refused, however many members of a union refused it."""
-    whys: dict[tuple[str, str], list[str]] = {}
-    values: dict[str, object] = {}
+def explain(error: ValidationError, data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
+    """One finding per field of `data` that was refused, however many members of a union refused it, and its keys."""
+    whys: dict[tuple[Keys, str], list[str]] = {}
+    values: dict[Keys, object] = {}
     for detail in error.errors(include_url=False, include_context=False):
         kind = detail["type"]
-        path, values_at = _locate(detail["loc"], data, is_missing=kind == "missing")
-        values[path] = values_at
-        whys.setdefault((path, _RULE_IDS.get(kind, "bad-value")), []).append(_why(kind, detail["msg"]))
-    return [
-        Finding(
-            rule,
-            "error",
-            ((path, values[path]),),
-            why=", or ".join(dict.fromkeys(messages)),
-            fix=_did_you_mean(path) if rule == "unknown-field" else "",
-        )
-        for (path, rule), messages in whys.items()
-    ]
+        keys, value = _locate(detail["loc"], data, is_missing=kind == "missing")
+        values[keys] = value
+        whys.setdefault((keys, _RULE_IDS.get(kind, "bad-value")), []).append(_why(kind, detail["msg"]))
+    return [(keys, _finding(keys, values[keys], rule, messages)) for (keys, rule), messages in whys.items()]
 
 
-def misread_values(data: dict[str, Any]) -> list[Finding]:
+def _finding(keys: Keys, value: object, rule: str, messages: list[str]) -> Finding:
+    path = dotted(keys)
+    fix = _did_you_mean(path) if rule == "unknown-field" else ""
+    return Finding(rule, "error", ((path, value),), why=", or ".join(dict.fromkeys(messages)), fix=fix)
+
+
+def misread_values(data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
     """Values that pydantic would take without a word and nobody means: yes or no for a number, infinity."""
-    return list(_misread(data, ""))
+    return list(_misread(data, ()))
 
 
-def _misread(node: Any, path: str) -> Iterator[Finding]:
+def _misread(node: Any, keys: Keys) -> Iterator[tuple[Keys, Finding]]:
+    path = dotted(keys)
     if isinstance(node, float) and not math.isfinite(node):
-        yield Finding("bad-value", "error", ((path, node),), "should be a finite number")
+        yield keys, Finding("bad-value", "error", ((path, node),), "should be a finite number")
     elif isinstance(node, bool):
         kinds = {kind for annotation in annotations_at(path) for kind in members(annotation)}
         if kinds & {int, float} and bool not in kinds:
             why = f"YAML reads {'on, yes and true' if node else 'off, no and false'} as a boolean; this is a number"
-            yield Finding("bad-value", "error", ((path, node),), why, "write the number")
+            yield keys, Finding("bad-value", "error", ((path, node),), why, "write the number")
+    elif isinstance(node, int) and abs(node) > MAX_INTEGER:
+        yield keys, Finding("bad-value", "error", ((path, node),), f"should be a number up to {MAX_INTEGER}")
     for key, value in children(node):
-        yield from _misread(value, join(path, key))
+        yield from _misread(value, (*keys, key))
 
 
 def members(annotation: Any) -> list[Any]:
@@ -94,15 +95,15 @@ def fields_at(path: str) -> list[str]:
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))
 
 
-def _locate(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> tuple[str, object]:
-    """The dotted path that a user knows, and its value, of pydantic's `loc` (which names union members as well)."""
-    path = ""
+def _locate(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> tuple[Keys, object]:
+    """The keys that a user knows, and the value, of pydantic's `loc` (which names union members as well)."""
+    keys: Keys = ()
     node: Any = data
     for key in loc:
         if (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int)):
             node = typing.cast(Any, node)[key]
-            path = join(path, str(key))  # any other key names a member of a union, or what is missing
-    return (join(path, str(loc[-1])), ABSENT) if is_missing else (path, node)
+            keys = (*keys, key)  # any other key names a member of a union, or what is missing
+    return ((*keys, loc[-1]), ABSENT) if is_missing else (keys, node)
 
 
 def _why(kind: str, message: str) -> str:

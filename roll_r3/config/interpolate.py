@@ -10,35 +10,51 @@ from collections.abc import Iterator
 from typing import Any
 
 from roll_r3.config.report import Finding
-from roll_r3.config.yaml_file import join
+from roll_r3.config.tree import Keys, at, children, dotted, join
 
 _REFERENCE = re.compile(r"\$\{\.*[\w-]+(?:\.[\w-]+|\[[\w-]+\])*\}")
 
 
-def resolve(data: dict[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
-    """`data` with every interpolation replaced by what it names, and what is wrong with those that cannot be."""
-    findings = [finding for path, text in texts(data, "") if (finding := _refuse(path, text))]
-    if findings or not any("${" in text for _, text in texts(data, "")):
-        return data, findings
+def resolve(data: dict[str, Any], places: dict[str, str]) -> tuple[dict[str, Any], list[tuple[Keys, Finding]]]:
+    """`data` with every interpolation replaced by what it names, and what is wrong with those that cannot be.
+
+    A value that cannot be resolved becomes None, and so does one that refers to it; both are named. `places` gains
+    where a value was taken from.
+    """
+    found = [(keys, finding) for keys, text in texts(data, ()) if (finding := _refuse(dotted(keys), text))]
+    for keys, _ in found:
+        at(data, keys[:-1])[keys[-1]] = None
+    if not any("${" in text for _, text in texts(data, ())):
+        return data, found
     from omegaconf import OmegaConf  # noqa: PLC0415  takes longer to import than to use; most files need none of it
 
-    return _resolve(OmegaConf.create(data), data, "", findings), findings
+    resolved = _resolve(OmegaConf.create(data), data, (), found)
+    for keys, text in texts(data, ()):
+        if "${" in text:
+            _note_origin(dotted(keys), text, at(resolved, keys), places)
+    return resolved, found
 
 
-def texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """(dotted path, text) of every text in a tree of plain values."""
-    if isinstance(node, str):
-        yield path, node
+def _note_origin(path: str, text: str, value: Any, places: dict[str, str]) -> None:
+    """Add to `places` that the value at `path`, and all below it, was taken from elsewhere."""
+    source = text[2:-1] if _REFERENCE.fullmatch(text) else ""
+    origin = f"{places.get(path, '')}, from {text}" + (f" at {places[source]}" if source in places else "")
+    for inner in (path, *(join(path, dotted(keys)) for keys in _paths(value, ()))):
+        places[inner] = origin
+
+
+def _paths(node: Any, keys: Keys) -> Iterator[Keys]:
     for key, value in children(node):
-        yield from texts(value, join(path, key))
+        yield (*keys, key)
+        yield from _paths(value, (*keys, key))
 
 
-def children(node: Any) -> Iterator[tuple[str, Any]]:
-    """(key or index, value) of a section or list; nothing for a plain value."""
-    if isinstance(node, dict):
-        yield from node.items()
-    elif isinstance(node, list):
-        yield from ((str(index), item) for index, item in enumerate(node))
+def texts(node: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:
+    """(keys, text) of every text in a tree of plain values."""
+    if isinstance(node, str):
+        yield keys, node
+    for key, value in children(node):
+        yield from texts(value, (*keys, key))
 
 
 def _refuse(path: str, text: str) -> Finding | None:
@@ -56,26 +72,27 @@ def _refuse(path: str, text: str) -> Finding | None:
     return None
 
 
-def _resolve(omega: Any, node: Any, path: str, findings: list[Finding]) -> Any:
-    """A copy of `node` with interpolations resolved by its OmegaConf twin; appends those that fail to `findings`."""
+def _resolve(omega: Any, node: Any, keys: Keys, found: list[tuple[Keys, Finding]]) -> Any:
+    """A copy of `node` with interpolations resolved by its OmegaConf twin; appends those that fail to `found`."""
     if isinstance(node, dict):
-        return {key: _resolve_item(omega, key, value, join(path, key), findings) for key, value in node.items()}
+        return {key: _resolve_item(omega, key, value, (*keys, key), found) for key, value in node.items()}
     if isinstance(node, list):
-        return [_resolve_item(omega, i, value, join(path, str(i)), findings) for i, value in enumerate(node)]
+        return [_resolve_item(omega, i, value, (*keys, i), found) for i, value in enumerate(node)]
     return node
 
 
-def _resolve_item(omega: Any, key: str | int, value: Any, path: str, findings: list[Finding]) -> Any:
+def _resolve_item(omega: Any, key: str | int, value: Any, keys: Keys, found: list[tuple[Keys, Finding]]) -> Any:
     from omegaconf import OmegaConf  # noqa: PLC0415  as above
     from omegaconf.errors import OmegaConfBaseException  # noqa: PLC0415
 
     if not isinstance(value, str) or "${" not in value:
-        return _resolve(omega[key], value, path, findings)
+        return _resolve(omega[key], value, keys, found)
     try:
-        found = omega[key]
-        return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
-    except OmegaConfBaseException as error:
-        why = f"this cannot be resolved: {str(error).splitlines()[0]}"
+        named = omega[key]
+        return OmegaConf.to_container(named, resolve=True) if OmegaConf.is_config(named) else named
+    except (OmegaConfBaseException, RecursionError) as error:
+        reason = str(error).splitlines()[0] if isinstance(error, OmegaConfBaseException) else "it contains itself"
+        why = f"this cannot be resolved: {reason}"
         fix = "write the full dotted path of another field, or a relative one as in ${..field}"
-        findings.append(Finding("interpolation", "error", ((path, value),), why, fix))
+        found.append((keys, Finding("interpolation", "error", ((dotted(keys), value),), why, fix)))
         return None

@@ -1,10 +1,12 @@
-"""From a YAML file and overrides to a checked configuration: every mistake at once, with its place.
+"""From a YAML file and overrides to a typed configuration: every mistake at once, with its place.
 
-Nothing but the YAML file is read: no environment, no clock, no device.
+What is wrong is left out and the rest goes on, so that one run names the mistakes of every stage. Nothing but the YAML
+file is read: no environment, no clock, no device.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +14,42 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from roll_r3.config.explain import explain, misread_values
+from roll_r3.config.explain import annotations_at, explain, is_section, members, misread_values
 from roll_r3.config.interpolate import resolve
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Finding, InvalidConfigError, Origins
-from roll_r3.config.yaml_file import join, parse_yaml
+from roll_r3.config.report import ABSENT, Finding, InvalidConfigError, Origins, has_errors
+from roll_r3.config.roll_yaml import include_defaults, translate
+from roll_r3.config.tree import Keys, at, children, dotted, join, overlap, remove
+from roll_r3.config.yaml_file import parse_yaml
 
 MAX_BYTES = 4 << 20
 """Largest file that is read."""
+_MAX_ROUNDS = 100
+"""How often what is wrong is taken out and the rest is looked at again."""
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A configuration that every model accepts, and where its values came from."""
+    """A typed configuration, where its values came from, and what was wrong on the way."""
 
     config: RLVRConfig
+    """With errors among `findings`, values that had to be left out are their defaults here."""
     origins: Origins
+    findings: tuple[Finding, ...] = ()
+    doubtful: frozenset[str] = frozenset()
+    """Dotted paths of what was left out: nothing can be said about combinations with them."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RLVRConfig:
-    """As `load`, for callers that do not need to know where values came from."""
-    return load(path, overrides).config
+    """As `load`, for callers that need a configuration without errors and nothing else.
+
+    Raises:
+        InvalidConfigError: with all mistakes that can be seen without the rules.
+    """
+    loaded = load(path, overrides)
+    if has_errors(loaded.findings):
+        raise InvalidConfigError(loaded.findings, loaded.origins)
+    return loaded.config
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -44,48 +61,126 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
             items are named by number (`device_mapping.0=3`); sections that are missing are made.
 
     Raises:
-        InvalidConfigError: with all mistakes that a stage can see. Reading and overrides, interpolation, and types
-            and names are three stages: each needs the one before.
+        InvalidConfigError: the file is not one from which a configuration can be made at all.
     """
-    data, places, findings = _read(path)
-    origins = Origins(str(path), places)
-    if not findings:
-        for override in overrides:
-            findings += _apply(override, data, places)
-    if not findings:
-        data, findings = resolve(data)
-    if findings:
-        raise InvalidConfigError(findings, origins)
-    findings = misread_values(data)
-    try:
-        config = RLVRConfig.model_validate(data)
-    except ValidationError as error:
-        known = {f.path for f in findings}
-        findings += [f for f in explain(error, data) if f.path not in known]
-    if findings:
-        raise InvalidConfigError(findings, origins)
-    return LoadedConfig(config, origins)
+    text, findings = _read(path)
+    return load_text("" if text is None else text, str(path), overrides, findings)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Finding]]:
-    """The file's top-level mapping, `file:line` of every key, and what is wrong."""
+def load_text(text: str, file: str, overrides: Sequence[str] = (), findings: Sequence[Finding] = ()) -> LoadedConfig:
+    """As `load`, of a text that was read from `file`, with `findings` about how it was read."""
+    data, places, found = _parse(text, file) if not findings else ({}, {}, list(findings))
+    if data is None or findings:
+        raise InvalidConfigError(found, Origins(file, places))
+    draft = _Draft(data, places, found)
+    for override in overrides:
+        draft.set(override)
+    draft.include()
+    draft.resolve()
+    draft.translate()
+    config = draft.validated()
+    return LoadedConfig(config, Origins(file, draft.places), tuple(draft.findings), frozenset(draft.doubtful))
+
+
+class _Draft:
+    """A configuration on its way to its types: what is wrong is noted and taken out."""
+
+    def __init__(self, data: dict[str, Any], places: dict[str, str], findings: list[Finding]) -> None:
+        self.data = copy.deepcopy(data)
+        self.places = places
+        self.findings = findings
+        self.doubtful = {path for finding in findings for path, _ in finding.found}
+
+    def set(self, override: str) -> None:
+        """Apply one `a.b.c=value`."""
+        if findings := _apply(override, self.data, self.places):
+            self.findings += findings
+            self.doubtful.add(override.partition("=")[0])
+
+    def include(self) -> None:
+        """Take in what a `defaults:` list of Hydra's names."""
+        self.data, self.places, findings = include_defaults(self.data, self.places)
+        self._note(findings)
+
+    def resolve(self) -> None:
+        """Replace every `${section.field}`."""
+        self.data, unresolved = resolve(self.data, self.places)
+        self.leave_out(unresolved)
+
+    def translate(self) -> None:
+        """Put roll_r3's own keys in the place of ROLL's."""
+        self.data, self.places, findings = translate(self.data, self.places)
+        self._note(findings)
+
+    def _note(self, findings: Sequence[Finding]) -> None:
+        """Note findings about values that are left out already."""
+        self.findings += findings
+        self.doubtful |= {path for finding in findings if finding.severity == "error" for path, _ in finding.found}
+
+    def leave_out(self, wrong: Sequence[tuple[Keys, Finding]]) -> None:
+        """Note what is wrong, unless something at the same place was noted before, and take the values out."""
+        known = set(self.doubtful)
+        for keys, finding in wrong:
+            if not any(overlap(finding.path, path) for path in known):
+                self.findings.append(finding)
+            if finding.found[0][1] is ABSENT:
+                self._fill_in(keys)
+            elif _leads_somewhere(self.data, keys):
+                self.doubtful.add(dotted(remove(self.data, keys)))
+            self.doubtful.add(finding.path)
+
+    def validated(self) -> RLVRConfig:
+        """The typed configuration of what is right."""
+        self.leave_out(misread_values(self.data))
+        for _ in range(_MAX_ROUNDS):
+            try:
+                return RLVRConfig.model_validate(self.data)
+            except ValidationError as error:
+                self.leave_out(explain(error, self.data))
+        raise AssertionError(f"{_MAX_ROUNDS} rounds left something wrong: {self.findings[-1]}")
+
+    def _fill_in(self, keys: Keys) -> None:
+        """Something for a required field, so that the rest can be looked at."""
+        kinds = [kind for annotation in annotations_at(dotted(keys)) for kind in members(annotation)]
+        at(self.data, keys[:-1])[keys[-1]] = {} if any(is_section(kind) for kind in kinds) else "missing"
+
+
+def _leads_somewhere(node: Any, keys: Keys) -> bool:
+    """Whether there is still a value where `keys` lead."""
+    for key in keys:
+        if key not in dict(children(node)):
+            return False
+        node = node[key]
+    return True
+
+
+def _read(path: Path) -> tuple[str | None, list[Finding]]:
+    """The file's text, or what is wrong with it."""
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
         text = raw.decode()
     except FileNotFoundError:
-        return {}, {}, [_file_finding(f"{path} does not exist", "give --config the path of a YAML file")]
+        return None, [_file_finding(f"{path} does not exist", "give --config the path of a YAML file")]
     except (OSError, ValueError) as error:
-        return {}, {}, [_file_finding(f"{path} cannot be read: {error}")]
+        return None, [_file_finding(f"{path} cannot be read: {error}")]
     if len(raw) > MAX_BYTES:
-        return {}, {}, [_file_finding(f"{path} is larger than {MAX_BYTES} bytes: this is not a configuration")]
-    data, places, findings = parse_yaml(text, str(path))
+        return None, [_file_finding(f"{path} is larger than {MAX_BYTES} bytes: this is not a configuration")]
+    return text, []
+
+
+def _parse(text: str, file: str) -> tuple[dict[str, Any] | None, dict[str, str], list[Finding]]:
+    """The top-level mapping, `file:line` of every key, and what is wrong; None: nothing can be made of it."""
+    parsed = parse_yaml(text, file)
+    data, findings = parsed.value, parsed.findings
+    if isinstance(data, dict):
+        return data, parsed.places, findings
     if not findings and data is None:
-        findings = [_file_finding(f"{path} is empty", "start from a file in configs/")]
-    elif not findings and not isinstance(data, dict):
+        findings = [_file_finding(f"{file} is empty", "start from a file in configs/")]
+    elif not findings:
         kind = {list: "a list", str: "text", bool: "a boolean"}.get(type(data), "a number")
-        findings = [_file_finding(f"{path} must hold `field: value` lines at its top level, not {kind}")]
-    return data, places, findings
+        findings = [_file_finding(f"{file} must hold `field: value` lines at its top level, not {kind}")]
+    return None, parsed.places, findings
 
 
 def _file_finding(why: str, fix: str = "") -> Finding:
@@ -100,9 +195,9 @@ def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> list[
         fix = "write section.field=value, without spaces around ="
         return [Finding("override", "error", (), f"{override!r} is not an override", fix)]
     place = f"override {override}"
-    value, inner_places, findings = parse_yaml(text, place, path)
-    if findings:
-        return findings
+    parsed = parse_yaml(text, place, path)
+    if parsed.findings:
+        return parsed.findings
     *above, last = keys
     node: Any = data
     here = ""
@@ -116,10 +211,10 @@ def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> list[
         node, here = node[int(key) if isinstance(node, list) else key], inner
     if problem := _cannot_set(node, last, here, override):
         return [problem]
-    node[int(last) if isinstance(node, list) else last] = value
+    node[int(last) if isinstance(node, list) else last] = parsed.value
     for replaced in [p for p in places if p == path or p.startswith(f"{path}.")]:
         del places[replaced]
-    places.update(dict.fromkeys([path, *inner_places], place))
+    places.update(dict.fromkeys([path, *parsed.places], place))
     return []
 
 

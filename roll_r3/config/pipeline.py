@@ -92,7 +92,7 @@ class RLVRConfig(Config):
     """Truncated importance sampling between rollout and trainer."""
 
     actor_train: ActorTrainConfig
-    """The policy that learns."""
+    """The policy that learns: its prompts, its optimizer, its layout."""
     actor_infer: ActorInferConfig
     """The rollout engines."""
     reference: ReferenceConfig | None = None

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from roll_r3.config.tree import overlap
 from roll_r3.errors import ConfigError
 
-Severity = Literal["error", "warning"]
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+"""The gravest first."""
+_FILE_AND_LINE = re.compile(r"(?!override )(.*?):(\d+)(?:, from |$)")
 _MAX_VALUE = 80
 """Characters of a value that are shown."""
 
@@ -41,11 +46,17 @@ class Finding:
     """What cannot work, as one sentence."""
     fix: str = ""
     """What to write instead."""
+    depends: tuple[str, ...] = ()
+    """Dotted paths of further fields that had a part in it, `*` any key; not shown."""
 
     @property
     def path(self) -> str:
         """The field to change; empty for the file as a whole."""
         return self.found[0][0] if self.found else ""
+
+    def concerns(self, path: str) -> bool:
+        """Whether the value at `path`, or one inside or around it, had a part in this."""
+        return any(overlap(mine, path) for mine in (*(p for p, _ in self.found), *self.depends))
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,11 @@ class Origins:
             path = path.rpartition(".")[0]
         return self.places.get(path, self.file)
 
+    def file_and_line(self, path: str) -> tuple[str, int | None]:
+        """The file to open for `path`, and the line where it, or the section around it, stands; None: not in it."""
+        match = _FILE_AND_LINE.match(self.near(path))
+        return (match[1], int(match[2])) if match else (self.file, None)
+
 
 class InvalidConfigError(ConfigError):
     """A configuration with mistakes, all of them: `findings` for programs, the text for people."""
@@ -76,12 +92,40 @@ class InvalidConfigError(ConfigError):
         super().__init__(render(self.findings, origins))
 
 
+def has_errors(findings: Iterable[Finding]) -> bool:
+    """Whether one of them stops a run."""
+    return any(finding.severity == "error" for finding in findings)
+
+
 def render(findings: Iterable[Finding], origins: Origins) -> str:
     """All findings as text, errors first, and a closing line that counts them."""
-    ordered = sorted(findings, key=lambda f: f.severity != "error")
-    errors = sum(f.severity == "error" for f in ordered)
-    counts = [_count(n, name) for n, name in ((errors, "error"), (len(ordered) - errors, "warning")) if n]
-    return "\n\n".join([*(_render(f, origins) for f in ordered), f"{origins.file}: {' and '.join(counts)}"])
+    ordered = sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
+    numbers = {severity: sum(f.severity == severity for f in ordered) for severity in SEVERITIES}
+    counts = [f"{n} {name}{'' if n == 1 else 's'}" for name, n in numbers.items() if n]
+    listed = " and ".join(filter(None, [", ".join(counts[:-1]), *counts[-1:]])) or "nothing found"
+    return "\n\n".join([*(_render(f, origins) for f in ordered), f"{origins.file}: {listed}"])
+
+
+def as_json(findings: Iterable[Finding], origins: Origins) -> list[dict[str, object]]:
+    """All findings as plain values, for programs."""
+    return [
+        {
+            "rule": finding.rule,
+            "severity": finding.severity,
+            "fields": [_field_json(path, value, origins) for path, value in finding.found],
+            "why": finding.why,
+            "fix": finding.fix,
+        }
+        for finding in sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
+    ]
+
+
+def _field_json(path: str, value: object, origins: Origins) -> dict[str, object]:
+    origin = origins.near(path) if value is ABSENT else origins.of(path)
+    file, line = origins.file_and_line(path)
+    return {"path": path, "value": None if value is ABSENT else show_value(value), "origin": origin, "file": file} | (
+        {"line": line} if line else {}
+    )
 
 
 def _render(finding: Finding, origins: Origins) -> str:
@@ -105,7 +149,3 @@ def show_value(value: object) -> str:
     text = value if isinstance(value, str) and value else repr(list(value) if isinstance(value, tuple) else value)
     text = text.replace("\n", "\\n")
     return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 3]}..."
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"

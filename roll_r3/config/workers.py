@@ -20,7 +20,10 @@ def _mode_from_yaml(value: Any) -> Any:
     return {"r2": "R2", "r3": "R3", "off": "disable"}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-ReplayMode = Annotated[Literal["disable", "R2", "R3"], BeforeValidator(_mode_from_yaml)]
+ReplayMode = Annotated[
+    Literal["disable", "R2", "R3"],
+    BeforeValidator(_mode_from_yaml, json_schema_input_type=Literal["disable", "R2", "R3", "off", False]),
+]
 
 
 class RouterReplayConfig(Config):
@@ -31,8 +34,8 @@ class RouterReplayConfig(Config):
     trainer replays those of its own old-log-prob pass. Gate weights always come from live logits, so the router
     learns."""
     audit: bool = False
-    """Check, in the first step and in every `audit_every`th, that the experts which the dispatcher really used are the
-    recorded ones; actor_train only."""
+    """Check, in the first step and every `audit_every` steps after it, that the experts which the dispatcher really
+    used are the recorded ones; actor_train only."""
     audit_every: PositiveInt = 10
     """Steps from one audit to the next."""
 
@@ -96,7 +99,7 @@ class DataArgs(Config):
     prompt: str = "prompt"
     """Column with the prompt text (sent through the chat template as the user's message)."""
     messages: str | None = None
-    """Column with a list of {role, content} messages; takes the place of `prompt`."""
+    """Column with a list of {role, content} messages, or with JSON text of one; takes the place of `prompt`."""
     ground_truth: str = "ground_truth"
     """Column with what the reward compares with."""
     domain: str | None = None

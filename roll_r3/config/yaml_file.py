@@ -1,25 +1,30 @@
 """YAML text to plain values, with the line of every key, and back; nothing in it is ever executed.
 
-YAML 1.1 as PyYAML's safe loader reads it, with three differences: `1e-6` is a number (PyYAML takes it for text), a date
-is text, and a key that is given twice is a mistake rather than a silent overwrite.
+YAML 1.1 as PyYAML's safe loader reads it, with four differences: `1e-6` is a number (PyYAML takes it for text), a date
+is text, so is `1:30` (PyYAML counts in sixties), and a key that is given twice is a mistake, not a silent overwrite.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from roll_r3.config.report import Finding
+from roll_r3.config.tree import join
 
 MAX_NODES = 200_000
 """Aliases are counted as often as they are used: what grows beyond this is a mistake or an attack."""
 MAX_DEPTH = 50
+MAX_DIGITS = 100
 
 _TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null"))
+_INT = "tag:yaml.org,2002:int"
+_WHOLE = re.compile(r"^[-+]?(?:0b[0-1_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
 _FLOAT = re.compile(
     r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
@@ -32,10 +37,13 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {
     first: [
-        (tag, regexp) for tag, regexp in rows if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+        (tag, regexp)
+        for tag, regexp in rows
+        if tag not in (_INT, "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
     ]
     for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(_INT, _WHOLE, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
@@ -46,102 +54,121 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def parse_yaml(text: str, file: str, path: str = "") -> tuple[Any, dict[str, str], list[Finding]]:
+@dataclass(frozen=True)
+class Parsed:
+    """One YAML document: what could be read of it, and what was wrong with the rest."""
+
+    value: Any
+    """Plain values. What a finding names is left out; None: nothing can be made of the document."""
+    places: dict[str, str]
+    """Dotted path -> `file:line` of every key and list item."""
+    findings: list[Finding]
+
+
+def parse_yaml(text: str, file: str, path: str = "") -> Parsed:
     """Read one YAML document.
 
     Args:
         text: the document.
         file: what to call it in messages.
         path: where its value stands in the configuration; an override's does not stand at the root.
-
-    Returns:
-        Its value (None when there is none), dotted path -> `file:line` for every key and list item, and what is wrong.
-        With findings the value is not to be used.
     """
     walk = _Walk(file)
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            return None, walk.places, []
-        findings = list(walk.visit(node, path, ()))
-        return (None if findings else loader.construct_document(node)), walk.places, findings
+            return Parsed(None, {}, [])
+        usable = walk.visit(node, path, ())
+        return Parsed(loader.construct_document(node) if usable else None, walk.places, walk.findings)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1} of " if mark else ""
-        return None, {}, [_unreadable(f"{line}{file} is not YAML: {error.problem or error.context}")]
-    except (yaml.YAMLError, ValueError) as error:
-        return None, {}, [_unreadable(f"{file} is not YAML: {' '.join(str(error).split())}")]
+        return Parsed(None, {}, [_unreadable(f"{line}{file} is not YAML: {error.problem or error.context}")])
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        return Parsed(None, {}, [_unreadable(f"{file} is not YAML: {' '.join(str(error).split())}")])
     except RecursionError:
-        return None, {}, [_unreadable(f"{file}: sections are nested too deeply")]
+        return Parsed(None, {}, [_unreadable(f"{file}: sections are nested too deeply")])
 
 
 class _Walk:
-    """One pass over the tree of nodes, before any value is made of it: notes the places, yields what is wrong."""
+    """One pass over the tree of nodes, before any value is made of it: notes places and mistakes, prunes the latter."""
 
     def __init__(self, file: str) -> None:
         self.places: dict[str, str] = {}
+        self.findings: list[Finding] = []
         self._file = file
         self._nodes = 0
+        self._hopeless = False
 
-    def visit(self, node: yaml.Node, path: str, around: tuple[yaml.Node, ...]) -> Iterator[Finding]:
-        """Visit `node` and all below it; it stands at `path`, inside the nodes `around`."""
+    def visit(self, node: yaml.Node, path: str, around: tuple[yaml.Node, ...]) -> bool:
+        """Visit `node` and all below it; it stands at `path`, inside the nodes `around`.
+
+        Returns:
+            Whether a value may be made of it.
+        """
+        if self._hopeless:
+            return False
         self._nodes += 1
-        if self._nodes == MAX_NODES:
-            yield _wrong(node, path, f"the file holds more than {MAX_NODES} values once its aliases are expanded")
-        if self._nodes >= MAX_NODES:
-            return
-        if any(node is outer for outer in around):
-            yield _wrong(node, path, "an alias that contains itself")
+        if self._nodes > MAX_NODES:
+            self._hopeless = True
+            self._wrong(node, path, f"the file holds more than {MAX_NODES} values once its aliases are expanded")
+        elif any(node is outer for outer in around):
+            self._hopeless = True
+            self._wrong(node, path, "an alias that contains itself")
         elif len(around) > MAX_DEPTH:
-            yield _wrong(node, path, f"sections are nested more than {MAX_DEPTH} deep")
+            self._hopeless = True
+            self._wrong(node, path, f"sections are nested more than {MAX_DEPTH} deep")
         elif node.tag not in _TAGS:
             why = f"the tag {node.tag} is refused: plain YAML values are read, nothing is constructed or executed"
-            yield _wrong(node, path, why, "write the plain value", rule="yaml-tag")
+            self._wrong(node, path, why, "write the plain value", rule="yaml-tag")
+            return False
+        elif node.tag == _INT and len(node.value) > MAX_DIGITS:
+            self._wrong(node, path, f"a number of more than {MAX_DIGITS} digits", rule="bad-value")
+            return False
         elif isinstance(node, yaml.MappingNode):
-            yield from self._visit_mapping(node, path, around)
+            node.value = list(self._usable_items(node, path, around))
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 inner = join(path, str(index))
                 self.places[inner] = self._place(item)
-                yield from self.visit(item, inner, (*around, node))
+                if not self.visit(item, inner, (*around, node)):
+                    node.value[index] = yaml.ScalarNode("tag:yaml.org,2002:null", "null")
+        return not self._hopeless
 
-    def _visit_mapping(self, node: yaml.MappingNode, path: str, around: tuple[yaml.Node, ...]) -> Iterator[Finding]:
+    def _usable_items(
+        self, node: yaml.MappingNode, path: str, around: tuple[yaml.Node, ...]
+    ) -> Iterator[tuple[yaml.Node, yaml.Node]]:
         seen: dict[str, str] = {}
         for key, value in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
-                yield _wrong(value, join(path, "<<"), "the merge key << is not read", "write ${section.field}")
+                self._wrong(value, join(path, "<<"), "the merge key << is not read", "write ${section.field}")
                 continue
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 why = f"a key must be text; YAML reads this one, in line {key.start_mark.line + 1}, as something else"
-                yield _wrong(key, path, why, "write it in quotes")
+                self._wrong(key, path, why, "write it in quotes")
                 continue
             inner, here = join(path, key.value), self._place(key)
             self.places[inner] = here
             if key.value in seen:
                 why = f"this key is given twice, first at {seen[key.value]}: YAML would silently keep the last"
-                yield _wrong(value, inner, why, "remove one of them", rule="duplicate-key")
+                self._wrong(value, inner, why, "remove one of them", rule="duplicate-key")
             seen.setdefault(key.value, here)
-            yield from self.visit(value, inner, (*around, node))
+            if self.visit(value, inner, (*around, node)):
+                yield key, value
 
     def _place(self, node: yaml.Node) -> str:
         return f"{self._file}:{node.start_mark.line + 1}"
+
+    def _wrong(self, node: yaml.Node, path: str, why: str, fix: str = "", rule: str = "yaml") -> None:
+        value = node.value if isinstance(node, yaml.ScalarNode) else "..."
+        self.findings.append(Finding(rule, "error", ((path, value),) if path else (), why, fix))
 
 
 def to_yaml(config: BaseModel) -> str:
     """A whole configuration, defaults filled in, as YAML that loads to the same."""
     values = config.model_dump(mode="json")
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-
-
-def join(path: str, key: str) -> str:
-    """`key` below the dotted `path`."""
-    return f"{path}.{key}" if path else key
-
-
-def _wrong(node: yaml.Node, path: str, why: str, fix: str = "", rule: str = "yaml") -> Finding:
-    value = node.value if isinstance(node, yaml.ScalarNode) else "..."
-    return Finding(rule, "error", ((path, value),) if path else (), why, fix)
 
 
 def _unreadable(why: str) -> Finding:

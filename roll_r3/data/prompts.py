@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def read_prompts(args: DataArgs, tokenizer: ChatTokenizer, max_tokens: int) -> l
     too_long = 0
     for name in (args.file_name,) if isinstance(args.file_name, str) else args.file_name:
         for i, row in enumerate(_rows(name, args)):
-            messages = row.pop("messages")
+            messages = _messages(row.pop("messages"), f"{name}: row {i}")
             try:
                 encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             except Exception as error:  # a template is a program of its own: whatever it raises is about this row
@@ -74,6 +75,18 @@ def read_prompts(args: DataArgs, tokenizer: ChatTokenizer, max_tokens: int) -> l
             f"prompt_length={max_tokens} tokens"
         )
     return prompts
+
+
+def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    """The chat of a row; ROLL's data holds it as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConfigError(f"{where}: the messages are text that is not JSON: {error}") from error
+    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        raise ConfigError(f"{where}: the messages are no list of {{role, content}}")
+    return value
 
 
 def _rows(name: str, args: DataArgs) -> Iterator[dict[str, Any]]:

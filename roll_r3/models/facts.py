@@ -10,6 +10,7 @@ from typing import Any
 
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.architectures.base import Architecture
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,14 @@ class ModelFacts:
     """Routed experts a layer chooses from; shared experts are not counted."""
     top_k: int
     num_attention_heads: int
+    num_key_value_heads: int
     vocab_size: int
     context_length: int
     """Longest sequence the position encoding was made for, in tokens."""
+    latent_attention: bool = False
+    """Keys and values come from a low-rank projection, so their heads are not split by themselves."""
+    expert_bias: bool = False
+    """A bias per expert takes part in the choice of experts, not in their gates."""
 
 
 def read_facts(checkpoint: str | Path) -> ModelFacts:
@@ -44,18 +50,41 @@ def read_facts(checkpoint: str | Path) -> ModelFacts:
 
 
 def facts_of(config: Mapping[str, Any]) -> ModelFacts:
-    """The facts in a config.json that is already read. Raises ConfigError for an unknown architecture."""
+    """The facts in a config.json that is already read. Raises ConfigError for an unknown architecture, or
+    one without the fields it needs."""
     model_type = str(config.get("model_type"))
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None:
         raise ConfigError(f"model_type {model_type!r} is not known: roll_r3 trains {', '.join(sorted(ARCHITECTURES))}")
+    try:
+        return _facts(model_type, architecture, config)
+    except (KeyError, StopIteration) as error:
+        missing = error.args[0] if error.args else architecture.num_experts[0]
+        raise ConfigError(f"this config.json of a {model_type} has no {missing}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"this config.json of a {model_type} cannot be read: {error}") from error
+
+
+def _facts(model_type: str, architecture: Architecture, config: Mapping[str, Any]) -> ModelFacts:
+    num_experts = next(name for name in architecture.num_experts if name in config)
+    heads = _whole(config, "num_attention_heads")
     return ModelFacts(
         model_type=model_type,
-        num_layers=config["num_hidden_layers"],
+        num_layers=_whole(config, "num_hidden_layers"),
         moe_layers=architecture.moe_layers(config),
-        num_experts=next(config[name] for name in architecture.num_experts if name in config),
-        top_k=config["num_experts_per_tok"],
-        num_attention_heads=config["num_attention_heads"],
-        vocab_size=config["vocab_size"],
-        context_length=config["max_position_embeddings"],
+        num_experts=_whole(config, num_experts),
+        top_k=_whole(config, "num_experts_per_tok"),
+        num_attention_heads=heads,
+        num_key_value_heads=_whole(config, "num_key_value_heads") if "num_key_value_heads" in config else heads,
+        latent_attention=architecture.latent_attention,
+        expert_bias="mlp.router.expert_bias" in architecture.layer_names,
+        vocab_size=_whole(config, "vocab_size"),
+        context_length=_whole(config, "max_position_embeddings"),
     )
+
+
+def _whole(config: Mapping[str, Any], name: str) -> int:
+    value = config[name]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}")
+    return value

@@ -17,14 +17,16 @@ from typing import Any
 from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.logs import FORMAT
 from roll_r3.cluster.placement import place, ray_cluster
+from roll_r3.config.derived import workers
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.workers import WorkerConfig
+from roll_r3.config.report import Origins
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import prompt_batches, read_prompts
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
-from roll_r3.models.fit import check_fit
 from roll_r3.pipelines.rlvr import RLVRPipeline, ScoredSample
+from roll_r3.preflight.check import require_valid
+from roll_r3.preflight.surroundings import look_around
 from roll_r3.rewards.rules import Rewards
 from roll_r3.tracking.metric_log import MetricLog
 from roll_r3.tracking.progress import Progress
@@ -36,8 +38,11 @@ logger = logging.getLogger(__name__)
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
-def launch(config: RLVRConfig) -> int:
+def launch(config: RLVRConfig, origins: Origins) -> int:
     """Run the whole training.
+
+    Args:
+        origins: where the configuration's values came from, for what only the downloaded checkpoint can tell.
 
     Returns:
         The exit status, 0: every step ran.
@@ -54,7 +59,7 @@ def launch(config: RLVRConfig) -> int:
         progress = stack.enter_context(Progress(config.max_steps))
         progress.say(f"run directory: {run_dir.path}")
         stack.enter_context(_leave_on_sigterm())
-        tokenizer, prompts, rewards = _prepare(config, progress)
+        tokenizer, prompts, rewards = _prepare(config, origins, progress)
         with progress.stage("starting Ray"):
             stack.enter_context(ray_cluster(config))
             placement = stack.enter_context(place(config))
@@ -88,23 +93,22 @@ def with_absolute_checkpoints(config: RLVRConfig) -> RLVRConfig:
         return str(Path(name).absolute()) if Path(name).is_dir() else name
 
     changes: dict[str, object] = {"pretrain": absolute(config.pretrain)}
-    for role in ("actor_train", "actor_infer", "reference"):
-        section: WorkerConfig | None = getattr(config, role)
-        if section is not None and section.model_args.model_name_or_path:
+    for role, section in workers(config).items():
+        if section.model_args.model_name_or_path:
             name = absolute(section.model_args.model_name_or_path)
             args = section.model_args.model_copy(update={"model_name_or_path": name})
             changes[role] = section.model_copy(update={"model_args": args})
     return config.model_copy(update=changes)
 
 
-def _prepare(config: RLVRConfig, progress: Progress) -> tuple[Any, Any, Rewards]:
+def _prepare(config: RLVRConfig, origins: Origins, progress: Progress) -> tuple[Any, Any, Rewards]:
     """Everything that can be wrong without a cluster: checkpoint, tokenizer, data, rewards."""
     with progress.stage("reading checkpoint, tokenizer and prompts"):
         from transformers import AutoTokenizer  # noqa: PLC0415  seconds to import: after the first line is on screen
 
         checkpoint = resolve_checkpoint(config.actor_train.model_args.model_name_or_path or config.pretrain)
         facts = read_facts(checkpoint)
-        check_fit(config, facts)
+        require_valid(config, look_around(config), origins)
         trust = config.actor_train.model_args.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust)
         prompts = read_prompts(config.actor_train.data_args, tokenizer, config.prompt_length)

@@ -27,7 +27,6 @@ from megatron_cases import (
 )
 
 from roll_r3.batch.micro_batch import shuffled_mini_batches
-from roll_r3.models.tiny import make_tiny_checkpoint
 
 pytestmark = pytest.mark.integration
 Gangs = Callable[[int], Gang]
@@ -189,9 +188,17 @@ def test_clipped_adam_steps_equal_the_reference(
     assert outcome.metrics["actor/lr"] == ADAM["learning_rate"]
 
 
+def test_the_learning_rate_ends_with_the_run(gang: Gangs, tiny_moe: Path) -> None:
+    """10 steps x 2 epochs x 2 optimizer steps; the fourth is the last of the first step."""
+    training = {"learning_rate": 1e-3, "lr_scheduler_type": "linear"}
+    case = Case(str(tiny_moe), mini_batches=2, training=training, options={"ppo_epochs": 2})
+    outcome = gang(1).run(run_case, case, make_batch())[0]
+    assert outcome.metrics["actor/lr"] == pytest.approx(1e-3 * (1 - 3 / 40))
+
+
 def test_padded_vocabulary_gets_no_probability(gang: Gangs, tmp_path: Path) -> None:
     """261 tokens over two tensor-parallel ranks: one column is padding."""
-    checkpoint = make_tiny_checkpoint(tmp_path, seed=2, vocab_size=261)
+    checkpoint = make_model(tmp_path, "qwen3_moe", vocab_size=261)
     batch = make_batch(vocab=261)
     case = Case(str(checkpoint), TP2, options=EVERY_TERM, log_probs_first=True)
 

@@ -167,9 +167,12 @@ def test_r2_replays_the_recording_pass(size: int, layout: dict, packed: bool, ga
 ALIKE = {"infer_batch_size": 2, "micro_batch_size": 2}
 """Micro-batches of the recording pass and of the update are composed alike: then their arithmetic is the same."""
 DYNAMIC = {
-    f"{name}_in_{way}": value
-    for way in ("train", "infer")
-    for name, value in {"use_dynamic_batching": True, "max_tokens_per_microbatch": 64}.items()
+    "infer_batch_size": None,
+    "role": {
+        f"{name}_in_{way}": value
+        for way in ("train", "infer")
+        for name, value in {"use_dynamic_batching": True, "max_tokens_per_microbatch": 64}.items()
+    },
 }
 
 
@@ -177,12 +180,12 @@ DYNAMIC = {
     ("size", "case"),
     [
         (1, {"layout": FULL_RECOMPUTE, **ALIKE}),
-        (1, {"packed": True, "role": DYNAMIC}),
+        (1, {"packed": True, **DYNAMIC}),
         (2, {"layout": TWO_STAGES, "dtype": "bf16", **ALIKE}),
         (2, {"layout": PIPELINE, "packed": True, **ALIKE}),
         (2, {"layout": {"tensor_model_parallel_size": 2}, **ALIKE}),
         (2, {"layout": {"context_parallel_size": 2, **FULL_RECOMPUTE}, "packed": True, **ALIKE}),
-        (2, {"layout": {"expert_model_parallel_size": 2}, "role": DYNAMIC}),
+        (2, {"layout": {"expert_model_parallel_size": 2}, **DYNAMIC}),
     ],
 )
 def test_r2_first_ratio_is_exactly_one(size: int, case: dict, gang: Gangs, tiny_moe: Path) -> None:

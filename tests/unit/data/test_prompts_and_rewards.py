@@ -43,10 +43,20 @@ def test_columns_are_mapped(tmp_path, tokenizer, kind):
     assert tokenizer.decode(prompts[0].token_ids) == "1+1="
 
 
-def test_messages_go_through_the_chat_template(tmp_path, tokenizer):
-    rows = [{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], "ground_truth": "g"}]
+@pytest.mark.parametrize("written", [list, json.dumps], ids=["list", "text"])
+def test_messages_go_through_the_chat_template(tmp_path, tokenizer, written):
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    rows = [{"messages": written(messages), "ground_truth": "g"}]
     args = DataArgs(file_name=write_rows(tmp_path / "m.jsonl", rows), messages="messages")
     assert tokenizer.decode(read_prompts(args, tokenizer, 10)[0].token_ids) == "SU"
+
+
+@pytest.mark.parametrize("messages", ["hello", "{}", "[3]", '[{"role": "user"}]'])
+def test_messages_that_are_none_are_named(tmp_path, tokenizer, messages):
+    rows = [{"messages": messages, "ground_truth": "g"}]
+    args = DataArgs(file_name=write_rows(tmp_path / "m.jsonl", rows), messages="messages")
+    with pytest.raises(ConfigError, match="row 0: the messages are"):
+        read_prompts(args, tokenizer, 10)
 
 
 def test_long_prompts_are_left_out_and_said(tmp_path, tokenizer, caplog):

@@ -88,7 +88,7 @@ def _session(chunk: _Chunk, mode: str, micro_batches: list[Any]) -> Iterator[Any
     if mode == "disable":
         yield None
         return
-    facts = ModelFacts("test", 1, (0,), EXPERTS, TOP_K, 1, 32, 64)
+    facts = ModelFacts("test", 1, (0,), EXPERTS, TOP_K, 1, 1, 32, 64)
     with ReplaySession(
         [[Router(chunk.router, 0, chunk.recompute)]],
         len(micro_batches),

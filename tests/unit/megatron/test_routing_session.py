@@ -25,6 +25,7 @@ FACTS = ModelFacts(
     num_experts=EXPERTS,
     top_k=TOP_K,
     num_attention_heads=4,
+    num_key_value_heads=4,
     vocab_size=32,
     context_length=64,
 )

@@ -6,11 +6,9 @@ import json
 
 import pytest
 
-from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import facts_of, read_facts
-from roll_r3.models.fit import check_fit
 from roll_r3.models.tiny import make_tiny_checkpoint
 
 BASE = {
@@ -62,41 +60,25 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
     assert resolve_checkpoint(str(make_tiny_checkpoint(tmp_path / "m"))) == tmp_path / "m"
 
 
-def test_every_misfit_is_named_at_once(tmp_path):
-    layout = {"tensor_model_parallel_size": 3, "expert_model_parallel_size": 3, "pipeline_model_parallel_size": 4}
-    config = RLVRConfig(
-        exp_name="x",
-        pretrain="p",
-        prompt_length=60,
-        response_length=60,
-        actor_train={"strategy_args": {"strategy_name": "megatron_train", "strategy_config": layout}},
-        actor_infer={},
-    )
-    facts = facts_of(BASE | {"model_type": "qwen3_moe", "num_experts": 8})
-    with pytest.raises(ConfigError) as error:
-        check_fit(config, facts)
-    text = str(error.value)
-    for part in (
-        "120 tokens",
-        "3 does not divide the 8 experts",
-        "3 does not divide the 4 attention heads",
-        "6 layers",
-    ):
-        assert part in text
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers is None"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"mlp_only_layers": 3}, "cannot be read"),
+    ],
+)
+def test_a_config_json_with_odd_values_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        facts_of(BASE | {"model_type": "qwen3_moe", "num_experts": 8} | change)
 
 
-def test_replay_needs_a_moe_model():
-    facts = facts_of(BASE | {"model_type": "qwen3_moe", "num_experts": 8, "mlp_only_layers": list(range(6))})
-    config = RLVRConfig(
-        exp_name="x",
-        pretrain="p",
-        prompt_length=8,
-        response_length=8,
-        actor_train={"router_replay": {"mode": "R3"}},
-        actor_infer={},
-    )
-    with pytest.raises(ConfigError, match="no MoE layer"):
-        check_fit(config, facts)
+@pytest.mark.parametrize("name", [*BASE, "num_experts"])
+def test_a_config_json_without_a_field_names_it(name):
+    config = BASE | {"model_type": "qwen3_moe", "num_experts": 8}
+    with pytest.raises(ConfigError, match=f"has no {name}"):
+        facts_of({key: value for key, value in config.items() if key != name})
 
 
 def test_a_tiny_config_json_is_plain_json(tmp_path):

@@ -6,12 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.pipeline_layout import parse_pipeline_layout
 from roll_r3.config.strategies import MegatronConfig
-from roll_r3.errors import ConfigError
-from roll_r3.models.facts import ModelFacts
-from roll_r3.models.fit import check_fit
 from roll_r3.models.layer_map import ChunkLayers, chunk_layers
 
 
@@ -200,19 +196,3 @@ def test_layout_texts_are_read_as_megatron_reads_them(text, stages):
 def test_a_layout_text_that_megatron_refuses_is_refused(text):
     with pytest.raises(ValueError, match="pipeline_model_parallel_layout"):
         MegatronConfig(pipeline_model_parallel_size=2, pipeline_model_parallel_layout=text)
-
-
-def test_a_layout_that_does_not_fit_the_model_is_named_with_its_field():
-    facts = ModelFacts("qwen3_moe", 6, (0, 1, 2, 3, 4, 5), 8, 2, 4, 10, 64)
-
-    def check(**megatron: object) -> None:
-        strategy = {"strategy_name": "megatron_train", "strategy_config": megatron}
-        roles = {"actor_train": {"strategy_args": strategy}, "actor_infer": {}}
-        check_fit(RLVRConfig(exp_name="x", pretrain="p", prompt_length=8, response_length=8, **roles), facts)
-
-    at = "actor_train.strategy_args.strategy_config"
-    with pytest.raises(ConfigError, match=rf"{at}.pipeline_model_parallel_layout: .* places 5 .* has 6"):
-        check(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Ett|tttL")
-    check(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Ett|ttttL")
-    with pytest.raises(ConfigError, match=rf"{at}.pipeline_model_parallel_size: 6 layers with the embedding do not"):
-        check(pipeline_model_parallel_size=2, account_for_embedding_in_pipeline_split=True)

@@ -18,18 +18,26 @@ EVERY_ADDRESS = ("0.0.0.0", "::")
 """Hosts that a server listens on but that nobody can connect to from elsewhere."""
 
 _NO_REPLICAS = "SGLang refuses weight updates to data-parallel replicas; give actor_infer more devices instead"
-_ROUTES_LOST = "routed experts would be missing or wrong"
 _OWNED = "this strategy sets it itself"
 
-_REFUSED: dict[str, str] = {
-    "pp_size": f"pipeline stages do not gather their layers: {_ROUTES_LOST}; use tp_size",
-    "pipeline_parallel_size": f"pipeline stages do not gather their layers: {_ROUTES_LOST}; use tp_size",
-    "enable_hierarchical_cache": f"prefixes that come back from host memory carry no routes: {_ROUTES_LOST}",
-    "disaggregation_mode": f"the prefill server's routes do not travel to the decode server: {_ROUTES_LOST}",
-    "speculative_algorithm": f"draft tokens are not recorded with theirs: {_ROUTES_LOST}",
+_MOVED = "it was not verified that experts which are moved or copied are recorded by their number in the model"
+_LOSE_ROUTES: dict[str, str] = {
+    "pp_size": "pipeline stages do not gather their layers; use tp_size",
+    "pipeline_parallel_size": "pipeline stages do not gather their layers; use tp_size",
+    "enable_hierarchical_cache": "prefixes that come back from host memory carry no routes",
+    "enable_lmcache": "prefixes that come back from an external cache carry no routes",
+    "disaggregation_mode": "the prefill server's routes do not travel to the decode server",
+    "speculative_algorithm": "draft tokens are not recorded with theirs",
     "speculative_draft_model_path": "it belongs to speculative decoding, with which routed experts are not recorded",
-    "enable_return_routed_experts": "it follows actor_infer.router_replay.mode",
     "skip_tokenizer_init": "routed experts come in another form with it",
+    "enable_eplb": _MOVED,
+    "ep_num_redundant_experts": _MOVED,
+    "init_expert_location": _MOVED,
+}
+"""Features with which routed experts would be missing or wrong."""
+
+_REFUSED: dict[str, str] = {
+    "enable_return_routed_experts": "it follows actor_infer.router_replay.mode",
     "dp_size": _NO_REPLICAS,
     "data_parallel_size": _NO_REPLICAS,
     "nnodes": "an engine lives on one node",
@@ -60,11 +68,16 @@ _REFUSED: dict[str, str] = {
 }
 
 
+def args_that_lose_routes(config: SglangConfig) -> list[str]:
+    """One message for each entry of `server_args` with which routed experts would be missing or wrong."""
+    return [f"server_args.{name}: {_LOSE_ROUTES[name]}" for name in config.server_args if name in _LOSE_ROUTES]
+
+
 def refused_server_args(config: SglangConfig) -> list[str]:
-    """One message for each entry of `server_args` that cannot be: key, value and why. Empty when all is well."""
+    """One message for each other entry of `server_args` that cannot be. Empty when all is well."""
     typed = set(SglangConfig.model_fields) - {"server_args"}
     problems = []
-    for name, value in config.server_args.items():
+    for name in config.server_args:
         if not name.isidentifier():
             reason: str | None = "write the name with underscores and without leading dashes"
         elif name in typed:
@@ -72,7 +85,7 @@ def refused_server_args(config: SglangConfig) -> list[str]:
         else:
             reason = _REFUSED.get(name)
         if reason:
-            problems.append(f"server_args.{name} (= {value!r}) is refused: {reason}")
+            problems.append(f"server_args.{name}: {reason}")
     return problems
 
 

@@ -23,6 +23,7 @@ from roll_r3.strategies.rollout.sglang.client import SglangClient, UnreachableEr
 from roll_r3.strategies.rollout.sglang.payload import read_sample
 from roll_r3.strategies.rollout.sglang.server import (
     EVERY_ADDRESS,
+    args_that_lose_routes,
     refused_server_args,
     server_arguments,
     server_command,
@@ -100,7 +101,7 @@ class SglangRollout:
             ConfigError: refused `server_args`, or a checkpoint whose routing facts cannot be read.
             EngineError: SGLang is missing or outside the version window, or the server did not come up.
         """
-        if problems := refused_server_args(self._config):
+        if problems := args_that_lose_routes(self._config) + refused_server_args(self._config):
             raise ConfigError("; ".join(problems))
         checkpoint = resolve_checkpoint(self._model_path)
         self._facts = read_facts(checkpoint)

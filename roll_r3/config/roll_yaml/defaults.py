@@ -1,0 +1,33 @@
+"""ROLL's defaults where roll_r3 has others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from roll_r3.config.report import ABSENT
+from roll_r3.config.roll_yaml.draft import Draft
+
+DEFAULTS: dict[str, Any] = {
+    "num_return_sequences_in_group": 1,
+    "loss_agg_mode": "seq-mean-token-mean",
+    "actor_train.training_args.learning_rate": 5e-5,
+    "actor_train.training_args.lr_scheduler_type": "linear",
+    "actor_train.training_args.adam_beta2": 0.999,
+    "actor_train.training_args.per_device_train_batch_size": 8,
+    "actor_infer.generating_args.temperature": 0.95,
+    "actor_infer.generating_args.top_p": 0.7,
+    "actor_infer.generating_args.top_k": 50,
+}
+KL_LOSS_COEF = {"kl_loss_coef": 0}
+"""Read with use_kl_loss only."""
+DOMAIN = {"actor_train.data_args.domain": "tag"}
+"""Read where a reward has tags only."""
+
+
+def fill_in_defaults(draft: Draft) -> None:
+    """What a file that was written for ROLL means by what it leaves out."""
+    if not draft.is_rolls:
+        return
+    tags = [draft.get(keys) for keys in draft.expand("rewards.*.tag_included")]
+    kl = KL_LOSS_COEF if draft.get("use_kl_loss") is True else {}
+    draft.fill_in(DEFAULTS | kl | (DOMAIN if any(tag not in (ABSENT, None, []) for tag in tags) else {}))

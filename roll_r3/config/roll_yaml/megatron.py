@@ -1,0 +1,160 @@
+"""Megatron's layout and recomputation."""
+
+from __future__ import annotations
+
+from roll_r3.config.report import ABSENT
+from roll_r3.config.roll_yaml.draft import Draft
+from roll_r3.config.roll_yaml.rows import Joint, Moved, Off, Row, Same, Step, Unread, under
+from roll_r3.config.tree import Keys
+
+_MEGATRON = "<trainer>.strategy_args.strategy_config"
+
+
+def _layouts(draft: Draft) -> None:
+    """Layouts that ROLL or Megatron mends by themselves, and recomputation."""
+    for section in draft.expand(_MEGATRON):
+        if not isinstance(draft.get(section), dict):
+            continue
+        _moe_recompute(draft, section)
+        if draft.is_rolls:
+            _parallel(draft, section)
+            _recompute(draft, section)
+
+
+def _parallel(draft: Draft, section: Keys) -> None:
+    sequence, virtual = (*section, "sequence_parallel"), (*section, "virtual_pipeline_model_parallel_size")
+    tensor, experts = (draft.get((*section, f"{kind}_model_parallel_size")) for kind in ("tensor", "expert"))
+    if draft.get(sequence) is True and tensor in (ABSENT, None, 1):
+        draft.translate(sequence, {}, "with one tensor-parallel rank there is nothing to split, and ROLL turns it off")
+    elif draft.get(sequence) is False and _above_one(tensor) and _above_one(experts):
+        draft.translate(sequence, {}, "experts under tensor parallelism need it, and ROLL turns it on")
+    if draft.get(virtual) == 1:
+        draft.translate(virtual, {}, "one chunk per stage is the plain schedule")
+
+
+def _above_one(value: object) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+def _moe_recompute(draft: Draft, section: Keys) -> None:
+    switch, modules = (*section, "moe_layer_recompute"), (*section, "recompute_modules")
+    granularity = (*section, "recompute_granularity")
+    if isinstance(draft.get(modules), str):
+        listed = [name.strip() for name in draft.get(modules).split(",")]
+        draft.translate(modules, {modules: listed}, "it is a list")
+    if draft.get(switch) in (False, None):
+        draft.drop(switch)
+    elif draft.get(switch) is not True:
+        return
+    elif draft.get(granularity) == "full":
+        draft.refuse(switch, "Megatron refuses it beside full recompute: keep recompute_granularity: full")
+    elif draft.get(granularity) in (ABSENT, None, "selective"):
+        named = draft.get(modules) if isinstance(draft.get(modules), list) else ["core_attn"]
+        named = named if "moe" in named else [*named, "moe"]
+        why = "Megatron's selective recompute, of the attention core too unless modules are named"
+        draft.drop(modules)
+        draft.translate(switch, {granularity: "selective", modules: named}, why)
+
+
+def _recompute(draft: Draft, section: Keys) -> None:
+    granularity, method, layers, modules = (
+        (*section, f"recompute_{name}") for name in ("granularity", "method", "num_layers", "modules")
+    )
+    if draft.get(granularity) == "full" and not draft.has(method) and not draft.has(layers):
+        why = "every layer is recomputed by itself, which is what ROLL does when nothing is said"
+        draft.translate(granularity, {granularity: "full", method: "uniform", layers: 1}, why)
+    if draft.get(granularity) == "selective" and not draft.has(modules):
+        why = "Megatron recomputes the attention core when nothing is said"
+        draft.translate(granularity, {granularity: "selective", modules: ["core_attn"]}, why)
+
+
+STEPS: tuple[Step, ...] = (_layouts,)
+
+ROWS = (
+    Row(
+        under(
+            _MEGATRON,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "account_for_embedding_in_pipeline_split",
+            "account_for_loss_in_pipeline_split",
+            "pipeline_model_parallel_layout",
+            "use_distributed_optimizer",
+            "overlap_grad_reduce",
+            "moe_token_dispatcher_type",
+            "moe_grouped_gemm",
+            "moe_router_dtype",
+        ),
+        Same(),
+    ),
+    Row(
+        under(_MEGATRON, "virtual_pipeline_model_parallel_size"),
+        Joint("the same; `1` is left out, since it is the plain schedule"),
+    ),
+    Row(
+        under(_MEGATRON, "sequence_parallel"),
+        Joint("the same; left out where ROLL corrects it: `true` without TP, `false` with TP and EP"),
+    ),
+    Row(
+        under(_MEGATRON, "recompute_granularity", "recompute_method", "recompute_num_layers"),
+        Joint("the same; `full` alone is every layer by itself, `selective` alone the attention core"),
+    ),
+    Row(under(_MEGATRON, "recompute_modules"), Joint("the same; text with commas is a list here")),
+    Row(
+        under(_MEGATRON, "moe_layer_recompute"),
+        Joint("`recompute_granularity: selective` and `recompute_modules: [core_attn, moe]`, as Megatron reads it"),
+    ),
+    Row(under(_MEGATRON, "moe_aux_loss_coeff"), Same("only 0 is accepted")),
+    Row(
+        under("<trainer>.model_args", "moe_aux_loss_coef"),
+        Moved("<role>.strategy_args.strategy_config.moe_aux_loss_coeff", "only 0 is accepted"),
+    ),
+    Row(
+        under(_MEGATRON, "moe_expert_capacity_factor", "moe_token_drop_policy"),
+        Off((), "no token is ever dropped: replay needs every one"),
+    ),
+    Row(under(_MEGATRON, "moe_pad_expert_input_to_capacity"), Off((False,), "experts have no capacity")),
+    Row(under(_MEGATRON, "mtp_num_layers"), Off((0,), "multi-token-prediction layers are not built")),
+    Row(under(_MEGATRON, "fp8", "fp8_format", "fp8_recipe"), Off((), "the trainer computes in bf16 or fp32")),
+    Row(under(_MEGATRON, "fp8_param"), Off((False,), "the trainer computes in bf16 or fp32")),
+    Row(under(_MEGATRON, "calculate_per_token_loss"), Off((False,), "the loss's denominator is loss_agg_mode")),
+    Row(under(_MEGATRON, "optimizer"), Off(("adam",), "the optimizer is Adam")),
+    Row(under(_MEGATRON, "additional_configs"), Off(({},), "write those that roll_r3 has beside the others")),
+    Row(under(_MEGATRON, "micro_batch_size"), Off((), "write training_args.per_device_train_batch_size")),
+    Row(under(_MEGATRON, "moe_enable_routing_replay"), Unread("router_replay.mode says so")),
+    Row(
+        under(
+            _MEGATRON,
+            "accumulate_allreduce_grads_in_fp32",
+            "apply_rope_fusion",
+            "bias_activation_fusion",
+            "check_for_nan_in_loss_and_grad",
+            "ckpt_d2h_non_blocking",
+            "ckpt_format",
+            "compile_warmup",
+            "cross_entropy_loss_fusion",
+            "cuda_graph_impl",
+            "cuda_graph_scope",
+            "ddp_average_in_collective",
+            "ddp_bucket_size",
+            "delay_grad_reduce",
+            "distrib_optim_fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient",
+            "moe_shared_expert_overlap",
+            "optimizer_cpu_offload",
+            "optimizer_offload_fraction",
+            "overlap_p2p_comm",
+            "overlap_param_gather",
+            "save_hf_model",
+            "save_merged_model",
+            "sequence_packing",
+            "transformer_impl",
+            "use_flash_attn",
+            "variable_seq_lengths",
+        ),
+        Unread("how fast Megatron computes is chosen here, gradients are added in fp32, and nothing is saved"),
+    ),
+)

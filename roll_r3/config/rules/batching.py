@@ -1,0 +1,251 @@
+"""Batch arithmetic: samples over ranks, optimizer steps, micro-batches, token budgets."""
+
+from __future__ import annotations
+
+from roll_r3.config.derived import (
+    MegatronWorker,
+    data_parallel_size,
+    layout,
+    longest_sequence,
+    megatron_workers,
+    mini_batch_size,
+    token_alignment,
+)
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.paths import BATCH, CP, EP, MEGATRON, PP, SP, TP, TRAIN, VPP
+from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict, remainder
+from roll_r3.config.workers import ActorTrainConfig, WorkerConfig
+
+TRAIN_DYNAMIC = "actor_train.use_dynamic_batching_in_train"
+TRAIN_BUDGET = "actor_train.max_tokens_per_microbatch_in_train"
+INFER_DYNAMIC = "use_dynamic_batching_in_infer"
+INFER_BUDGET = "max_tokens_per_microbatch_in_infer"
+ALIGNMENT = (TP, CP, SP, "sequence_length_round")
+"""What `token_alignment` reads."""
+
+
+def _samples_over_ranks(config: RLVRConfig) -> Verdict:
+    for role, worker in megatron_workers(config).items():
+        size = data_parallel_size(worker)
+        if size and (verdict := remainder(config.samples_per_step, size, f"data-parallel ranks of {role}")):
+            return verdict
+    return False
+
+
+def _samples_over_mini_batches(config: RLVRConfig) -> Verdict:
+    size = mini_batch_size(config)
+    if size == 0 or config.samples_per_step % data_parallel_size(config.actor_train):
+        return False  # rules of their own
+    return remainder(config.samples_per_step, size, "samples of an optimizer step")
+
+
+def _warms_up_all_along(config: RLVRConfig) -> Verdict:
+    size = mini_batch_size(config)
+    if size == 0 or config.samples_per_step % size:
+        return False  # rules of their own
+    steps = config.max_steps * config.ppo_epochs * (config.samples_per_step // size)
+    return f"the run has {steps}" if config.actor_train.training_args.warmup_steps >= steps else False
+
+
+def _interleaved_micro_batches(config: RLVRConfig) -> Verdict:
+    m = layout(config.actor_train)
+    stages = m.pipeline_model_parallel_size
+    if m.chunks_per_stage is None or stages < 2 or config.actor_train.use_dynamic_batching_in_train:
+        return False
+    return remainder(config.actor_train.training_args.gradient_accumulation_steps, stages, "pipeline stages")
+
+
+def _budget_too_small(config: RLVRConfig, path: str, worker: MegatronWorker, kind: str) -> Verdict:
+    budget, alignment = getattr(worker, f"max_tokens_per_microbatch_in_{kind}"), token_alignment(worker)
+    needed = -(-(longest_sequence(config) - 1) // alignment) * alignment
+    return f"{path} needs {needed}" if budget is not None and budget < needed else False
+
+
+def _infer_budget_too_small(config: RLVRConfig) -> Verdict:
+    found = (_budget_too_small(config, role, w, "infer") for role, w in megatron_workers(config).items())
+    return next((verdict for verdict in found if verdict), False)
+
+
+def _dynamic(worker: MegatronWorker) -> bool:
+    """Whether any pass of the role is cut by a token budget."""
+    in_train = isinstance(worker, ActorTrainConfig) and worker.use_dynamic_batching_in_train
+    return worker.use_dynamic_batching_in_infer or in_train
+
+
+RULES: tuple[AnyRule, ...] = (
+    Rule(
+        id="samples-over-ranks",
+        fields=("rollout_batch_size", "num_return_sequences_in_group"),
+        depends=("*.device_mapping", f"*.{TP}", f"*.{PP}", f"*.{CP}"),
+        why="the samples of a step (rollout_batch_size x num_return_sequences_in_group) must divide over the "
+        "data-parallel ranks (devices / (TP x PP x CP))",
+        fix="change rollout_batch_size, or the number of devices",
+        wrong=("actor_train.device_mapping=range(3)",),
+        right=("actor_train.device_mapping=range(8)",),
+        violates=_samples_over_ranks,
+    ),
+    Rule(
+        id="samples-over-mini-batches",
+        fields=(
+            f"{BATCH}.gradient_accumulation_steps",
+            f"{BATCH}.per_device_train_batch_size",
+            "rollout_batch_size",
+            "num_return_sequences_in_group",
+        ),
+        depends=("actor_train.device_mapping", f"actor_train.{TP}", f"actor_train.{PP}", f"actor_train.{CP}"),
+        why="the samples of a step must be a multiple of those of an optimizer step (per_device_train_batch_size x "
+        "gradient_accumulation_steps x data-parallel size): a short last one would step on a noisier gradient",
+        fix="change one of these so that it divides",
+        wrong=(f"{BATCH}.gradient_accumulation_steps=3",),
+        right=(f"{BATCH}.gradient_accumulation_steps=4", f"{BATCH}.per_device_train_batch_size=16"),
+        violates=_samples_over_mini_batches,
+    ),
+    Rule(
+        id="warmup-within-run",
+        fields=(f"{BATCH}.warmup_steps", "max_steps", "ppo_epochs"),
+        depends=(
+            "rollout_batch_size",
+            "num_return_sequences_in_group",
+            f"{BATCH}.gradient_accumulation_steps",
+            f"{BATCH}.per_device_train_batch_size",
+            "actor_train.device_mapping",
+            *(f"actor_train.{size}" for size in (TP, PP, CP)),
+        ),
+        why="the learning rate would still be rising when the last optimizer step is taken",
+        fix="write fewer warmup_steps",
+        wrong=("max_steps=1", f"{BATCH}.warmup_steps=64"),
+        right=("max_steps=1", f"{BATCH}.warmup_steps=63"),
+        violates=_warms_up_all_along,
+    ),
+    Rule(
+        id="interleaved-micro-batches",
+        fields=(f"{BATCH}.gradient_accumulation_steps", f"actor_train.{PP}", f"actor_train.{VPP}"),
+        depends=(f"{TRAIN}.pipeline_model_parallel_layout", TRAIN_DYNAMIC),
+        why="the interleaved schedule takes micro-batches in groups of one per pipeline stage",
+        fix="write a multiple of pipeline_model_parallel_size",
+        wrong=(
+            "actor_train.device_mapping=range(2)",
+            f"{TRAIN}.virtual_pipeline_model_parallel_size=2",
+            f"{TRAIN}.pipeline_model_parallel_size=2",
+        ),
+        right=(
+            "actor_train.device_mapping=range(2)",
+            f"{TRAIN}.virtual_pipeline_model_parallel_size=2",
+            f"{TRAIN}.pipeline_model_parallel_size=2",
+            f"{BATCH}.gradient_accumulation_steps=4",
+        ),
+        violates=_interleaved_micro_batches,
+    ),
+    Rule(
+        id="train-budget-given",
+        fields=(TRAIN_BUDGET, TRAIN_DYNAMIC),
+        why="a token budget is read with dynamic batching only, and dynamic batching needs one",
+        fix="write both, or neither",
+        wrong=("actor_train.max_tokens_per_microbatch_in_train=4096",),
+        right=("actor_train.use_dynamic_batching_in_train=true", "actor_train.max_tokens_per_microbatch_in_train=4096"),
+        violates=lambda c: (
+            c.actor_train.use_dynamic_batching_in_train
+            != (c.actor_train.max_tokens_per_microbatch_in_train is not None)
+        ),
+    ),
+    LayoutRule(
+        id="infer-budget-given",
+        fields=(INFER_BUDGET, INFER_DYNAMIC),
+        why="a token budget is read with dynamic batching only, and dynamic batching needs one",
+        fix="write both, or neither",
+        wrong=("actor_train.max_tokens_per_microbatch_in_infer=4096",),
+        right=("actor_train.use_dynamic_batching_in_infer=true", "actor_train.max_tokens_per_microbatch_in_infer=4096"),
+        violates=lambda w: w.use_dynamic_batching_in_infer != (w.max_tokens_per_microbatch_in_infer is not None),
+    ),
+    Rule(
+        id="train-budget-fits-longest",
+        depends=tuple(f"actor_train.{field}" for field in ALIGNMENT),
+        fields=(TRAIN_BUDGET, "prompt_length", "response_length"),
+        why="the longest sample (prompt_length + response_length - 1 inputs, padded to what its ranks need) must fit "
+        "into a micro-batch",
+        fix="raise the budget",
+        wrong=(
+            "prompt_length=8",
+            "response_length=9",
+            "actor_train.use_dynamic_batching_in_train=true",
+            "actor_train.max_tokens_per_microbatch_in_train=15",
+        ),
+        right=(
+            "prompt_length=8",
+            "response_length=9",
+            "actor_train.use_dynamic_batching_in_train=true",
+            "actor_train.max_tokens_per_microbatch_in_train=16",
+        ),
+        violates=lambda c: _budget_too_small(c, "actor_train", c.actor_train, "train"),
+    ),
+    Rule(
+        id="infer-budget-fits-longest",
+        depends=tuple(f"*.{field}" for field in ALIGNMENT),
+        fields=(f"*.{INFER_BUDGET}", "prompt_length", "response_length"),
+        why="the longest sample (prompt_length + response_length - 1 inputs, padded to what its ranks need) must fit "
+        "into a micro-batch",
+        fix="raise the budget",
+        wrong=(
+            "prompt_length=8",
+            "response_length=9",
+            "actor_train.use_dynamic_batching_in_infer=true",
+            "actor_train.max_tokens_per_microbatch_in_infer=15",
+        ),
+        right=(
+            "prompt_length=8",
+            "response_length=9",
+            "actor_train.use_dynamic_batching_in_infer=true",
+            "actor_train.max_tokens_per_microbatch_in_infer=16",
+        ),
+        violates=_infer_budget_too_small,
+    ),
+    LayoutRule(
+        id="infer-batch-unread",
+        fields=("infer_batch_size", INFER_DYNAMIC),
+        why="with dynamic batching the token budget cuts micro-batches: nothing would read this setting",
+        fix="leave infer_batch_size out",
+        wrong=(
+            "actor_train.use_dynamic_batching_in_infer=true",
+            "actor_train.max_tokens_per_microbatch_in_infer=4096",
+            "actor_train.infer_batch_size=4",
+        ),
+        right=(
+            "actor_train.infer_batch_size=4",
+            "actor_train.use_dynamic_batching_in_train=true",
+            "actor_train.max_tokens_per_microbatch_in_train=4096",
+        ),
+        violates=lambda w: (
+            w.use_dynamic_batching_in_infer
+            and w.infer_batch_size != WorkerConfig.model_fields["infer_batch_size"].default
+        ),
+    ),
+    LayoutRule(
+        id="dynamic-batching-with-allgather",
+        depends=(INFER_DYNAMIC, "use_dynamic_batching_in_train"),
+        fields=("use_sequence_packing", f"{MEGATRON}.moe_token_dispatcher_type", EP),
+        why="the allgather dispatcher exchanges equal shapes between expert-parallel ranks, and padded micro-batches "
+        "of a token budget differ in their number of rows",
+        fix="write moe_token_dispatcher_type: alltoall, or use_sequence_packing: true",
+        wrong=(
+            "actor_train.device_mapping=range(2)",
+            f"{TRAIN}.moe_token_dispatcher_type=allgather",
+            f"{TRAIN}.expert_model_parallel_size=2",
+            "actor_train.use_dynamic_batching_in_train=true",
+            "actor_train.max_tokens_per_microbatch_in_train=4096",
+        ),
+        right=(
+            "actor_train.device_mapping=range(2)",
+            f"{TRAIN}.moe_token_dispatcher_type=allgather",
+            f"{TRAIN}.expert_model_parallel_size=2",
+            "actor_train.use_dynamic_batching_in_train=true",
+            "actor_train.max_tokens_per_microbatch_in_train=4096",
+            "actor_train.use_sequence_packing=true",
+        ),
+        violates=lambda w: (
+            _dynamic(w)
+            and not w.use_sequence_packing
+            and layout(w).moe_token_dispatcher_type == "allgather"
+            and layout(w).expert_model_parallel_size > 1
+        ),
+    ),
+)

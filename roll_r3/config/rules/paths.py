@@ -1,0 +1,17 @@
+"""Short names for long paths. In upper case: within a role, or of one role as its name says."""
+
+MEGATRON = "strategy_args.strategy_config"
+TP = f"{MEGATRON}.tensor_model_parallel_size"
+PP = f"{MEGATRON}.pipeline_model_parallel_size"
+VPP = f"{MEGATRON}.virtual_pipeline_model_parallel_size"
+CP = f"{MEGATRON}.context_parallel_size"
+EP = f"{MEGATRON}.expert_model_parallel_size"
+ETP = f"{MEGATRON}.expert_tensor_parallel_size"
+SP = f"{MEGATRON}.sequence_parallel"
+
+TRAIN = f"actor_train.{MEGATRON}"
+REFERENCE = f"reference.{MEGATRON}"
+ENGINE = "actor_infer.strategy_args.strategy_config"
+BATCH = "actor_train.training_args"
+TRAIN_REPLAY = "actor_train.router_replay.mode"
+INFER_REPLAY = "actor_infer.router_replay.mode"

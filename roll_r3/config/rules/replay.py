@@ -1,0 +1,114 @@
+"""Router replay: both sides must agree, and nothing may route past the recorded experts."""
+
+from __future__ import annotations
+
+from roll_r3.config.derived import changed, layout, workers
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.paths import INFER_REPLAY, MEGATRON, REFERENCE, TRAIN, TRAIN_REPLAY
+from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict
+
+
+def _audits_elsewhere(config: RLVRConfig) -> Verdict:
+    return ", ".join(role for role, w in workers(config).items() if role != "actor_train" and w.router_replay.audit)
+
+
+def _audit_every_unread(config: RLVRConfig) -> Verdict:
+    roles = (r for r, w in workers(config).items() if not w.router_replay.audit)
+    return ", ".join(role for role in roles if changed(config, f"{role}.router_replay.audit_every"))
+
+
+RULES: tuple[AnyRule, ...] = (
+    Rule(
+        id="r3-on-both-sides",
+        fields=(TRAIN_REPLAY, INFER_REPLAY),
+        why="R3 needs both sides: the rollout records the experts that the trainer replays",
+        fix="write R3 for both, or disable for both",
+        wrong=("actor_train.router_replay.mode=disable",),
+        right=("actor_train.router_replay.mode=off", "actor_infer.router_replay.mode=off"),
+        violates=lambda c: (c.actor_train.router_replay.mode == "R3") != (c.actor_infer.router_replay.mode == "R3"),
+    ),
+    Rule(
+        id="r2-is-the-trainers",
+        fields=(INFER_REPLAY,),
+        why="R2 replays what the trainer's own old-log-prob pass recorded; the rollout has no part in it",
+        fix="write actor_infer.router_replay.mode: disable, and R2 under actor_train",
+        wrong=("actor_train.router_replay.mode=R2", "actor_infer.router_replay.mode=R2"),
+        right=("actor_train.router_replay.mode=R2", "actor_infer.router_replay.mode=disable"),
+        violates=lambda c: c.actor_infer.router_replay.mode == "R2",
+    ),
+    Rule(
+        id="reference-routes-by-itself",
+        fields=("reference.router_replay.mode",),
+        why="the reference is another policy: made to use this policy's experts, the KL term would measure neither",
+        fix="write reference.router_replay.mode: disable",
+        wrong=("use_kl_loss=true", "reference.router_replay.mode=R3"),
+        right=("use_kl_loss=true", "reference.router_replay.mode=disable"),
+        violates=lambda c: c.reference is not None and c.reference.router_replay.mode != "disable",
+    ),
+    Rule(
+        id="fused-router-skips-replay",
+        fields=(f"{TRAIN}.moe_router_fusion", TRAIN_REPLAY),
+        why="megatron-core's fused top-k returns before it consults the recorded routes, so nothing would be replayed",
+        fix="write moe_router_fusion: false",
+        wrong=(f"{TRAIN}.moe_router_fusion=true",),
+        right=(f"{TRAIN}.moe_router_fusion=true", "actor_train.router_replay={}", "actor_infer.router_replay={}"),
+        violates=lambda c: layout(c.actor_train).moe_router_fusion and c.actor_train.router_replay.mode != "disable",
+    ),
+    LayoutRule(
+        id="no-aux-loss",
+        fields=(f"{MEGATRON}.moe_aux_loss_coeff",),
+        why="megatron-core's load-balancing loss takes a top-k of its own over all rows, padding included: it balances "
+        "experts that no token used",
+        fix="write moe_aux_loss_coeff: 0",
+        wrong=(f"{TRAIN}.moe_aux_loss_coeff=0.01",),
+        right=(f"{TRAIN}.moe_aux_loss_coeff=0",),
+        violates=lambda w: layout(w).moe_aux_loss_coeff != 0,
+    ),
+    Rule(
+        id="reference-bias-is-frozen",
+        fields=(f"{REFERENCE}.moe_router_bias_update_rate",),
+        why="the reference takes no optimizer steps, so its expert bias stays as in the checkpoint",
+        fix="leave it out under reference",
+        wrong=("use_kl_loss=true", f"{REFERENCE}.moe_router_bias_update_rate=0.001"),
+        right=("use_kl_loss=true", "reference={}", f"{TRAIN}.moe_router_bias_update_rate=0.001"),
+        violates=lambda c: c.reference is not None and layout(c.reference).moe_router_bias_update_rate != 0,
+    ),
+    Rule(
+        id="audit-is-the-trainers",
+        fields=("actor_infer.router_replay.audit", "reference.router_replay.audit"),
+        why="only the trainer replays, so there is nothing to audit elsewhere",
+        fix="write audit under actor_train.router_replay",
+        wrong=("actor_infer.router_replay.audit=true",),
+        right=("actor_train.router_replay.audit=true",),
+        violates=_audits_elsewhere,
+    ),
+    Rule(
+        id="audit-needs-replay",
+        fields=("actor_train.router_replay.audit", TRAIN_REPLAY),
+        why="without replay there are no recorded experts to compare with",
+        fix="write mode R2 or R3, or audit: false",
+        wrong=("actor_train.router_replay={audit: true}", "actor_infer.router_replay={}"),
+        right=("actor_train.router_replay={mode: R2, audit: true}", "actor_infer.router_replay={}"),
+        violates=lambda c: c.actor_train.router_replay.audit and c.actor_train.router_replay.mode == "disable",
+    ),
+    Rule(
+        id="audit-reads-the-dispatcher",
+        fields=(f"{TRAIN}.moe_token_dispatcher_type", "actor_train.router_replay.audit"),
+        why="the flex dispatcher keeps no routing map that an audit could read",
+        fix="write alltoall or allgather, or audit: false",
+        wrong=("actor_train.router_replay.audit=true", f"{TRAIN}.moe_token_dispatcher_type=flex"),
+        right=("actor_train.router_replay.audit=true", f"{TRAIN}.moe_token_dispatcher_type=alltoall"),
+        violates=lambda c: (
+            c.actor_train.router_replay.audit and layout(c.actor_train).moe_token_dispatcher_type == "flex"
+        ),
+    ),
+    Rule(
+        id="audit-every-unread",
+        fields=("*.router_replay.audit_every", "*.router_replay.audit"),
+        why="as things stand, nothing would read this setting",
+        fix="write audit: true, or leave audit_every out",
+        wrong=("actor_train.router_replay.audit_every=5",),
+        right=("actor_train.router_replay={mode: R3, audit: true, audit_every: 5}",),
+        violates=_audit_every_unread,
+    ),
+)

@@ -1,0 +1,91 @@
+"""Sampling, and the engine's room for it."""
+
+from __future__ import annotations
+
+from roll_r3.config.derived import longest_sequence
+from roll_r3.config.rules.paths import ENGINE
+from roll_r3.config.rules.table import AnyRule, Rule, unread
+
+RULES: tuple[AnyRule, ...] = (
+    Rule(
+        id="response-fits",
+        fields=("actor_infer.generating_args.max_new_tokens", "response_length"),
+        why="the engine could sample more tokens than response_length, the longest response there is room for",
+        fix="leave max_new_tokens out, or raise response_length",
+        wrong=("response_length=8", "actor_infer.generating_args.max_new_tokens=9"),
+        right=("response_length=8", "actor_infer.generating_args.max_new_tokens=8"),
+        violates=lambda c: (c.actor_infer.generating_args.max_new_tokens or 0) > c.response_length,
+    ),
+    Rule(
+        id="engine-context-fits",
+        fields=(f"{ENGINE}.context_length", "prompt_length", "response_length"),
+        why="the engine would refuse or cut the longest samples",
+        fix="leave context_length out, or write at least prompt_length + response_length",
+        wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=15"),
+        right=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=16"),
+        violates=lambda c: (
+            (c.actor_infer.strategy_args.strategy_config.context_length or longest_sequence(c)) < longest_sequence(c)
+        ),
+    ),
+    Rule(
+        id="engine-cache-fits",
+        fields=(f"{ENGINE}.max_total_tokens", "prompt_length", "response_length"),
+        why="the engine's cache could not hold one of the longest samples",
+        fix="leave max_total_tokens out, or write at least prompt_length + response_length",
+        wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=15"),
+        right=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=16"),
+        violates=lambda c: (
+            (c.actor_infer.strategy_args.strategy_config.max_total_tokens or longest_sequence(c)) < longest_sequence(c)
+        ),
+    ),
+    Rule(
+        id="top-k-range",
+        fields=("actor_infer.generating_args.top_k",),
+        why="top_k is a number of tokens",
+        fix="write -1 for all tokens, or a positive number",
+        wrong=("actor_infer.generating_args.top_k=0",),
+        right=("actor_infer.generating_args.top_k=-1",),
+        violates=lambda c: c.actor_infer.generating_args.top_k < 1 and c.actor_infer.generating_args.top_k != -1,
+    ),
+    Rule(
+        id="truncated-sampling",
+        fields=("actor_infer.generating_args.top_p", "actor_infer.generating_args.top_k"),
+        why="tokens are sampled from a truncated distribution, but log-probabilities are those of the whole one: the "
+        "ratios between policies are biased",
+        fix="write top_p: 1 and top_k: -1",
+        wrong=("actor_infer.generating_args.top_k=50",),
+        right=("actor_infer.generating_args.top_p=1",),
+        violates=lambda c: c.actor_infer.generating_args.top_p < 1 or c.actor_infer.generating_args.top_k > 0,
+        severity="warning",
+    ),
+    unread(
+        "engine-batch-unread",
+        "actor_infer.infer_batch_size",
+        f"{ENGINE}.max_running_requests",
+        lambda c: False,
+        "leave it out: the engine batches by itself, up to strategy_config.max_running_requests",
+        wrong=("actor_infer.infer_batch_size=4",),
+        right=("actor_train.infer_batch_size=4",),
+    ),
+    unread(
+        "engine-dtype-unread",
+        "actor_infer.model_args.dtype",
+        f"{ENGINE}.dtype",
+        lambda c: False,
+        "write the engine's precision as strategy_config.dtype",
+        wrong=("actor_infer.model_args.dtype=fp32",),
+        right=(f"{ENGINE}.dtype=float32",),
+    ),
+    Rule(
+        id="memory-share-on-cpu",
+        fields=(f"{ENGINE}.mem_fraction_static", "device_type"),
+        why="a CPU engine has no device memory to share out: mem_fraction_static has no effect",
+        fix="leave it out, and set max_total_tokens",
+        wrong=("device_type=cpu", f"{ENGINE}.mem_fraction_static=0.5"),
+        right=("device_type=auto", f"{ENGINE}.mem_fraction_static=0.5"),
+        violates=lambda c: (
+            c.device_type == "cpu" and c.actor_infer.strategy_args.strategy_config.mem_fraction_static is not None
+        ),
+        severity="warning",
+    ),
+)

@@ -1,0 +1,104 @@
+"""The form of the rule table: a row names fields, when they clash, why, what to write instead, and shows both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from roll_r3.config.derived import MegatronWorker, changed, megatron_workers, values_at
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.report import Finding, Severity
+from roll_r3.config.tree import join
+
+Verdict = bool | str
+"""Whether a rule is violated; text says so too, and gives the figures that make it plain."""
+Example = tuple[str, ...]
+"""Overrides (`a.b.c=value`) on the smallest configuration, `roll_r3.config.rules.example.MINIMAL`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What every row of the table says."""
+
+    id: str
+    fields: tuple[str, ...]
+    """Dotted paths of the fields to show, the one to change first; `*` is every key."""
+    why: str
+    fix: str
+    wrong: Example
+    """A configuration that this row refuses."""
+    right: Example
+    """A near one that no row refuses."""
+    severity: Severity = "error"
+    depends: tuple[str, ...] = ()
+    """Further fields that the verdict depends on, too many to show."""
+
+    def finding(self, config: RLVRConfig, verdict: Verdict, role: str = "") -> Finding:
+        """What a violation of this row is reported as; `role` is what the fields are within."""
+        fields, depends = ([join(role, field) for field in some] for some in (self.fields, self.depends))
+        why = self.why if verdict is True else f"{self.why} ({verdict})"
+        found = tuple(item for field in fields for item in values_at(config, field))
+        return Finding(self.id, self.severity, found, why, self.fix, tuple(depends))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Row):
+    """One row about the whole configuration."""
+
+    violates: Callable[[RLVRConfig], Verdict]
+
+    def check(self, config: RLVRConfig) -> Iterator[Finding]:
+        """Yield one finding if `config` violates the rule."""
+        if verdict := self.violates(config):
+            yield self.finding(config, verdict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutRule(Row):
+    """One row about each role that Megatron runs: `actor_train`, and `reference` where there is one.
+
+    `fields` are within the role.
+    """
+
+    violates: Callable[[MegatronWorker], Verdict]
+
+    def check(self, config: RLVRConfig) -> Iterator[Finding]:
+        """Yield one finding for each role that violates the rule."""
+        for role, worker in megatron_workers(config).items():
+            if verdict := self.violates(worker):
+                yield self.finding(config, verdict, role)
+
+
+AnyRule = Rule | LayoutRule
+
+
+def check_rows(config: RLVRConfig, rules: Iterable[AnyRule]) -> list[Finding]:
+    """Every violation of `rules`, in their order."""
+    return [finding for rule in rules for finding in rule.check(config)]
+
+
+def remainder(whole: int, parts: int, what: str) -> Verdict:
+    """The verdict on `whole` things that should divide over `parts`."""
+    return f"{whole} / {parts} {what} leaves {whole % parts}" if whole % parts else False
+
+
+def unread(
+    id: str,
+    field: str,
+    switch: str,
+    is_read: Callable[[RLVRConfig], bool],
+    fix: str,
+    *,
+    wrong: Example,
+    right: Example,
+) -> Rule:
+    """A field that is read only under a condition, and was changed outside it."""
+    return Rule(
+        id=id,
+        fields=(field, switch),
+        why="as things stand, nothing would read this setting",
+        fix=fix,
+        wrong=wrong,
+        right=right,
+        violates=lambda config: changed(config, field) and not is_read(config),
+    )

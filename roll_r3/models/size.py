@@ -1,0 +1,269 @@
+"""How many parameters a model has, and how many each rank of a layout holds: arithmetic on a config.json.
+
+Parameters go by megatron's names, as in `Architecture.layer_names`. What is no parameter is not counted (an expert bias
+is a buffer), nor are multi-token-prediction layers, which are not built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from roll_r3.config.derived import MegatronWorker, expert_layout, layout
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.architectures.base import DENSE_MLP, RawConfig
+from roll_r3.models.facts import facts_of
+from roll_r3.models.layer_map import chunk_layers
+
+
+class Split(Enum):
+    """Over which ranks a parameter is shared out."""
+
+    WHOLE = "every rank holds it whole"
+    TENSOR = "tensor-parallel ranks"
+    EXPERTS = "expert-parallel and expert-tensor-parallel ranks"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter, or the same one of every expert of a layer."""
+
+    name: str
+    size: int
+    """Elements over all ranks that share it, and over all experts."""
+    split: Split
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Sizes of multi-head latent attention."""
+
+    query_rank: int | None
+    """None: queries are projected in one step."""
+    key_value_rank: int
+    rotary_dim: int
+    """Of the part of a key that all heads share."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that its parameters and activations follow from."""
+
+    num_layers: int
+    moe_layers: frozenset[int]
+    hidden: int
+    vocab: int
+    tied: bool
+    """The output layer is the embedding."""
+    heads: int
+    kv_heads: int
+    key_dim: int
+    """Of one head's queries and keys."""
+    value_dim: int
+    latent: Latent | None
+    qkv_bias: bool
+    qk_norm: bool
+    whole_qk_norm: bool
+    """See `Architecture.whole_qk_norm`."""
+    ffn: int
+    """Width of a dense layer's feed-forward network."""
+    num_experts: int
+    top_k: int
+    expert_ffn: int
+    shared_ffn: int
+    """Width of the expert that sees every token; 0: there is none."""
+
+
+def shape_of(config: RawConfig) -> Shape:
+    """Read a config.json; what it leaves out has the default of transformers.
+
+    Raises:
+        ConfigError: an unknown architecture, or one without the fields it needs.
+    """
+    facts = facts_of(config)
+    architecture = ARCHITECTURES[facts.model_type]
+    names = architecture.layer_names
+    latent = None
+    key_dim = value_dim = config.get("head_dim") or config["hidden_size"] // facts.num_attention_heads
+    if architecture.latent_attention:
+        rotary = config["qk_rope_head_dim"]
+        latent = Latent(config["q_lora_rank"], config["kv_lora_rank"], rotary)
+        key_dim, value_dim = config["qk_nope_head_dim"] + rotary, config["v_head_dim"]
+    expert_ffn = config.get("moe_intermediate_size") or config["intermediate_size"]
+    shared_ffn = config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * expert_ffn
+    return Shape(
+        num_layers=facts.num_layers,
+        moe_layers=frozenset(facts.moe_layers),
+        hidden=config["hidden_size"],
+        vocab=facts.vocab_size,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        heads=facts.num_attention_heads,
+        kv_heads=facts.num_key_value_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        latent=latent,
+        qkv_bias="self_attention.linear_qkv.bias" in names and bool(config.get("qkv_bias", True)),
+        qk_norm="self_attention.k_layernorm.weight" in names,
+        whole_qk_norm=architecture.whole_qk_norm,
+        ffn=config["intermediate_size"],
+        num_experts=facts.num_experts,
+        top_k=facts.top_k,
+        expert_ffn=expert_ffn,
+        shared_ffn=shared_ffn if "mlp.shared_experts.linear_fc1.weight" in names else 0,
+    )
+
+
+def _queries(shape: Shape) -> int:
+    return shape.heads * shape.key_dim
+
+
+def _qkv(shape: Shape) -> int:
+    return _queries(shape) + shape.kv_heads * (shape.key_dim + shape.value_dim)
+
+
+def _query_norm(shape: Shape) -> tuple[int, Split]:
+    if shape.latent:
+        return shape.latent.query_rank or 0, Split.WHOLE
+    return (_queries(shape), Split.TENSOR) if shape.whole_qk_norm else (shape.key_dim, Split.WHOLE)
+
+
+def _key_norm(shape: Shape) -> tuple[int, Split]:
+    return (shape.kv_heads * shape.key_dim, Split.TENSOR) if shape.whole_qk_norm else (shape.key_dim, Split.WHOLE)
+
+
+def _latent(size: Callable[[Shape, Latent], int], split: Split) -> Callable[[Shape], tuple[int, Split]]:
+    return lambda shape: (size(shape, shape.latent) if shape.latent else 0, split)
+
+
+_SIZES: dict[str, Callable[[Shape], tuple[int, Split]]] = {
+    "input_layernorm.weight": lambda s: (s.hidden, Split.WHOLE),
+    "pre_mlp_layernorm.weight": lambda s: (s.hidden, Split.WHOLE),
+    "self_attention.linear_qkv.weight": lambda s: (_qkv(s) * s.hidden, Split.TENSOR),
+    "self_attention.linear_qkv.bias": lambda s: (_qkv(s) * s.qkv_bias, Split.TENSOR),
+    "self_attention.linear_proj.weight": lambda s: (s.heads * s.value_dim * s.hidden, Split.TENSOR),
+    "self_attention.q_layernorm.weight": _query_norm,
+    "self_attention.k_layernorm.weight": _key_norm,
+    "self_attention.linear_q_proj.weight": _latent(
+        lambda s, latent: 0 if latent.query_rank else s.hidden * _queries(s), Split.TENSOR
+    ),
+    "self_attention.linear_q_down_proj.weight": _latent(
+        lambda s, latent: s.hidden * (latent.query_rank or 0), Split.WHOLE
+    ),
+    "self_attention.linear_q_up_proj.weight": _latent(
+        lambda s, latent: (latent.query_rank or 0) * _queries(s), Split.TENSOR
+    ),
+    "self_attention.linear_kv_down_proj.weight": _latent(
+        lambda s, latent: s.hidden * (latent.key_value_rank + latent.rotary_dim), Split.WHOLE
+    ),
+    "self_attention.kv_layernorm.weight": _latent(lambda s, latent: latent.key_value_rank, Split.WHOLE),
+    "self_attention.linear_kv_up_proj.weight": _latent(
+        lambda s, latent: latent.key_value_rank * s.heads * (s.key_dim - latent.rotary_dim + s.value_dim), Split.TENSOR
+    ),
+    "mlp.linear_fc1.weight": lambda s: (2 * s.ffn * s.hidden, Split.TENSOR),
+    "mlp.linear_fc2.weight": lambda s: (s.ffn * s.hidden, Split.TENSOR),
+    "mlp.router.weight": lambda s: (s.num_experts * s.hidden, Split.WHOLE),
+    "mlp.router.expert_bias": lambda s: (0, Split.WHOLE),  # a buffer
+    "mlp.experts.linear_fc1.weight": lambda s: (s.num_experts * 2 * s.expert_ffn * s.hidden, Split.EXPERTS),
+    "mlp.experts.linear_fc2.weight": lambda s: (s.num_experts * s.expert_ffn * s.hidden, Split.EXPERTS),
+    "mlp.shared_experts.linear_fc1.weight": lambda s: (2 * s.shared_ffn * s.hidden, Split.TENSOR),
+    "mlp.shared_experts.linear_fc2.weight": lambda s: (s.shared_ffn * s.hidden, Split.TENSOR),
+    "mlp.shared_experts.gate_weight": lambda s: (s.hidden, Split.WHOLE),
+}
+"""Elements of each parameter of a layer; 0 where a model has none."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """All parameters of a model."""
+
+    shape: Shape
+    layers: tuple[tuple[Weight, ...], ...]
+    """Of each decoder layer."""
+
+    @property
+    def total(self) -> int:
+        return self._counted(lambda weight: weight.size)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token meets, the embedding and the output layer included."""
+        experts, top_k = self.shape.num_experts, self.shape.top_k
+        return self._counted(lambda w: w.size // experts * top_k if w.split is Split.EXPERTS else w.size)
+
+    def _counted(self, size: Callable[[Weight], int]) -> int:
+        shape = self.shape
+        outside = shape.vocab * shape.hidden * (1 if shape.tied else 2) + shape.hidden
+        return outside + sum(size(weight) for weights in self.layers for weight in weights)
+
+
+def model_size(config: RawConfig) -> ModelSize:
+    """The parameters of a model.
+
+    Args:
+        config: its config.json.
+
+    Raises:
+        ConfigError: an unknown architecture, or one without the fields it needs.
+    """
+    shape = shape_of(config)
+    names = ARCHITECTURES[str(config["model_type"])].layer_names
+    weights = [Weight(name, *_SIZES[name](shape)) for name in names]
+    held = [weight for weight in weights if weight.size]
+    dense = tuple(w for w in held if not w.name.startswith("mlp.") or w.name in DENSE_MLP)
+    routed = tuple(w for w in held if w.name not in DENSE_MLP)
+    layers = (routed if layer in shape.moe_layers else dense for layer in range(shape.num_layers))
+    return ModelSize(shape, tuple(layers))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds of a model chunk. Every rank of a pipeline stage holds as much."""
+
+    layers: tuple[int, ...]
+    """Global decoder layers, ascending."""
+    dense: int
+    """Parameters outside experts."""
+    experts: int
+    """Parameters of experts."""
+
+
+def held_parameters(model: ModelSize, worker: MegatronWorker) -> tuple[tuple[Held, ...], ...]:
+    """What a rank of each stage holds of each of its chunks. [stage][chunk]
+
+    Raises:
+        ValueError: the layers, or a parameter, cannot be split so.
+    """
+    settings, shape = layout(worker), model.shape
+    tp = settings.tensor_model_parallel_size
+    etp, ep, _ = expert_layout(worker)
+    stages = chunk_layers(shape.num_layers, settings)
+    vocab = vocab_columns(shape, tp) * shape.hidden
+    found = []
+    for stage, chunks in enumerate(stages):
+        of_stage = []
+        for number, layers in enumerate(chunks):
+            weights = [weight for layer in layers for weight in model.layers[layer]]
+            dense = _share(weights, Split.WHOLE, 1) + _share(weights, Split.TENSOR, tp)
+            first = stage == 0 and number == 0
+            last = stage == len(stages) - 1 and number == len(chunks) - 1
+            dense += vocab * (first + (last and not (first and shape.tied))) + shape.hidden * last
+            of_stage.append(Held(layers, dense, _share(weights, Split.EXPERTS, ep * etp)))
+        found.append(tuple(of_stage))
+    return tuple(found)
+
+
+def vocab_columns(shape: Shape, tp: int) -> int:
+    """Rows of the embedding that a tensor-parallel rank holds: the vocabulary is padded until it divides."""
+    return -(-shape.vocab // tp)
+
+
+def _share(weights: Iterable[Weight], split: Split, ranks: int) -> int:
+    """One rank's part of the parameters that are split so."""
+    total = 0
+    for weight in weights:
+        if weight.split is split:
+            if weight.size % ranks:
+                raise ValueError(f"{weight.name}: its {weight.size} elements do not divide over {ranks} ranks")
+            total += weight.size // ranks
+    return total

@@ -1,0 +1,86 @@
+"""What can be known of a checkpoint without loading it: from its directory, the hub's cache, or the bundled table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roll_r3.errors import ConfigError
+from roll_r3.models.architectures.base import RawConfig
+from roll_r3.models.checkpoint import cached_file, is_hub_name
+from roll_r3.models.facts import ModelFacts, facts_of
+from roll_r3.models.known import known_config
+
+_INDEX = "model.safetensors.index.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as its config.json describes it."""
+
+    raw: RawConfig
+    """config.json as it was written."""
+    source: str
+    """Where that was read."""
+    facts: ModelFacts | None
+    """None: roll_r3 does not know the architecture."""
+    reason: str = ""
+    """Why there are no facts."""
+
+    @classmethod
+    def of(cls, raw: RawConfig, source: str) -> Model:
+        """Read the facts of a config.json, if they can be."""
+        try:
+            return cls(raw, source, facts_of(raw))
+        except ConfigError as error:
+            return cls(raw, source, None, str(error))
+
+
+def find_model(name: str) -> Model | str:
+    """What is known of a checkpoint; text: why its description cannot be read, empty when there is none here."""
+    directory = Path(name)
+    if directory.is_dir():
+        return _read(directory / "config.json")
+    if not is_hub_name(name):
+        return "there is no such directory here (a name on the hub has the form owner/model)"
+    known = known_config(name)
+    if known is not None:
+        return Model.of(known, source="the bundled table")
+    cached = cached_file(name, "config.json")
+    return "" if cached is None else _read(cached)
+
+
+def incomplete(name: str) -> str:
+    """What a checkpoint's directory lacks; empty for one that is complete, or that the hub would give."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return ""
+    if not any((directory / file).is_file() for file in _TOKENIZERS):
+        return f"{directory} holds no tokenizer ({', '.join(_TOKENIZERS)})"
+    index = directory / _INDEX
+    if not index.is_file():
+        return "" if any(directory.glob("*.safetensors")) else f"{directory} holds no *.safetensors"
+    content = _read_json(index)
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(parts, dict):
+        return f"{index} cannot be read"
+    missing = sorted({str(part) for part in parts.values() if not (directory / str(part)).is_file()})
+    return f"{directory} lacks {len(missing)} of its weight files, {missing[0]} among them" if missing else ""
+
+
+def _read(path: Path) -> Model | str:
+    content = _read_json(path)
+    if content is None:
+        return f"{path} does not exist" if not path.exists() else f"{path} cannot be read"
+    return Model.of(content, source=str(path)) if isinstance(content, dict) else f"{path} is not a JSON object"
+
+
+def _read_json(path: Path) -> Any:
+    """The file's content; None when it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None

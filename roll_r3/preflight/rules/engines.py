@@ -1,0 +1,187 @@
+"""What strategies can do, and which releases of the engines they were written for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from roll_r3.config.derived import megatron_workers
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.paths import ENGINE, INFER_REPLAY, TRAIN_REPLAY
+from roll_r3.config.rules.table import Verdict
+from roll_r3.errors import EngineError
+from roll_r3.preflight.rules.table import Pretend, SurroundingsRule
+from roll_r3.preflight.surroundings import Surroundings
+from roll_r3.strategies.base import Capabilities
+from roll_r3.strategies.registry import StrategyEntry
+from roll_r3.strategies.rollout.sglang.server import args_that_lose_routes, refused_server_args
+from roll_r3.strategies.rollout.sglang.version import check_version
+
+MEGATRON_CORE = "0.16"
+"""Release whose routers, layer placement and schedules the Megatron strategy follows."""
+
+
+def _entry(config: RLVRConfig, surroundings: Surroundings, role: str) -> StrategyEntry:
+    """The registry's row of the strategy that a configured role runs."""
+    names: dict[str, str] = {"actor_infer": config.actor_infer.strategy_args.strategy_name}
+    names |= {name: worker.strategy_args.strategy_name for name, worker in megatron_workers(config).items()}
+    return surroundings.strategies[names[role]]
+
+
+def _rollout_cannot_record(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    wanted = config.actor_infer.router_replay.mode == "R3"
+    return wanted and not _entry(config, surroundings, "actor_infer").capabilities.records_routes
+
+
+def _trainer_cannot_replay(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    mode = config.actor_train.router_replay.mode
+    able = _entry(config, surroundings, "actor_train").capabilities.replays
+    return f"it replays {', '.join(sorted(able)) or 'nothing'}" if mode not in (*able, "disable") else False
+
+
+def _cannot_pack(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    roles = [role for role, worker in megatron_workers(config).items() if worker.use_sequence_packing]
+    return ", ".join(role for role in roles if not _entry(config, surroundings, role).capabilities.packs)
+
+
+def _missing(package: str) -> Callable[[RLVRConfig, Surroundings], Verdict]:
+    """Whether a package was looked for and is not installed."""
+    return lambda config, where: package in where.versions and where.versions[package] is None
+
+
+def _sglang_too_old(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    version = surroundings.versions.get("sglang")
+    if version is None:
+        return False
+    try:
+        check_version(version)
+    except EngineError as error:
+        return str(error)
+    return False
+
+
+def _sglang_untested(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    version = surroundings.versions.get("sglang")
+    if version is None or _sglang_too_old(config, surroundings):
+        return False
+    return check_version(version) or False
+
+
+def _other_megatron(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    version = surroundings.versions.get("megatron-core")
+    return f"{version} is installed" if version and not version.startswith(f"{MEGATRON_CORE}.") else False
+
+
+RULES: tuple[SurroundingsRule, ...] = (
+    SurroundingsRule(
+        id="r3-needs-recording-rollout",
+        fields=("actor_infer.strategy_args.strategy_name", INFER_REPLAY),
+        why="R3 replays the experts that the rollout used, and this rollout strategy does not record them",
+        fix="choose a rollout strategy that records routes (sglang), or disable replay on both sides",
+        wrong=(),
+        wrong_where=Pretend(capabilities={"sglang": Capabilities()}),
+        right=(),
+        violates=_rollout_cannot_record,
+    ),
+    SurroundingsRule(
+        id="trainer-replays-mode",
+        fields=(TRAIN_REPLAY, "actor_train.strategy_args.strategy_name"),
+        why="this training strategy cannot run that replay mode",
+        fix="choose another mode, or another strategy_name",
+        wrong=(),
+        wrong_where=Pretend(capabilities={"megatron_train": Capabilities(replays=frozenset({"R2"}), packs=True)}),
+        right=(),
+        violates=_trainer_cannot_replay,
+    ),
+    SurroundingsRule(
+        id="packing-supported",
+        fields=(
+            "actor_train.use_sequence_packing",
+            "reference.use_sequence_packing",
+            "actor_train.strategy_args.strategy_name",
+            "reference.strategy_args.strategy_name",
+        ),
+        why="this strategy cannot pack samples into one row",
+        fix="write use_sequence_packing: false for the role",
+        wrong=("actor_train.use_sequence_packing=true",),
+        wrong_where=Pretend(capabilities={"megatron_train": Capabilities(replays=frozenset({"R2", "R3"}))}),
+        right=("actor_train.use_sequence_packing=true",),
+        violates=_cannot_pack,
+    ),
+    SurroundingsRule(
+        id="server-args-lose-routes",
+        fields=(f"{ENGINE}.server_args",),
+        why="routed experts would be missing or wrong with these features of the engine",
+        fix="take them out",
+        wrong=(f"{ENGINE}.server_args.speculative_algorithm=EAGLE",),
+        right=(f"{ENGINE}.server_args.schedule_policy=fcfs",),
+        violates=lambda config, where: "; ".join(
+            args_that_lose_routes(config.actor_infer.strategy_args.strategy_config)
+        ),
+    ),
+    SurroundingsRule(
+        id="server-args-owned",
+        fields=(f"{ENGINE}.server_args",),
+        why="the strategy sets or needs these arguments of the engine itself",
+        fix="take them out",
+        wrong=(f"{ENGINE}.server_args.port=30000",),
+        right=(f"{ENGINE}.server_args.schedule_policy=fcfs",),
+        violates=lambda config, where: "; ".join(refused_server_args(config.actor_infer.strategy_args.strategy_config)),
+    ),
+    SurroundingsRule(
+        id="sglang-installed",
+        fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
+        why="SGLang is not installed for the interpreter that would run the engine",
+        fix="install it, or name an interpreter that has it in strategy_config.python",
+        wrong=(),
+        wrong_where=Pretend(versions={"sglang": None}),
+        right=(),
+        right_where=Pretend(versions={"sglang": "0.5.23"}),
+        violates=_missing("sglang"),
+    ),
+    SurroundingsRule(
+        id="sglang-version",
+        fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
+        why="the installed SGLang is outside the releases that this strategy works with",
+        fix="install a release that it works with",
+        wrong=(),
+        wrong_where=Pretend(versions={"sglang": "0.4.6"}),
+        right=(),
+        right_where=Pretend(versions={"sglang": "0.5.23"}),
+        violates=_sglang_too_old,
+    ),
+    SurroundingsRule(
+        id="sglang-untested",
+        fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
+        why="the installed SGLang is not the release that this strategy was tested with",
+        fix="watch router_replay/coverage and the log-probability differences of the first steps",
+        wrong=(),
+        wrong_where=Pretend(versions={"sglang": "0.5.99"}),
+        right=(),
+        right_where=Pretend(versions={"sglang": "0.5.23"}),
+        violates=_sglang_untested,
+        severity="warning",
+    ),
+    SurroundingsRule(
+        id="megatron-installed",
+        fields=("actor_train.strategy_args.strategy_name",),
+        why="megatron-core is not installed",
+        fix="install it: the extras `cpu` and `gpu` of roll_r3 name the release",
+        wrong=(),
+        wrong_where=Pretend(versions={"megatron-core": None}),
+        right=(),
+        right_where=Pretend(versions={"megatron-core": "0.16.1"}),
+        violates=_missing("megatron-core"),
+    ),
+    SurroundingsRule(
+        id="megatron-version",
+        fields=("actor_train.strategy_args.strategy_name",),
+        why=f"the Megatron strategy follows megatron-core {MEGATRON_CORE}: another release routes, places layers or "
+        "schedules in another way",
+        fix=f"install megatron-core {MEGATRON_CORE}",
+        wrong=(),
+        wrong_where=Pretend(versions={"megatron-core": "0.17.0"}),
+        right=(),
+        right_where=Pretend(versions={"megatron-core": "0.16.1"}),
+        violates=_other_megatron,
+    ),
+)

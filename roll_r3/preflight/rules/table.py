@@ -1,0 +1,85 @@
+"""The form of rows that need more than the YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from roll_r3.config.derived import MegatronWorker, checkpoint_of, megatron_workers, values_at
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.report import Finding
+from roll_r3.config.rules.table import Row, Verdict
+from roll_r3.models.facts import ModelFacts
+from roll_r3.preflight.surroundings import Surroundings
+from roll_r3.strategies.base import Capabilities
+
+
+@dataclass(frozen=True)
+class Pretend:
+    """How the surroundings of an example differ from those of the machine it is shown on."""
+
+    capabilities: Mapping[str, Capabilities] = field(default_factory=dict)
+    """Strategy -> what it would declare."""
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    """Package -> the release that would be installed."""
+
+    def change(self, surroundings: Surroundings) -> Surroundings:
+        """`surroundings` as they would be."""
+        strategies = dict(surroundings.strategies)
+        for name, capabilities in self.capabilities.items():
+            strategies[name] = replace(strategies[name], capabilities=capabilities)
+        versions = dict(surroundings.versions) | dict(self.versions)
+        return replace(surroundings, strategies=strategies, versions=versions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurroundingsRule(Row):
+    """One row about the configuration and where it would run."""
+
+    violates: Callable[[RLVRConfig, Surroundings], Verdict]
+    wrong_where: Pretend = Pretend()
+    right_where: Pretend = Pretend()
+
+    def check(self, config: RLVRConfig, surroundings: Surroundings) -> Iterator[Finding]:
+        """Yield one finding if the rule is violated."""
+        if verdict := self.violates(config, surroundings):
+            yield self.finding(config, verdict)
+
+
+@dataclass(frozen=True)
+class RoleModel:
+    """A role that Megatron runs, and the model that it loads."""
+
+    config: RLVRConfig
+    role: str
+    worker: MegatronWorker
+    name: str
+    """Checkpoint as the configuration names it."""
+    facts: ModelFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRule(Row):
+    """One row about each role that Megatron runs, where its model is known. `fields` are within the role."""
+
+    violates: Callable[[RoleModel], Verdict]
+
+    def check(self, config: RLVRConfig, surroundings: Surroundings) -> Iterator[Finding]:
+        """Yield one finding for each role that violates the rule."""
+        for role, worker in megatron_workers(config).items():
+            name = checkpoint_of(config, role)
+            model = surroundings.models.get(name)
+            if model is None or model.facts is None:
+                continue
+            if verdict := self.violates(RoleModel(config, role, worker, name, model.facts)):
+                found = self.finding(config, verdict, role)
+                yield replace(found, found=(*found.found, *_checkpoint_fields(config, role)))
+
+
+def _checkpoint_fields(config: RLVRConfig, role: str) -> list[tuple[str, object]]:
+    """The field that names the checkpoint of a role, and its value."""
+    own = values_at(config, f"{role}.model_args.model_name_or_path")
+    return own if own[0][1] is not None else values_at(config, "pretrain")
+
+
+AnyPreflightRule = SurroundingsRule | ModelRule

@@ -1,0 +1,93 @@
+"""Samples, tokens and micro-batches of one step, when every sample is as long as the configuration allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from roll_r3.batch.token_map import round_up
+from roll_r3.config.derived import (
+    MegatronWorker,
+    data_parallel_size,
+    layout,
+    longest_sequence,
+    mini_batch_size,
+    token_alignment,
+)
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.workers import ActorTrainConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the run: a rollout and the updates on it."""
+
+    prompts: int
+    samples: int
+    longest: int
+    """Tokens of a sample, prompt and response."""
+    tokens: int
+    """Of all samples together."""
+    epochs: int
+    optimizer_steps: int
+    samples_per_optimizer_step: int
+
+    @classmethod
+    def of(cls, config: RLVRConfig) -> Step:
+        """The step of a configuration whose samples divide."""
+        longest, samples, mini_batch = longest_sequence(config), config.samples_per_step, mini_batch_size(config)
+        return cls(
+            prompts=config.rollout_batch_size,
+            samples=samples,
+            longest=longest,
+            tokens=samples * longest,
+            epochs=config.ppo_epochs,
+            optimizer_steps=config.ppo_epochs * samples // mini_batch,
+            samples_per_optimizer_step=mini_batch,
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Of one data-parallel rank."""
+
+    tokens: int
+    """The most in one, padding included, over the context-parallel ranks that share it."""
+    number: int
+    """Of an optimizer step, or of the whole pass without gradients."""
+    budgeted: bool
+    """A token budget cuts them, so shorter samples make fewer."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a role computes in a step."""
+
+    samples: int
+    """Of a data-parallel rank."""
+    infer: MicroBatches
+    """Log-probabilities, without gradients."""
+    train: MicroBatches | None
+    """None: the role does not train."""
+
+    @classmethod
+    def of(cls, config: RLVRConfig, worker: MegatronWorker) -> Passes:
+        """The passes of a role."""
+        alignment = token_alignment(worker)
+        longest = round_up(longest_sequence(config) - 1, alignment)
+        samples = config.samples_per_step // data_parallel_size(worker)
+        # the interleaved schedule passes micro-batches round the stages
+        m = layout(worker)
+        multiple = m.pipeline_model_parallel_size if m.chunks_per_stage else 1
+
+        def cut(number: int, size: int, budget: int | None) -> MicroBatches:
+            held = size if budget is None else budget // longest
+            needed = -(-number // held)
+            tokens = min(held, number) * longest if budget is None else min(budget, number * longest)
+            return MicroBatches(tokens, round_up(needed, multiple), budget is not None)
+
+        train = None
+        if isinstance(worker, ActorTrainConfig):
+            args = worker.training_args
+            size = args.per_device_train_batch_size
+            train = cut(size * args.gradient_accumulation_steps, size, worker.max_tokens_per_microbatch_in_train)
+        return cls(samples, cut(samples, worker.infer_batch_size, worker.max_tokens_per_microbatch_in_infer), train)

@@ -1,0 +1,49 @@
+"""A few lines that say what a valid configuration would run."""
+
+from __future__ import annotations
+
+from roll_r3.config.derived import checkpoint_of, data_parallel_size, layout, megatron_workers
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.preflight.surroundings import Surroundings
+
+
+def summary(config: RLVRConfig, file: str, surroundings: Surroundings) -> str:
+    """What would run, and what was known of the model when it was checked."""
+    lines = [
+        f"valid: {file}",
+        f"  {config.exp_name}: {config.max_steps} steps of {config.rollout_batch_size} prompts x "
+        f"{config.num_return_sequences_in_group} samples",
+        f"  model: {_model(config, surroundings)}",
+        f"  router replay: {config.actor_train.router_replay.mode}",
+    ]
+    for role, worker in megatron_workers(config).items():
+        m = layout(worker)
+        sizes = {
+            "TP": m.tensor_model_parallel_size,
+            "PP": m.pipeline_model_parallel_size,
+            "VPP": m.chunks_per_stage,
+            "EP": m.expert_model_parallel_size,
+            "CP": m.context_parallel_size,
+            "DP": data_parallel_size(worker),
+        }
+        shown = " ".join(f"{name} {size}" for name, size in sizes.items() if size is not None and size > 1)
+        what = f"  {role}: {worker.strategy_args.strategy_name}, devices {len(worker.device_mapping)}"
+        lines.append(f"{what}, {shown}" if shown else what)
+    engine = config.actor_infer
+    engines = len(engine.device_mapping) // engine.strategy_args.strategy_config.tp_size
+    lines.append(
+        f"  actor_infer: {engine.strategy_args.strategy_name}, devices {len(engine.device_mapping)}, engines {engines}"
+    )
+    return "\n".join(lines)
+
+
+def _model(config: RLVRConfig, surroundings: Surroundings) -> str:
+    name = checkpoint_of(config, "actor_train")
+    model = surroundings.models.get(name)
+    if model is None or model.facts is None:
+        return f"{name}, not known here"
+    facts = model.facts
+    return (
+        f"{name}, {len(facts.moe_layers)} MoE layers of {facts.num_layers}, top-{facts.top_k} of {facts.num_experts} "
+        f"experts (from {model.source})"
+    )

@@ -1,0 +1,55 @@
+"""What a check may know beyond the YAML: models, files, reward functions, installed engines. Read once, then data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from roll_r3.config.derived import checkpoint_of, workers
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.preflight import files
+from roll_r3.preflight.checkpoints import Model, find_model, incomplete
+from roll_r3.preflight.versions import find_versions
+from roll_r3.strategies.registry import STRATEGIES, StrategyEntry
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Facts about where a configuration would run."""
+
+    strategies: Mapping[str, StrategyEntry] = field(default_factory=lambda: STRATEGIES)
+    models: Mapping[str, Model] = field(default_factory=dict)
+    """Checkpoint -> what its config.json says; a checkpoint that nobody knows here is not in it."""
+    checkpoint_problems: Mapping[str, str] = field(default_factory=dict)
+    """Checkpoint -> why it cannot be loaded from here."""
+    data_problems: tuple[str, ...] = ()
+    reward_problems: tuple[str, ...] = ()
+    output_problem: str = ""
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    """Package of an engine -> its installed version, None: not installed. A package that is not in it was not
+    looked for."""
+
+
+def look_around(config: RLVRConfig) -> Surroundings:
+    """Read what this machine says about a configuration that is to run on it."""
+    names = _checkpoints(config)
+    problems = {name: found for name in names if isinstance(found := find_model(name), str) and found}
+    lacking = {name: lack for name in names if name not in problems and (lack := incomplete(name))}
+    return replace(
+        elsewhere(config),
+        checkpoint_problems=problems | lacking,
+        data_problems=tuple(files.data_problems(config.actor_train.data_args)),
+        reward_problems=tuple(files.reward_problems(config.rewards)),
+        output_problem=files.output_problem(config.output_dir),
+        versions=find_versions(config),
+    )
+
+
+def elsewhere(config: RLVRConfig) -> Surroundings:
+    """What is known here of a configuration that is to run on another machine: what its models are like."""
+    models = {name: find_model(name) for name in _checkpoints(config)}
+    return Surroundings(models={name: model for name, model in models.items() if isinstance(model, Model)})
+
+
+def _checkpoints(config: RLVRConfig) -> list[str]:
+    return sorted({checkpoint_of(config, role) for role in workers(config)})

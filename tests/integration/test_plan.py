@@ -1,0 +1,159 @@
+"""What a plan says of a rank, against the rank itself: megatron's real models in four processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Gang
+from megatron_cases import Case, make_batch, shard
+
+from roll_r3.batch.batch import Batch
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.platform import megatron_cpu
+from roll_r3.preflight.plan import make_plan
+from roll_r3.strategies.base import ProcessInfo
+
+pytestmark = pytest.mark.integration
+Gangs = Callable[[int], Gang]
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+SHARDED = {"use_distributed_optimizer": True}
+
+LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "TP2 EP2 DP2, sharded, bf16": ("qwen3_moe", {**TP2, **EP2, **SHARDED}, "bf16"),
+    "TP4, two key-value heads": ("qwen3_moe", {"tensor_model_parallel_size": 4}, "fp32"),
+    "PP2 VPP2 DP2, bf16": ("qwen3_moe", {**PP2, "virtual_pipeline_model_parallel_size": 2}, "bf16"),
+    "PP4 VPP1 layout": (
+        "qwen3_moe",
+        {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|tt|t|tL"},
+        "fp32",
+    ),
+    "PP2 uneven, CP2, a dense layer": (
+        "qwen3_moe_mixed",
+        {**PP2, **CP2, "num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
+        "fp32",
+    ),
+    "EP2 ETP2, sharded": ("qwen2_moe", {**TP2, **EP2, "expert_tensor_parallel_size": 2, **SHARDED}, "bf16"),
+    "TP2 CP2 EP4": ("olmoe", {**TP2, **CP2, "expert_model_parallel_size": 4}, "fp32"),
+    "EP4, sharded": ("mixtral", {"expert_model_parallel_size": 4, **SHARDED}, "fp32"),
+    "TP2 PP2 of latent attention": ("deepseek_v3", {**TP2, **PP2}, "bf16"),
+    "TP2 EP2 of latent attention": ("moonlight", {**TP2, **EP2}, "fp32"),
+}
+
+
+@dataclass
+class Measured:
+    """What one rank really holds."""
+
+    place: tuple[int, ...]
+    """(tp, cp, dp, pp, etp, ep, edp), as megatron's groups say."""
+    layers: list[tuple[int, ...]]
+    moe_layers: list[tuple[int, ...]]
+    parameters: list[int]
+    """Of each chunk."""
+    expert_parameters: list[int]
+    weights: int
+    """Bytes."""
+    gradients: int
+    optimizer: int
+    most_under_way: int
+    """Forward passes of chunks that no backward had followed yet, at the most."""
+
+
+def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
+    """Build the strategy, run a training step, look at what is there."""
+    import torch
+
+    megatron_cpu.install()
+    from megatron.core import parallel_state as mpu
+
+    from roll_r3.strategies.train.megatron.bridge import unwrap
+    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+
+    strategy = MegatronTrain(config, "actor_train", process)
+    strategy.initialize()
+    under_way = most = 0
+
+    def forward_ran(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        output.register_hook(backward_starts)
+
+    def backward_starts(gradient: torch.Tensor) -> None:
+        nonlocal under_way
+        under_way -= 1
+
+    models = [unwrap(chunk) for chunk in strategy.model.chunks]
+    for model in models:
+        model.register_forward_hook(forward_ran)
+    strategy.train_step(shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size), step=1)
+    assert under_way == 0
+    parameters = [dict(model.named_parameters()) for model in models]
+    buffers = [b for chunk in strategy.model.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    measured = Measured(
+        place=(
+            mpu.get_tensor_model_parallel_rank(),
+            mpu.get_context_parallel_rank(),
+            mpu.get_data_parallel_rank(),
+            mpu.get_pipeline_model_parallel_rank(),
+            mpu.get_expert_tensor_parallel_rank(),
+            mpu.get_expert_model_parallel_rank(),
+            mpu.get_expert_data_parallel_rank(),
+        ),
+        layers=[tuple(layer.layer_number - 1 for layer in model.decoder.layers) for model in models],
+        moe_layers=[tuple(router.layer for router in chunk) for chunk in strategy.model.routers],
+        parameters=[sum(p.numel() for p in named.values()) for named in parameters],
+        expert_parameters=[sum(p.numel() for name, p in named.items() if ".experts." in name) for named in parameters],
+        weights=sum(p.nbytes for named in parameters for p in named.values()),
+        gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
+        optimizer=_optimizer_bytes(strategy.optimizer._optimizer, [p for named in parameters for p in named.values()]),
+        most_under_way=most,
+    )
+    strategy.close()
+    return measured
+
+
+def _optimizer_bytes(optimizer: Any, weights: list[Any]) -> int:
+    """Adam's moments, and masters that are no views of the weights."""
+    held = {weight.untyped_storage().data_ptr() for weight in weights}
+    total = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        moments = [state[name] for state in part.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        groups = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        masters = [master for master in groups if master.untyped_storage().data_ptr() not in held]
+        total += sum(tensor.nbytes for tensor in (*moments, *masters))
+    return total
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_plan_says_what_every_rank_holds(name: str, gang: Gangs, models: dict[str, Path]) -> None:
+    model, layout, dtype = LAYOUTS[name]
+    checkpoint = models[model]
+    case = Case(str(checkpoint), layout, dtype=dtype, micro_batch_size=1)
+    config = case.config(4 // case.model_parallel_size)
+    (role,) = make_plan(config, json.loads((checkpoint / "config.json").read_text()), devices_per_node=2).roles
+
+    ranks = gang(4).run(measure, config, make_batch(checkpoint=checkpoint))
+
+    for rank, (planned, real) in enumerate(zip(role.ranks, ranks, strict=True)):
+        place = planned.place
+        assert real.place == (place.tp, place.cp, place.dp, place.pp, place.etp, place.ep, place.edp), rank
+        stage = role.stages[place.pp]
+        assert real.layers == [chunk.layers for chunk in stage.chunks], rank
+        assert real.moe_layers == [chunk.moe_layers for chunk in stage.chunks], rank
+        assert real.expert_parameters == [chunk.expert_parameters for chunk in stage.chunks], rank
+        assert real.parameters == [c.dense_parameters + c.expert_parameters for c in stage.chunks], rank
+        assert real.weights == stage.memory.weights, rank
+        # buffers and shards are padded
+        assert real.gradients == pytest.approx(stage.memory.gradients, rel=0.02), rank
+        assert real.optimizer == pytest.approx(stage.memory.optimizer, rel=0.02), rank
+        assert real.most_under_way == sum(stage.memory.in_flight), rank

@@ -1,0 +1,330 @@
+"""The plan of a run: ranks and layers where megatron-core puts them, bytes by hand, and a text that stays readable."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from roll_r3.batch.routes import RoutedExperts, route_dtype
+from roll_r3.config.load import load
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.errors import ConfigError
+from roll_r3.models.known import known_config
+from roll_r3.models.size import model_size
+from roll_r3.preflight.plan import Plan, make_plan
+from roll_r3.preflight.plan_text import plan_json, render_plan
+from roll_r3.preflight.ranks import Grid
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+V3 = known_config("deepseek-ai/DeepSeek-V3")
+TINY = {
+    "model_type": "qwen3_moe", "vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "moe_intermediate_size": 32, "num_experts": 16,
+    "num_experts_per_tok": 2, "mlp_only_layers": [0, 5], "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def config(
+    layout: dict[str, object], devices: int, *, engines: int = 4, mode: str = "R3", **other: object
+) -> RLVRConfig:
+    """128 prompts x 2 samples of 8 + 12 tokens; engines of 2 devices after the trainer's."""
+    return RLVRConfig(
+        exp_name="plan",
+        pretrain="tiny",
+        rollout_batch_size=128,
+        num_return_sequences_in_group=2,
+        prompt_length=8,
+        response_length=12,
+        actor_train={
+            "router_replay": {"mode": mode},
+            "device_mapping": list(range(devices)),
+            "strategy_args": {"strategy_config": layout},
+        },
+        actor_infer={
+            "device_mapping": list(range(devices, devices + engines)),
+            "strategy_args": {"strategy_config": {"tp_size": 2}},
+        },
+        **other,
+    )
+
+
+def plan(layout: dict[str, object], devices: int, *, per_node: int = 8, **other: object) -> Plan:
+    return make_plan(config(layout, devices, **other), TINY, devices_per_node=per_node)
+
+
+POWERS = st.sampled_from([1, 2, 3, 4])
+
+
+@st.composite
+def grids(draw) -> Grid:
+    """A layout that divides."""
+    tp, cp, dp, pp, ep, etp = (draw(POWERS) for _ in range(6))
+    assume(tp * cp * dp % (ep * etp) == 0)
+    return Grid(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=tp * cp * dp // (ep * etp))
+
+
+@settings(max_examples=200, deadline=None)
+@given(grids())
+def test_groups_are_megatrons(grid):
+    from megatron.core.parallel_state import RankGenerator
+
+    order, places = "tp-cp-ep-dp-pp", grid.places()
+    dense = RankGenerator(tp=grid.tp, ep=1, dp=grid.dp, pp=grid.pp, cp=grid.cp, order=order)
+    expert = RankGenerator(tp=grid.etp, ep=grid.ep, dp=grid.edp, pp=grid.pp, cp=1, order=order)
+    for axes in (("tp",), ("cp",), ("dp",), ("pp",), ("cp", "dp"), ("tp", "cp"), ("tp", "pp")):
+        assert [list(group) for group in grid.groups(*axes)] == dense.get_ranks("-".join(axes))
+    for axes, token in ((("etp",), "tp"), (("ep",), "ep"), (("edp",), "dp"), (("etp", "ep"), "tp-ep")):
+        assert [list(group) for group in grid.groups(*axes)] == expert.get_ranks(token)
+    for axis, generator, token in (
+        ("tp", dense, "tp"), ("cp", dense, "cp"), ("dp", dense, "dp"), ("pp", dense, "pp"),
+        ("etp", expert, "tp"), ("ep", expert, "ep"), ("edp", expert, "dp"), ("pp", expert, "pp"),
+    ):  # fmt: skip
+        for group in generator.get_ranks(token):
+            assert [getattr(places[rank], axis) for rank in group] == list(range(len(group)))
+
+
+@dataclass
+class Pipeline:
+    layers: int
+    settings: dict[str, object]
+
+
+@st.composite
+def pipelines(draw) -> Pipeline:
+    """A model that can be split over 2 stages or more."""
+    pp, vpp, each = draw(st.integers(2, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    found: dict[str, object] = {"pipeline_model_parallel_size": pp}
+    if vpp > 1:
+        found["virtual_pipeline_model_parallel_size"] = vpp
+    layers = pp * vpp * each
+    kind = draw(st.sampled_from(["even", "counted", "first"]))
+    if kind == "counted" and each > 1:
+        found["account_for_loss_in_pipeline_split"] = True
+        layers -= 1
+    elif kind == "first":
+        found["num_layers_in_first_pipeline_stage"] = 2 * vpp * each
+        layers += vpp * each
+    return Pipeline(layers, found)
+
+
+def test_layers_are_where_megatron_puts_them():
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    @settings(max_examples=100, deadline=None)
+    @given(pipelines(), st.sampled_from([1, 2]))
+    def check(pipeline, tp):
+        stages = int(pipeline.settings["pipeline_model_parallel_size"])
+        layout = {**pipeline.settings, "tensor_model_parallel_size": tp}
+        raw = {**TINY, "num_hidden_layers": pipeline.layers}
+        (role,) = make_plan(config(layout, stages * tp * 2), raw, devices_per_node=8).roles
+        model = TransformerConfig(
+            num_layers=pipeline.layers, hidden_size=8, num_attention_heads=1, pipeline_dtype="x", **pipeline.settings
+        )
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(model.virtual_pipeline_model_parallel_size)
+        for number, stage in enumerate(role.stages):
+            for chunk_number, chunk in enumerate(stage.chunks):
+                vp_stage = chunk_number if len(stage.chunks) > 1 else None
+                start = get_transformer_layer_offset(model, vp_stage, number)
+                built = tuple(range(start, start + get_num_layers_to_build(model, vp_stage, number)))
+                assert chunk.layers == built
+                assert chunk.moe_layers == tuple(layer for layer in built if layer not in (0, 5))
+            assert stage.devices == tuple(range(number * tp * 2, (number + 1) * tp * 2))
+
+    try:
+        check()
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+
+
+def test_roles_and_their_devices():
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4}
+    found = plan(layout, 16, use_kl_loss=True, reference={"device_mapping": [3, 1]})
+    trainer, reference = found.roles
+    assert (trainer.name, trainer.strategy) == ("actor_train", "megatron_train")
+    assert trainer.shards[1] == (2, 3, 10, 11)
+    assert trainer.ranks[11].place == trainer.grid.places()[11]
+    assert [stage.chunks[0].embedding for stage in trainer.stages] == [True, False]
+    assert [stage.chunks[0].output for stage in trainer.stages] == [False, True]
+    assert (reference.strategy, reference.devices, reference.shards) == ("megatron_infer", (3, 1), ((3,), (1,)))
+    assert reference.stages[0].memory.optimizer == reference.stages[0].memory.gradients == 0
+    assert [engine.devices for engine in found.engines] == [(16, 17), (18, 19)]
+    assert found.engines[0].weights == model_size(TINY).total  # bf16, over two devices
+    (shared,) = found.shared
+    assert (shared.roles, shared.devices) == (("actor_train", "reference"), (1, 3))
+    assert shared.memory == trainer.stages[0].memory.total + reference.stages[0].memory.total
+
+
+def test_a_step():
+    found = plan({"tensor_model_parallel_size": 2}, 8, ppo_epochs=3)
+    assert (found.step.samples, found.step.longest, found.step.tokens) == (256, 20, 5120)
+    assert (found.step.samples_per_optimizer_step, found.step.optimizer_steps) == (4, 192)
+    assert found.roles[0].passes.samples == 64
+
+
+def test_routes_are_as_large_as_what_the_rollout_records():
+    found = plan({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 8)
+    recorded = RoutedExperts(np.zeros((6, 19, 2), route_dtype(16)))
+    assert found.routes.token == recorded.nbytes // 19
+    assert found.routes.sample == recorded.nbytes
+    assert found.routes.step == 256 * recorded.nbytes
+    assert found.routes.rank == (128 * recorded.nbytes, 128 * recorded.nbytes)
+    many = make_plan(config({}, 1), {**TINY, "num_experts": 257}, devices_per_node=8)
+    assert many.routes.token == 2 * found.routes.token
+
+
+def test_recorded_routes_stay_with_their_layers():
+    found = plan({"pipeline_model_parallel_size": 2}, 4, mode="R2")
+    layer = 2 * 19 * 128  # top-k, inputs, samples
+    assert found.routes.rank == (3 * layer, 3 * layer)
+    uneven = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|t*7L"}
+    assert plan(uneven, 4, mode="R2").routes.rank == (0, 6 * layer)
+    assert found.routes.node == 0
+    off = plan({}, 4, mode="disable").routes
+    assert (off.token, off.step, off.rank) == (0, 0, (0,))
+
+
+def test_a_node_takes_in_whole_groups_of_samples():
+    """32 data-parallel ranks of 8 samples, one on a node; each sample may bring its neighbour."""
+    found = plan({"tensor_model_parallel_size": 2}, 64, per_node=2)
+    assert found.routes.node == 8 * 2 * found.routes.sample
+    assert plan({"tensor_model_parallel_size": 2}, 64, per_node=64).routes.node == found.routes.step
+
+
+def test_what_crosses_nodes():
+    """TP 2 inside CP 2, expert groups of 8 over two nodes of 4, stages of 8 devices."""
+    layout = {
+        "tensor_model_parallel_size": 2,
+        "context_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "expert_model_parallel_size": 8,
+    }
+    found = plan(layout, 16, per_node=4)
+    crossing = {group.kind: (len(group.members), group.crossing, group.most_nodes) for group in found.roles[0].groups}
+    assert crossing == {"TP": (8, 0, 1), "CP": (8, 0, 1), "EP": (2, 2, 2), "DP": (4, 4, 2), "PP": (8, 8, 2)}
+    assert [engine.nodes for engine in found.engines] == [(4,), (4,)]
+    split = plan(
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, 4
+    )
+    assert next(group for group in split.roles[0].groups if group.kind == "EP").members == ((0, 1, 2, 3),)
+    assert plan(layout, 16, per_node=3).engines[0].nodes == (5,)
+    assert plan(layout, 16, per_node=17).engines[0].nodes == (0, 1)
+    assert found.nodes == 5
+
+
+def test_weights_on_their_way():
+    sync = plan({"tensor_model_parallel_size": 2}, 8, per_node=8).weight_sync
+    assert (sync.update, sync.receivers, sync.from_device) == (2 * model_size(TINY).total, 4, 0)
+    assert (sync.bucket, sync.nodes) == (512 << 20, (1,))
+    assert plan({}, 8, per_node=16).weight_sync.nodes == ()
+
+
+def test_a_model_that_does_not_split_is_named_with_its_role():
+    layout = {"tensor_model_parallel_size": 4}
+    with pytest.raises(ConfigError, match=r"^actor_train.strategy_args.strategy_config: mlp.linear_fc1.weight: its"):
+        make_plan(config(layout, 4), {**TINY, "intermediate_size": 127, "hidden_size": 63}, devices_per_node=8)
+
+
+def test_json_is_plain_and_whole():
+    found = plan({"pipeline_model_parallel_size": 2}, 4)
+    written = plan_json(found)
+    assert json.loads(json.dumps(written)) == written
+    stage = written["roles"][0]["stages"][1]
+    assert stage["chunks"][0]["layers"] == [4, 5, 6, 7]
+    assert stage["memory"]["total"] == found.roles[0].stages[1].memory.total
+    assert written["nodes"] == 1
+    assert written["roles"][0]["ranks"][3]["place"]["pp"] == 1
+
+
+def huge() -> RLVRConfig:
+    """DeepSeek-V3 on 512 + 512 devices."""
+    layout = {
+        "tensor_model_parallel_size": 8,
+        "pipeline_model_parallel_size": 16,
+        "expert_model_parallel_size": 32,
+        "use_distributed_optimizer": True,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    role = {"device_mapping": list(range(512)), "infer_batch_size": 1, "use_sequence_packing": True}
+    trained = {**layout, "pipeline_model_parallel_layout": "Et|(tt|)*30L"}
+    frozen = {name: layout[name] for name in list(layout)[:3]}
+    frozen["pipeline_model_parallel_layout"] = "Et*3|(t*4|)*14t*2L"
+    return RLVRConfig(
+        exp_name="deepseek-v3",
+        pretrain="deepseek-ai/DeepSeek-V3",
+        rollout_batch_size=128,
+        num_return_sequences_in_group=16,
+        prompt_length=2048,
+        response_length=30720,
+        use_kl_loss=True,
+        actor_train={
+            **role,
+            "router_replay": {"mode": "R3"},
+            "training_args": {"gradient_accumulation_steps": 64},
+            "strategy_args": {"strategy_config": trained},
+        },
+        reference={**role, "strategy_args": {"strategy_config": frozen}},
+        actor_infer={
+            "device_mapping": list(range(512, 1024)),
+            "strategy_args": {"strategy_config": {"tp_size": 16}},
+        },
+    )
+
+
+def test_the_plan_of_a_thousand_devices_fits_a_screen():
+    text = render_plan(make_plan(huge(), V3, devices_per_node=8))
+    lines = text.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 100
+    assert lines[0] == "deepseek-v3: 1,024 devices, 128 nodes of 8"
+    for said in (
+        "671 B parameters, 37.6 B for a token",
+        "2,048 samples of 32,768 tokens: 67,108,864 tokens",
+        "8 optimizer steps, each on 256 samples",
+        "TP 8 PP 16 VPP 2 DP 4; experts EP 32",
+        "E 0 | 31-32",
+        ".. 11 alike",
+        "data-parallel shards: 0 on 0-7, 32-39, .. 480-487 (16 runs)",
+        "data-parallel shards: as actor_train",
+        "engines on several nodes: 0-31; they cannot start",
+        "464 B a token (58 layers x 8 experts), 14.5 MiB a sample, 29.0 GiB a step",
+        "actor_train: EP, all 16 groups of 32, each on up to 4 nodes",
+        "actor_train: TP inside a node",
+        "reference: as actor_train",
+        "0-511: actor_train, reference",
+    ):
+        assert said in text, said
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_can_be_planned_and_read(file):
+    example = load(file).config
+    raw = known_config(example.pretrain) or (V3 if "DeepSeek" in example.pretrain else TINY)
+    lines = render_plan(make_plan(example, raw, devices_per_node=8)).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) <= 60
+
+
+def test_the_text_of_a_small_run():
+    found = plan({"pipeline_model_parallel_size": 2}, 4, per_node=16, mode="R2")
+    text = render_plan(found)
+    assert "8 layers, 6 of them MoE: 2 of 16 experts for a token" in text
+    assert "each DP rank trains on 1 micro-batch an optimizer step, of up to 19 tokens" in text
+    assert "data-parallel shards: 0 on 0, 2; 1 on 1, 3" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("  1 ")]
+    assert row.split()[:4] == ["1", "2-3", "4-7", "L"]
+    assert "4, 6-7" in row
+    assert "a trainer's rank keeps 14.2 KiB on its host: its samples, its stage's layers" in text
+    assert "nothing but samples" in text
+    assert "devices with several roles" not in text
+    assert "routes: none are recorded" in render_plan(plan({}, 1, mode="disable"))

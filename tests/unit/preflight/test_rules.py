@@ -1,0 +1,155 @@
+"""Every row that needs more than the YAML, with a configuration that it refuses and a near one that it accepts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from roll_r3.config.load import load_text
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.example import MINIMAL
+from roll_r3.config.rules.paths import ENGINE, TRAIN
+from roll_r3.config.rules.table import Row
+from roll_r3.preflight.check import check_config
+from roll_r3.preflight.checkpoints import Model
+from roll_r3.preflight.rules import ALL_RULES, PREFLIGHT_RULES
+from roll_r3.preflight.rules.table import Pretend, SurroundingsRule
+from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
+from roll_r3.strategies.rollout.sglang.version import TESTED
+
+INSTALLED = {"sglang": str(TESTED), "megatron-core": "0.16.1"}
+
+
+def configured(*overrides: str) -> RLVRConfig:
+    loaded = load_text(MINIMAL, "run.yaml", overrides)
+    assert loaded.findings == ()
+    return loaded.config
+
+
+def around(config: RLVRConfig, where: Pretend | None = None) -> Surroundings:
+    """This machine, with the engines that were tested."""
+    here = replace(look_around(config), versions=INSTALLED)
+    return here if where is None else where.change(here)
+
+
+def found(overrides: tuple[str, ...], where: Pretend | None = None) -> list[str]:
+    config = configured(*overrides)
+    return [finding.rule for finding in check_config(config, around(config, where))]
+
+
+def where_of(rule: Row, which: str) -> Pretend | None:
+    return getattr(rule, f"{which}_where") if isinstance(rule, SurroundingsRule) else None
+
+
+def test_every_rule_has_an_id_of_its_own():
+    ids = [rule.id for rule in ALL_RULES]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("rule", PREFLIGHT_RULES, ids=lambda rule: rule.id)
+def test_a_rule_refuses(rule):
+    assert rule.id in found(rule.wrong, where_of(rule, "wrong"))
+
+
+@pytest.mark.parametrize("rule", PREFLIGHT_RULES, ids=lambda rule: rule.id)
+def test_a_rule_accepts(rule):
+    assert found(rule.right, where_of(rule, "right")) == []
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.id)
+def test_a_fix_and_a_reason_are_given_in_words(rule):
+    assert rule.why
+    assert rule.why[0].islower() or rule.why.split()[0].strip("-").isalnum()
+    assert rule.fix
+    assert not rule.why.endswith(".")
+    assert not rule.fix.endswith(".")
+
+
+def test_a_replaying_run_of_a_dense_model_says_so_and_names_the_architecture():
+    config = configured("pretrain=Qwen/Qwen3-8B")
+    findings = {f.rule: f for f in check_config(config, around(config))}
+    assert "model_type qwen3" in findings["dense-model-with-replay"].why
+    assert "qwen3_moe" in findings["architecture-known"].why, "names what can be trained"
+
+
+def test_a_model_rule_speaks_of_each_role():
+    overrides = ("use_kl_loss=true", "actor_train.device_mapping=range(3)", "reference.device_mapping=range(3)")
+    split = tuple(
+        f"{role}.strategy_args.strategy_config.tensor_model_parallel_size=3" for role in ("actor_train", "reference")
+    )
+    config = configured(*overrides, *split)
+    rules = [f for f in check_config(config, around(config)) if f.rule == "heads-over-tensor-parallel"]
+    assert [f.path for f in rules] == [override.partition("=")[0] for override in split]
+    assert all(("pretrain", "Qwen/Qwen3-30B-A3B") in f.found for f in rules)
+    assert "32 / 3 ranks leaves 2" in rules[0].why
+
+
+def test_nothing_is_said_about_a_model_that_nobody_knows():
+    config = configured(
+        "pretrain=someone/some-model",
+        "actor_train.device_mapping=range(5)",
+        f"{TRAIN}.{'pipeline_model_parallel_size'}=5",
+    )
+    assert [f.rule for f in check_config(config, elsewhere(config))] == ["model-unknown-here"]
+
+
+def test_elsewhere_looks_at_no_file_and_no_engine(monkeypatch):
+    config = configured("actor_train.data_args.file_name=not/here.jsonl", f"{ENGINE}.python=/not/here/python")
+    assert check_config(config, elsewhere(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "rule"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "checkpoint-not-quantized"),
+        ({"tie_word_embeddings": True}, "tied-embeddings-need-one-stage"),
+        ({"model_type": "made_up"}, "architecture-known"),
+        ({"mlp_only_layers": list(range(4))}, "dense-model-with-replay"),
+        ({"max_position_embeddings": 2000}, "context-holds-the-longest"),
+        ({"num_experts": 15}, "experts-over-expert-parallel"),
+        ({"num_hidden_layers": 5}, "layers-over-stages"),
+        ({"num_key_value_heads": 3}, "key-value-heads-over-tensor-parallel"),
+    ],
+)
+def test_what_a_checkpoint_in_a_directory_says_is_compared(tmp_path, raw, rule):
+    plain = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "vocab_size": 260,
+        "max_position_embeddings": 4096,
+    }
+    overrides = (
+        f"pretrain={tmp_path}",
+        "actor_train.device_mapping=range(8)",
+        f"{TRAIN}.pipeline_model_parallel_size=2",
+        f"{TRAIN}.tensor_model_parallel_size=2",
+        f"{TRAIN}.expert_model_parallel_size=2",
+    )
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    assert found(overrides) == []
+    (tmp_path / "config.json").write_text(json.dumps(plain | raw))
+    assert rule in found(overrides)
+
+
+def test_models_that_differ_in_their_context_alone_are_the_same_model():
+    config = configured("actor_infer.model_args.model_name_or_path=elsewhere/copy")
+    raw = dict(around(configured()).models["Qwen/Qwen3-30B-A3B"].raw)
+    copies = {"elsewhere/copy": Model.of(raw | {"max_position_embeddings": 262144}, "a test")}
+    where = replace(around(config), models={**around(configured()).models, **copies})
+    assert "engine-runs-the-same-model" not in [f.rule for f in check_config(config, where)]
+
+
+def test_checking_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configured("output_dir=runs")
+    check_config(config, look_around(config))
+    assert list(tmp_path.iterdir()) == []
