@@ -57,13 +57,14 @@ def trainer(checkpoint: str, mode: str, samples: int, tokens: int) -> MegatronTr
     config = RLVRConfig(
         exp_name="benchmark",
         pretrain=checkpoint,
-        rollout_batch_size=samples,
-        num_return_sequences_in_group=1,
+        rollout_batch_size=1,
+        num_return_sequences_in_group=samples,
         prompt_length=tokens,
         response_length=tokens,
         actor_train={
             "model_args": {"dtype": "fp32"},
             "router_replay": {"mode": mode},
+            "data_args": {"file_name": "bundled:addition_mod10"},
             "training_args": {"per_device_train_batch_size": samples // 2, "gradient_accumulation_steps": 2},
             "strategy_args": {"strategy_config": layout},
         },

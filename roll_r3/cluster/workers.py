@@ -135,17 +135,11 @@ class ModelWorker:
             return
         start = time.perf_counter()
         sending = _seconds(lambda: channel.begin(version))
-        bucket: list[tuple[str, torch.Tensor]] = []
-        size, tensors = 0, 0
-        for name, tensor in self._strategy.export_weights():
-            bucket.append((name, tensor))
-            size += tensor.nbytes
-            tensors += 1
-            if size >= self._bucket_bytes and not splits_a_pair([name for name, _ in bucket]):
-                sending += _seconds(partial(channel.send, bucket))
-                bucket, size = [], 0
-        if bucket:
+        tensors = 0
+        for bucket in channel.buckets(self._strategy.export_weights(), self._bucket_bytes):
             sending += _seconds(partial(channel.send, bucket))
+            tensors += len(bucket)
+            del bucket  # while the next one is gathered its memory is free
         sending += _seconds(channel.end)
         gathering = time.perf_counter() - start - sending
         logger.info("weights %d: %d tensors, gathered in %.2f s, sent in %.2f s", version, tensors, gathering, sending)
@@ -154,16 +148,6 @@ class ModelWorker:
         if self._channel is not None:
             self._channel.close()
         self._strategy.close()
-
-
-def splits_a_pair(names: Sequence[str]) -> bool:
-    """Whether a bucket that ends here holds one latent-attention down-projection of a layer without the other.
-
-    SGLang 0.5.23 fuses the two within one update request, and drops in silence what comes without its partner.
-    """
-    pair = ("q_a_proj.", "kv_a_proj_with_mqa.")
-    layers = [{name.replace(part, "") for name in names if f".{part}" in name} for part in pair]
-    return layers[0] != layers[1] and bool(layers[0])
 
 
 def _seconds(action: Callable[[], None]) -> float:

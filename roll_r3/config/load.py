@@ -126,7 +126,7 @@ class _Draft:
             if finding.found[0][1] is ABSENT:
                 self._fill_in(keys)
             elif _leads_somewhere(self.data, keys):
-                self.doubtful.add(dotted(remove(self.data, keys)))
+                remove(self.data, keys)
             self.doubtful.add(finding.path)
 
     def validated(self) -> RLVRConfig:

@@ -34,15 +34,10 @@ def at(node: Any, keys: Keys) -> Any:
     return node
 
 
-def remove(node: dict[str, Any], keys: Keys) -> Keys:
-    """Take out the value that `keys` lead to; of a list the whole is taken out, since its items have no names.
-
-    Returns:
-        The keys of what was taken out.
-    """
+def remove(node: dict[str, Any], keys: Keys) -> None:
+    """Take out the value that `keys` lead to; of a list the whole is taken out, since its items have no names."""
     named = max(i for i, key in enumerate(keys) if not isinstance(key, int))
     at(node, keys[:named]).pop(keys[named], None)
-    return keys[: named + 1]
 
 
 def overlap(path: str, other: str) -> bool:

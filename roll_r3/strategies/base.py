@@ -6,7 +6,7 @@ torch.distributed world. Shape legend as in `roll_r3.batch.batch`: n samples, N 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -75,6 +75,11 @@ class WeightChannel(Protocol):
 
     def begin(self, version: int) -> None:
         """Open an update on every engine. Raises EngineError when one refuses."""
+
+    def buckets(
+        self, weights: Iterable[tuple[str, torch.Tensor]], size: int
+    ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """Group weights for `send`: about `size` bytes each, and together what the engine must be given at once."""
 
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Send (Hugging Face name, whole tensor) pairs to every engine. Raises EngineError when one fails."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from matrix import DIMENSIONS, Mix, Sizes, name_of, pairs
 
+from roll_r3.preflight.docs import MARK
+
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 ACROSS = ("replay", "model")
 """Dimensions that are columns of the first table."""
@@ -22,6 +24,17 @@ weight and the loss are within 1e-6 of transformers' model, run one sample at a 
 forced, and if the audit found every token at its recorded experts. The runs are drawn so that every pair of choices
 meets that the program accepts and that up to four processes can run.
 """
+
+
+def layouts_on_the_page() -> str:
+    """What the page says now of layouts."""
+    return PAGE.read_text().partition(MARK)[0]
+
+
+def write_page(layouts: str) -> None:
+    """Replace what the page says of layouts; the rules below it stay."""
+    rules = "".join(PAGE.read_text().partition(MARK)[1:])
+    PAGE.write_text(layouts + rules)
 
 
 class Compatibility:
@@ -60,13 +73,11 @@ class Compatibility:
                 "",
                 "## Refused",
                 "",
-                "Tried by the tests; the program said why before anything ran.",
+                "Tried by the tests; the program said why before anything ran; the whole table of rules is below.",
                 "",
                 "| What | Why |",
                 "| --- | --- |",
                 *(f"| {what} | {_cell(why)} |" for what, why in sorted(self.refused.items())),
-                "",
-                "The whole table of rules is at the end of [configuration.md](configuration.md#rules).",
                 "",
                 f"## The {len(mixes)} runs",
                 "",

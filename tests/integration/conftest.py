@@ -1,4 +1,4 @@
-"""What integration tests share: gangs of processes that stay up for a module's tests, and a tiny checkpoint."""
+"""What integration tests share: gangs of processes that stay up for a module's tests, and tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from distributed import Gang
 def gang() -> Iterator[Callable[[int], Gang]]:
     """`gang(size)`: the module's one gang of that many processes.
 
-    Not the session's: autograd's graph keeps pieces of a world that has trained, and their threads take time from the
-    tests that come later.
+    Not the session's: what a module's worlds leave behind in their processes ends with it.
     """
     gangs: dict[int, Gang] = {}
 
@@ -33,6 +32,16 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from roll_r3.models.tiny import make_tiny_checkpoint
 
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny_moe"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each tiny model, fp32, as `make_model` makes it."""
+    from megatron_cases import make_model
+
+    from roll_r3.models.tiny import TINY_MODELS
+
+    return {name: make_model(tmp_path_factory.mktemp(name), name) for name in TINY_MODELS}
 
 
 @pytest.fixture(scope="session")

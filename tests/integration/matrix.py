@@ -163,6 +163,7 @@ def case_of(mix: Mix, checkpoint: Path) -> Case:
         mode=mix["replay"][:2],
         packed=mix["rows"] == "packed",
         micro_batch_size=1 if size.dp == 4 else 2,
+        infer_batch_size=3 if mix["batching"] == "fixed" else None,
         log_probs_first=True,
         role={
             "router_replay": {"mode": mix["replay"][:2], "audit": True},

@@ -26,6 +26,8 @@ from roll_r3.strategies.base import ProcessInfo, ReplayCounts
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 4, 16, 2, 260
 SAMPLES = 8
+LONGEST = 20
+"""Tokens of the longest sample that `make_batch` draws."""
 
 Weights = dict[str, npt.NDArray[np.float32]]
 
@@ -56,7 +58,8 @@ class Case:
     micro_batch_size: int = 2
     mini_batches: int = 1
     """Optimizer steps of the training step."""
-    infer_batch_size: int = 3
+    infer_batch_size: int | None = 3
+    """None: the default, as where a token budget cuts the passes without gradients."""
     training: dict[str, Any] = field(default_factory=lambda: dict(GRADIENT))
     role: dict[str, Any] = field(default_factory=dict)
     """Further fields of `actor_train`."""
@@ -66,18 +69,27 @@ class Case:
     """Run the pass that computes log-probabilities before the training step."""
 
     def config(self, dp_size: int = 1) -> RLVRConfig:
+        """A whole configuration, as the rules want it; its reference is there for a KL loss only."""
         accumulation = SAMPLES // (self.micro_batch_size * dp_size * self.mini_batches)
-        role = {"model_args": {"dtype": self.dtype}, "infer_batch_size": self.infer_batch_size}
+        role = {
+            "model_args": {"dtype": self.dtype},
+            "device_mapping": list(range(dp_size * self.model_parallel_size)),
+            "use_sequence_packing": self.packed,
+            **({} if self.infer_batch_size is None else {"infer_batch_size": self.infer_batch_size}),
+        }
+        reference = {**role, "strategy_args": {"strategy_name": "megatron_infer", "strategy_config": self.layout}}
         return RLVRConfig(
             exp_name="megatron",
             pretrain=self.checkpoint,
             max_steps=10,
             rollout_batch_size=SAMPLES // 2,
             num_return_sequences_in_group=2,
+            prompt_length=LONGEST - LONGEST // 2,
+            response_length=LONGEST // 2,
             actor_train={
                 **role,
                 "router_replay": {"mode": self.mode},
-                "use_sequence_packing": self.packed,
+                "data_args": {"file_name": "bundled:addition_mod10"},
                 "strategy_args": {"strategy_name": "megatron_train", "strategy_config": self.layout},
                 "training_args": {
                     "per_device_train_batch_size": self.micro_batch_size,
@@ -86,12 +98,12 @@ class Case:
                 },
                 **self.role,
             },
-            reference={
-                **role,
-                "use_sequence_packing": self.packed,
-                "strategy_args": {"strategy_name": "megatron_infer", "strategy_config": self.layout},
+            actor_infer={
+                "generating_args": {"temperature": 0.7},
+                "router_replay": {"mode": "R3" if self.mode == "R3" else "disable"},
             },
-            **{"actor_infer": {"generating_args": {"temperature": 0.7}}, **self.options},
+            reference=reference if self.options.get("use_kl_loss") else None,
+            **self.options,
         )
 
     @property
@@ -139,7 +151,7 @@ def make_batch(
         length: inputs of every sample; None: ragged.
     """
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(3, 20, SAMPLES) if length is None else np.full(SAMPLES, length)
+    lengths = rng.integers(3, LONGEST, SAMPLES) if length is None else np.full(SAMPLES, length)
     layers, experts, top_k = LAYERS, EXPERTS, TOP_K
     if checkpoint is not None:
         facts = read_facts(checkpoint)

@@ -113,14 +113,24 @@ class Reference:
         self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self._temperature = temperature
 
-    @torch.no_grad()
+    def log_probs(self, trajectory: Trajectory) -> np.ndarray:
+        """Of the response tokens. [R]"""
+        return self._of_response(trajectory, self._forward(trajectory).logits)
+
     def log_probs_and_routes(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
         """([R] of the response tokens, top-k ids [layers, T - 1, k] in the router's order)."""
-        prompt, response = trajectory.prompt_ids_P, trajectory.response_ids_R
-        ids = torch.tensor(np.concatenate([prompt, response])).long()
-        output = self._model(ids[None], output_router_logits=True)
-        log_probs = torch.log_softmax(output.logits[0].double() / self._temperature, -1)
-        of_response = log_probs[len(prompt) - 1 : -1].gather(-1, ids[len(prompt) :, None])[:, 0]
+        output = self._forward(trajectory, output_router_logits=True)
         top_k = self._model.config.num_experts_per_tok
         routes = torch.stack([torch.topk(logits, top_k, -1).indices for logits in output.router_logits])
-        return of_response.numpy(), routes[:, :-1].numpy()
+        return self._of_response(trajectory, output.logits), routes[:, :-1].numpy()
+
+    @torch.no_grad()
+    def _forward(self, trajectory: Trajectory, **options: Any) -> Any:
+        ids = torch.tensor(np.concatenate([trajectory.prompt_ids_P, trajectory.response_ids_R])).long()
+        return self._model(ids[None], **options)
+
+    def _of_response(self, trajectory: Trajectory, logits_1TV: torch.Tensor) -> np.ndarray:
+        labels_R = torch.tensor(trajectory.response_ids_R).long()
+        log_probs_TV = torch.log_softmax(logits_1TV[0].double() / self._temperature, -1)
+        first = len(trajectory.prompt_ids_P) - 1
+        return log_probs_TV[first:-1].gather(-1, labels_R[:, None])[:, 0].numpy()

@@ -1,8 +1,12 @@
-"""The expert bias through real schedules: its loads are of real tokens, summed over every rank that splits them."""
+"""DeepSeek's expert bias through real schedules: its loads are of real tokens, summed over every rank that splits them.
+
+The batches are routed by recorded rows, so what the loads must be is counted there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,70 +16,84 @@ import numpy.typing as npt
 import pytest
 import torch
 from distributed import Gang
-from megatron_cases import EXPERTS, FULL_RECOMPUTE, INTERLEAVED, LAYERS, Case, make_batch, shard
+from megatron_cases import FULL_RECOMPUTE, INTERLEAVED, Case, Weights, exported, make_batch, read_weights, shard
 
 from roll_r3.batch.batch import Batch
+from roll_r3.models.facts import read_facts
 from roll_r3.strategies.base import ProcessInfo
 
 pytestmark = pytest.mark.integration
 Gangs = Callable[[int], Gang]
 RATE = 0.25
+BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="session")
+def deepseek(models: dict[str, Path]) -> Path:
+    return models["deepseek_v3"]
+
+
+def moving(checkpoint: Path, layout: dict[str, Any], rate: float = RATE) -> Case:
+    return Case(str(checkpoint), {**layout, "moe_router_bias_update_rate": rate})
 
 
 @pytest.mark.parametrize(
-    ("size", "layout", "packed"),
+    ("size", "layout", "packed", "dtype", "length"),
     [
-        (1, FULL_RECOMPUTE, False),
-        (2, {"tensor_model_parallel_size": 2}, False),
-        (2, {"context_parallel_size": 2}, True),
-        (2, {**INTERLEAVED, **FULL_RECOMPUTE}, False),
-        (2, {"expert_model_parallel_size": 2, **FULL_RECOMPUTE}, False),
+        (1, FULL_RECOMPUTE, False, "fp32", None),
+        (2, {"tensor_model_parallel_size": 2}, False, "fp32", None),
+        (2, {"context_parallel_size": 2}, True, "fp32", None),
+        (2, {**INTERLEAVED, **FULL_RECOMPUTE}, False, "fp32", None),
+        (2, {"expert_model_parallel_size": 2, **FULL_RECOMPUTE}, False, "fp32", None),
+        # enough tokens that bf16 could not count them
+        (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, False, "bf16", 401),
     ],
 )
 def test_the_bias_follows_the_recorded_loads(
-    size: int, layout: dict, packed: bool, gang: Gangs, tiny_moe: Path
+    size: int, layout: dict[str, Any], packed: bool, dtype: str, length: int | None, gang: Gangs, deepseek: Path
 ) -> None:
-    batch = make_batch()
-    ranks = gang(size).run(_biases, Case(str(tiny_moe), layout, packed=packed), batch, RATE)
+    facts = read_facts(deepseek)
+    before, batch = read_weights(deepseek), make_batch(checkpoint=deepseek, length=length)
+    case = replace(moving(deepseek, layout), packed=packed, dtype=dtype)
 
-    for bias in ranks:
-        for layer, found in bias.items():
-            ids = np.concatenate([routes.ids_MRK[layer].reshape(-1) for routes in batch.routes])
-            loads = np.bincount(ids, minlength=EXPERTS)
-            assert found.tolist() == (RATE * np.sign(loads.mean() - loads)).tolist()
-    assert {layer for bias in ranks for layer in bias} == set(range(LAYERS))
+    ranks = gang(size).run(_exported_biases, case, batch)
+
+    for row, layer in enumerate(facts.moe_layers):
+        ids = np.concatenate([routes.ids_MRK[row].reshape(-1) for routes in batch.routes])
+        loads = np.bincount(ids, minlength=facts.num_experts)
+        assert length is None or loads.max() > 256
+        wanted = before[BIAS.format(layer)] + np.float32(RATE) * np.sign(loads.mean() - loads).astype(np.float32)
+        for found in ranks:
+            assert found[BIAS.format(layer)].tolist() == wanted.tolist()
+    assert all(len(found) == len(facts.moe_layers) for found in ranks)
 
 
 @pytest.mark.parametrize("mode", ["disable", "R2"])
-def test_without_recorded_rows_padding_stays_out_too(mode: str, gang: Gangs, tiny_moe: Path) -> None:
+def test_without_recorded_rows_padding_stays_out_too(mode: str, gang: Gangs, deepseek: Path) -> None:
     """The loads that megatron sums do not depend on how much padding the cut of the micro-batches brought."""
-    batch = make_batch()
+    batch, facts = make_batch(checkpoint=deepseek), read_facts(deepseek)
     few, many = (
-        gang(1).run(_loads, Case(str(tiny_moe), mode=mode, micro_batch_size=size, infer_batch_size=size), batch)[0]
+        gang(1).run(
+            _loads, replace(moving(deepseek, {}), mode=mode, micro_batch_size=size, infer_batch_size=size), batch
+        )[0]
         for size in (1, 4)
     )
-    assert few.sum() == many.sum() == batch.lengths_n.sum() * LAYERS * 2
+    assert few.sum() == many.sum() == batch.lengths_n.sum() * len(facts.moe_layers) * facts.top_k
     assert np.array_equal(few, many)
 
 
-def test_a_rate_of_0_moves_nothing(gang: Gangs, tiny_moe: Path) -> None:
-    for bias in gang(1).run(_biases, Case(str(tiny_moe)), make_batch(), 0.0):
-        assert not any(found.any() for found in bias.values())
+def test_a_rate_of_0_moves_nothing(gang: Gangs, deepseek: Path) -> None:
+    (found,) = gang(1).run(_exported_biases, moving(deepseek, {}, rate=0.0), make_batch(checkpoint=deepseek))
+    before = read_weights(deepseek)
+    assert found
+    assert all(np.array_equal(bias, before[name]) for name, bias in found.items())
 
 
-def _with_bias(process: ProcessInfo, case: Case, rate: float) -> Any:
-    """A Qwen3-MoE whose routers get an expert bias: DeepSeek's own attention needs a GPU."""
+def _trainer(process: ProcessInfo, case: Case) -> Any:
     from roll_r3.strategies.train.megatron.strategy import MegatronTrain
 
     strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
     strategy.initialize()
-    config = strategy.model.config
-    config.moe_router_enable_expert_bias, config.moe_router_bias_update_rate = True, rate
-    for router in (router for chunk in strategy.model.routers for router in chunk):
-        router.module.enable_expert_bias, router.module.score_function = True, "sigmoid"
-        for name in ("local_tokens_per_expert", "expert_bias"):
-            delattr(router.module, name)
-            router.module.register_buffer(name, torch.zeros(EXPERTS), persistent=False)
     return strategy
 
 
@@ -85,19 +103,20 @@ def _step(strategy: Any, batch: Batch) -> None:
     strategy.train_step(part, step=1)
 
 
-def _biases(process: ProcessInfo, case: Case, batch: Batch, rate: float) -> dict[int, npt.NDArray[np.float32]]:
-    strategy = _with_bias(process, case, rate)
+def _exported_biases(process: ProcessInfo, case: Case, batch: Batch) -> Weights:
+    """After a step, under their names in a checkpoint."""
+    strategy = _trainer(process, case)
     _step(strategy, batch)
     routers = [router for chunk in strategy.model.routers for router in chunk]
     assert not any(router.module.local_tokens_per_expert.any() for router in routers)
-    bias = {router.layer: router.module.expert_bias.numpy().copy() for router in routers}
+    biases = {name: bias for name, bias in exported(strategy) if name.endswith("e_score_correction_bias")}
     strategy.close()
-    return bias
+    return biases
 
 
 def _loads(process: ProcessInfo, case: Case, batch: Batch) -> npt.NDArray[np.float32]:
     """What megatron moves the bias by. [layers, E]"""
-    strategy = _with_bias(process, case, RATE)
+    strategy = _trainer(process, case)
     finalize = import_module("megatron.core.distributed.finalize_model_grads")  # a function hides it
     update = finalize.get_updated_expert_bias
     seen = []

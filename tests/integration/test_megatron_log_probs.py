@@ -85,7 +85,8 @@ def test_replaying_the_live_choice_agrees_everywhere(gang: Gangs, tiny_moe: Path
 
 
 def test_the_reference_beside_the_actor_is_untouched(gang: Gangs, tiny_moe: Path) -> None:
-    gang(2).run(_reference_beside_actor, Case(str(tiny_moe), PIPELINE, training={"learning_rate": 1e-2}), make_batch())
+    case = Case(str(tiny_moe), PIPELINE, training={"learning_rate": 1e-2}, options={"use_kl_loss": True})
+    gang(2).run(_reference_beside_actor, case, make_batch())
 
 
 def _reference_beside_actor(process: ProcessInfo, case: Case, batch: Batch) -> None:

@@ -41,11 +41,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make_model(tmp_path_factory.mktemp(name), name) for name in TINY_MODELS}
-
-
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_gradients_equal_the_reference(name: str, layout_name: str, gang: Gangs, models: dict[str, Path]) -> None:

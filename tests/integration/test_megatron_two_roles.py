@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_the_reference_routes_by_itself_inside_the_actors_session(gang: Callable[[int], Gang], tiny_moe: Path) -> None:
-    gang(1).run(_both, Case(str(tiny_moe), FULL_RECOMPUTE), make_batch())
+    gang(1).run(_both, Case(str(tiny_moe), FULL_RECOMPUTE, options={"use_kl_loss": True}), make_batch())
 
 
 def _both(process: ProcessInfo, case: Case, batch: Batch) -> None:
@@ -68,3 +69,32 @@ def _both(process: ProcessInfo, case: Case, batch: Batch) -> None:
     assert not np.array_equal(alone, actor.compute_log_probs(batch).log_probs_N)
     reference.close()
     actor.close()
+
+
+LAYOUT = {"context_parallel_size": 2, "use_distributed_optimizer": True, **FULL_RECOMPUTE}
+
+
+def test_a_world_that_is_left_takes_its_threads_with_it(tiny_moe: Path) -> None:
+    """Worlds follow each other in a process of the tests, and threads that stay take time from all that come later."""
+    gang = Gang(2)
+    try:
+        found = gang.run(_threads_left, Case(str(tiny_moe), LAYOUT), make_batch())
+        assert found == [[0, 0]] * 2
+    finally:
+        gang.close()
+
+
+def _threads_left(process: ProcessInfo, case: Case, batch: Batch) -> list[int]:
+    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+
+    left = []
+    for port in (1, 2):
+        actor = MegatronTrain(case.config(), "actor_train", replace(process, master_port=process.master_port + port))
+        actor.initialize()
+        actor.train_step(batch, step=1)
+        actor.close()
+        del actor  # the optimizer holds groups
+        gc.collect()
+        names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+        left.append(sum("gloo" in name for name in names))
+    return left

@@ -16,7 +16,7 @@ import logging
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from datetime import timedelta
 from functools import partial
@@ -28,6 +28,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.distributed_c10d import Backend, _new_process_group_helper
 
 from roll_r3.errors import EngineError
+from roll_r3.strategies.rollout.sglang.buckets import fill_buckets
 from roll_r3.strategies.rollout.sglang.target import SglangWeightTarget
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,12 @@ class SglangWeightChannel:
         self._version = version
         self._on_every_engine(self._open_session)
         self._on_every_engine(lambda target: self._set_version(target, f"{version}-incomplete"))
+
+    def buckets(
+        self, weights: Iterable[tuple[str, torch.Tensor]], size: int
+    ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """Group weights for `send`: about `size` bytes each, and together what SGLang fuses."""
+        return fill_buckets(weights, size)
 
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Send (Hugging Face name, whole tensor) pairs.

@@ -77,14 +77,15 @@ class Optimizer:
         """Clip, update, and move the learning rate on; collective.
 
         Raises:
-            RollError: the gradient norm is not finite. The weights are as they were.
+            RollError: the gradient norm is not finite. The optimizer changed nothing; an expert bias that moves has
+                moved with the end of the schedule.
         """
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise RollError(
-                f"the gradient norm is {norm}: nothing was updated. Look for extreme ratios or log-probabilities in "
-                "this step's metrics; a lower learning_rate or clip range is the usual cure"
+                f"the gradient norm is {norm}: the optimizer did not step. Look for extreme ratios or "
+                "log-probabilities in this step's metrics; a lower learning_rate or clip range is the usual cure"
             )
         learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step()

@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
 from roll_r3.batch.token_map import Layout
 from roll_r3.config.strategies import MegatronConfig
@@ -153,6 +154,11 @@ def leave() -> None:
     _members -= 1
     if _members == 0:
         parallel_state.destroy_model_parallel()
+        # what megatron forgets to let go of: each would keep a group of this world, and its threads, for good
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = None
+        for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+            embedding.forward.cache_clear()  # cached by the embedding, which holds its context-parallel group
         dist.destroy_process_group()
 
 

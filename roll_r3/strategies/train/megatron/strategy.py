@@ -23,6 +23,7 @@ from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.micro_batch import fixed_size, shuffled_mini_batches
 from roll_r3.batch.token_map import round_up
+from roll_r3.config.derived import mini_batch_size
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
 from roll_r3.errors import ConfigError, ReplayError
@@ -33,7 +34,7 @@ from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Tr
 from roll_r3.strategies.train.megatron import parallel
 from roll_r3.strategies.train.megatron.audit import DispatchAudit
 from roll_r3.strategies.train.megatron.bridge import write_checkpoint
-from roll_r3.strategies.train.megatron.checks import check_role, steps_per_epoch
+from roll_r3.strategies.train.megatron.checks import check_role
 from roll_r3.strategies.train.megatron.expert_bias import RealTokenCounts
 from roll_r3.strategies.train.megatron.micro_batch import MicroBatch, cut, fill_up, groups_within
 from roll_r3.strategies.train.megatron.model import DTYPES, build_model
@@ -69,9 +70,8 @@ class MegatronInfer:
         Raises:
             ConfigError: settings that cannot work together (see `check_role`).
         """
-        section: ActorTrainConfig | ReferenceConfig | None = getattr(config, role)
-        if section is None:
-            raise ConfigError(f"{role} is not configured")
+        check_role(config, role, process.world_size)
+        section: ActorTrainConfig | ReferenceConfig = getattr(config, role)
         self.config = config
         self.role = role
         self.section = section
@@ -82,7 +82,6 @@ class MegatronInfer:
         self.tokens = self.layout.token_layout(section.use_sequence_packing, section.sequence_length_round)
         # the reference always routes by itself
         self.replay_mode = section.router_replay.mode if role == "actor_train" else "disable"
-        check_role(config, role, self.layout)
 
     @property
     def data_parallel_rank(self) -> int:
@@ -238,13 +237,13 @@ class MegatronTrain(MegatronInfer):
         super().initialize()
         assert isinstance(self.section, ActorTrainConfig)
         self.training_args = self.section.training_args
-        epochs = self.config.max_steps * self.config.ppo_epochs
+        steps = self.config.samples_per_step // mini_batch_size(self.config)
         self.optimizer = Optimizer(
             self.model.chunks,
             self.training_args,
             dtype=DTYPES[self.section.model_args.dtype],
             distributed=self.settings.use_distributed_optimizer,
-            total_steps=epochs * steps_per_epoch(self.config, self.layout),
+            total_steps=self.config.max_steps * self.config.ppo_epochs * steps,
         )
 
     def train_step(self, batch: Batch, step: int) -> TrainResult:
