@@ -9,12 +9,14 @@ Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 inte
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from roll_r3.config.derived import checkpoint_of
+from roll_r3.config.derived import checkpoint_of, megatron_workers
 from roll_r3.config.load import LoadedConfig, load
 from roll_r3.config.report import Finding, InvalidConfigError, Origins, as_json, has_errors, render
 from roll_r3.config.yaml_file import to_yaml
@@ -22,6 +24,7 @@ from roll_r3.errors import ConfigError, RollError
 from roll_r3.preflight.check import check
 from roll_r3.preflight.explain import explain_rule, rule_ids, similar_rules
 from roll_r3.preflight.plan import Plan, make_plan
+from roll_r3.preflight.plan_findings import plan_findings
 from roll_r3.preflight.plan_text import plan_json, render_plan
 from roll_r3.preflight.summary import summary
 from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
@@ -35,16 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
-    if options.explain is not None:
-        return _explain(options.explain)
     _refuse_misplaced(parser, options)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer letters than a configuration
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(options)
+        status = _explain(options.explain) if options.explain is not None else _run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
     except InvalidConfigError as error:
         _report(options, error.findings, error.origins)
         return EXIT_CONFIG
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        _report(options, [Finding("configuration", "error", (), str(error))], Origins(str(options.config)))
         return EXIT_CONFIG
     except RollError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,11 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse_misplaced(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Leave when an option would not be read."""
-    if options.config is None:
+    if options.config is None and options.explain is None:
         parser.error("--config FILE is needed")
+    if options.explain is not None and (options.config or options.overrides or options.elsewhere):
+        parser.error("--explain takes the name of a rule and nothing else")
     starts = not (options.validate_only or options.print_config or options.plan)
-    if starts and (options.elsewhere or options.format != "text"):
-        parser.error("--elsewhere and --format go with --validate-only, --print-config or --plan")
+    if starts and options.format != "text":
+        parser.error("--format goes with --validate-only or --plan")
     if options.print_config and options.format != "text":
         parser.error("--print-config prints YAML: leave --format out")
     if options.devices_per_node is not None and not options.plan:
@@ -87,22 +98,30 @@ def _run(options: argparse.Namespace) -> int:
         return EXIT_OK
     if options.plan:
         plan = _plan(loaded, surroundings, options.devices_per_node or DEVICES_PER_NODE)
-        print(json.dumps(plan_json(plan), indent=2) if options.format == "json" else render_plan(plan))
-        return EXIT_OK
+        misplaced = plan_findings(loaded.config, plan)
+        if options.format == "json":
+            print(json.dumps(plan_json(plan) | {"findings": as_json(misplaced, loaded.origins)}, indent=2))
+        else:
+            print(render_plan(plan))
+            _report(options, misplaced, loaded.origins)
+        return EXIT_CONFIG if has_errors(misplaced) else EXIT_OK
     from roll_r3.pipelines.launch import launch  # noqa: PLC0415  brings in torch and Ray, which checking does not need
 
     return launch(loaded.config, loaded.origins)
 
 
 def _plan(loaded: LoadedConfig, surroundings: Surroundings, devices_per_node: int) -> Plan:
-    name = checkpoint_of(loaded.config, "actor_train")
-    model = surroundings.models.get(name)
-    if model is None:
-        raise ConfigError(
-            f"a plan needs to know the model, and {name} is neither here, nor in the hub's cache, nor in the bundled "
-            "table: name a directory with its config.json, or one of the table's"
-        )
-    return make_plan(loaded.config, model.raw, devices_per_node=devices_per_node)
+    models = {}
+    for role in megatron_workers(loaded.config):
+        name = checkpoint_of(loaded.config, role)
+        model = surroundings.models.get(name)
+        if model is None:
+            raise ConfigError(
+                f"a plan needs to know the model of {role}, and {name} is neither here, nor in the hub's cache, nor in "
+                "the bundled table: name a directory with its config.json, or one of the table's"
+            )
+        models[role] = model.raw
+    return make_plan(loaded.config, models, devices_per_node=devices_per_node)
 
 
 def _report(options: argparse.Namespace, findings: Sequence[Finding], origins: Origins) -> None:
@@ -151,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--elsewhere",
         action="store_true",
-        help="the run will start on another machine: do not look for its files and engines here",
+        help="its files and engines are on other machines: do not look for them here",
     )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of findings and of the plan")
     parser.add_argument(

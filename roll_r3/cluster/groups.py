@@ -20,6 +20,7 @@ from roll_r3.cluster.placement import Placement
 from roll_r3.cluster.workers import ModelWorker, RolloutWorker
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
+from roll_r3.preflight.plan_findings import LOOPBACK
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, ReplayCounts
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,6 @@ STOP_TIMEOUT = 30.0
 """Seconds that workers get to leave in order at the end of a run that went well."""
 FAILED_STOP_TIMEOUT = 5.0
 """The same after a failure: the ranks left may wait for a dead one, and only the engines have something to end."""
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Calls = dict[ray.ObjectRef, tuple[str, Path]]
 """Calls under way: reference -> (worker's name, its log file)."""

@@ -17,6 +17,7 @@ import torch
 from roll_r3.batch.batch import Batch
 from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.transport import fetch_routes, store_routes
+from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.strategies.base import (
@@ -106,7 +107,7 @@ class ModelWorker:
         worker = getattr(self._config, self._role)
         entry = STRATEGIES[worker.strategy_args.strategy_name]
         process = replace(self._process, master_addr=master[0], master_port=master[1])
-        checkpoint = resolve_checkpoint(worker.model_args.model_name_or_path or self._config.pretrain)
+        checkpoint = resolve_checkpoint(checkpoint_of(self._config, self._role))
         self._strategy = entry.load()(self._config, self._role, process, model_path=str(checkpoint))
         self._strategy.initialize()
         s = self._strategy

@@ -74,6 +74,20 @@ def longest_sequence(config: RLVRConfig) -> int:
     return config.prompt_length + config.response_length
 
 
+def sampled_tokens(config: RLVRConfig) -> int:
+    """Tokens of the longest response that is asked for."""
+    return config.actor_infer.generating_args.max_new_tokens or config.response_length
+
+
+def engine_room(config: RLVRConfig) -> int:
+    """Tokens that SGLang's context, and its cache, must hold so that the longest sample comes back whole.
+
+    It keeps 2 tokens back when it limits a response, and 7 when it limits a prompt (0.5.23: `max_req_len` and
+    `max_req_input_len` of its tp_worker and scheduler).
+    """
+    return config.prompt_length + max(sampled_tokens(config) + 2, 7)
+
+
 def values_at(config: RLVRConfig, path: str) -> list[tuple[str, object]]:
     """(dotted path, value) of what `path` names; `*` is every key. Empty below a section that is None."""
     found: list[tuple[str, object]] = [("", config)]

@@ -4,38 +4,129 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import ABSENT, Finding
+from roll_r3.config.report import ABSENT, Finding, show_value
 from roll_r3.config.tree import Keys, children, dotted, join
 
 MAX_INTEGER = 2**63 - 1
 """Larger numbers are slips of the finger, and no engine could hold them."""
+_NOUNS = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list, as in [a, b]",
+    "model_type": "a section of `field: value` lines",
+    "dict_type": "a section of `field: value` lines",
+}
+_SECTIONS = {"model_type", "dict_type"}
+_LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+_NUMBERS = _LIMITS | {"int_type", "int_parsing", "int_from_float", "float_type", "float_parsing"}
+PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "should hold letters, digits, dots, underscores and hyphens alone, and begin with "
+    "a letter or a digit"
+}
+"""A pattern of the schema -> what it allows, in words."""
 _RULE_IDS = {"extra_forbidden": "unknown-field", "missing": "missing-field"}
 
 
 def explain(error: ValidationError, data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
     """One finding per field of `data` that was refused, however many members of a union refused it, and its keys."""
-    whys: dict[tuple[Keys, str], list[str]] = {}
+    problems: dict[tuple[Keys, str], list[ErrorDetails]] = {}
     values: dict[Keys, object] = {}
-    for detail in error.errors(include_url=False, include_context=False):
+    for detail in error.errors(include_url=False):
         kind = detail["type"]
         keys, value = _locate(detail["loc"], data, is_missing=kind == "missing")
         values[keys] = value
-        whys.setdefault((keys, _RULE_IDS.get(kind, "bad-value")), []).append(_why(kind, detail["msg"]))
-    return [(keys, _finding(keys, values[keys], rule, messages)) for (keys, rule), messages in whys.items()]
+        problems.setdefault((keys, _RULE_IDS.get(kind, "bad-value")), []).append(detail)
+    found = [(keys, _finding(keys, values[keys], rule, details)) for (keys, rule), details in problems.items()]
+    return list(_without_settings_of_another_strategy(found))
 
 
-def _finding(keys: Keys, value: object, rule: str, messages: list[str]) -> Finding:
+def _without_settings_of_another_strategy(found: list[tuple[Keys, Finding]]) -> Iterator[tuple[Keys, Finding]]:
+    """`found` without what is said inside a `strategy_config` whose strategy is wrong: it goes out with the name."""
+    wrong = {keys[:-1] for keys, _ in found if keys[-1] == "strategy_name"}
+    inside = {
+        keys[: len(above)] for keys, _ in found for above in wrong if _is_inside(keys, (*above, "strategy_config"))
+    }
+    for keys, finding in found:
+        if keys[-1] == "strategy_name" and keys[:-1] in inside:
+            yield keys[:-1], replace(finding, depends=(dotted((*keys[:-1], "strategy_config")),))
+        elif not any(_is_inside(keys, (*above, "strategy_config")) for above in wrong):
+            yield keys, finding
+
+
+def _is_inside(keys: Keys, section: Keys) -> bool:
+    return keys[: len(section)] == section
+
+
+def _finding(keys: Keys, value: object, rule: str, details: list[ErrorDetails]) -> Finding:
     path = dotted(keys)
-    fix = _did_you_mean(path) if rule == "unknown-field" else ""
-    return Finding(rule, "error", ((path, value),), why=", or ".join(dict.fromkeys(messages)), fix=fix)
+    why = ", or ".join(dict.fromkeys(map(_why, details)))
+    return Finding(rule, "error", ((path, value),), why, _fix(path, value, details))
+
+
+def _why(detail: ErrorDetails) -> str:
+    kind, message = detail["type"], detail["msg"]
+    if kind == "extra_forbidden":
+        return "there is no such field"
+    if kind == "missing":
+        return "this field must be given"
+    if noun := _NOUNS.get(kind):
+        return f"should be {noun}"
+    if kind == "string_pattern_mismatch":
+        return PATTERNS[detail["ctx"]["pattern"]]
+    return message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
+
+
+def _fix(path: str, value: object, details: list[ErrorDetails]) -> str:
+    """What to write instead of `value`; empty where the reason says it already."""
+    kinds = {detail["type"] for detail in details}
+    if "extra_forbidden" in kinds:
+        return _did_you_mean(path)
+    if "missing" in kinds:
+        return f"give it in the file, or as an override {path}=..."
+    if "literal_error" in kinds:
+        choices = [c for kind in _kinds(path) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
+        return f"write {'one of ' * (len(choices) > 1)}{', '.join(map(str, choices))}"
+    if kinds & _SECTIONS:
+        return f"its fields: {', '.join(fields_at(path))}" if fields_at(path) else "write `name: value` lines below it"
+    if kinds <= _NUMBERS:
+        return f"write a number, for example {_example(path)}"
+    if kinds == {"string_type"} and isinstance(value, int | float):
+        return f'write it in quotes, as in "{show_value(value)}"'
+    if "string_pattern_mismatch" in kinds:
+        return f"write a name such as {re.sub('[^A-Za-z0-9._-]+', '-', str(value)).strip('._-') or 'my-run'}"
+    nouns = list(dict.fromkeys(_NOUNS[detail["type"]] for detail in details if detail["type"] in _NOUNS))
+    return f"write {' or '.join(nouns)}" if nouns else ""
+
+
+def _example(path: str) -> str:
+    """A number that may stand at `path`."""
+    parent, _, name = path.rpartition(".")
+    sections = [kind for kind in _kinds(parent) if is_section(kind) and name in kind.model_fields]
+    defaults = [section.model_fields[name].default for section in sections]
+    number = next((d for d in defaults if isinstance(d, int | float) and not isinstance(d, bool)), None)
+    return show_value(number if number is not None else 1 if int in _kinds(path) else 0.5)
+
+
+def _kinds(path: str) -> list[Any]:
+    """The alternatives of what may stand at a dotted path."""
+    return [kind for annotation in annotations_at(path) for kind in members(annotation)]
 
 
 def misread_values(data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
@@ -46,14 +137,19 @@ def misread_values(data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
 def _misread(node: Any, keys: Keys) -> Iterator[tuple[Keys, Finding]]:
     path = dotted(keys)
     if isinstance(node, float) and not math.isfinite(node):
-        yield keys, Finding("bad-value", "error", ((path, node),), "should be a finite number")
+        fix = f"write a number, for example {_example(path)}"
+        yield keys, Finding("bad-value", "error", ((path, node),), "should be a finite number", fix)
     elif isinstance(node, bool):
-        kinds = {kind for annotation in annotations_at(path) for kind in members(annotation)}
+        kinds = set(_kinds(path))
         if kinds & {int, float} and bool not in kinds:
             why = f"YAML reads {'on, yes and true' if node else 'off, no and false'} as a boolean; this is a number"
-            yield keys, Finding("bad-value", "error", ((path, node),), why, "write the number")
+            yield (
+                keys,
+                Finding("bad-value", "error", ((path, node),), why, f"write the number, for example {_example(path)}"),
+            )
     elif isinstance(node, int) and abs(node) > MAX_INTEGER:
-        yield keys, Finding("bad-value", "error", ((path, node),), f"should be a number up to {MAX_INTEGER}")
+        fix = f"write a number, for example {_example(path)}"
+        yield keys, Finding("bad-value", "error", ((path, node),), f"should be a number up to {MAX_INTEGER}", fix)
     for key, value in children(node):
         yield from _misread(value, (*keys, key))
 
@@ -104,16 +200,6 @@ def _locate(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> tuple
             node = typing.cast(Any, node)[key]
             keys = (*keys, key)  # any other key names a member of a union, or what is missing
     return ((*keys, loc[-1]), ABSENT) if is_missing else (keys, node)
-
-
-def _why(kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        return "there is no such field"
-    if kind == "missing":
-        return "this field must be given"
-    if kind in ("model_type", "dict_type"):
-        return "should be a section of `field: value` lines"
-    return message.removeprefix("Value error, ").replace("Input should", "should").replace("a valid tuple", "a list")
 
 
 def _did_you_mean(path: str) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from roll_r3.config.disk import NOTHING, why_no_file
 from roll_r3.config.explain import annotations_at, explain, is_section, members, misread_values
 from roll_r3.config.interpolate import resolve
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import ABSENT, Finding, InvalidConfigError, Origins, has_errors
+from roll_r3.config.report import ABSENT, Finding, InvalidConfigError, Origins, show_value
 from roll_r3.config.roll_yaml import include_defaults, translate
 from roll_r3.config.tree import Keys, at, children, dotted, join, overlap, remove
 from roll_r3.config.yaml_file import parse_yaml
@@ -38,18 +39,6 @@ class LoadedConfig:
     findings: tuple[Finding, ...] = ()
     doubtful: frozenset[str] = frozenset()
     """Dotted paths of what was left out: nothing can be said about combinations with them."""
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RLVRConfig:
-    """As `load`, for callers that need a configuration without errors and nothing else.
-
-    Raises:
-        InvalidConfigError: with all mistakes that can be seen without the rules.
-    """
-    loaded = load(path, overrides)
-    if has_errors(loaded.findings):
-        raise InvalidConfigError(loaded.findings, loaded.origins)
-    return loaded.config
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -127,7 +116,7 @@ class _Draft:
                 self._fill_in(keys)
             elif _leads_somewhere(self.data, keys):
                 remove(self.data, keys)
-            self.doubtful.add(finding.path)
+            self.doubtful.update((finding.path, *finding.depends))
 
     def validated(self) -> RLVRConfig:
         """The typed configuration of what is right."""
@@ -156,6 +145,8 @@ def _leads_somewhere(node: Any, keys: Keys) -> bool:
 
 def _read(path: Path) -> tuple[str | None, list[Finding]]:
     """The file's text, or what is wrong with it."""
+    if (why := why_no_file(path)) not in ("", NOTHING):
+        return None, [_file_finding(f"{path} cannot be read: {why}")]
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
@@ -194,7 +185,7 @@ def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> list[
     if not equals or not all(keys) or any(c.isspace() for c in path):
         fix = "write section.field=value, without spaces around ="
         return [Finding("override", "error", (), f"{override!r} is not an override", fix)]
-    place = f"override {override}"
+    place = f"override {show_value(override)}"
     parsed = parse_yaml(text, place, path)
     if parsed.findings:
         return parsed.findings

@@ -147,5 +147,5 @@ def show_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = value if isinstance(value, str) and value else repr(list(value) if isinstance(value, tuple) else value)
-    text = text.replace("\n", "\\n")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 3]}..."

@@ -30,7 +30,7 @@ class SglangConfig(Config):
     max_running_requests: PositiveInt | None = None
     """Requests the engine decodes at once; default: SGLang's choice."""
     context_length: PositiveInt | None = None
-    """Longest prompt + response the engine accepts, in tokens; default: prompt_length + response_length."""
+    """Context of the engine in tokens; default: prompt_length + response_length and the few that SGLang keeps back."""
     chunked_prefill_size: int | None = None
     """Prefill is cut into chunks of this many tokens; default: SGLang's choice."""
     attention_backend: str | None = None
@@ -96,7 +96,7 @@ class MegatronConfig(Config):
         Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"], ...
     ] = ()
     """With selective recompute: which modules."""
-    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to their experts' ranks."""
     moe_grouped_gemm: bool | None = None
     """Compute a rank's experts in one grouped matrix product; default: where TransformerEngine is installed."""

@@ -48,7 +48,8 @@ class ModelArgs(Config):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations in the trainer; with bf16 the optimizer keeps fp32 master weights."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint. Leave it off unless you wrote that code."""
+    """Run Python code that comes with the checkpoint: its tokenizer's under actor_train, its model's in the engine
+    under actor_infer. Megatron builds models without it. Leave it off unless you trust that code."""
 
 
 class TrainingArgs(Config):

@@ -24,7 +24,9 @@ MAX_DIGITS = 100
 
 _TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null"))
 _INT = "tag:yaml.org,2002:int"
-_WHOLE = re.compile(r"^[-+]?(?:0b[0-1_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
+_FLOAT_TAG = "tag:yaml.org,2002:float"
+_WHOLE = re.compile(r"^[-+]?(?:0b[01][01_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0[0-7_]*|[1-9][0-9_]*)$")
+_DECIMAL = re.compile(r"^[-+]?[0-9][0-9_]*$")
 _FLOAT = re.compile(
     r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
@@ -36,22 +38,18 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp)
-        for tag, regexp in rows
-        if tag not in (_INT, "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-    ]
+    first: [(tag, regexp) for tag, regexp in rows if tag not in (_INT, _FLOAT_TAG, "tag:yaml.org,2002:timestamp")]
     for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_INT, _WHOLE, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+0123456789."))
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes text that this loader or PyYAML's would take for something else."""
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Dumper.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+0123456789."))
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,12 @@ class _Walk:
             why = f"the tag {node.tag} is refused: plain YAML values are read, nothing is constructed or executed"
             self._wrong(node, path, why, "write the plain value", rule="yaml-tag")
             return False
+        elif not self._fits_tag(node):
+            kind = node.tag.rpartition(":")[2]
+            self._wrong(
+                node, path, f"!!{kind} is written before what is no {kind}", "write the plain value", "yaml-tag"
+            )
+            return False
         elif node.tag == _INT and len(node.value) > MAX_DIGITS:
             self._wrong(node, path, f"a number of more than {MAX_DIGITS} digits", rule="bad-value")
             return False
@@ -135,6 +139,17 @@ class _Walk:
                 if not self.visit(item, inner, (*around, node)):
                     node.value[index] = yaml.ScalarNode("tag:yaml.org,2002:null", "null")
         return not self._hopeless
+
+    @staticmethod
+    def _fits_tag(node: yaml.Node) -> bool:
+        """Whether a value can be made of `node`; with a tag that the file itself gives, PyYAML would just try."""
+        if isinstance(node, yaml.MappingNode):
+            return node.tag == _Loader.DEFAULT_MAPPING_TAG
+        if isinstance(node, yaml.SequenceNode):
+            return node.tag == _Loader.DEFAULT_SEQUENCE_TAG
+        if node.tag == _Loader.DEFAULT_SCALAR_TAG or (node.tag == _FLOAT_TAG and _DECIMAL.match(node.value)):
+            return True
+        return node.tag == _plain_tag(node.value)
 
     def _usable_items(
         self, node: yaml.MappingNode, path: str, around: tuple[yaml.Node, ...]
@@ -163,6 +178,12 @@ class _Walk:
     def _wrong(self, node: yaml.Node, path: str, why: str, fix: str = "", rule: str = "yaml") -> None:
         value = node.value if isinstance(node, yaml.ScalarNode) else "..."
         self.findings.append(Finding(rule, "error", ((path, value),) if path else (), why, fix))
+
+
+def _plain_tag(text: str) -> str:
+    """The tag of a scalar that is written without quotes and without a tag."""
+    rows = _Loader.yaml_implicit_resolvers.get(text[:1], [])
+    return next((tag for tag, regexp in rows if regexp.match(text)), _Loader.DEFAULT_SCALAR_TAG)
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from roll_r3.config.disk import is_file
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.tiny_task import BUNDLED_TASKS
 from roll_r3.errors import ConfigError
@@ -18,7 +19,7 @@ from roll_r3.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 BUNDLED = "bundled:"
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+READERS = {".jsonl": "json", ".parquet": "parquet"}
 
 
 class ChatTokenizer(Protocol):
@@ -100,7 +101,7 @@ def _rows(name: str, args: DataArgs) -> Iterator[dict[str, Any]]:
             yield {"messages": [{"role": "user", "content": prompt}], "ground_truth": answer}
         return
     reader = READERS.get(Path(name).suffix)
-    if reader is None or not Path(name).is_file():
+    if reader is None or not is_file(Path(name)):
         raise ConfigError(
             f"actor_train.data_args.file_name: {name!r} is not an existing {' or '.join(READERS)} file "
             f"(nor {BUNDLED}TASK)"

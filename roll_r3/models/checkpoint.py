@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from roll_r3.config.disk import is_directory, is_file
 from roll_r3.errors import ConfigError
+
+_REPOSITORY = re.compile(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
+_MAX_COMMIT = 256
+"""Characters of a ref that are read; a commit has 40."""
 
 
 def resolve_checkpoint(name: str) -> Path:
@@ -15,8 +21,8 @@ def resolve_checkpoint(name: str) -> Path:
         ConfigError: neither a directory with a config.json nor a name that the hub serves.
     """
     path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if is_directory(path):
+        if not is_file(path / "config.json"):
             raise ConfigError(f"checkpoint {name!r}: the directory holds no config.json")
         return path
     if not is_hub_name(name):
@@ -32,12 +38,39 @@ def resolve_checkpoint(name: str) -> Path:
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` has the form of a repository on the Hugging Face hub, owner/model."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    return (
+        _REPOSITORY.fullmatch(name) is not None
+        and not any(pair in name for pair in ("--", ".."))
+        and not name.endswith(".git")
+    )
 
 
 def cached_file(name: str, file: str) -> Path | None:
-    """A file of a hub repository that is already in the hub's cache on this machine; nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  only needed for hub names
+    """A file of a hub repository that is already in the hub's cache on this machine; nothing is downloaded.
 
-    found = try_to_load_from_cache(name, file)
-    return Path(found) if isinstance(found, str) else None
+    The cache is read as the hub's client lays it out, because importing the client takes longer than everything else
+    that a check does, and a base installation does not have it.
+    """
+    repository = hub_cache() / f"models--{name.replace('/', '--')}"
+    ref = repository / "refs" / "main"
+    if not is_file(ref):
+        return None
+    try:
+        with ref.open() as stream:
+            commit = stream.read(_MAX_COMMIT)
+    except (OSError, ValueError):
+        return None
+    path = repository / "snapshots" / commit / file
+    return path if commit and is_file(path) else None
+
+
+def hub_cache() -> Path:
+    """The hub's cache directory, by the environment variables that the hub's client reads, in its order."""
+    caches = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
+    home = _expanded(os.environ.get("HF_HOME", os.path.join(caches, "huggingface")))
+    older = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))
+    return Path(_expanded(os.environ.get("HF_HUB_CACHE", older)))
+
+
+def _expanded(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roll_r3.config.disk import why_no_file
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import Architecture
+
+MAX_EXPERTS = 1 << 16
+"""Routes hold an expert's number in at most 16 bits."""
+_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,15 @@ def read_facts(checkpoint: str | Path) -> ModelFacts:
     """Read the facts of a checkpoint directory.
 
     Raises:
-        ConfigError: no config.json there, or an architecture that has no reader.
+        ConfigError: no config.json there that can be read, or an architecture that has no reader.
     """
     path = Path(checkpoint) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: a Hugging Face checkpoint directory holds one")
-    config = json.loads(path.read_text())
+    if why := why_no_file(path):
+        raise ConfigError(f"{path} cannot be read ({why}): a Hugging Face checkpoint directory holds one")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
     return facts_of(config)
 
 
@@ -61,19 +69,20 @@ def facts_of(config: Mapping[str, Any]) -> ModelFacts:
     except (KeyError, StopIteration) as error:
         missing = error.args[0] if error.args else architecture.num_experts[0]
         raise ConfigError(f"this config.json of a {model_type} has no {missing}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"this config.json of a {model_type} cannot be read: {error}") from error
 
 
 def _facts(model_type: str, architecture: Architecture, config: Mapping[str, Any]) -> ModelFacts:
-    num_experts = next(name for name in architecture.num_experts if name in config)
+    name = next(name for name in architecture.num_experts if name in config)
+    num_layers, num_experts = _whole(config, "num_hidden_layers", _MAX_LAYERS), _whole(config, name, MAX_EXPERTS)
     heads = _whole(config, "num_attention_heads")
     return ModelFacts(
         model_type=model_type,
-        num_layers=_whole(config, "num_hidden_layers"),
+        num_layers=num_layers,
         moe_layers=architecture.moe_layers(config),
-        num_experts=_whole(config, num_experts),
-        top_k=_whole(config, "num_experts_per_tok"),
+        num_experts=num_experts,
+        top_k=_whole(config, "num_experts_per_tok", num_experts),
         num_attention_heads=heads,
         num_key_value_heads=_whole(config, "num_key_value_heads") if "num_key_value_heads" in config else heads,
         latent_attention=architecture.latent_attention,
@@ -83,8 +92,10 @@ def _facts(model_type: str, architecture: Architecture, config: Mapping[str, Any
     )
 
 
-def _whole(config: Mapping[str, Any], name: str) -> int:
+def _whole(config: Mapping[str, Any], name: str, most: int | None = None) -> int:
     value = config[name]
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} is {value}, at most {most} are possible")
     return value

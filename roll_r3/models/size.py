@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from roll_r3.config.derived import MegatronWorker, expert_layout, layout
+from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import DENSE_MLP, RawConfig
-from roll_r3.models.facts import facts_of
+from roll_r3.models.facts import ModelFacts, facts_of
 from roll_r3.models.layer_map import chunk_layers
 
 
@@ -76,26 +77,50 @@ class Shape:
 
 
 def shape_of(config: RawConfig) -> Shape:
-    """Read a config.json; what it leaves out has the default of transformers.
+    """Read a config.json.
 
     Raises:
-        ConfigError: an unknown architecture, or one without the fields it needs.
+        ConfigError: an unknown architecture, or a field that is missing or no size.
     """
     facts = facts_of(config)
+    try:
+        return _shape(config, facts)
+    except KeyError as error:
+        raise ConfigError(f"this config.json of a {facts.model_type} has no {error.args[0]}") from error
+    except ValueError as error:
+        raise ConfigError(f"this config.json of a {facts.model_type} cannot be read: {error}") from error
+
+
+def shape_problem(config: RawConfig) -> str:
+    """Why the sizes of a config.json cannot be read; empty when they can."""
+    try:
+        shape_of(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _shape(config: RawConfig, facts: ModelFacts) -> Shape:
+    """Raises KeyError for a field that is missing, ValueError for one that is no size."""
     architecture = ARCHITECTURES[facts.model_type]
     names = architecture.layer_names
+    hidden, ffn = _size(config, "hidden_size"), _size(config, "intermediate_size")
     latent = None
-    key_dim = value_dim = config.get("head_dim") or config["hidden_size"] // facts.num_attention_heads
     if architecture.latent_attention:
-        rotary = config["qk_rope_head_dim"]
-        latent = Latent(config["q_lora_rank"], config["kv_lora_rank"], rotary)
-        key_dim, value_dim = config["qk_nope_head_dim"] + rotary, config["v_head_dim"]
-    expert_ffn = config.get("moe_intermediate_size") or config["intermediate_size"]
-    shared_ffn = config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * expert_ffn
+        rotary = _size(config, "qk_rope_head_dim")
+        query_rank = None if config["q_lora_rank"] is None else _size(config, "q_lora_rank")
+        latent = Latent(query_rank, _size(config, "kv_lora_rank"), rotary)
+        key_dim, value_dim = _size(config, "qk_nope_head_dim") + rotary, _size(config, "v_head_dim")
+    else:
+        key_dim = value_dim = _size_or(config, "head_dim", hidden // facts.num_attention_heads)
+    expert_ffn = _size_or(config, "moe_intermediate_size", ffn)
+    shared_ffn = _size_or(
+        config, "shared_expert_intermediate_size", _size_or(config, "n_shared_experts", 0) * expert_ffn
+    )
     return Shape(
         num_layers=facts.num_layers,
         moe_layers=frozenset(facts.moe_layers),
-        hidden=config["hidden_size"],
+        hidden=hidden,
         vocab=facts.vocab_size,
         tied=bool(config.get("tie_word_embeddings", False)),
         heads=facts.num_attention_heads,
@@ -106,12 +131,24 @@ def shape_of(config: RawConfig) -> Shape:
         qkv_bias="self_attention.linear_qkv.bias" in names and bool(config.get("qkv_bias", True)),
         qk_norm="self_attention.k_layernorm.weight" in names,
         whole_qk_norm=architecture.whole_qk_norm,
-        ffn=config["intermediate_size"],
+        ffn=ffn,
         num_experts=facts.num_experts,
         top_k=facts.top_k,
         expert_ffn=expert_ffn,
         shared_ffn=shared_ffn if "mlp.shared_experts.linear_fc1.weight" in names else 0,
     )
+
+
+def _size(config: RawConfig, name: str) -> int:
+    value = config[name]
+    if type(value) is not int or value < 1:  # a bool is no size
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _size_or(config: RawConfig, name: str, default: int) -> int:
+    """The default where the field is missing, null or 0."""
+    return default if config.get(name) in (None, 0) else _size(config, name)
 
 
 def _queries(shape: Shape) -> int:
@@ -204,7 +241,7 @@ def model_size(config: RawConfig) -> ModelSize:
         config: its config.json.
 
     Raises:
-        ConfigError: an unknown architecture, or one without the fields it needs.
+        ConfigError: an unknown architecture, or a field that is missing or no size.
     """
     shape = shape_of(config)
     names = ARCHITECTURES[str(config["model_type"])].layer_names
@@ -224,6 +261,8 @@ class Held:
     """Global decoder layers, ascending."""
     dense: int
     """Parameters outside experts."""
+    tensor: int
+    """Those of them that tensor-parallel ranks share out: this rank's part."""
     experts: int
     """Parameters of experts."""
 
@@ -232,23 +271,29 @@ def held_parameters(model: ModelSize, worker: MegatronWorker) -> tuple[tuple[Hel
     """What a rank of each stage holds of each of its chunks. [stage][chunk]
 
     Raises:
-        ValueError: the layers, or a parameter, cannot be split so.
+        ValueError: the layers, a width or the experts cannot be split so.
     """
     settings, shape = layout(worker), model.shape
     tp = settings.tensor_model_parallel_size
     etp, ep, _ = expert_layout(worker)
     stages = chunk_layers(shape.num_layers, settings)
+    problems = _uneven_widths(shape, worker)
+    if shape.moe_layers and shape.num_experts % ep:
+        problems.append(f"{shape.num_experts} experts do not divide over EP {ep}")
+    if problems:
+        raise ValueError("; ".join(problems))
     vocab = vocab_columns(shape, tp) * shape.hidden
     found = []
     for stage, chunks in enumerate(stages):
         of_stage = []
         for number, layers in enumerate(chunks):
             weights = [weight for layer in layers for weight in model.layers[layer]]
-            dense = _share(weights, Split.WHOLE, 1) + _share(weights, Split.TENSOR, tp)
             first = stage == 0 and number == 0
             last = stage == len(stages) - 1 and number == len(chunks) - 1
-            dense += vocab * (first + (last and not (first and shape.tied))) + shape.hidden * last
-            of_stage.append(Held(layers, dense, _share(weights, Split.EXPERTS, ep * etp)))
+            tensor = _elements(weights, Split.TENSOR) // tp + vocab * (first + (last and not (first and shape.tied)))
+            whole = _elements(weights, Split.WHOLE) + shape.hidden * last
+            experts = _elements(weights, Split.EXPERTS) // (ep * etp)
+            of_stage.append(Held(layers, whole + tensor, tensor, experts))
         found.append(tuple(of_stage))
     return tuple(found)
 
@@ -258,12 +303,39 @@ def vocab_columns(shape: Shape, tp: int) -> int:
     return -(-shape.vocab // tp)
 
 
-def _share(weights: Iterable[Weight], split: Split, ranks: int) -> int:
-    """One rank's part of the parameters that are split so."""
-    total = 0
-    for weight in weights:
-        if weight.split is split:
-            if weight.size % ranks:
-                raise ValueError(f"{weight.name}: its {weight.size} elements do not divide over {ranks} ranks")
-            total += weight.size // ranks
-    return total
+def width_problems(config: RawConfig, worker: MegatronWorker) -> list[str]:
+    """The widths of a model that do not divide over the tensor-parallel ranks of a role, as megatron-core divides them.
+
+    The vocabulary is none of them: it is padded.
+
+    Args:
+        config: its config.json.
+
+    Raises:
+        ConfigError: an unknown architecture, or a field that is missing or no size.
+    """
+    return _uneven_widths(shape_of(config), worker)
+
+
+def _uneven_widths(shape: Shape, worker: MegatronWorker) -> list[str]:
+    tp, (etp, _, _) = layout(worker).tensor_model_parallel_size, expert_layout(worker)
+    widths = [("the number of attention heads", shape.heads, "TP", tp)]
+    if shape.latent is None:
+        if tp % shape.kv_heads:  # else as many ranks share each
+            widths.append(("the number of key and value heads", shape.kv_heads, "TP", tp))
+        widths.append(("the width of queries, keys and values together", _qkv(shape), "TP", tp))
+        if shape.whole_qk_norm:
+            widths.append(("the width of keys", shape.kv_heads * shape.key_dim, "TP", tp))
+    if len(shape.moe_layers) < shape.num_layers:
+        widths.append(("the width of a dense layer", shape.ffn, "TP", tp))
+    if shape.moe_layers:
+        widths.append(("the width of an expert", shape.expert_ffn, "ETP", etp))
+        widths.append(("the width of the shared expert", shape.shared_ffn, "TP", tp))
+    return [
+        f"{what}, {size:,}, does not divide over {axis} {ranks}" for what, size, axis, ranks in widths if size % ranks
+    ]
+
+
+def _elements(weights: Iterable[Weight], split: Split) -> int:
+    """Of all parameters that are split so."""
+    return sum(weight.size for weight in weights if weight.split is split)

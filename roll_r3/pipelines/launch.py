@@ -17,11 +17,12 @@ from typing import Any
 from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.logs import FORMAT
 from roll_r3.cluster.placement import place, ray_cluster
-from roll_r3.config.derived import workers
+from roll_r3.config.derived import checkpoint_of, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Origins
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import prompt_batches, read_prompts
+from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.pipelines.rlvr import RLVRPipeline, ScoredSample
@@ -104,13 +105,10 @@ def with_absolute_checkpoints(config: RLVRConfig) -> RLVRConfig:
 def _prepare(config: RLVRConfig, origins: Origins, progress: Progress) -> tuple[Any, Any, Rewards]:
     """Everything that can be wrong without a cluster: checkpoint, tokenizer, data, rewards."""
     with progress.stage("reading checkpoint, tokenizer and prompts"):
-        from transformers import AutoTokenizer  # noqa: PLC0415  seconds to import: after the first line is on screen
-
-        checkpoint = resolve_checkpoint(config.actor_train.model_args.model_name_or_path or config.pretrain)
+        checkpoint = resolve_checkpoint(checkpoint_of(config, "actor_train"))
         facts = read_facts(checkpoint)
         require_valid(config, look_around(config), origins)
-        trust = config.actor_train.model_args.trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust)
+        tokenizer = _read_tokenizer(checkpoint, config.actor_train.model_args.trust_remote_code)
         prompts = read_prompts(config.actor_train.data_args, tokenizer, config.prompt_length)
         rewards = Rewards(config.rewards)
         rewards.check_domains({p.domain for p in prompts})
@@ -119,6 +117,18 @@ def _prepare(config: RLVRConfig, origins: Origins, progress: Progress) -> tuple[
         f"{facts.num_experts} experts; {len(prompts)} prompts"
     )
     return tokenizer, prompts, rewards
+
+
+def _read_tokenizer(checkpoint: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer  # noqa: PLC0415  seconds to import: after the first line is on screen
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except Exception as error:  # its files, and its code, may be anything
+        raise ConfigError(
+            f"the tokenizer of {checkpoint} cannot be read: {error} (if it is code that comes with the checkpoint, "
+            "actor_train.model_args.trust_remote_code: true allows it)"
+        ) from error
 
 
 def _train(

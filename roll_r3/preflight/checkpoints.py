@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roll_r3.config.disk import is_directory, is_file, matches, unseen, why_no_file
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.checkpoint import cached_file, is_hub_name
@@ -14,7 +15,8 @@ from roll_r3.models.facts import ModelFacts, facts_of
 from roll_r3.models.known import known_config
 
 _INDEX = "model.safetensors.index.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "*.model")
+"""What a tokenizer is made from: a file of its own, or code that comes with the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class Model:
 def find_model(name: str) -> Model | str:
     """What is known of a checkpoint; text: why its description cannot be read, empty when there is none here."""
     directory = Path(name)
-    if directory.is_dir():
+    if is_directory(directory):
         return _read(directory / "config.json")
+    if why := unseen(directory):
+        return f"it cannot be looked at: {why}"
     if not is_hub_name(name):
         return "there is no such directory here (a name on the hub has the form owner/model)"
     known = known_config(name)
@@ -56,31 +60,36 @@ def find_model(name: str) -> Model | str:
 def incomplete(name: str) -> str:
     """What a checkpoint's directory lacks; empty for one that is complete, or that the hub would give."""
     directory = Path(name)
-    if not directory.is_dir():
+    if not is_directory(directory):
         return ""
-    if not any((directory / file).is_file() for file in _TOKENIZERS):
+    if not any(is_file(path) for pattern in _TOKENIZERS for path in matches(directory, pattern)):
         return f"{directory} holds no tokenizer ({', '.join(_TOKENIZERS)})"
+    tokenizer = directory / "tokenizer.json"
+    if is_file(tokenizer) and not tokenizer.stat().st_size:
+        return f"{tokenizer} is empty"
     index = directory / _INDEX
-    if not index.is_file():
-        return "" if any(directory.glob("*.safetensors")) else f"{directory} holds no *.safetensors"
+    if not is_file(index):
+        return "" if matches(directory, "*.safetensors") else f"{directory} holds no *.safetensors"
     content = _read_json(index)
     parts = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(parts, dict):
         return f"{index} cannot be read"
-    missing = sorted({str(part) for part in parts.values() if not (directory / str(part)).is_file()})
+    missing = sorted({str(part) for part in parts.values() if not is_file(directory / str(part))})
     return f"{directory} lacks {len(missing)} of its weight files, {missing[0]} among them" if missing else ""
 
 
 def _read(path: Path) -> Model | str:
+    if why := why_no_file(path):
+        return f"{path} cannot be read: {why}"
     content = _read_json(path)
     if content is None:
-        return f"{path} does not exist" if not path.exists() else f"{path} cannot be read"
+        return f"{path} cannot be read"
     return Model.of(content, source=str(path)) if isinstance(content, dict) else f"{path} is not a JSON object"
 
 
 def _read_json(path: Path) -> Any:
     """The file's content; None when it cannot be read."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text()) if is_file(path) else None
     except (OSError, ValueError, RecursionError):
         return None

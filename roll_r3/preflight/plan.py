@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.size import ModelSize, held_parameters, model_size
+from roll_r3.preflight.gather import gathered_into
 from roll_r3.preflight.memory import ELEMENT_BYTES, StageMemory, stage_memory
 from roll_r3.preflight.ranks import Grid, Place
 from roll_r3.preflight.step import Passes, Step
@@ -28,7 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "PP": ("pp",),
 }
 """Ranks that exchange data -> the axes in which they differ. EP: a layer's tokens on the way to their experts. DP:
-gradients, but for those of experts, which are EDP's."""
+gradients, but for those of experts, which are EDP's; with context-parallel ranks it is called DP x CP."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class GroupPlan:
     """All groups of one kind, and how many of them reach beyond a node."""
 
     kind: str
-    """One of `GROUPS`."""
+    """One of `GROUPS`, or "DP x CP"."""
     members: tuple[Devices, ...]
     crossing: int
     """Groups with members on several nodes."""
@@ -101,6 +102,8 @@ class RolePlan:
 
     name: str
     checkpoint: str
+    parameters: int
+    """Of its whole model."""
     strategy: str
     devices: Devices
     """In rank order."""
@@ -156,6 +159,10 @@ class WeightSyncPlan:
     """Bytes that are sent together, so held at once on that device."""
     nodes: Devices
     """Engines' nodes other than the sender's."""
+    gathered_node: int
+    """Bytes that the trainer's busiest node takes in from its others, as every rank gathers the whole model."""
+    gathered: int
+    """Of all its nodes together."""
 
 
 @dataclass(frozen=True)
@@ -189,20 +196,21 @@ class Plan:
         return -(-self.devices // self.devices_per_node)
 
 
-def make_plan(config: RLVRConfig, model: RawConfig, *, devices_per_node: int) -> Plan:
+def make_plan(config: RLVRConfig, models: Mapping[str, RawConfig], *, devices_per_node: int) -> Plan:
     """Plan a configuration that has passed every check.
 
     Args:
-        model: config.json of actor_train's checkpoint. The other roles are sized as if theirs were the same.
+        models: config.json of each role that Megatron runs, by role. Engines hold actor_train's model.
         devices_per_node: device d is taken to be on node d // this.
 
     Raises:
         ConfigError: an unknown architecture, or a model that does not split as a layout says.
     """
-    size = model_size(model)
+    sizes = {name: model_size(models[name]) for name in megatron_workers(config)}
+    size = sizes["actor_train"]
     nodes = _Nodes(devices_per_node)
     step = Step.of(config)
-    roles = tuple(_role(config, name, worker, size, nodes) for name, worker in megatron_workers(config).items())
+    roles = tuple(_role(config, name, worker, sizes[name], nodes) for name, worker in megatron_workers(config).items())
     engines = _engines(config, size, nodes)
     used = {d for role in roles for d in role.devices} | {d for engine in engines for d in engine.devices}
     return Plan(
@@ -211,7 +219,7 @@ def make_plan(config: RLVRConfig, model: RawConfig, *, devices_per_node: int) ->
         devices_per_node=devices_per_node,
         model=ModelPlan(
             checkpoint=checkpoint_of(config, "actor_train"),
-            model_type=str(model["model_type"]),
+            model_type=str(models["actor_train"]["model_type"]),
             parameters=size.total,
             active_parameters=size.active,
             num_layers=size.shape.num_layers,
@@ -270,6 +278,7 @@ def _role(config: RLVRConfig, name: str, worker: MegatronWorker, size: ModelSize
     return RolePlan(
         name=name,
         checkpoint=checkpoint_of(config, name),
+        parameters=size.total,
         strategy=worker.strategy_args.strategy_name,
         devices=devices,
         grid=grid,
@@ -290,7 +299,8 @@ def _groups(grid: Grid, devices: Devices, nodes: _Nodes) -> tuple[GroupPlan, ...
         members = tuple(tuple(devices[rank] for rank in group) for group in grid.groups(*axes))
         spans = [len(nodes.of(group)) for group in members]
         if len(members[0]) > 1:
-            found.append(GroupPlan(kind, members, sum(span > 1 for span in spans), max(spans)))
+            name = "DP x CP" if kind == "DP" and grid.cp > 1 else kind
+            found.append(GroupPlan(name, members, sum(span > 1 for span in spans), max(spans)))
     return tuple(found)
 
 
@@ -330,14 +340,23 @@ def _routes(config: RLVRConfig, size: ModelSize, trainer: RolePlan, nodes: _Node
 
 def _weight_sync(config: RLVRConfig, size: ModelSize, engines: Sequence[EnginePlan], nodes: _Nodes) -> WeightSyncPlan:
     engine = config.actor_infer.strategy_args.strategy_config
-    first = config.actor_train.device_mapping[0]
+    worker = config.actor_train
+    first = worker.device_mapping[0]
     reached = {node for one in engines for node in one.nodes} - set(nodes.of([first]))
+    gathered = gathered_into(
+        Grid.of(worker),
+        held_parameters(size, worker),
+        [nodes.of([device])[0] for device in worker.device_mapping],
+        element=ELEMENT_BYTES[worker.model_args.dtype],
+    )
     return WeightSyncPlan(
         update=size.total * ELEMENT_BYTES[engine.dtype],
         receivers=sum(len(one.devices) for one in engines),
         from_device=first,
         bucket=int(engine.weight_bucket_mb * (1 << 20)),
         nodes=tuple(sorted(reached)),
+        gathered_node=max(gathered.values()),
+        gathered=sum(gathered.values()),
     )
 
 

@@ -71,7 +71,7 @@ def _role(role: RolePlan, plan: Plan) -> Iterator[str]:
     experts = {"EP": grid.ep, "ETP": grid.etp, "copies": grid.edp}
     yield f"  {_sizes(sizes)}; experts {_sizes(experts)}"
     if role.checkpoint != model.checkpoint:
-        yield f"  {role.checkpoint}, sized as {model.checkpoint}"
+        yield f"  {role.checkpoint}: {_count(role.parameters)} parameters"
     if passes.train:
         yield f"  each DP rank trains on {_micro_batches(passes.train, 'an optimizer step')}"
     who = "and" if passes.train else "each DP rank"
@@ -131,8 +131,6 @@ def _engines(plan: Plan) -> Iterator[str]:
         f"{_size(engines[0].weights)} of weights on each"
     )
     yield from _listed("", [f"{engine.index} on {_ranges(engine.devices)}" for engine in engines])
-    if scattered := [engine.index for engine in engines if len(engine.nodes) > 1]:
-        yield f"  engines on several nodes: {_ranges(scattered)}; they cannot start, an engine must share a node"
 
 
 def _routes(plan: Plan) -> Iterator[str]:
@@ -162,9 +160,11 @@ def _where_routes_are(routes: RoutesPlan) -> str:
 def _sync(plan: Plan) -> Iterator[str]:
     sync = plan.weight_sync
     yield "weights to the engines, before the first step and after every one"
+    moved = f": up to {_size(sync.gathered_node)} into a node, {_size(sync.gathered)} into all"
+    yield f"  every trainer's rank gathers the model{moved if sync.gathered else ' inside its node'}"
     yield (
-        f"  device {sync.from_device} gathers the model, {_size(sync.bucket)} at a time, and broadcasts "
-        f"{_size(sync.update)} to {_number(sync.receivers, 'device')}"
+        f"  device {sync.from_device} broadcasts {_size(sync.update)} to {_number(sync.receivers, 'device')}, "
+        f"{_size(sync.bucket)} at a time"
     )
 
 
@@ -193,11 +193,11 @@ def _between_nodes(plan: Plan) -> Iterator[str]:
 
 
 def _crossing(group: GroupPlan) -> str:
-    count = len(group.members)
+    count, each = len(group.members), len(group.members[0])
+    if count == 1:
+        return f"{group.kind}, one group of {each:,}, on {_number(group.most_nodes, 'node')}"
     which = f"all {count:,}" if group.crossing == count else f"{group.crossing:,} of {count:,}"
-    return (
-        f"{group.kind}, {which} groups of {len(group.members[0]):,}, each on up to {_number(group.most_nodes, 'node')}"
-    )
+    return f"{group.kind}, {which} groups of {each:,}, each on up to {_number(group.most_nodes, 'node')}"
 
 
 def _shared(plan: Plan) -> Iterator[str]:

@@ -9,7 +9,7 @@ from roll_r3.config.derived import checkpoint_of, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.preflight import files
 from roll_r3.preflight.checkpoints import Model, find_model, incomplete
-from roll_r3.preflight.versions import find_versions
+from roll_r3.preflight.versions import find_interpreter, find_versions
 from roll_r3.strategies.registry import STRATEGIES, StrategyEntry
 
 
@@ -25,14 +25,17 @@ class Surroundings:
     data_problems: tuple[str, ...] = ()
     reward_problems: tuple[str, ...] = ()
     output_problem: str = ""
+    engine_python_missing: bool = False
+    """The interpreter that the configuration names for the engine is not on this machine."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
-    """Package of an engine -> its installed version, None: not installed. A package that is not in it was not
-    looked for."""
+    """Package of an engine -> its installed version, None: not installed. Of a package that is not in it nothing is
+    known."""
 
 
 def look_around(config: RLVRConfig) -> Surroundings:
     """Read what this machine says about a configuration that is to run on it."""
     names = _checkpoints(config)
+    python = config.actor_infer.strategy_args.strategy_config.python
     problems = {name: found for name in names if isinstance(found := find_model(name), str) and found}
     lacking = {name: lack for name in names if name not in problems and (lack := incomplete(name))}
     return replace(
@@ -40,7 +43,8 @@ def look_around(config: RLVRConfig) -> Surroundings:
         checkpoint_problems=problems | lacking,
         data_problems=tuple(files.data_problems(config.actor_train.data_args)),
         reward_problems=tuple(files.reward_problems(config.rewards)),
-        output_problem=files.output_problem(config.output_dir),
+        output_problem=files.output_problem(config.output_dir, config.exp_name),
+        engine_python_missing=python is not None and find_interpreter(python) is None,
         versions=find_versions(config),
     )
 

@@ -205,10 +205,6 @@ REFUSED: dict[str, list[str]] = {
         "{train}.tensor_model_parallel_size=2",
         "{train}.expert_tensor_parallel_size=1",
     ],
-    "audit with the flex dispatcher": [
-        "actor_train.router_replay.audit=true",
-        "{train}.moe_token_dispatcher_type=flex",
-    ],
 }
 """What a user may write and the program refuses: overrides of a sound configuration."""
 

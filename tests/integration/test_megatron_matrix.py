@@ -116,7 +116,7 @@ def test_a_checkpoint_is_refused(what: str, tmp_path: Path, compatibility: Compa
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
     with pytest.raises(ConfigError, match="cannot be built with megatron-core") as refused:
-        open_bridge(str(tmp_path), trust_remote_code=False, dtype=torch.float32, tp_size=1, transformer_engine=False)
+        open_bridge(str(tmp_path), dtype=torch.float32, tp_size=1, transformer_engine=False)
     compatibility.refused[f"{name}: {what}"] = str(refused.value).partition("megatron-core: ")[2]
 
 

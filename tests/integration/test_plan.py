@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.platform import megatron_cpu
 from roll_r3.preflight.plan import make_plan
-from roll_r3.strategies.base import ProcessInfo
+from roll_r3.strategies.base import ProcessInfo, TrainStrategy
 
 pytestmark = pytest.mark.integration
 Gangs = Callable[[int], Gang]
@@ -25,6 +26,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
+NODE_SIZES = (1, 2)
 SHARDED = {"use_distributed_optimizer": True}
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -66,6 +68,9 @@ class Measured:
     optimizer: int
     most_under_way: int
     """Forward passes of chunks that no backward had followed yet, at the most."""
+    gathered: Counter[tuple[int, int]]
+    """(devices of a node, node) -> bytes that entered it when the weights were exported, in groups that this rank is
+    the first of."""
 
 
 def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
@@ -99,6 +104,7 @@ def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
     assert under_way == 0
     parameters = [dict(model.named_parameters()) for model in models]
     buffers = [b for chunk in strategy.model.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    gathered = gathered_bytes(strategy)
     measured = Measured(
         place=(
             mpu.get_tensor_model_parallel_rank(),
@@ -117,9 +123,41 @@ def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
         optimizer=_optimizer_bytes(strategy.optimizer._optimizer, [p for named in parameters for p in named.values()]),
         most_under_way=most,
+        gathered=gathered,
     )
     strategy.close()
     return measured
+
+
+def gathered_bytes(strategy: TrainStrategy) -> Counter[tuple[int, int]]:
+    """What the collectives of an export bring into each node, were nodes of each of `NODE_SIZES`."""
+    import torch
+    import torch.distributed as dist
+
+    into: Counter[tuple[int, int]] = Counter()
+    real = {"broadcast": dist.broadcast, "all_gather": dist.all_gather}
+
+    def broadcast(tensor: torch.Tensor, src: int, group: dist.ProcessGroup) -> None:
+        ranks = dist.get_process_group_ranks(group)
+        for size in NODE_SIZES if dist.get_rank() == ranks[0] else ():
+            for node in {rank // size for rank in ranks} - {src // size}:
+                into[size, node] += tensor.nbytes
+        real["broadcast"](tensor, src, group=group)
+
+    def all_gather(tensors: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+        ranks = dist.get_process_group_ranks(group)
+        for size in NODE_SIZES if dist.get_rank() == ranks[0] else ():
+            for sender in ranks:
+                for node in {rank // size for rank in ranks} - {sender // size}:
+                    into[size, node] += tensor.nbytes
+        real["all_gather"](tensors, tensor, group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "broadcast", broadcast)
+        patch.setattr(dist, "all_gather", all_gather)
+        for _ in strategy.export_weights():
+            pass
+    return into
 
 
 def _optimizer_bytes(optimizer: Any, weights: list[Any]) -> int:
@@ -140,7 +178,9 @@ def test_a_plan_says_what_every_rank_holds(name: str, gang: Gangs, models: dict[
     checkpoint = models[model]
     case = Case(str(checkpoint), layout, dtype=dtype, micro_batch_size=1)
     config = case.config(4 // case.model_parallel_size)
-    (role,) = make_plan(config, json.loads((checkpoint / "config.json").read_text()), devices_per_node=2).roles
+    model = {"actor_train": json.loads((checkpoint / "config.json").read_text())}
+    plans = {size: make_plan(config, model, devices_per_node=size) for size in NODE_SIZES}
+    (role,) = plans[2].roles
 
     ranks = gang(4).run(measure, config, make_batch(checkpoint=checkpoint))
 
@@ -157,3 +197,10 @@ def test_a_plan_says_what_every_rank_holds(name: str, gang: Gangs, models: dict[
         assert real.gradients == pytest.approx(stage.memory.gradients, rel=0.02), rank
         assert real.optimizer == pytest.approx(stage.memory.optimizer, rel=0.02), rank
         assert real.most_under_way == sum(stage.memory.in_flight), rank
+    gathered: Counter[tuple[int, int]] = sum((real.gathered for real in ranks), Counter())
+    for size, planned in plans.items():
+        into = [gathered[size, node] for node in range(4 // size)]
+        # an expert bias, of a few numbers, is no parameter
+        assert (max(into), sum(into)) == pytest.approx(
+            (planned.weight_sync.gathered_node, planned.weight_sync.gathered), rel=0.001
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from roll_r3 import run
-from roll_r3.config.load import load_config
+from roll_r3.config.load import load
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.preflight.rules import ALL_RULES
@@ -64,7 +65,7 @@ def test_print_config_prints_a_configuration(config_file, capsys, tmp_path):
     assert run.main(["--config", str(config_file), "--print-config", "seed=7"]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    assert load_config(printed) == load_config(config_file, ["seed=7"])
+    assert load(printed).config == load(config_file, ["seed=7"]).config
     assert run.main(["--config", str(printed), "--validate-only"]) == 0, "no default counts as something the user set"
 
 
@@ -79,14 +80,14 @@ def test_a_valid_configuration_is_launched(config_file, monkeypatch):
     seen = []
     launch_with(monkeypatch, lambda config, origins: seen.append(config) or 0)
     assert run.main(["--config", str(config_file), "max_steps=3"]) == 0
-    assert seen == [load_config(config_file, ["max_steps=3"])]
+    assert seen == [load(config_file, ["max_steps=3"]).config]
 
 
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
         (EngineError("the engine died"), 1, "error: the engine died\n"),
-        (ConfigError("the model has no MoE layer"), 2, "the model has no MoE layer\n"),
+        (ConfigError("the model has no MoE layer"), 2, "the model has no MoE layer"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -96,7 +97,7 @@ def test_a_failed_run_ends_with_a_message_and_a_status(config_file, monkeypatch,
 
     launch_with(monkeypatch, launch)
     assert run.main(["--config", str(config_file)]) == status
-    assert capsys.readouterr().err == message
+    assert message in capsys.readouterr().err
 
 
 def test_an_unexpected_error_keeps_its_traceback(config_file, monkeypatch):
@@ -153,15 +154,11 @@ def test_every_mistake_of_a_file_is_found_in_one_run_with_its_line(tmp_path, cap
         ("unknown-field", "limit"): 11,
         ("r3-on-both-sides", "actor_train.router_replay.mode"): 13,
         ("data-readable", "actor_train.data_args.file_name"): 15,
-        ("heads-over-tensor-parallel", f"{layout}.tensor_model_parallel_size"): 19,
+        ("widths-over-tensor-parallel", f"{layout}.tensor_model_parallel_size"): 19,
         ("vpp-needs-pp", f"{layout}.virtual_pipeline_model_parallel_size"): 20,
         ("kl-estimator-unread", "kl_estimator"): None,
     }
-    extra = {
-        ("key-value-heads-over-tensor-parallel", f"{layout}.tensor_model_parallel_size"),
-        ("layers-over-stages", f"{layout}.pipeline_model_parallel_size"),
-    }
-    assert set(found) - extra == set(expected)
+    assert set(found) == set(expected)
     assert {key: found[key]["fields"][0].get("line") for key in expected} == expected
     assert found[("kl-estimator-unread", "kl_estimator")]["fields"][0]["origin"] == "override kl_estimator=k1"
     origin = found[("dual-clip-above-one", "dual_clip_loss")]["fields"][0]["origin"]
@@ -214,8 +211,8 @@ def test_explain_says_what_a_rule_is_about(capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--elsewhere"],
         ["--format", "json"],
+        ["--explain", "vpp-needs-pp"],
         ["--print-config", "--format", "json"],
         ["--validate-only", "--devices-per-node", "4"],
         ["--plan", "--devices-per-node", "0"],
@@ -236,6 +233,24 @@ def test_a_plan_is_printed_as_text_and_as_json(config_file, capsys):
     assert json.loads(capsys.readouterr().out)
     assert run.main(["--config", str(config_file), "--plan", "--elsewhere", "pretrain=someone/some-model"]) == 2
     assert "needs to know the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", ["--explain list | head -1", "--config CONFIG --plan --format json | head -c 10"])
+def test_a_reader_that_has_read_enough_is_no_error(config_file, arguments):
+    command = f"set -o pipefail; {sys.executable} -m roll_r3.run {arguments.replace('CONFIG', str(config_file))}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_letters_that_a_terminal_does_not_know_are_escaped(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL + "output_dir: m\u00fcll\n", encoding="utf-8")
+    command = [sys.executable, "-m", "roll_r3.run", "--config", str(path), "--print-config"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"m\\xfcll" in done.stdout
 
 
 def cpu_seconds() -> float:

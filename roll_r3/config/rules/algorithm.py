@@ -52,6 +52,16 @@ RULES: tuple[AnyRule, ...] = (
         violates=lambda c: c.adv_estimator == "grpo" and c.num_return_sequences_in_group == 1,
     ),
     unread(
+        "pg-clip-unread",
+        "pg_clip",
+        "pg_clip_low",
+        lambda c: c.pg_clip_low is None or c.pg_clip_high is None,
+        "leave pg_clip out: pg_clip_low and pg_clip_high say both sides",
+        wrong=("pg_clip=0.1", "pg_clip_low=0.2", "pg_clip_high=0.3"),
+        right=("pg_clip=0.1", "pg_clip_high=0.3"),
+        depends=("pg_clip_high",),
+    ),
+    unread(
         "kl-loss-coef-unread",
         "kl_loss_coef",
         "use_kl_loss",

@@ -7,13 +7,12 @@ from roll_r3.config.derived import (
     data_parallel_size,
     layout,
     longest_sequence,
-    megatron_workers,
     mini_batch_size,
     token_alignment,
 )
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import BATCH, CP, EP, MEGATRON, PP, SP, TP, TRAIN, VPP
-from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict, remainder
+from roll_r3.config.rules.table import AnyRule, LayoutRule, RoleRule, Rule, Verdict, remainder
 from roll_r3.config.workers import ActorTrainConfig, WorkerConfig
 
 TRAIN_DYNAMIC = "actor_train.use_dynamic_batching_in_train"
@@ -24,12 +23,9 @@ ALIGNMENT = (TP, CP, SP, "sequence_length_round")
 """What `token_alignment` reads."""
 
 
-def _samples_over_ranks(config: RLVRConfig) -> Verdict:
-    for role, worker in megatron_workers(config).items():
-        size = data_parallel_size(worker)
-        if size and (verdict := remainder(config.samples_per_step, size, f"data-parallel ranks of {role}")):
-            return verdict
-    return False
+def _samples_over_ranks(config: RLVRConfig, worker: MegatronWorker) -> Verdict:
+    size = data_parallel_size(worker)  # 0 is refused by a rule of its own
+    return remainder(config.samples_per_step, size, "data-parallel ranks") if size else False
 
 
 def _samples_over_mini_batches(config: RLVRConfig) -> Verdict:
@@ -55,15 +51,23 @@ def _interleaved_micro_batches(config: RLVRConfig) -> Verdict:
     return remainder(config.actor_train.training_args.gradient_accumulation_steps, stages, "pipeline stages")
 
 
-def _budget_too_small(config: RLVRConfig, path: str, worker: MegatronWorker, kind: str) -> Verdict:
-    budget, alignment = getattr(worker, f"max_tokens_per_microbatch_in_{kind}"), token_alignment(worker)
+def _too_small(config: RLVRConfig, worker: MegatronWorker, budget: int | None) -> Verdict:
+    alignment = token_alignment(worker)
     needed = -(-(longest_sequence(config) - 1) // alignment) * alignment
-    return f"{path} needs {needed}" if budget is not None and budget < needed else False
+    return f"it takes {needed}" if budget is not None and budget < needed else False
 
 
-def _infer_budget_too_small(config: RLVRConfig) -> Verdict:
-    found = (_budget_too_small(config, role, w, "infer") for role, w in megatron_workers(config).items())
-    return next((verdict for verdict in found if verdict), False)
+def _infer_budget_too_small(config: RLVRConfig, worker: MegatronWorker) -> Verdict:
+    return worker.use_dynamic_batching_in_infer and _too_small(
+        config, worker, worker.max_tokens_per_microbatch_in_infer
+    )
+
+
+def _train_budget_too_small(config: RLVRConfig) -> Verdict:
+    worker = config.actor_train
+    return worker.use_dynamic_batching_in_train and _too_small(
+        config, worker, worker.max_tokens_per_microbatch_in_train
+    )
 
 
 def _dynamic(worker: MegatronWorker) -> bool:
@@ -73,10 +77,10 @@ def _dynamic(worker: MegatronWorker) -> bool:
 
 
 RULES: tuple[AnyRule, ...] = (
-    Rule(
+    RoleRule(
         id="samples-over-ranks",
-        fields=("rollout_batch_size", "num_return_sequences_in_group"),
-        depends=("*.device_mapping", f"*.{TP}", f"*.{PP}", f"*.{CP}"),
+        fields=("rollout_batch_size", "num_return_sequences_in_group", "{role}.device_mapping"),
+        depends=tuple(f"{{role}}.{size}" for size in (TP, PP, CP)),
         why="the samples of a step (rollout_batch_size x num_return_sequences_in_group) must divide over the "
         "data-parallel ranks (devices / (TP x PP x CP))",
         fix="change rollout_batch_size, or the number of devices",
@@ -159,7 +163,7 @@ RULES: tuple[AnyRule, ...] = (
     ),
     Rule(
         id="train-budget-fits-longest",
-        depends=tuple(f"actor_train.{field}" for field in ALIGNMENT),
+        depends=(TRAIN_DYNAMIC, *(f"actor_train.{field}" for field in ALIGNMENT)),
         fields=(TRAIN_BUDGET, "prompt_length", "response_length"),
         why="the longest sample (prompt_length + response_length - 1 inputs, padded to what its ranks need) must fit "
         "into a micro-batch",
@@ -176,12 +180,12 @@ RULES: tuple[AnyRule, ...] = (
             "actor_train.use_dynamic_batching_in_train=true",
             "actor_train.max_tokens_per_microbatch_in_train=16",
         ),
-        violates=lambda c: _budget_too_small(c, "actor_train", c.actor_train, "train"),
+        violates=_train_budget_too_small,
     ),
-    Rule(
+    RoleRule(
         id="infer-budget-fits-longest",
-        depends=tuple(f"*.{field}" for field in ALIGNMENT),
-        fields=(f"*.{INFER_BUDGET}", "prompt_length", "response_length"),
+        depends=tuple(f"{{role}}.{field}" for field in (*ALIGNMENT, INFER_DYNAMIC)),
+        fields=(f"{{role}}.{INFER_BUDGET}", "prompt_length", "response_length"),
         why="the longest sample (prompt_length + response_length - 1 inputs, padded to what its ranks need) must fit "
         "into a micro-batch",
         fix="raise the budget",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from roll_r3.config.derived import changed
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
 
@@ -31,6 +32,15 @@ def _unreachable_rewards(config: RLVRConfig) -> Verdict:
     if config.actor_train.data_args.domain is not None:
         return False
     return ", ".join(n for n, r in config.rewards.items() if r.tag_included and "default" not in r.tag_included)
+
+
+_COLUMNS = tuple(f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id"))
+
+
+def _columns_of_bundled(config: RLVRConfig) -> Verdict:
+    names = config.actor_train.data_args.file_name
+    bundled = all(name.startswith("bundled:") for name in ([names] if isinstance(names, str) else names))
+    return ", ".join(column for column in _COLUMNS if bundled and names and changed(config, column))
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -67,7 +77,10 @@ RULES: tuple[AnyRule, ...] = (
         why="every domain has exactly one reward rule",
         fix="give each rule tag_included of its own; at most one rule may leave it out",
         wrong=("rewards={a: {reward: math}, b: {reward: math}}",),
-        right=("rewards={a: {reward: math, tag_included: [x]}, b: {reward: math}}", "actor_train.data_args.domain=tag"),
+        right=(
+            "rewards={a: {reward: math, tag_included: [x]}, b: {reward: math}}",
+            "actor_train.data_args={file_name: prompts.jsonl, domain: tag}",
+        ),
         violates=_ambiguous_domains,
     ),
     Rule(
@@ -78,6 +91,15 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("rewards={a: {reward: math, tag_included: [x]}, b: {reward: math}}",),
         right=("rewards={a: {reward: math, tag_included: [default]}}",),
         violates=_unreachable_rewards,
+    ),
+    Rule(
+        id="bundled-columns-unread",
+        fields=("actor_train.data_args.file_name", *_COLUMNS),
+        why="a bundled task has no columns that could be named: nothing would read these settings",
+        fix="leave them out",
+        wrong=("actor_train.data_args.id=name",),
+        right=("actor_train.data_args={file_name: prompts.jsonl, id: name}",),
+        violates=_columns_of_bundled,
     ),
     unread(
         "prompt-column-unread",

@@ -22,11 +22,10 @@ def _roles_without_devices(config: RLVRConfig) -> Verdict:
     return ", ".join(role for role, worker in workers(config).items() if not worker.device_mapping)
 
 
-def _shared_gpus(config: RLVRConfig) -> Verdict:
+def _shared_with_engines(config: RLVRConfig) -> str:
     engines = set(config.actor_infer.device_mapping)
     shared = {role: sorted(engines & set(worker.device_mapping)) for role, worker in megatron_workers(config).items()}
-    found = [f"with {role} it shares {devices[:8]}" for role, devices in shared.items() if devices]
-    return ", ".join(found) if config.device_type == "cuda" else False
+    return ", ".join(f"with {role} it shares {devices[:8]}" for role, devices in shared.items() if devices)
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -105,6 +104,6 @@ RULES: tuple[AnyRule, ...] = (
         fix="give actor_infer GPUs of its own",
         wrong=("device_type=cuda",),
         right=("device_type=cuda", "actor_infer.device_mapping=[1]"),
-        violates=_shared_gpus,
+        violates=lambda c: c.device_type == "cuda" and _shared_with_engines(c),
     ),
 )

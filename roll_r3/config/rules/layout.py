@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import MegatronWorker, changed, expert_layout, layout
+from roll_r3.config.derived import MegatronWorker, changed, expert_layout, layout, megatron_workers
+from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.pipeline_layout import parse_pipeline_layout
 from roll_r3.config.rules.paths import BATCH, EP, ETP, MEGATRON, PP, REFERENCE, SP, TP, TRAIN, VPP
-from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict, remainder
+from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict, remainder, unread
 from roll_r3.config.strategies import MegatronConfig
 
 FIRST = f"{MEGATRON}.num_layers_in_first_pipeline_stage"
@@ -50,6 +51,22 @@ def _experts_split_otherwise(worker: MegatronWorker) -> Verdict:
 def _full_recompute_incomplete(worker: MegatronWorker) -> Verdict:
     m = layout(worker)
     return m.recompute_granularity == "full" and (m.recompute_method is None or m.recompute_num_layers is None)
+
+
+def _recomputes_ungrouped(config: RLVRConfig) -> Verdict:
+    roles = {role: layout(worker) for role, worker in megatron_workers(config).items()}
+    ungrouped = config.device_type == "cpu"
+    return ", ".join(
+        role
+        for role, m in roles.items()
+        if "moe_act" in m.recompute_modules and (ungrouped or m.moe_grouped_gemm is False)
+    )
+
+
+def _gpu_kernels_on_cpu(config: RLVRConfig) -> Verdict:
+    roles = {role: layout(worker) for role, worker in megatron_workers(config).items()}
+    used = [role for role, m in roles.items() if m.moe_grouped_gemm or m.moe_router_fusion]
+    return ", ".join(used) if config.device_type == "cpu" else False
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -249,6 +266,29 @@ RULES: tuple[AnyRule, ...] = (
         right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe]"),
         violates=lambda w: layout(w).recompute_granularity == "selective" and not layout(w).recompute_modules,
     ),
+    Rule(
+        id="moe-act-needs-grouped-experts",
+        fields=(f"*.{RECOMPUTE}_modules", f"*.{MEGATRON}.moe_grouped_gemm", "device_type"),
+        why="megatron-core recomputes the experts' activation only where their matrix products are grouped, which "
+        "takes a GPU",
+        fix="take moe_act out",
+        wrong=(
+            f"{TRAIN}.recompute_granularity=selective",
+            f"{TRAIN}.recompute_modules=[moe_act]",
+            f"{TRAIN}.moe_grouped_gemm=false",
+        ),
+        right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe_act]"),
+        violates=_recomputes_ungrouped,
+    ),
+    Rule(
+        id="gpu-kernels-on-cpu",
+        fields=(f"*.{MEGATRON}.moe_grouped_gemm", f"*.{MEGATRON}.moe_router_fusion", "device_type"),
+        why="these kernels of TransformerEngine run on a GPU only",
+        fix="leave moe_grouped_gemm and moe_router_fusion out",
+        wrong=("device_type=cpu", f"{TRAIN}.moe_grouped_gemm=true"),
+        right=("device_type=cpu", f"{TRAIN}.moe_grouped_gemm=false"),
+        violates=_gpu_kernels_on_cpu,
+    ),
     LayoutRule(
         id="recompute-modules-need-selective",
         fields=(f"{RECOMPUTE}_granularity", f"{RECOMPUTE}_modules"),
@@ -257,6 +297,15 @@ RULES: tuple[AnyRule, ...] = (
         wrong=(f"{TRAIN}.recompute_modules=[moe]",),
         right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe]"),
         violates=lambda w: layout(w).recompute_granularity != "selective" and bool(layout(w).recompute_modules),
+    ),
+    unread(
+        "reference-runs-no-code",
+        "reference.model_args.trust_remote_code",
+        "reference.strategy_args.strategy_name",
+        lambda c: False,
+        "leave it out: Megatron builds models without the checkpoint's code",
+        wrong=("use_kl_loss=true", "reference.model_args.trust_remote_code=true"),
+        right=("use_kl_loss=true", "actor_train.model_args.trust_remote_code=true", "reference={}"),
     ),
     Rule(
         id="reference-only-infers",
@@ -269,3 +318,18 @@ RULES: tuple[AnyRule, ...] = (
         severity="warning",
     ),
 )
+
+SPLIT_RULES = tuple(
+    rule
+    for rule in RULES
+    if isinstance(rule, LayoutRule)
+    and rule.id
+    in (
+        "vpp-needs-pp",
+        "uneven-stages-need-pp",
+        "one-way-to-split-layers",
+        "layout-stages-over-pp",
+        "layout-agrees-with-vpp",
+    )
+)
+"""Those about how layers are shared out to stages; after them it makes no sense to compare with the model."""

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import longest_sequence
+from roll_r3.config.derived import engine_room
+from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
-from roll_r3.config.rules.table import AnyRule, Rule, unread
+from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
+
+_ROOM = ("prompt_length", "response_length", "actor_infer.generating_args.max_new_tokens")
+
+
+def _too_little(config: RLVRConfig, tokens: int | None) -> Verdict:
+    needed = engine_room(config)
+    return f"it takes {needed}" if tokens is not None and tokens < needed else False
+
 
 RULES: tuple[AnyRule, ...] = (
     Rule(
@@ -18,25 +27,21 @@ RULES: tuple[AnyRule, ...] = (
     ),
     Rule(
         id="engine-context-fits",
-        fields=(f"{ENGINE}.context_length", "prompt_length", "response_length"),
-        why="the engine would refuse or cut the longest samples",
-        fix="leave context_length out, or write at least prompt_length + response_length",
-        wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=15"),
-        right=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=16"),
-        violates=lambda c: (
-            (c.actor_infer.strategy_args.strategy_config.context_length or longest_sequence(c)) < longest_sequence(c)
-        ),
+        fields=(f"{ENGINE}.context_length", *_ROOM),
+        why="the engine would refuse or cut the longest samples, of which it keeps a few tokens back",
+        fix="leave context_length out, or write at least that many",
+        wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=17"),
+        right=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=18"),
+        violates=lambda c: _too_little(c, c.actor_infer.strategy_args.strategy_config.context_length),
     ),
     Rule(
         id="engine-cache-fits",
-        fields=(f"{ENGINE}.max_total_tokens", "prompt_length", "response_length"),
-        why="the engine's cache could not hold one of the longest samples",
-        fix="leave max_total_tokens out, or write at least prompt_length + response_length",
-        wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=15"),
-        right=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=16"),
-        violates=lambda c: (
-            (c.actor_infer.strategy_args.strategy_config.max_total_tokens or longest_sequence(c)) < longest_sequence(c)
-        ),
+        fields=(f"{ENGINE}.max_total_tokens", *_ROOM),
+        why="the engine's cache could not hold one of the longest samples, of which it keeps a few tokens back",
+        fix="leave max_total_tokens out, or write at least that many",
+        wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=17"),
+        right=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=18"),
+        violates=lambda c: _too_little(c, c.actor_infer.strategy_args.strategy_config.max_total_tokens),
     ),
     Rule(
         id="top-k-range",

@@ -34,11 +34,24 @@ class Row:
     """Further fields that the verdict depends on, too many to show."""
 
     def finding(self, config: RLVRConfig, verdict: Verdict, role: str = "") -> Finding:
-        """What a violation of this row is reported as; `role` is what the fields are within."""
-        fields, depends = ([join(role, field) for field in some] for some in (self.fields, self.depends))
+        """What a violation of this row is reported as.
+
+        Args:
+            role: what `{role}` stands for; what fields are within where none of them says `{role}`.
+        """
+        if any("{role}" in field for field in self.fields + self.depends):
+            fields, depends = ([field.format(role=role) for field in some] for some in (self.fields, self.depends))
+        else:
+            fields, depends = ([join(role, field) for field in some] for some in (self.fields, self.depends))
         why = self.why if verdict is True else f"{self.why} ({verdict})"
-        found = tuple(item for field in fields for item in values_at(config, field))
+        found = tuple(item for field in fields for item in _shown(config, field))
         return Finding(self.id, self.severity, found, why, self.fix, tuple(depends))
+
+
+def _shown(config: RLVRConfig, field: str) -> list[tuple[str, object]]:
+    """What a report shows of a field: of one with `*` only what differs from the defaults, if anything does."""
+    values = values_at(config, field)
+    return ([item for item in values if changed(config, item[0])] or values[:1]) if "*" in field else values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +82,20 @@ class LayoutRule(Row):
                 yield self.finding(config, verdict, role)
 
 
-AnyRule = Rule | LayoutRule
+@dataclass(frozen=True, kw_only=True)
+class RoleRule(Row):
+    """One row about the whole configuration and each role that Megatron runs; `{role}` in a field is the role."""
+
+    violates: Callable[[RLVRConfig, MegatronWorker], Verdict]
+
+    def check(self, config: RLVRConfig) -> Iterator[Finding]:
+        """Yield one finding for each role that violates the rule."""
+        for role, worker in megatron_workers(config).items():
+            if verdict := self.violates(config, worker):
+                yield self.finding(config, verdict, role)
+
+
+AnyRule = Rule | LayoutRule | RoleRule
 
 
 def check_rows(config: RLVRConfig, rules: Iterable[AnyRule]) -> list[Finding]:
@@ -91,6 +117,7 @@ def unread(
     *,
     wrong: Example,
     right: Example,
+    depends: tuple[str, ...] = (),
 ) -> Rule:
     """A field that is read only under a condition, and was changed outside it."""
     return Rule(
@@ -100,5 +127,6 @@ def unread(
         fix=fix,
         wrong=wrong,
         right=right,
+        depends=depends,
         violates=lambda config: changed(config, field) and not is_read(config),
     )

@@ -33,8 +33,8 @@ class Architecture:
     value is that number. The parts of `linear_qkv` and `linear_fc1` are interleaved and stacked by mbridge."""
     tiny: Mapping[str, Mapping[str, Any]]
     """Configurations of tiny models for tests, by name; what `TINY` gives need not be said again."""
-    refuses: Callable[[HfConfig], list[str]] = lambda config: []
-    """Settings of a checkpoint that megatron-core cannot build, each with the reason."""
+    refuses: Callable[[RawConfig], list[str]] = lambda config: []
+    """Settings of a checkpoint that megatron-core cannot build, each with the reason; see `unbuildable`."""
     latent_attention: bool = False
     """Multi-head latent attention: keys and values through a low-rank projection."""
     whole_qk_norm: bool = False
@@ -121,3 +121,19 @@ def softmax_router(config: HfConfig, *, renormalised: bool) -> dict[str, Any]:
 def refuse(**reasons: object) -> list[str]:
     """`name=value` of each given setting that is set (not None, False or 0)."""
     return [f"{name} is {value!r}" for name, value in reasons.items() if value]
+
+
+def rope_settings(config: RawConfig) -> Mapping[str, Any]:
+    """The settings of the rotary embedding, under the name of transformers 5 or that of before; empty: plain."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def unbuildable(architecture: Architecture, config: RawConfig) -> list[str]:
+    """Why megatron-core cannot build a checkpoint with this config.json; empty when it can."""
+    reasons = architecture.refuses(config)
+    rope = rope_settings(config)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    known = ("default", "yarn") if architecture.latent_attention else ("default",)
+    if kind not in known:
+        reasons.append(f"its rotary embedding is of the kind {kind!r}, but only {' and '.join(known)} are built")
+    return reasons

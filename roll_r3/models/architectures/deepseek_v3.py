@@ -17,6 +17,7 @@ from roll_r3.models.architectures.base import (
     RawConfig,
     all_layers,
     refuse,
+    rope_settings,
     shared_expert,
 )
 
@@ -64,21 +65,21 @@ def _rope(rope: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuses(config: HfConfig) -> list[str]:
-    found = refuse(attention_bias=config.attention_bias)
-    if not config.norm_topk_prob:
+def _refuses(config: RawConfig) -> list[str]:
+    """What config.json leaves out has the defaults of transformers."""
+    found = refuse(attention_bias=config.get("attention_bias"))
+    if not config.get("norm_topk_prob", True):
         found.append("norm_topk_prob is false, but megatron renormalises sigmoid gates")
-    if not config.rope_interleave:
+    if not config.get("rope_interleave", True):
         found.append("rope_interleave is false, but megatron's latent attention pairs neighbouring channels")
-    if config.n_group > 1 and config.num_experts_per_tok // config.topk_group != 2:
+    top_k, groups = config.get("num_experts_per_tok", 8), config.get("topk_group", 4)
+    if config.get("n_group", 8) > 1 and top_k // groups != 2:
         found.append(
-            f"num_experts_per_tok {config.num_experts_per_tok} over topk_group {config.topk_group} is not 2: the model "
-            "rates a group by its two best experts, megatron by that quotient"
+            f"num_experts_per_tok {top_k} over topk_group {groups} is not 2: the model rates a group by its two best "
+            "experts, megatron by that quotient"
         )
-    if len([name for name in ("mscale", "mscale_all_dim") if config.rope_parameters.get(name)]) == 1:
-        found.append("rope_parameters has one of mscale and mscale_all_dim: transformers then scales in another way")
-    if (kind := config.rope_parameters.get("rope_type", "default")) not in ("default", "yarn"):
-        found.append(f"rope_parameters.rope_type is {kind!r}, but megatron's latent attention knows default and yarn")
+    if len([name for name in ("mscale", "mscale_all_dim") if rope_settings(config).get(name)]) == 1:
+        found.append("its rope settings have one of mscale and mscale_all_dim: transformers then scales in another way")
     return found
 
 

@@ -9,6 +9,7 @@ from roll_r3.models.architectures.base import (
     NORMS,
     Architecture,
     HfConfig,
+    RawConfig,
     all_layers,
     refuse,
     softmax_router,
@@ -23,8 +24,8 @@ def _megatron(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _refuses(config: HfConfig) -> list[str]:
-    return refuse(sliding_window=config.sliding_window, router_jitter_noise=config.router_jitter_noise)
+def _refuses(config: RawConfig) -> list[str]:
+    return refuse(sliding_window=config.get("sliding_window"), router_jitter_noise=config.get("router_jitter_noise"))
 
 
 MIXTRAL = Architecture(

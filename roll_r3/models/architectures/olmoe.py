@@ -11,6 +11,7 @@ from roll_r3.models.architectures.base import (
     QK_NORM,
     Architecture,
     HfConfig,
+    RawConfig,
     all_layers,
     refuse,
     softmax_router,
@@ -27,8 +28,8 @@ def _megatron(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _refuses(config: HfConfig) -> list[str]:
-    return refuse(clip_qkv=config.clip_qkv, attention_bias=config.attention_bias)
+def _refuses(config: RawConfig) -> list[str]:
+    return refuse(clip_qkv=config.get("clip_qkv"), attention_bias=config.get("attention_bias"))
 
 
 OLMOE = Architecture(

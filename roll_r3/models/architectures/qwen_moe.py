@@ -47,8 +47,9 @@ def _qwen2(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _refuses(config: HfConfig) -> list[str]:
-    return refuse(sliding_window=config.sliding_window, attention_bias=getattr(config, "attention_bias", False))
+def _refuses(config: RawConfig) -> list[str]:
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    return refuse(sliding_window=window, attention_bias=config.get("attention_bias"))
 
 
 _TINY = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from roll_r3.config.derived import checkpoint_of, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
@@ -22,11 +20,6 @@ def _unreadable_checkpoints(config: RLVRConfig, surroundings: Surroundings) -> V
 def _unknown_models(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     names = {checkpoint_of(config, role) for role in workers(config)}
     return ", ".join(sorted(names - set(surroundings.models) - set(surroundings.checkpoint_problems)))
-
-
-def _no_interpreter(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    python = config.actor_infer.strategy_args.strategy_config.python
-    return bool(surroundings.versions) and python is not None and not Path(python).is_file()
 
 
 RULES: tuple[SurroundingsRule, ...] = (
@@ -68,16 +61,17 @@ RULES: tuple[SurroundingsRule, ...] = (
     ),
     SurroundingsRule(
         id="reward-importable",
-        fields=("rewards.*.reward",),
-        why="a reward function must be found on the import path (which is searched, nothing is imported)",
-        fix="put its directory on PYTHONPATH, or correct the name",
+        fields=("rewards.*.reward", "rewards.*.kwargs"),
+        why="a reward function must be found on the import path (which is searched, nothing is imported) and take "
+        "(response, ground_truth, **kwargs)",
+        fix="put its directory on PYTHONPATH, or correct the name, the function's arguments or the kwargs",
         wrong=("rewards.default.reward=no_such_package.rewards:score",),
         right=("rewards.default.reward=roll_r3.rewards.rules:exact_match",),
         violates=lambda config, where: "; ".join(where.reward_problems),
     ),
     SurroundingsRule(
         id="output-writable",
-        fields=("output_dir",),
+        fields=("output_dir", "exp_name"),
         why="the run's directory could not be made",
         fix="name a directory that can be written",
         wrong=("output_dir=/dev/null/runs",),
@@ -91,6 +85,6 @@ RULES: tuple[SurroundingsRule, ...] = (
         fix="name the `bin/python` of the environment that has SGLang, or leave it out",
         wrong=(f"{ENGINE}.python=/no/such/bin/python",),
         right=(f"{ENGINE}.python=null",),
-        violates=_no_interpreter,
+        violates=lambda config, where: where.engine_python_missing,
     ),
 )

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from roll_r3.config.derived import checkpoint_of, expert_layout, layout, longest_sequence, megatron_workers, workers
+from roll_r3.config.derived import (
+    checkpoint_of,
+    engine_room,
+    expert_layout,
+    layout,
+    longest_sequence,
+    megatron_workers,
+    workers,
+)
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.rules.paths import ENGINE, EP, MEGATRON, PP, TP, TRAIN, TRAIN_REPLAY, VPP
+from roll_r3.config.rules.layout import SPLIT_RULES
+from roll_r3.config.rules.paths import ENGINE, EP, ETP, MEGATRON, PP, TP, TRAIN, TRAIN_REPLAY, VPP
 from roll_r3.config.rules.table import Verdict, remainder
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.architectures.base import unbuildable
 from roll_r3.models.layer_map import chunk_layers
+from roll_r3.models.size import shape_problem, width_problems
 from roll_r3.preflight.checkpoints import Model
-from roll_r3.preflight.rules.table import AnyPreflightRule, ModelRule, RoleModel, SurroundingsRule
+from roll_r3.preflight.rules.table import AnyPreflightRule, ModelRule, Pretend, RoleModel, SurroundingsRule
 from roll_r3.preflight.surroundings import Surroundings
 
 _CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
@@ -35,8 +47,11 @@ def _replays_dense(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
 
 
 def _unknown_architectures(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    reasons = [f"{role}: {m.reason}" for role, m in _models(config, surroundings).items() if m.facts is None]
-    return "; ".join(reasons)
+    named = bool(_replays_dense(config, surroundings))  # dense models have a rule of their own then
+    unknown = {
+        r: m for r, m in _models(config, surroundings).items() if m.facts is None and not (named and _is_dense(m))
+    }
+    return "; ".join(f"{role}: {model.reason}" for role, model in unknown.items())
 
 
 def _quantized(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -46,6 +61,16 @@ def _quantized(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
         if (quantization := model.raw.get("quantization_config"))
     ]
     return ", ".join(found)
+
+
+def _unbuildable(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    trained = {r: m for r, m in _models(config, surroundings).items() if r in megatron_workers(config) and m.facts}
+    found = {role: unbuildable(ARCHITECTURES[str(m.raw["model_type"])], m.raw) for role, m in trained.items()}
+    return "; ".join(f"{role}: {', '.join(reasons)}" for role, reasons in found.items() if reasons)
+
+
+def _recomputes_what_is_not_there(model: RoleModel) -> Verdict:
+    return "mla_up_proj" in layout(model.worker).recompute_modules and not model.facts.latent_attention
 
 
 def _engine_runs_another_model(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -62,6 +87,11 @@ def _reference_speaks_otherwise(config: RLVRConfig, surroundings: Surroundings) 
     return f"{sizes[0]} and {sizes[1]} tokens" if len(set(sizes)) == 2 else False
 
 
+def _engine_lacks_a_kernel(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    model = _models(config, surroundings).get("actor_infer")
+    return config.device_type == "cpu" and model is not None and model.raw.get("model_type") == "qwen2_moe"
+
+
 def _engine_splits_heads(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     model = _models(config, surroundings).get("actor_infer")
     if model is None or model.facts is None:
@@ -69,17 +99,19 @@ def _engine_splits_heads(config: RLVRConfig, surroundings: Surroundings) -> Verd
     return remainder(model.facts.num_attention_heads, config.actor_infer.strategy_args.strategy_config.tp_size, "ranks")
 
 
-def _splits_heads(model: RoleModel) -> Verdict:
-    return remainder(model.facts.num_attention_heads, layout(model.worker).tensor_model_parallel_size, "ranks")
+def _unreadable_sizes(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    models = {role: model for role, model in _models(config, surroundings).items() if model.facts}
+    found = {shape_problem(model.raw) for role, model in models.items() if role in megatron_workers(config)}
+    return "; ".join(sorted(found - {""}))
 
 
-def _splits_key_value_heads(model: RoleModel) -> Verdict:
-    tp, heads = layout(model.worker).tensor_model_parallel_size, model.facts.num_key_value_heads
-    uneven = heads % tp and tp % heads and not model.facts.latent_attention
-    return f"{heads} heads, TP {tp}" if uneven else False
+def _uneven_widths(model: RoleModel) -> Verdict:
+    return False if shape_problem(model.raw) else "; ".join(width_problems(model.raw, model.worker))
 
 
 def _layers_over_stages(model: RoleModel) -> Verdict:
+    if any(rule.violates(model.worker) for rule in SPLIT_RULES):
+        return False  # it does not even fit itself
     try:
         chunk_layers(model.facts.num_layers, layout(model.worker))
     except ValueError as error:
@@ -88,13 +120,12 @@ def _layers_over_stages(model: RoleModel) -> Verdict:
 
 
 def _too_long(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    longest = longest_sequence(config)
-    short = [
-        f"{role}'s was made for {m.facts.context_length}"
-        for role, m in _models(config, surroundings).items()
-        if m.facts and longest > m.facts.context_length
-    ]
-    return f"{longest} tokens; {', '.join(short)}" if short else False
+    short = []
+    for role, model in _models(config, surroundings).items():
+        needed = engine_room(config) if role == "actor_infer" else longest_sequence(config)
+        if model.facts and needed > model.facts.context_length:
+            short.append(f"{role} needs {needed} tokens, its model was made for {model.facts.context_length}")
+    return "; ".join(short)
 
 
 def _tied_over_stages(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -118,7 +149,7 @@ RULES: tuple[AnyPreflightRule, ...] = (
         id="dense-model-with-replay",
         fields=(TRAIN_REPLAY, *_CHECKPOINTS),
         why="the model has no MoE layer, so there is no routing to replay",
-        fix="write router_replay.mode: disable on both sides, or name an MoE checkpoint",
+        fix="name an MoE checkpoint: dense ones are not trained without replay either",
         wrong=("pretrain=Qwen/Qwen3-8B",),
         right=("pretrain=allenai/OLMoE-1B-7B-0924", "prompt_length=512"),
         violates=_replays_dense,
@@ -128,9 +159,19 @@ RULES: tuple[AnyPreflightRule, ...] = (
         fields=_CHECKPOINTS,
         why="roll_r3 cannot train this architecture",
         fix="name a checkpoint of one of them",
-        wrong=("pretrain=Qwen/Qwen3-8B",),
+        wrong=("pretrain=Qwen/Qwen3-8B", "actor_train.router_replay={}", "actor_infer.router_replay={}"),
         right=("pretrain=mistralai/Mixtral-8x7B-v0.1",),
         violates=_unknown_architectures,
+    ),
+    SurroundingsRule(
+        id="checkpoint-buildable",
+        fields=_CHECKPOINTS,
+        why="Megatron cannot build a checkpoint with these settings in its config.json",
+        fix="name a checkpoint without them",
+        wrong=(),
+        wrong_where=Pretend(config_json={"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        right=(),
+        violates=_unbuildable,
     ),
     SurroundingsRule(
         id="checkpoint-not-quantized",
@@ -162,7 +203,8 @@ RULES: tuple[AnyPreflightRule, ...] = (
     SurroundingsRule(
         id="context-holds-the-longest",
         fields=("response_length", "prompt_length", *_CHECKPOINTS),
-        why="prompt_length + response_length is longer than the sequences that the model was made for",
+        why="prompt_length + response_length, with the few tokens that an engine keeps back, is longer than the "
+        "sequences that the model was made for",
         fix="make one of them shorter",
         wrong=("response_length=50000",),
         right=("response_length=30000",),
@@ -178,26 +220,24 @@ RULES: tuple[AnyPreflightRule, ...] = (
         violates=lambda model: remainder(model.facts.num_experts, expert_layout(model.worker)[1], "ranks"),
     ),
     ModelRule(
-        id="heads-over-tensor-parallel",
-        fields=(TP,),
-        why="every tensor-parallel rank holds as many attention heads",
-        fix="write a size that divides the model's attention heads",
+        id="widths-over-tensor-parallel",
+        fields=(TP, ETP),
+        why="every rank holds as many attention heads, and an equal part of every width of the model",
+        fix="write sizes that divide them",
         wrong=("actor_train.device_mapping=range(3)", f"{TRAIN}.tensor_model_parallel_size=3"),
         right=("actor_train.device_mapping=range(4)", f"{TRAIN}.tensor_model_parallel_size=4"),
-        violates=_splits_heads,
+        violates=_uneven_widths,
     ),
-    ModelRule(
-        id="key-value-heads-over-tensor-parallel",
-        fields=(TP,),
-        why="key and value heads are split over the tensor-parallel ranks, or each is shared by as many of them",
-        fix="write a size that divides the key and value heads, or a multiple of their number",
-        wrong=(
-            "actor_train.device_mapping=range(6)",
-            f"{TRAIN}.tensor_model_parallel_size=6",
-            "rollout_batch_size=6",
-        ),
-        right=("actor_train.device_mapping=range(4)", f"{TRAIN}.tensor_model_parallel_size=4"),
-        violates=_splits_key_value_heads,
+    SurroundingsRule(
+        id="sizes-readable",
+        fields=_CHECKPOINTS,
+        why="the sizes of the model cannot be read from its config.json, so they were not compared with the layout",
+        fix="write them into config.json",
+        wrong=(),
+        wrong_where=Pretend(config_json={"hidden_size": None}),
+        right=(),
+        violates=_unreadable_sizes,
+        severity="warning",
     ),
     ModelRule(
         id="layers-over-stages",
@@ -220,12 +260,25 @@ RULES: tuple[AnyPreflightRule, ...] = (
         why="the model ties its output to its embedding, and such weights are not loaded onto pipeline stages",
         fix="write pipeline_model_parallel_size: 1",
         wrong=(
-            "pretrain=Qwen/Qwen3-4B",
             "actor_train.device_mapping=range(2)",
             f"{TRAIN}.pipeline_model_parallel_size=2",
         ),
         right=("actor_train.device_mapping=range(2)", f"{TRAIN}.pipeline_model_parallel_size=2"),
+        wrong_where=Pretend(config_json={"tie_word_embeddings": True}),
         violates=_tied_over_stages,
+    ),
+    ModelRule(
+        id="latent-attention-to-recompute",
+        fields=(f"{MEGATRON}.recompute_modules",),
+        why="mla_up_proj is a part of latent attention, which this model has not",
+        fix="take mla_up_proj out",
+        wrong=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[mla_up_proj]"),
+        right=(
+            "pretrain=moonshotai/Moonlight-16B-A3B",
+            f"{TRAIN}.recompute_granularity=selective",
+            f"{TRAIN}.recompute_modules=[mla_up_proj]",
+        ),
+        violates=_recomputes_what_is_not_there,
     ),
     SurroundingsRule(
         id="bias-to-move",
@@ -235,6 +288,15 @@ RULES: tuple[AnyPreflightRule, ...] = (
         wrong=(f"{TRAIN}.moe_router_bias_update_rate=0.001",),
         right=("pretrain=moonshotai/Moonlight-16B-A3B", f"{TRAIN}.moe_router_bias_update_rate=0.001"),
         violates=_no_bias_to_move,
+    ),
+    SurroundingsRule(
+        id="engine-serves-the-model",
+        fields=("device_type", "actor_infer.model_args.model_name_or_path", "pretrain"),
+        why="on a CPU SGLang does not serve Qwen2-MoE: the gate of its shared expert is a Triton kernel",
+        fix="sample on a GPU, or name another model",
+        wrong=("device_type=cpu", "pretrain=Qwen/Qwen2-57B-A14B"),
+        right=("device_type=cuda", "pretrain=Qwen/Qwen2-57B-A14B", "actor_infer.device_mapping=1"),
+        violates=_engine_lacks_a_kernel,
     ),
     SurroundingsRule(
         id="engine-heads-over-tp",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from roll_r3.config.derived import MegatronWorker, checkpoint_of, megatron_workers, values_at
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Finding
 from roll_r3.config.rules.table import Row, Verdict
+from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.facts import ModelFacts
+from roll_r3.preflight.checkpoints import Model
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.base import Capabilities
 
@@ -22,6 +25,8 @@ class Pretend:
     """Strategy -> what it would declare."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
     """Package -> the release that would be installed."""
+    config_json: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the checkpoints' config.json, and what they would say."""
 
     def change(self, surroundings: Surroundings) -> Surroundings:
         """`surroundings` as they would be."""
@@ -29,7 +34,11 @@ class Pretend:
         for name, capabilities in self.capabilities.items():
             strategies[name] = replace(strategies[name], capabilities=capabilities)
         versions = dict(surroundings.versions) | dict(self.versions)
-        return replace(surroundings, strategies=strategies, versions=versions)
+        models = {
+            name: Model.of(dict(model.raw) | dict(self.config_json), model.source)
+            for name, model in surroundings.models.items()
+        }
+        return replace(surroundings, strategies=strategies, versions=versions, models=models)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,8 @@ class RoleModel:
     name: str
     """Checkpoint as the configuration names it."""
     facts: ModelFacts
+    raw: RawConfig
+    """Its config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +82,7 @@ class ModelRule(Row):
             model = surroundings.models.get(name)
             if model is None or model.facts is None:
                 continue
-            if verdict := self.violates(RoleModel(config, role, worker, name, model.facts)):
+            if verdict := self.violates(RoleModel(config, role, worker, name, model.facts, model.raw)):
                 found = self.finding(config, verdict, role)
                 yield replace(found, found=(*found.found, *_checkpoint_fields(config, role)))
 

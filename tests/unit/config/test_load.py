@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roll_r3.config.load import MAX_BYTES, load, load_config
+from roll_r3.config.explain import PATTERNS
+from roll_r3.config.load import MAX_BYTES, load
+from roll_r3.config.load import load_text as load_text_as_it_is
+from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import ABSENT, Finding, InvalidConfigError
 from roll_r3.config.rules.example import MINIMAL
+from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.yaml_file import MAX_NODES, to_yaml
 from roll_r3.errors import ConfigError
 from tests.unit.config.conftest import LoadText
@@ -203,6 +209,66 @@ rewards:
     assert "16 errors" in lines
 
 
+@pytest.mark.parametrize(
+    ("override", "why", "fix"),
+    [
+        ("kl_estimator=k9", "should be 'k1', 'k2' or 'k3'", "write one of k1, k2, k3"),
+        ("track_with=[wandb]", "should be 'tensorboard'", "write tensorboard"),
+        ("seed=many", "should be a whole number", "write a number, for example 42"),
+        ("seed=1.5", "should be a whole number", "write a number, for example 42"),
+        ("seed=-1", "should be greater than or equal to 0", "write a number, for example 42"),
+        ("seed=.inf", "should be a finite number", "write a number, for example 42"),
+        (f"seed={2**70}", f"should be a number up to {2**63 - 1}", "write a number, for example 42"),
+        ("seed=yes", "YAML reads on, yes and true as a boolean; this is a number", "write the number, for example 42"),
+        ("pg_clip=[1]", "should be a number", "write a number, for example 0.2"),
+        (f"{ENGINE}.mem_fraction_static=2", "should be less than 1", "write a number, for example 0.5"),
+        (f"{ENGINE}.context_length=0", "should be greater than 0", "write a number, for example 1"),
+        ("use_kl_loss=maybe", "should be true or false", "write true or false"),
+        ("output_dir=5", "should be text", 'write it in quotes, as in "5"'),
+        ("output_dir=[a]", "should be text", "write text"),
+        (
+            "rewards.default={reward: math, tag_included: a}",
+            "should be a list, as in [a, b]",
+            "write a list, as in [a, b]",
+        ),
+        ("actor_train.router_replay=R3", "should be a section of", "its fields: mode, audit, audit_every"),
+        ("rewards=math", "should be a section of", "write `name: value` lines below it"),
+        ("exp_name='two words'", "should hold letters, digits, dots, underscores", "write a name such as two-words"),
+        (f"exp_name={'x' * 200}", "should have at most 128 characters", ""),
+        ("rewards.a={}", "this field must be given", "give it in the file, or as an override rewards.a.reward=..."),
+        (
+            f"{ENGINE}.server_args={{a: [1]}}",
+            "should be text, or should be a whole number",
+            "write text or a whole number",
+        ),
+    ],
+)
+def test_a_wrong_type_is_explained_in_words_and_says_what_to_write(load_text, override, why, fix):
+    finding = only(load_text, MINIMAL, override)
+    assert why in finding.why
+    assert finding.fix.startswith(fix)
+    assert bool(finding.fix) == bool(fix)
+
+
+def test_every_pattern_of_the_schema_has_words():
+    patterns = set(re.findall(r"'pattern': '(.*?)'", str(RLVRConfig.model_json_schema()).replace("\\\\", "\\")))
+    assert patterns
+    assert patterns <= set(PATTERNS)
+
+
+def test_of_another_strategy_nothing_is_said_about_its_settings(load_text):
+    strategy = "{strategy_name: vllm, strategy_config: {gpu_memory_utilization: 0.8, tp_size: two}}"
+    finding = only(load_text, MINIMAL, f"actor_infer.strategy_args={strategy}")
+    assert finding.path == "actor_infer.strategy_args.strategy_name"
+    assert finding.fix == "write sglang"
+    loaded = load_text_as_it_is(MINIMAL, "run.yaml", [f"actor_infer.strategy_args={strategy}"])
+    assert "actor_infer.strategy_args.strategy_config" in loaded.doubtful, "rules do not judge its defaults"
+    right = "{strategy_name: sglang, strategy_config: {gpu_memory_utilization: 0.8, tp_size: two}}"
+    assert len(findings_of(load_text, MINIMAL, f"actor_infer.strategy_args={right}")) == 2
+    others = findings_of(load_text, MINIMAL, f"actor_infer.strategy_args={strategy}", "actor_train.strategy_args.x=1")
+    assert len(others) == 2, "of another role it is"
+
+
 def test_a_name_is_looked_for_in_other_sections_too(load_text):
     finding = only(load_text, MINIMAL, "learning_rat=1e-5")
     assert finding.fix == "did you mean actor_train.training_args.learning_rate?"
@@ -289,6 +355,111 @@ def test_a_yaml_bomb_is_refused_quickly(load_text):
     assert str(MAX_NODES) in only(load_text, f"a: &a [x]\n{levels}").why
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!int ''",
+        "!!float ''",
+        "!!bool abc",
+        "!!bool ''",
+        "!!int x",
+        "!!int 1:30",
+        "!!float 0x1",
+        "!!null x",
+        "!!int [1]",
+        "!!str [a]",
+        "!!map x",
+        "!!seq {a: 1}",
+        "!!map [a]",
+        "!!float {a: 1}",
+        "!!int 0x_",
+    ],
+)
+def test_a_tag_before_what_it_does_not_fit_is_named_with_its_line(load_text, value):
+    finding = only(load_text, f"{MINIMAL}seed: {value}\n")
+    assert (finding.rule, finding.path) == ("yaml-tag", "seed")
+    assert value.split()[0] in finding.why
+    assert only(load_text, MINIMAL, f"seed={value}") == finding
+
+
+def test_a_tag_before_what_it_fits_changes_nothing(load_text):
+    text = "max_steps: !!int '0x1F'\npg_clip: !!float 1\noutput_dir: !!str 12\nreference: !!null ''\n"
+    config = load_text(MINIMAL + text, "actor_train.device_mapping=!!seq [!!int 3]").config
+    assert (config.max_steps, config.pg_clip, config.output_dir, config.reference) == (31, 1.0, "12", None)
+    assert config.actor_train.device_mapping == (3,)
+
+
+@pytest.mark.parametrize("text", ["0x_", "0b_", "-0x_", "0x", "0b", "0x_1"])
+def test_a_number_without_digits_is_text(load_text, text):
+    assert load_text(f"{MINIMAL}output_dir: {text}\n").config.output_dir == text
+
+
+def test_digits_may_be_grouped(load_text):
+    config = load_text(MINIMAL, "seed=0x1_F", "max_steps=0b1_0", "prompt_length=1_000").config
+    assert (config.seed, config.max_steps, config.prompt_length) == (31, 2, 1000)
+
+
+def bomb(first: str, line: str) -> str:
+    return f"x0: {first}\n" + "".join(f"x{i}: {line.replace('@', f'${{x{i - 1}}}')}\n" for i in range(1, 25))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb("[a]", "['@', '@']"),
+        bomb("{a: b}", "{a: '@', b: '@'}"),
+        bomb("a", "'@@'"),
+        bomb("''", "'@@'"),
+        bomb("a", "{a: '@@'}").replace("}}", ".a}}"),
+        bomb("{a: {a: b}}", "{a: '@', b: '@', c: '@'}"),
+        f"x0: {'a' * 600_000}\noutput_dir: ${{x0}}${{x0}}\n",
+        f"x0: [{'a, ' * 2000}]\nx1: [" + "'${x0}', " * 20 + "]\n",
+        f"output_dir: {'${exp_name}' * 5000}\n",
+        "x1: {a: '${x2}', b: '${x2}'}\nx2: {a: '${x1}', b: '${x1}'}\n",
+        "x1: ['${.}', '${.}']\n",
+        "x1: ${x1.a}\n",
+        "x0: a\n" + "".join(f"x{i}: ${{x{i - 1}}}\n" for i in range(1, 2000)),
+        "x0: a\n" + "".join(f"x{i}: ${{x{i + 1}}}\n" for i in range(2000)),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_interpolations_that_grow_without_bound_are_refused_quickly(load_text, text):
+    start = time.process_time()
+    findings = findings_of(load_text, MINIMAL + text)
+    assert "interpolation" in {finding.rule for finding in findings}
+    assert time.process_time() - start < 5, "a second on any machine; this one may be busy"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("output_dir: ${big}${big}", "characters"),
+        ("rewards: ['${many}', '${many}', '${many}']", "10000 values"),
+        ("output_dir: " + "${exp_name}" * 1001, "1000 references"),
+        ("rewards: {a: '${rewards}'}", "Recursive"),
+    ],
+)
+def test_what_an_interpolation_has_too_much_of_is_named(load_text, line, reason):
+    text = f"{MINIMAL}big: {'a' * 600_000}\nmany: [{', '.join('a' * 4_000)}]\n{line}\n"
+    interpolations = [f for f in findings_of(load_text, text) if f.rule == "interpolation"]
+    assert interpolations
+    assert all(reason in finding.why for finding in interpolations)
+
+
+def test_interpolations_that_are_just_small_enough_are_resolved(load_text):
+    chain = "max_steps: ${x30}\n" + "".join(f"x{i}: ${{x{i - 1}}}\n" for i in range(1, 31)) + "x0: 7\n"
+    findings = findings_of(load_text, MINIMAL + chain)
+    assert {finding.rule for finding in findings} == {"unknown-field"}, "the x's alone"
+    config = load_text(
+        MINIMAL,
+        f"output_dir='{'${exp_name}' * 20}'",
+        "seed=${actor_infer.device_mapping[-1]}",
+        "actor_infer.device_mapping=[3]",
+    ).config
+    assert config.output_dir == "demo" * 20
+    assert config.seed == 3
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "missing.yaml")
@@ -300,6 +471,10 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "large.yaml").write_text("#" * (MAX_BYTES + 1))
     with pytest.raises(ConfigError, match="larger than"):
         load(tmp_path / "large.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name in (tmp_path / "pipe.yaml", Path("/dev/zero"), tmp_path / ("x" * 300), tmp_path / "nul\0"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load(name)
     if os.geteuid():
         (tmp_path / "locked.yaml").touch(mode=0)
         with pytest.raises(ConfigError, match="cannot be read"):
@@ -317,7 +492,7 @@ def test_what_is_printed_loads_to_the_same(load_text, tmp_path):
     strategy = "{strategy_name: megatron_train, strategy_config: {moe_router_dtype: null}}"
     config = load_text(MINIMAL, f"actor_train.strategy_args={strategy}", "exp_name='1e5'").config
     (tmp_path / "printed.yaml").write_text(to_yaml(config))
-    assert load_config(tmp_path / "printed.yaml") == config
+    assert load(tmp_path / "printed.yaml").config == config
 
 
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)

@@ -252,7 +252,7 @@ def test_a_rule_names_every_field_that_its_verdict_depends_on(load_text, rule):
     fields = [
         path
         for field in (*rule.fields, *rule.depends)
-        for path in (field, f"actor_train.{field}", f"reference.{field}")
+        for path in (field.format(role="actor_train"), f"actor_train.{field}", f"reference.{field}")
     ]
     for override in rule.wrong:
         if not any(overlap(field, override.partition("=")[0]) for field in fields):

@@ -8,17 +8,23 @@ from itertools import islice
 import pytest
 
 from roll_r3.config.pipeline import RewardConfig
+from roll_r3.config.rules.data import BUILT_IN_REWARDS
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.prompts import prompt_batches, read_prompts
 from roll_r3.data.tiny_task import BUNDLED_TASKS
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.models.tiny import byte_tokenizer
-from roll_r3.rewards.rules import Rewards
+from roll_r3.preflight.files import data_problems
+from roll_r3.rewards.rules import BUILT_IN, Rewards
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return byte_tokenizer()
+
+
+def test_the_configuration_knows_the_built_in_rewards():
+    assert frozenset(BUILT_IN) == BUILT_IN_REWARDS
 
 
 def write_rows(path, rows):
@@ -74,11 +80,26 @@ def test_long_prompts_are_left_out_and_said(tmp_path, tokenizer, caplog):
         ({"file_name": "nowhere.jsonl"}, "not an existing"),
         ({"file_name": "bundled:nothing"}, "there are bundled:addition_mod10"),
         ({"file_name": "data.csv"}, "not an existing"),
+        ({"file_name": "x" * 300 + ".jsonl"}, "not an existing"),
+        ({"file_name": "nul\0.jsonl"}, "not an existing"),
     ],
 )
 def test_missing_sources_are_named(tokenizer, args, message):
     with pytest.raises(ConfigError, match=message):
         read_prompts(DataArgs(**args), tokenizer, 10)
+
+
+def test_blank_lines_are_passed_over(tmp_path, tokenizer):
+    (tmp_path / "b.jsonl").write_text('\n  \r\n{"prompt": "1", "ground_truth": "1"}\n\n')
+    args = DataArgs(file_name=str(tmp_path / "b.jsonl"))
+    assert len(read_prompts(args, tokenizer, 10)) == 1
+    assert not list(data_problems(args)), "what is checked beforehand agrees"
+
+
+def test_only_what_is_documented_is_read(tmp_path, tokenizer):
+    write_rows(tmp_path / "rows.json", [{"prompt": "1", "ground_truth": "1"}])
+    with pytest.raises(ConfigError, match=r"not an existing \.jsonl or \.parquet file"):
+        read_prompts(DataArgs(file_name=str(tmp_path / "rows.json")), tokenizer, 10)
 
 
 def test_a_missing_column_lists_those_that_exist(tmp_path, tokenizer):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import runpy
 
 import pytest
 
 from roll_r3.errors import ConfigError
-from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.checkpoint import hub_cache, is_hub_name, resolve_checkpoint
 from roll_r3.models.facts import facts_of, read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
 
@@ -67,6 +68,12 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"num_experts": 0}, "num_experts is 0"),
         ({"mlp_only_layers": 3}, "cannot be read"),
+        ({"decoder_sparse_step": 0}, "cannot be read"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, at most 8"),
+        ({"num_experts": 100_000}, "num_experts is 100000, at most 65536"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 8, "moe_layer_freq": 0}, "cannot be read"),
     ],
 )
 def test_a_config_json_with_odd_values_is_refused(change, message):
@@ -84,3 +91,60 @@ def test_a_config_json_without_a_field_names_it(name):
 def test_a_tiny_config_json_is_plain_json(tmp_path):
     path = make_tiny_checkpoint(tmp_path / "m", num_experts=4)
     assert json.loads((path / "config.json").read_text())["num_local_experts"] == 4
+
+
+def test_as_many_experts_as_routes_can_name():
+    assert facts_of(BASE | {"model_type": "mixtral", "num_local_experts": 65536}).num_experts == 65536
+
+
+NAMES = [
+    "a/b", "Qwen/Qwen3-30B-A3B", "a_b/c.d", "_/_", "output/qwen3--sft", "models/-x", "models/x.", "models/x-", ".a/b",
+    "a/..b", "a/b..c", "a/b.git", "a" * 96 + "/" + "b" * 96, "a" * 97 + "/b", "a/" + "b" * 97, "a/b\n", "\u00e9/b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_the_hubs_where_its_client_says_so(name):
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not is_hub_name(name)
+    else:
+        assert is_hub_name(name)
+
+
+def test_what_the_hubs_client_refuses_is_a_mistake_in_the_configuration(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    def refuse(name, **kwargs):
+        raise HFValidationError("not such a name")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ConfigError, match="not such a name"):
+        resolve_checkpoint("someone/some-model")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"HF_HOME": "/a"},
+        {"HF_HUB_CACHE": "~/b"},
+        {"HUGGINGFACE_HUB_CACHE": "/c", "HF_HOME": "/a"},
+        {"HUGGINGFACE_HUB_CACHE": "/c", "HF_HUB_CACHE": "$HOME/b", "HF_HOME": "/a"},
+        {"XDG_CACHE_HOME": "/d"},
+        {"XDG_CACHE_HOME": "/d", "HF_HOME": "$XDG_CACHE_HOME/e"},
+    ],
+)
+def test_the_hubs_cache_is_where_its_client_has_it(monkeypatch, environment):
+    from huggingface_hub import constants
+
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/someone", **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert str(hub_cache()) == runpy.run_path(constants.__file__)["HF_HUB_CACHE"]

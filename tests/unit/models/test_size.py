@@ -13,7 +13,7 @@ from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import TINY
 from roll_r3.models.known import known_config, known_configs
-from roll_r3.models.size import _SIZES, Split, held_parameters, model_size
+from roll_r3.models.size import _SIZES, Split, held_parameters, model_size, shape_problem, width_problems
 
 PUBLISHED = {
     "Qwen/Qwen3-30B-A3B": (30.5, 3.3),
@@ -111,7 +111,8 @@ def test_ranks_together_hold_each_split_parameter_once(name, tp, ep, split_exper
     }
     ((held,),) = held_parameters(size, worker(tp * ep, **layout))
     whole = sum(w.size for layer in size.layers for w in layer if w.split is Split.WHOLE) + size.shape.hidden
-    assert (held.dense - whole) * tp + whole + held.experts * ep * etp == size.total
+    assert held.dense - held.tensor == whole
+    assert held.tensor * tp + whole + held.experts * ep * etp == size.total
 
 
 def test_the_vocabulary_is_padded_until_it_divides():
@@ -130,7 +131,126 @@ def test_the_output_is_the_embedding_where_the_model_ties_them():
     assert b.dense - a.dense == untied.total - tied.total == 151936 * 2048
 
 
-def test_what_does_not_divide_is_named():
-    size = model_size(known_config("Qwen/Qwen3-30B-A3B"))
-    with pytest.raises(ValueError, match=r"mlp.experts.linear_fc1.weight: its \d+ elements do not divide over 5 ranks"):
+QWEN, V3 = "Qwen/Qwen3-30B-A3B", "deepseek-ai/DeepSeek-V3"
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        (QWEN, "hidden_size", MISSING),
+        (QWEN, "hidden_size", "2048"),
+        (QWEN, "hidden_size", 2048.0),
+        (QWEN, "hidden_size", True),
+        (QWEN, "hidden_size", 0),
+        (QWEN, "intermediate_size", MISSING),
+        (QWEN, "head_dim", -128),
+        (QWEN, "moe_intermediate_size", [768]),
+        ("Qwen/Qwen2-57B-A14B", "shared_expert_intermediate_size", "20480"),
+        (V3, "q_lora_rank", MISSING),
+        (V3, "q_lora_rank", "1536"),
+        (V3, "kv_lora_rank", MISSING),
+        (V3, "qk_rope_head_dim", None),
+        (V3, "v_head_dim", 1.5),
+        (V3, "n_shared_experts", "one"),
+    ],
+)
+def test_a_field_that_is_missing_or_no_size_is_named(name, field, value):
+    config = {**known_config(name), field: value}
+    if value is MISSING:
+        del config[field]
+    problem = shape_problem(config)
+    assert problem.startswith(f"this config.json of a {config['model_type']} ")
+    assert f" {field}" in problem
+    with pytest.raises(ConfigError, match=field):
+        model_size(config)
+
+
+def test_known_models_have_all_sizes():
+    for config in known_configs().values():
+        known = config["model_type"] in ARCHITECTURES
+        assert (shape_problem(config) == "") == known
+    assert shape_problem({**known_config(QWEN), "head_dim": None}) == ""
+    assert shape_problem({**known_config(V3), "q_lora_rank": None}) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "layout", "problem"),
+    [
+        (QWEN, {"num_attention_heads": 30}, {"tensor_model_parallel_size": 4}, "the number of attention heads, 30,"),
+        (QWEN, {"num_key_value_heads": 6}, {"tensor_model_parallel_size": 4}, "the number of key and value heads, 6,"),
+        (
+            QWEN,
+            {"num_key_value_heads": 1, "head_dim": 1},
+            {"tensor_model_parallel_size": 4},
+            "the width of queries, keys and values together, 34,",
+        ),
+        (
+            QWEN,
+            {"mlp_only_layers": [3], "intermediate_size": 6143},
+            {"tensor_model_parallel_size": 2},
+            "the width of a dense layer, 6,143,",
+        ),
+        (QWEN, {"moe_intermediate_size": 766}, {"tensor_model_parallel_size": 4}, "the width of an expert, 766,"),
+        (
+            QWEN,
+            {"moe_intermediate_size": 766},
+            {
+                "tensor_model_parallel_size": 4,
+                "expert_model_parallel_size": 4,
+                "expert_tensor_parallel_size": 4,
+            },
+            "the width of an expert, 766,",
+        ),
+        (
+            "Qwen/Qwen2-57B-A14B",
+            {"shared_expert_intermediate_size": 20482},
+            {"tensor_model_parallel_size": 4, "expert_model_parallel_size": 4},
+            "the width of the shared expert, 20,482,",
+        ),
+        (
+            "allenai/OLMoE-1B-7B-0924",
+            {"num_key_value_heads": 1, "head_dim": 2},
+            {"tensor_model_parallel_size": 4},
+            "the width of keys, 2,",
+        ),
+        (
+            V3,
+            {"moe_intermediate_size": 2049},
+            {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+            "the width of the shared expert, 2,049,",
+        ),
+    ],
+)
+def test_a_width_that_does_not_divide_is_named(name, changes, layout, problem):
+    """Even where the elements of the parameter do."""
+    config, role = {**known_config(name), **changes}, worker(16, **layout)
+    (found,) = width_problems(config, role)
+    tp = layout["tensor_model_parallel_size"]
+    assert found == f"{problem} does not divide over {'ETP' if 'an expert' in problem else 'TP'} {tp}"
+    with pytest.raises(ValueError, match=problem):
+        held_parameters(model_size(config), role)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "layout"),
+    [
+        (QWEN, {}, {"tensor_model_parallel_size": 8}),  # two ranks share a key and value head
+        (QWEN, {"vocab_size": 151935}, {"tensor_model_parallel_size": 2}),
+        (QWEN, {"intermediate_size": 6143}, {"tensor_model_parallel_size": 2}),  # no layer is dense
+        (
+            QWEN,
+            {"moe_intermediate_size": 767},
+            {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},  # experts are whole
+        ),
+        (V3, {"num_key_value_heads": 3}, {"tensor_model_parallel_size": 8, "expert_model_parallel_size": 8}),
+    ],
+)
+def test_what_is_padded_shared_or_whole_need_not_divide(name, changes, layout):
+    assert width_problems({**known_config(name), **changes}, worker(16, **layout)) == []
+
+
+def test_experts_that_do_not_divide_are_named():
+    size = model_size(known_config(QWEN))
+    with pytest.raises(ValueError, match=r"^128 experts do not divide over EP 5$"):
         held_parameters(size, worker(5, expert_model_parallel_size=5))

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from roll_r3.config.load import load_text
 from roll_r3.config.pipeline import RewardConfig
+from roll_r3.config.rules.example import MINIMAL
+from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.workers import DataArgs
-from roll_r3.models.checkpoint import is_hub_name
+from roll_r3.errors import ConfigError
+from roll_r3.models.checkpoint import is_hub_name, resolve_checkpoint
+from roll_r3.preflight import files
 from roll_r3.preflight.checkpoints import Model, find_model, incomplete
 from roll_r3.preflight.files import data_problems, output_problem, reward_problems
-from roll_r3.preflight.versions import _installed_for
+from roll_r3.preflight.rules.files import RULES
+from roll_r3.preflight.surroundings import Surroundings, look_around
+from roll_r3.preflight.versions import find_interpreter, find_versions, installed_for, is_isolated
 
 TINY = {
     "model_type": "qwen3_moe",
@@ -29,7 +38,7 @@ TINY = {
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     return tmp_path
 
@@ -62,17 +71,19 @@ def test_names(tmp_path):
 
 
 def test_the_hubs_cache_is_read_without_a_download(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--someone--cached" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0123")
     (snapshot / "config.json").write_text(json.dumps(TINY))
+    before = set(sys.modules)
     model = find_model("someone/cached")
     assert isinstance(model, Model)
     assert model.facts is not None
+    assert "huggingface_hub" not in set(sys.modules) - before
+    (snapshot.parents[1] / "refs" / "main").write_text("4567")
+    assert find_model("someone/cached") == ""
 
 
 def test_what_a_directory_lacks_is_named(checkpoint):
@@ -103,6 +114,9 @@ def test_what_a_directory_lacks_is_named(checkpoint):
         (b"\xff\xfe\n", {}, "is not JSON"),
         (b"[" * 100_000, {}, "is not JSON"),
         (b"3\n", {}, "not a JSON object"),
+        (b'\n \r\n{"prompt": "a", "ground_truth": "b"}\n', {}, None),
+        (b'\n{"q": "a", "ground_truth": "b"}\n', {}, "no column prompt"),
+        (b"\n\n", {}, "is empty"),
     ],
 )
 def test_the_first_row_of_prompts_is_read(tmp_path, line, columns, message):
@@ -131,6 +145,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def score(response, truth): ...\n"
         "alias = score\n"
         "from math import sqrt as root\n"
+        "if root:\n    def branch(response, truth): ...\n"
+        "try:\n    pass\nexcept ImportError:\n    pass\nelse:\n    def tried(response, truth): ...\n"
+        "with open('x') as opened:\n    def within(response, truth): ...\n"
+        "match root:\n    case 1:\n        matched = 1\n"
+        "def outer(response, truth):\n    def inner(response, truth): ...\n"
+        "class Holder:\n    def method(self, truth): ...\n    field = 1\n"
+        "squares = [number for number in range(3)]\n"
     )
     (folder / "broken.py").write_text("def (\n")
     (folder / "star.py").write_text("from os.path import *\n")
@@ -144,6 +165,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("some_rewards.rules:score", None),
         ("some_rewards.rules:alias", None),
         ("some_rewards.rules:root", None),
+        ("some_rewards.rules:branch", None),
+        ("some_rewards.rules:tried", None),
+        ("some_rewards.rules:opened", None),
+        ("some_rewards.rules:within", None),
+        ("some_rewards.rules:matched", None),
+        ("some_rewards.rules:Holder", None),
+        ("some_rewards.rules:inner", "defines no inner"),
+        ("some_rewards.rules:method", "defines no method"),
+        ("some_rewards.rules:field", "defines no field"),
+        ("some_rewards.rules:number", "defines no number"),
         ("some_rewards.rules:scores", "defines no scores"),
         ("some_rewards.nothing:score", "no module some_rewards.nothing"),
         ("some_rewards.rules.deeper:score", "no module some_rewards.rules.deeper"),
@@ -164,16 +195,215 @@ def test_a_reward_function_is_found_without_being_imported(package, reward, mess
 
 
 def test_where_runs_are_written(tmp_path):
-    assert output_problem(str(tmp_path / "new" / "deeper")) == ""
+    assert output_problem(str(tmp_path / "new" / "deeper"), "demo") == ""
     (tmp_path / "file").touch()
-    assert "not a directory" in output_problem(str(tmp_path / "file" / "runs"))
+    assert "not a directory" in output_problem(str(tmp_path / "file" / "runs"), "demo")
+    assert f"{tmp_path / 'file'} is not a directory" in output_problem(str(tmp_path), "file")
+    assert "too long" in output_problem(str(tmp_path), "x" * 300)
     assert list(tmp_path.iterdir()) == [tmp_path / "file"], "nothing is made"
 
 
-def test_the_release_beside_another_interpreter(tmp_path):
-    site = tmp_path / "lib" / "python3.12" / "site-packages"
-    (site / "sglang-0.5.1.dist-info").mkdir(parents=True)
-    (site / "sglang-0.5.1.dist-info" / "METADATA").write_text("Name: sglang\nVersion: 0.5.1\n")
-    python = tmp_path / "bin" / "python"
-    assert _installed_for(python, "sglang") == "0.5.1"
-    assert _installed_for(python, "megatron-core") is None
+@pytest.mark.parametrize(
+    ("parameters", "kwargs", "message"),
+    [
+        ("response, truth", {}, None),
+        ("response, truth", {"letter": "a"}, "unexpected keyword argument 'letter'"),
+        ("response", {}, "too many positional arguments"),
+        ("response, truth, letter", {}, "missing a required argument: 'letter'"),
+        ("response, truth, letter", {"letter": "a"}, None),
+        ("response, truth, letter='a'", {}, None),
+        ("response, truth, letter, other='a'", {"other": "b"}, "missing a required argument: 'letter'"),
+        ("response, truth, *, letter", {}, "missing a required"),
+        ("response, truth, *, letter=None", {}, None),
+        ("*args, **kwargs", {"letter": "a"}, None),
+        ("response, truth, /, **kwargs", {"truth": "a"}, None),
+        ("response, truth, **kwargs", {"truth": "a"}, "multiple values"),
+    ],
+)
+def test_a_reward_function_takes_what_it_is_given(package, parameters, kwargs, message):
+    (package / "own.py").write_text(f"def score({parameters}): ...\n")
+    problems = list(reward_problems({"mine": RewardConfig(reward="some_rewards.own:score", kwargs=kwargs)}))
+    assert len(problems) == (message is not None)
+    assert message is None or message in problems[0]
+
+
+def test_what_only_an_import_could_tell_of_a_function_is_not_guessed(package):
+    (package / "own.py").write_text(
+        "@given\ndef decorated(): ...\nif 1:\n    def twice(response, truth): ...\nelse:\n    def twice(): ...\n"
+    )
+    names = ("decorated", "twice")
+    assert not list(reward_problems({name: RewardConfig(reward=f"some_rewards.own:{name}") for name in names}))
+
+
+def test_the_built_in_rewards(monkeypatch):
+    for name in ("exact_match", "math"):
+        [problem] = reward_problems({"mine": RewardConfig(reward=name, kwargs={"letter": "a"})})
+        assert problem == f"{name}: it takes no kwargs, letter among them"
+    monkeypatch.setattr(files, "distributions", lambda name: [name] if name == "math-verify" else [])
+    assert not list(reward_problems({"mine": RewardConfig(reward="math")}))
+    monkeypatch.setattr(files, "distributions", lambda name: [])
+    assert "math-verify" in next(reward_problems({"mine": RewardConfig(reward="math")}))
+    assert not list(reward_problems({"mine": RewardConfig(reward="exact_match")}))
+
+
+def test_what_a_tokenizer_is_made_from(checkpoint):
+    tokenizer = checkpoint / "tokenizer.json"
+    tokenizer.write_text("")
+    assert f"{tokenizer} is empty" in incomplete(str(checkpoint))
+    tokenizer.unlink()
+    for name in ("tokenizer_config.json", "tiktoken.model", "tokenizer.model", "vocab.json"):
+        assert "no tokenizer" in incomplete(str(checkpoint))
+        (checkpoint / name).write_text("{}")
+        assert incomplete(str(checkpoint)) == ""
+        (checkpoint / name).unlink()
+
+
+def test_a_parquet_file_is_known_by_its_first_bytes(tmp_path):
+    path = tmp_path / "a.parquet"
+    for content, problems in ((b"PAR1....PAR1", 0), (b'{"prompt": 1}', 1), (b"", 1)):
+        path.write_bytes(content)
+        assert len(list(data_problems(DataArgs(file_name=str(path))))) == problems
+    (tmp_path / "a.json").write_text('{"prompt": "a", "ground_truth": "b"}')
+    assert "is not a .jsonl, .parquet file" in next(data_problems(DataArgs(file_name=str(tmp_path / "a.json"))))
+
+
+def test_a_pipe_is_not_waited_for(checkpoint):
+    for name in ("config.json", "prompts.jsonl"):
+        (checkpoint / name).unlink(missing_ok=True)
+        os.mkfifo(checkpoint / name)
+    assert "a pipe" in str(find_model(str(checkpoint)))
+    assert "a pipe" in next(data_problems(DataArgs(file_name=str(checkpoint / "prompts.jsonl"))))
+    (checkpoint / "model.safetensors.index.json").symlink_to("/dev/zero")
+    assert incomplete(str(checkpoint)) == "", "an index that is no file is none"
+
+
+ODD = ["x" * 300, "a/" + "x" * 300, "nul\0", "a/nul\0", "/nul\0/x", "x" * 5000]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_paths_are_named_and_raise_nothing(name):
+    assert find_model(name)
+    assert incomplete(name) == ""
+    assert len(list(data_problems(DataArgs(file_name=f"{name}.jsonl")))) == 1
+    assert find_interpreter(name) is None
+    with pytest.raises(ConfigError, match="checkpoint"):
+        resolve_checkpoint(name)
+    assert output_problem(name, "demo") or name.startswith("a/x"), "nothing is known of what is below nothing"
+    loaded = load_text(MINIMAL, "run.yaml").config
+    model = loaded.model_copy(update={"pretrain": name, "output_dir": name})
+    assert name in look_around(model).checkpoint_problems
+
+
+def test_what_may_not_be_looked_at_is_named(checkpoint, monkeypatch):
+    real = os.stat
+
+    def stat(path, *args, **kwargs):
+        if str(path).startswith(str(checkpoint)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    name = str(checkpoint / "model")
+    assert "Permission denied" in str(find_model(name))
+    assert "Permission denied" in next(data_problems(DataArgs(file_name=f"{name}.jsonl")))
+    assert "Permission denied" in output_problem(name, "demo")
+    assert installed_for(Path(name) / "bin" / "python", "no-such-package") is None
+    with pytest.raises(ConfigError):
+        resolve_checkpoint(name)
+
+
+def test_a_directory_that_may_not_be_listed_lacks_everything(checkpoint, monkeypatch):
+    def glob(path, pattern):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert "no tokenizer" in incomplete(str(checkpoint))
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root directory with nothing of this machine in it."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    return tmp_path
+
+
+def interpreter(folder: Path, settings: str | None = None) -> Path:
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    if settings is not None:
+        (folder / "pyvenv.cfg").write_text(settings)
+    return python
+
+
+def install(folder: Path, release: str) -> None:
+    info = folder / f"sglang-{release}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Name: sglang\nVersion: {release}\n")
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "usr/lib/python3.12/site-packages",
+        "usr/lib/python3/dist-packages",
+        "usr/local/lib/python3.12/dist-packages",
+        "home/.local/lib/python3.12/site-packages",
+    ],
+)
+def test_the_release_beside_another_interpreter(machine, folder):
+    python = interpreter(machine / "usr")
+    assert installed_for(python, "sglang") is None
+    assert not is_isolated(python)
+    install(machine / folder, "0.5.1")
+    assert installed_for(python, "sglang") == "0.5.1"
+    assert installed_for(python, "megatron-core") is None
+
+
+def test_an_environment_sees_the_systems_packages_where_it_says_so(machine, monkeypatch):
+    interpreter(machine / "usr")
+    install(machine / "usr/lib/python3/dist-packages", "0.5.1")
+    closed = interpreter(machine / "closed", f"home = {machine}/usr/bin\ninclude-system-site-packages = false\n")
+    opened = interpreter(machine / "opened", f"home = {machine}/usr/bin\ninclude-system-site-packages = true\n")
+    assert (installed_for(closed, "sglang"), is_isolated(closed)) == (None, True)
+    assert (installed_for(opened, "sglang"), is_isolated(opened)) == ("0.5.1", False)
+    install(machine / "opened/lib/python3.12/site-packages", "0.5.2")
+    assert installed_for(opened, "sglang") == "0.5.2", "its own come first"
+    install(machine / "named", "0.5.3")
+    monkeypatch.setenv("PYTHONPATH", str(machine / "named"))
+    assert (installed_for(closed, "sglang"), is_isolated(closed)) == ("0.5.3", False)
+
+
+def test_nothing_is_claimed_of_an_interpreter_whose_packages_are_not_found(machine, monkeypatch):
+    def versions(python: str) -> dict[str, str | None]:
+        return find_versions(load_text(MINIMAL, "run.yaml", [f"{ENGINE}.python={python}"]).config)
+
+    system = interpreter(machine / "usr")
+    assert "sglang" not in versions(str(system))
+    assert versions(str(interpreter(machine / "closed", "home = /usr/bin\n")))["sglang"] is None
+    assert "sglang" not in versions("no-such-python")
+    install(machine / "usr/lib/python3/dist-packages", "0.5.1")
+    monkeypatch.setenv("PATH", str(system.parent))
+    assert versions("python")["sglang"] == "0.5.1", "a name on PATH"
+
+
+def test_the_interpreter_is_looked_for_as_it_will_be_started(machine, monkeypatch):
+    python = interpreter(machine / "usr")
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert find_interpreter("python") == find_interpreter(str(python)) == python
+    assert find_interpreter("pythons") is None
+    python.chmod(0o644)
+    assert find_interpreter(str(python)) is None
+    config = load_text(MINIMAL, "run.yaml", [f"{ENGINE}.python=python"]).config
+    assert look_around(config).engine_python_missing
+    python.chmod(0o755)
+    assert not look_around(config).engine_python_missing
+
+
+def test_no_rule_looks_at_the_disk_by_itself(monkeypatch):
+    config = load_text(MINIMAL, "run.yaml", [f"{ENGINE}.python=/no/such/python"]).config
+    rule = next(rule for rule in RULES if rule.id == "engine-python-exists")
+    assert not list(rule.check(config, Surroundings(versions={"sglang": None})))
+    assert list(rule.check(config, Surroundings(engine_python_missing=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,18 @@ from roll_r3.batch.routes import RoutedExperts, route_dtype
 from roll_r3.config.load import load
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
+from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.known import known_config
 from roll_r3.models.size import model_size
+from roll_r3.preflight.check import check
 from roll_r3.preflight.plan import Plan, make_plan
+from roll_r3.preflight.plan_findings import plan_findings
 from roll_r3.preflight.plan_text import plan_json, render_plan
 from roll_r3.preflight.ranks import Grid
+from roll_r3.preflight.surroundings import elsewhere
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+ROOT = Path(__file__).parents[3]
+CONFIGS = ROOT / "configs"
 V3 = known_config("deepseek-ai/DeepSeek-V3")
 TINY = {
     "model_type": "qwen3_moe", "vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -55,7 +61,12 @@ def config(
 
 
 def plan(layout: dict[str, object], devices: int, *, per_node: int = 8, **other: object) -> Plan:
-    return make_plan(config(layout, devices, **other), TINY, devices_per_node=per_node)
+    return make_plan(config(layout, devices, **other), models(TINY), devices_per_node=per_node)
+
+
+def models(raw: RawConfig) -> dict[str, RawConfig]:
+    """The same for each role."""
+    return dict.fromkeys(("actor_train", "reference"), raw)
 
 
 POWERS = st.sampled_from([1, 2, 3, 4])
@@ -125,7 +136,7 @@ def test_layers_are_where_megatron_puts_them():
         stages = int(pipeline.settings["pipeline_model_parallel_size"])
         layout = {**pipeline.settings, "tensor_model_parallel_size": tp}
         raw = {**TINY, "num_hidden_layers": pipeline.layers}
-        (role,) = make_plan(config(layout, stages * tp * 2), raw, devices_per_node=8).roles
+        (role,) = make_plan(config(layout, stages * tp * 2), models(raw), devices_per_node=8).roles
         model = TransformerConfig(
             num_layers=pipeline.layers, hidden_size=8, num_attention_heads=1, pipeline_dtype="x", **pipeline.settings
         )
@@ -177,7 +188,7 @@ def test_routes_are_as_large_as_what_the_rollout_records():
     assert found.routes.sample == recorded.nbytes
     assert found.routes.step == 256 * recorded.nbytes
     assert found.routes.rank == (128 * recorded.nbytes, 128 * recorded.nbytes)
-    many = make_plan(config({}, 1), {**TINY, "num_experts": 257}, devices_per_node=8)
+    many = make_plan(config({}, 1), models({**TINY, "num_experts": 257}), devices_per_node=8)
     assert many.routes.token == 2 * found.routes.token
 
 
@@ -209,7 +220,7 @@ def test_what_crosses_nodes():
     }
     found = plan(layout, 16, per_node=4)
     crossing = {group.kind: (len(group.members), group.crossing, group.most_nodes) for group in found.roles[0].groups}
-    assert crossing == {"TP": (8, 0, 1), "CP": (8, 0, 1), "EP": (2, 2, 2), "DP": (4, 4, 2), "PP": (8, 8, 2)}
+    assert crossing == {"TP": (8, 0, 1), "CP": (8, 0, 1), "EP": (2, 2, 2), "DP x CP": (4, 4, 2), "PP": (8, 8, 2)}
     assert [engine.nodes for engine in found.engines] == [(4,), (4,)]
     split = plan(
         {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, 4
@@ -220,6 +231,40 @@ def test_what_crosses_nodes():
     assert found.nodes == 5
 
 
+def test_groups_over_which_gradients_are_reduced_have_the_name_of_what_they_span():
+    kinds = [g.kind for g in plan({"context_parallel_size": 4}, 4).roles[0].groups]
+    assert kinds == ["CP", "DP x CP", "EDP"]
+    kinds = [g.kind for g in plan({"expert_model_parallel_size": 2}, 4).roles[0].groups]
+    assert kinds == ["EP", "DP", "EDP"]
+    assert plan({}, 1).roles[0].groups == ()
+
+
+def test_a_single_group_is_called_so():
+    text = render_plan(plan({"tensor_model_parallel_size": 4}, 4, per_node=2))
+    assert "actor_train: TP, one group of 4, on 2 nodes" in text
+    assert "all 1 " not in text
+    assert "DP" not in text.partition("between nodes")[2]
+
+
+def test_each_role_is_sized_as_its_own_model():
+    """Of 94 layers, where the trainer has 48."""
+    run = config({}, 8, use_kl_loss=True, reference={
+        "device_mapping": list(range(12, 59)),
+        "model_args": {"model_name_or_path": "Qwen/Qwen3-235B-A22B"},
+        "strategy_args": {"strategy_config": {"pipeline_model_parallel_size": 47}},
+    })  # fmt: skip
+    names = {"actor_train": "Qwen/Qwen3-30B-A3B", "reference": "Qwen/Qwen3-235B-A22B"}
+    raws = {role: known_config(name) for role, name in names.items()}
+    found = make_plan(run, raws, devices_per_node=8)
+    trainer, reference = found.roles
+    large = model_size(raws["reference"])
+    assert (trainer.parameters, reference.parameters) == (model_size(raws["actor_train"]).total, large.total)
+    assert [stage.chunks[0].layers for stage in reference.stages][-1] == (92, 93)
+    assert sum(stage.memory.weights for stage in reference.stages) == 2 * large.total
+    assert found.weight_sync.update == found.engines[0].weights * 2 == 2 * trainer.parameters
+    assert "  Qwen/Qwen3-235B-A22B: 235 B parameters" in render_plan(found)
+
+
 def test_weights_on_their_way():
     sync = plan({"tensor_model_parallel_size": 2}, 8, per_node=8).weight_sync
     assert (sync.update, sync.receivers, sync.from_device) == (2 * model_size(TINY).total, 4, 0)
@@ -227,10 +272,44 @@ def test_weights_on_their_way():
     assert plan({}, 8, per_node=16).weight_sync.nodes == ()
 
 
+def test_weights_that_are_gathered_over_nodes():
+    """Each node holds a stage, split over its 8 ranks, and takes in the other."""
+    layout = {
+        "tensor_model_parallel_size": 8,
+        "pipeline_model_parallel_size": 2,
+        "expert_model_parallel_size": 8,
+    }
+    raw = {**TINY, "num_attention_heads": 8}
+    found = make_plan(config(layout, 16), models(raw), devices_per_node=8)
+    into = [8 * stage.memory.weights for stage in reversed(found.roles[0].stages)]
+    assert (found.weight_sync.gathered_node, found.weight_sync.gathered) == (max(into), sum(into))
+    text = render_plan(found)
+    assert "every trainer's rank gathers the model: up to " in text
+    inside = make_plan(config(layout, 16), models(raw), devices_per_node=16)
+    assert (inside.weight_sync.gathered_node, inside.weight_sync.gathered) == (0, 0)
+    assert "every trainer's rank gathers the model inside its node\n" in render_plan(inside)
+
+
+def test_the_example_of_the_readme_can_be_run(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "readme.yaml").write_text(text)
+    loaded = load(tmp_path / "readme.yaml")
+    where = elsewhere(loaded.config)
+    assert check(loaded, where) == ()
+    found = make_plan(loaded.config, models(where.models[loaded.config.pretrain].raw), devices_per_node=8)
+    assert plan_findings(loaded.config, found) == []
+    (trainer,) = found.roles
+    assert max(stage.memory.total for stage in trainer.stages) < 80 << 30
+    assert max(engine.weights for engine in found.engines) < 0.85 * (80 << 30)
+    assert found.step.optimizer_steps <= 16
+
+
 def test_a_model_that_does_not_split_is_named_with_its_role():
     layout = {"tensor_model_parallel_size": 4}
-    with pytest.raises(ConfigError, match=r"^actor_train.strategy_args.strategy_config: mlp.linear_fc1.weight: its"):
-        make_plan(config(layout, 4), {**TINY, "intermediate_size": 127, "hidden_size": 63}, devices_per_node=8)
+    with pytest.raises(
+        ConfigError, match=r"^actor_train.strategy_args.strategy_config: the width of a dense layer, 126"
+    ):
+        make_plan(config(layout, 4), models({**TINY, "intermediate_size": 126}), devices_per_node=8)
 
 
 def test_json_is_plain_and_whole():
@@ -282,7 +361,7 @@ def huge() -> RLVRConfig:
 
 
 def test_the_plan_of_a_thousand_devices_fits_a_screen():
-    text = render_plan(make_plan(huge(), V3, devices_per_node=8))
+    text = render_plan(make_plan(huge(), models(V3), devices_per_node=8))
     lines = text.splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 100
@@ -296,7 +375,6 @@ def test_the_plan_of_a_thousand_devices_fits_a_screen():
         ".. 11 alike",
         "data-parallel shards: 0 on 0-7, 32-39, .. 480-487 (16 runs)",
         "data-parallel shards: as actor_train",
-        "engines on several nodes: 0-31; they cannot start",
         "464 B a token (58 layers x 8 experts), 14.5 MiB a sample, 29.0 GiB a step",
         "actor_train: EP, all 16 groups of 32, each on up to 4 nodes",
         "actor_train: TP inside a node",
@@ -310,7 +388,7 @@ def test_the_plan_of_a_thousand_devices_fits_a_screen():
 def test_every_example_can_be_planned_and_read(file):
     example = load(file).config
     raw = known_config(example.pretrain) or (V3 if "DeepSeek" in example.pretrain else TINY)
-    lines = render_plan(make_plan(example, raw, devices_per_node=8)).splitlines()
+    lines = render_plan(make_plan(example, models(raw), devices_per_node=8)).splitlines()
     assert max(map(len, lines)) <= 100
     assert len(lines) <= 60
 

@@ -68,11 +68,27 @@ def test_a_fix_and_a_reason_are_given_in_words(rule):
     assert not rule.fix.endswith(".")
 
 
-def test_a_replaying_run_of_a_dense_model_says_so_and_names_the_architecture():
+def test_a_dense_model_is_named_as_such_and_only_once():
     config = configured("pretrain=Qwen/Qwen3-8B")
-    findings = {f.rule: f for f in check_config(config, around(config))}
-    assert "model_type qwen3" in findings["dense-model-with-replay"].why
-    assert "qwen3_moe" in findings["architecture-known"].why, "names what can be trained"
+    (finding,) = check_config(config, around(config))
+    assert finding.rule == "dense-model-with-replay"
+    assert "model_type qwen3" in finding.why
+    disabled = configured("pretrain=Qwen/Qwen3-8B", "actor_train.router_replay={}", "actor_infer.router_replay={}")
+    (finding,) = check_config(disabled, around(disabled))
+    assert finding.rule == "architecture-known"
+    assert "qwen3_moe" in finding.why, "names what can be trained"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rules"),
+    [
+        ((f"{TRAIN}.virtual_pipeline_model_parallel_size=2",), {"vpp-needs-pp"}),
+        (("actor_infer.router_replay.mode=R2",), {"r2-is-the-trainers"}),
+        (("actor_train.max_tokens_per_microbatch_in_train=4",), {"train-budget-given"}),
+    ],
+)
+def test_one_mistake_is_reported_once(overrides, rules):
+    assert set(found(overrides)) == rules
 
 
 def test_a_model_rule_speaks_of_each_role():
@@ -81,10 +97,10 @@ def test_a_model_rule_speaks_of_each_role():
         f"{role}.strategy_args.strategy_config.tensor_model_parallel_size=3" for role in ("actor_train", "reference")
     )
     config = configured(*overrides, *split)
-    rules = [f for f in check_config(config, around(config)) if f.rule == "heads-over-tensor-parallel"]
+    rules = [f for f in check_config(config, around(config)) if f.rule == "widths-over-tensor-parallel"]
     assert [f.path for f in rules] == [override.partition("=")[0] for override in split]
     assert all(("pretrain", "Qwen/Qwen3-30B-A3B") in f.found for f in rules)
-    assert "32 / 3 ranks leaves 2" in rules[0].why
+    assert "heads" in rules[0].why
 
 
 def test_nothing_is_said_about_a_model_that_nobody_knows():
@@ -111,7 +127,8 @@ def test_elsewhere_looks_at_no_file_and_no_engine(monkeypatch):
         ({"max_position_embeddings": 2000}, "context-holds-the-longest"),
         ({"num_experts": 15}, "experts-over-expert-parallel"),
         ({"num_hidden_layers": 5}, "layers-over-stages"),
-        ({"num_key_value_heads": 3}, "key-value-heads-over-tensor-parallel"),
+        ({"hidden_size": "wide"}, "sizes-readable"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, "widths-over-tensor-parallel"),
     ],
 )
 def test_what_a_checkpoint_in_a_directory_says_is_compared(tmp_path, raw, rule):
@@ -124,6 +141,11 @@ def test_what_a_checkpoint_in_a_directory_says_is_compared(tmp_path, raw, rule):
         "num_experts_per_tok": 2,
         "vocab_size": 260,
         "max_position_embeddings": 4096,
+        "hidden_size": 64,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "tie_word_embeddings": False,
     }
     overrides = (
         f"pretrain={tmp_path}",
@@ -132,7 +154,7 @@ def test_what_a_checkpoint_in_a_directory_says_is_compared(tmp_path, raw, rule):
         f"{TRAIN}.tensor_model_parallel_size=2",
         f"{TRAIN}.expert_model_parallel_size=2",
     )
-    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text(json.dumps(plain))
     assert found(overrides) == []

@@ -118,6 +118,12 @@ def test_arguments_that_lose_routes_are_refused(name: str, value: str | int, rea
         ("--dtype", "half", "underscores"),
         ("disable-radix-cache", True, "underscores"),
         ("config", "f.yaml", "file"),
+        ("quantization", "fp8", "would not fit"),
+        ("json_model_override_args", "{}", "trainer's model"),
+        ("speculative_algo", "EAGLE", "takes it for speculative_algorithm"),
+        ("dp", 2, "takes it for dp_size"),
+        ("pp_s", 2, "takes it for pp_size"),
+        ("context_len", 2, "takes it for context_length"),
     ],
 )
 def test_owned_arguments_are_refused(name: str, value: str | int, reason: str) -> None:

@@ -18,6 +18,7 @@ EVERY_ADDRESS = ("0.0.0.0", "::")
 """Hosts that a server listens on but that nobody can connect to from elsewhere."""
 
 _NO_REPLICAS = "SGLang refuses weight updates to data-parallel replicas; give actor_infer more devices instead"
+_OTHER_WEIGHTS = "the trainer's weights would not fit an engine that holds others"
 _OWNED = "this strategy sets it itself"
 
 _MOVED = "it was not verified that experts which are moved or copied are recorded by their number in the model"
@@ -65,6 +66,13 @@ _REFUSED: dict[str, str] = {
     "use_ray": "the strategy starts the server itself",
     "tensor_parallel_size": "write strategy_config.tp_size instead",
     "tp": "write strategy_config.tp_size instead",
+    "quantization": _OTHER_WEIGHTS,
+    "torchao_config": _OTHER_WEIGHTS,
+    "modelopt_quant": _OTHER_WEIGHTS,
+    "quantize_and_serve": _OTHER_WEIGHTS,
+    "enable_lora": _OTHER_WEIGHTS,
+    "lora_paths": _OTHER_WEIGHTS,
+    "json_model_override_args": "the engine must run the trainer's model",
 }
 
 
@@ -76,12 +84,15 @@ def args_that_lose_routes(config: SglangConfig) -> list[str]:
 def refused_server_args(config: SglangConfig) -> list[str]:
     """One message for each other entry of `server_args` that cannot be. Empty when all is well."""
     typed = set(SglangConfig.model_fields) - {"server_args"}
+    known = {*typed, *_REFUSED, *_LOSE_ROUTES}
     problems = []
     for name in config.server_args:
         if not name.isidentifier():
             reason: str | None = "write the name with underscores and without leading dashes"
         elif name in typed:
             reason = f"write strategy_config.{name} instead"
+        elif name not in known and (whole := sorted(other for other in known if other.startswith(name))):
+            reason = f"SGLang takes it for {' or '.join(whole[:3])}: write the whole name"
         else:
             reason = _REFUSED.get(name)
         if reason:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.derived import checkpoint_of, engine_room, sampled_tokens
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError, EngineError, RouteError
 from roll_r3.models.checkpoint import resolve_checkpoint
@@ -38,8 +39,6 @@ T = TypeVar("T")
 
 _LAUNCHES = 3
 """How often a server is launched anew because another process was quicker to take its port."""
-_CONTEXT_MARGIN = 8
-"""Tokens that SGLang keeps back from the context when it limits prompts and responses."""
 _WARM_UP_PROMPT = (0, 1, 2, 3)
 
 
@@ -73,10 +72,10 @@ class SglangRollout:
         role = config.actor_infer
         self._config = role.strategy_args.strategy_config
         self._model_args = role.model_args
-        self._model_path = role.model_args.model_name_or_path or config.pretrain
+        self._model_path = checkpoint_of(config, "actor_infer")
         self._generating = role.generating_args
-        self._max_new_tokens = role.generating_args.max_new_tokens or config.response_length
-        self._wanted_context = config.prompt_length + self._max_new_tokens + _CONTEXT_MARGIN
+        self._max_new_tokens = sampled_tokens(config)
+        self._wanted_context = engine_room(config)
         self._record_routes = role.router_replay.mode == "R3"
         self._seed = config.seed + engine_index
         self._device = device

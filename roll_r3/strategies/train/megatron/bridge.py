@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
-from roll_r3.models.architectures.base import TOP_NAMES, Architecture
+from roll_r3.models.architectures.base import TOP_NAMES, Architecture, unbuildable
 from roll_r3.strategies.train.megatron.spec import block_spec
 
 SHARD_BYTES = 5 << 30
@@ -81,7 +81,6 @@ class TableBridge(LLMBridge):
 def open_bridge(
     model_path: str,
     *,
-    trust_remote_code: bool,
     dtype: torch.dtype,
     tp_size: int,
     transformer_engine: bool,
@@ -95,20 +94,16 @@ def open_bridge(
     Raises:
         ConfigError: an architecture that has no table, or settings of the checkpoint that megatron cannot build.
     """
-    hf_config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    # never the checkpoint's own code: what is built here is megatron's, and its classes lack what transformers fills in
+    hf_config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     architecture = ARCHITECTURES.get(hf_config.model_type)
     if architecture is None:
         raise ConfigError(
             f"{model_path} has model_type {hf_config.model_type!r}; roll_r3 trains {', '.join(sorted(ARCHITECTURES))}"
         )
-    refused = architecture.refuses(hf_config)
+    refused = unbuildable(architecture, hf_config.to_dict())
     if getattr(hf_config, "quantization_config", None) is not None:
         refused.append("its weights are quantized: convert it to bf16 first")
-    rope = hf_config.rope_parameters
-    if not architecture.latent_attention and rope.get("rope_type", "default") != "default":
-        refused.append(
-            f"rope_parameters.rope_type is {rope['rope_type']!r}, but only plain rotary embeddings are built"
-        )
     if refused:
         reasons = "; ".join(refused)
         raise ConfigError(f"{model_path} ({hf_config.model_type}) cannot be built with megatron-core: {reasons}")

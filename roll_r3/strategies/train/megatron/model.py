@@ -82,7 +82,6 @@ def build_model(
         )
     bridge = weights.open_bridge(
         model_path,
-        trust_remote_code=model_args.trust_remote_code,
         dtype=DTYPES[model_args.dtype],
         tp_size=layout.tp_size,
         transformer_engine=transformer_engine,

@@ -23,7 +23,7 @@ from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.micro_batch import fixed_size, shuffled_mini_batches
 from roll_r3.batch.token_map import round_up
-from roll_r3.config.derived import mini_batch_size
+from roll_r3.config.derived import checkpoint_of, mini_batch_size
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
 from roll_r3.errors import ConfigError, ReplayError
@@ -77,7 +77,7 @@ class MegatronInfer:
         self.section = section
         self.settings = section.strategy_args.strategy_config
         self.process = process
-        self.model_path = model_path or section.model_args.model_name_or_path or config.pretrain
+        self.model_path = model_path or checkpoint_of(config, role)
         self.layout = parallel.RankLayout.of(self.settings, process, f"{role}.strategy_args.strategy_config")
         self.tokens = self.layout.token_layout(section.use_sequence_packing, section.sequence_length_round)
         # the reference always routes by itself

@@ -1,0 +1,68 @@
+"""What a gather brings into each node, against an exchange that is played through piece by piece."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from roll_r3.models.size import Held
+from roll_r3.preflight.gather import gathered_into
+from roll_r3.preflight.ranks import Grid
+
+Piece = tuple[str, int, int, int]
+"""(kind, stage, and its place among the parts of the parameter)."""
+
+
+@st.composite
+def grids(draw) -> Grid:
+    """A layout that divides."""
+    tp, cp, dp, pp, ep, etp = (draw(st.sampled_from([1, 2, 3])) for _ in range(6))
+    assume(tp * cp * dp % (ep * etp) == 0)
+    return Grid(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=tp * cp * dp // (ep * etp))
+
+
+def played(grid: Grid, sizes: dict[str, list[int]], nodes: list[int]) -> Counter[int]:
+    """Every rank starts with its own pieces; what a node's members of a group lack enters it."""
+    from megatron.core.parallel_state import RankGenerator
+
+    order = "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=grid.tp, ep=1, dp=grid.dp, pp=grid.pp, cp=grid.cp, order=order)
+    expert = RankGenerator(tp=grid.etp, ep=grid.ep, dp=grid.edp, pp=grid.pp, cp=1, order=order)
+    held: list[set[Piece]] = [
+        {("whole", p.pp, 0, 0), ("tensor", p.pp, p.tp, 0), ("expert", p.pp, p.ep, p.etp)} for p in grid.places()
+    ]
+    into: Counter[int] = Counter()
+
+    def exchange(groups: list[list[int]], *kinds: str) -> None:
+        for group in groups:
+            pieces = {piece for rank in group for piece in held[rank] if piece[0] in kinds}
+            for node in {nodes[rank] for rank in group}:
+                there = {piece for rank in group if nodes[rank] == node for piece in held[rank]}
+                into[node] += sum(sizes[kind][stage] for kind, stage, *_ in pieces - there)
+            for rank in group:
+                held[rank] |= pieces
+
+    exchange(dense.get_ranks("pp"), "whole", "tensor", "expert")
+    exchange(dense.get_ranks("tp"), "tensor")
+    exchange(expert.get_ranks("ep"), "expert")
+    exchange(expert.get_ranks("tp"), "expert")
+    parts = grid.tp + grid.ep * grid.etp + 1
+    assert all(len(pieces) == grid.pp * parts for pieces in held), "every rank has the whole model"
+    return into
+
+
+@settings(max_examples=200, deadline=None)
+@given(grids(), st.integers(1, 9), st.data())
+def test_bytes_into_each_node(grid, per_node, data):
+    each = st.lists(st.integers(1, 50), min_size=grid.pp, max_size=grid.pp)
+    sizes = {kind: data.draw(each) for kind in ("whole", "tensor", "expert")}
+    nodes = [rank // per_node for rank in range(len(grid.places()))]
+    held = [
+        [Held((), whole + tensor, tensor, experts)]
+        for whole, tensor, experts in zip(sizes["whole"], sizes["tensor"], sizes["expert"], strict=True)
+    ]
+    wanted = played(grid, sizes, nodes)
+    found = gathered_into(grid, held, nodes, element=2)
+    assert dict(found) == {node: 2 * wanted[node] for node in set(nodes)}
