@@ -17,11 +17,16 @@ from roll_r3.config.tree import Keys, children, dotted, join
 
 MAX_INTEGER = 2**63 - 1
 """Larger numbers are slips of the finger, and no engine could hold them."""
-_RULE_IDS = {"extra_forbidden": "unknown-field", "missing": "missing-field"}
+_TAG = "strategy_name"
+"""Field by which a section is one of several, and the type of the error that it names none of them."""
+_RULE_IDS = {"extra_forbidden": "unknown-field", "missing": "missing-field", _TAG: _TAG}
 
 
 def explain(error: ValidationError, data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
-    """One finding per field of `data` that was refused, however many members of a union refused it, and its keys."""
+    """One finding per field of `data` that was refused, however many members of a union refused it, and its keys.
+
+    Of a strategy that there is not, the keys are its whole section: no other strategy could read its settings.
+    """
     whys: dict[tuple[Keys, str], list[str]] = {}
     values: dict[Keys, object] = {}
     for detail in error.errors(include_url=False, include_context=False):
@@ -29,12 +34,14 @@ def explain(error: ValidationError, data: dict[str, Any]) -> list[tuple[Keys, Fi
         keys, value = _locate(detail["loc"], data, is_missing=kind == "missing")
         values[keys] = value
         whys.setdefault((keys, _RULE_IDS.get(kind, "bad-value")), []).append(_why(kind, detail["msg"]))
-    return [(keys, _finding(keys, values[keys], rule, messages)) for (keys, rule), messages in whys.items()]
+    return [(keys, _finding(keys, values[keys], rule, messages, data)) for (keys, rule), messages in whys.items()]
 
 
-def _finding(keys: Keys, value: object, rule: str, messages: list[str]) -> Finding:
+def _finding(keys: Keys, value: Any, rule: str, messages: list[str], data: dict[str, Any]) -> Finding:
+    if rule == _TAG:
+        keys, rule, value = (*keys, _TAG), "bad-value", value[_TAG]
     path = dotted(keys)
-    fix = _did_you_mean(path) if rule == "unknown-field" else ""
+    fix = _did_you_mean(path, data) if rule == "unknown-field" else ""
     return Finding(rule, "error", ((path, value),), why=", or ".join(dict.fromkeys(messages)), fix=fix)
 
 
@@ -73,11 +80,16 @@ def is_section(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def annotations_at(path: str) -> list[Any]:
-    """The annotations that the field at a dotted path may have; empty when there is no such field."""
+def annotations_at(path: str, data: Any = None) -> list[Any]:
+    """The annotations that the field at a dotted path may have; empty when there is no such field.
+
+    Of sections that go by a name, those that `data` does not name are left out; None: all count.
+    """
     found: list[Any] = [RLVRConfig]
+    node = data
     for key in path.split(".") if path else ():
-        above, found = [m for a in found for m in members(a)], []
+        above, found = [m for a in found for m in members(a) if node is None or _is_meant(m, node)], []
+        node = dict(children(node)).get(key) if node is not None else None
         for annotation in above:
             origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
             if is_section(annotation) and key in annotation.model_fields:
@@ -89,9 +101,17 @@ def annotations_at(path: str) -> list[Any]:
     return found
 
 
-def fields_at(path: str) -> list[str]:
+def _is_meant(annotation: Any, node: Any) -> bool:
+    """Whether a section that goes by a name is the one that `node` names."""
+    if not is_section(annotation) or _TAG not in annotation.model_fields:
+        return True
+    field = annotation.model_fields[_TAG]
+    return dict(children(node)).get(_TAG, field.default) in typing.get_args(field.annotation)
+
+
+def fields_at(path: str, data: Any = None) -> list[str]:
     """The fields of the section at a dotted path, in their order; empty when there is no such section."""
-    sections = [m for annotation in annotations_at(path) for m in members(annotation) if is_section(m)]
+    sections = [m for annotation in annotations_at(path, data) for m in members(annotation) if is_section(m)]
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))
 
 
@@ -116,10 +136,10 @@ def _why(kind: str, message: str) -> str:
     return message.removeprefix("Value error, ").replace("Input should", "should").replace("a valid tuple", "a list")
 
 
-def _did_you_mean(path: str) -> str:
+def _did_you_mean(path: str, data: dict[str, Any]) -> str:
     """What was probably meant by an unknown field: a similar name beside it, or such a name in another section."""
     parent, _, name = path.rpartition(".")
-    here = fields_at(parent)
+    here = fields_at(parent, data)
     if close := difflib.get_close_matches(name, here, n=1):
         return f"did you mean {join(parent, close[0])}?"
     by_name: dict[str, list[str]] = {}

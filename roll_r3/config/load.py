@@ -127,7 +127,7 @@ class _Draft:
                 self._fill_in(keys)
             elif _leads_somewhere(self.data, keys):
                 remove(self.data, keys)
-            self.doubtful.add(finding.path)
+            self.doubtful |= {finding.path, dotted(keys)}
 
     def validated(self) -> RLVRConfig:
         """The typed configuration of what is right."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from roll_r3.config.derived import megatron_workers
+from roll_r3.config.derived import megatron_workers, sglang
 from roll_r3.config.pipeline import RLVRConfig
 
 
 def find_versions(config: RLVRConfig) -> dict[str, str | None]:
     """Package -> installed release (None: not installed) of every engine that the configuration uses."""
     found: dict[str, str | None] = {}
-    python = config.actor_infer.strategy_args.strategy_config.python
-    if python is None:
+    server = sglang(config)
+    if server is not None and server.python is None:
         found["sglang"] = _installed("sglang")
-    elif Path(python).is_file():
-        found["sglang"] = _installed_for(Path(python), "sglang")
+    elif server is not None and server.python is not None and Path(server.python).is_file():
+        found["sglang"] = _installed_for(Path(server.python), "sglang")
     if megatron_workers(config):
         found["megatron-core"] = _installed("megatron-core")
     return found

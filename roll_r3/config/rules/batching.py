@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from roll_r3.config.derived import (
     MegatronWorker,
+    ModelWorker,
     data_parallel_size,
     layout,
     longest_sequence,
-    megatron_workers,
     mini_batch_size,
+    model_workers,
+    runs_megatron,
     token_alignment,
 )
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import BATCH, CP, EP, MEGATRON, PP, SP, TP, TRAIN, VPP
-from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict, remainder
+from roll_r3.config.rules.table import AnyRule, LayoutRule, RoleRule, Rule, Verdict, remainder
 from roll_r3.config.workers import ActorTrainConfig, WorkerConfig
 
 TRAIN_DYNAMIC = "actor_train.use_dynamic_batching_in_train"
@@ -25,7 +27,7 @@ ALIGNMENT = (TP, CP, SP, "sequence_length_round")
 
 
 def _samples_over_ranks(config: RLVRConfig) -> Verdict:
-    for role, worker in megatron_workers(config).items():
+    for role, worker in model_workers(config).items():
         size = data_parallel_size(worker)
         if size and (verdict := remainder(config.samples_per_step, size, f"data-parallel ranks of {role}")):
             return verdict
@@ -48,6 +50,8 @@ def _warms_up_all_along(config: RLVRConfig) -> Verdict:
 
 
 def _interleaved_micro_batches(config: RLVRConfig) -> Verdict:
+    if not runs_megatron(config.actor_train):
+        return False
     m = layout(config.actor_train)
     stages = m.pipeline_model_parallel_size
     if m.chunks_per_stage is None or stages < 2 or config.actor_train.use_dynamic_batching_in_train:
@@ -55,14 +59,14 @@ def _interleaved_micro_batches(config: RLVRConfig) -> Verdict:
     return remainder(config.actor_train.training_args.gradient_accumulation_steps, stages, "pipeline stages")
 
 
-def _budget_too_small(config: RLVRConfig, path: str, worker: MegatronWorker, kind: str) -> Verdict:
+def _budget_too_small(config: RLVRConfig, path: str, worker: ModelWorker, kind: str) -> Verdict:
     budget, alignment = getattr(worker, f"max_tokens_per_microbatch_in_{kind}"), token_alignment(worker)
     needed = -(-(longest_sequence(config) - 1) // alignment) * alignment
     return f"{path} needs {needed}" if budget is not None and budget < needed else False
 
 
 def _infer_budget_too_small(config: RLVRConfig) -> Verdict:
-    found = (_budget_too_small(config, role, w, "infer") for role, w in megatron_workers(config).items())
+    found = (_budget_too_small(config, role, w, "infer") for role, w in model_workers(config).items())
     return next((verdict for verdict in found if verdict), False)
 
 
@@ -78,7 +82,7 @@ RULES: tuple[AnyRule, ...] = (
         fields=("rollout_batch_size", "num_return_sequences_in_group"),
         depends=("*.device_mapping", f"*.{TP}", f"*.{PP}", f"*.{CP}"),
         why="the samples of a step (rollout_batch_size x num_return_sequences_in_group) must divide over the "
-        "data-parallel ranks (devices / (TP x PP x CP))",
+        "data-parallel ranks (devices / (TP x PP x CP); under FSDP2 the devices)",
         fix="change rollout_batch_size, or the number of devices",
         wrong=("actor_train.device_mapping=range(3)",),
         right=("actor_train.device_mapping=range(8)",),
@@ -148,7 +152,7 @@ RULES: tuple[AnyRule, ...] = (
             != (c.actor_train.max_tokens_per_microbatch_in_train is not None)
         ),
     ),
-    LayoutRule(
+    RoleRule(
         id="infer-budget-given",
         fields=(INFER_BUDGET, INFER_DYNAMIC),
         why="a token budget is read with dynamic batching only, and dynamic batching needs one",
@@ -199,7 +203,7 @@ RULES: tuple[AnyRule, ...] = (
         ),
         violates=_infer_budget_too_small,
     ),
-    LayoutRule(
+    RoleRule(
         id="infer-batch-unread",
         fields=("infer_batch_size", INFER_DYNAMIC),
         why="with dynamic batching the token budget cuts micro-batches: nothing would read this setting",

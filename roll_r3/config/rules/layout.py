@@ -15,7 +15,8 @@ LOSS = f"{MEGATRON}.account_for_loss_in_pipeline_split"
 LAYOUT = f"{MEGATRON}.pipeline_model_parallel_layout"
 RECOMPUTE = f"{MEGATRON}.recompute"
 TRAINING_ONLY = tuple(
-    f"{REFERENCE}.{name}" for name in ("use_distributed_optimizer", "overlap_grad_reduce", "recompute_granularity")
+    f"{REFERENCE}.{name}"
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce", "recompute_granularity", "recompute")
 )
 
 
@@ -261,7 +262,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="reference-only-infers",
         fields=TRAINING_ONLY,
-        why="megatron_infer has neither gradients nor an optimizer: some settings of the reference have no effect",
+        why="the reference has neither gradients nor an optimizer: some of its settings have no effect",
         fix="leave them out under reference",
         wrong=("use_kl_loss=true", f"{REFERENCE}.use_distributed_optimizer=true"),
         right=(f"{TRAIN}.use_distributed_optimizer=true",),

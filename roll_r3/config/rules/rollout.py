@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import longest_sequence
+from roll_r3.config.derived import longest_sequence, sglang
+from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
-from roll_r3.config.rules.table import AnyRule, Rule, unread
+from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
+
+
+def _context_too_short(config: RLVRConfig) -> Verdict:
+    server, longest = sglang(config), longest_sequence(config)
+    return server is not None and server.context_length is not None and server.context_length < longest
+
+
+def _cache_too_small(config: RLVRConfig) -> Verdict:
+    server, longest = sglang(config), longest_sequence(config)
+    return server is not None and server.max_total_tokens is not None and server.max_total_tokens < longest
+
+
+def _memory_share_on_cpu(config: RLVRConfig) -> Verdict:
+    server = sglang(config)
+    return config.device_type == "cpu" and server is not None and server.mem_fraction_static is not None
+
 
 RULES: tuple[AnyRule, ...] = (
     Rule(
@@ -23,9 +40,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="leave context_length out, or write at least prompt_length + response_length",
         wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=15"),
         right=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=16"),
-        violates=lambda c: (
-            (c.actor_infer.strategy_args.strategy_config.context_length or longest_sequence(c)) < longest_sequence(c)
-        ),
+        violates=_context_too_short,
     ),
     Rule(
         id="engine-cache-fits",
@@ -34,9 +49,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="leave max_total_tokens out, or write at least prompt_length + response_length",
         wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=15"),
         right=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=16"),
-        violates=lambda c: (
-            (c.actor_infer.strategy_args.strategy_config.max_total_tokens or longest_sequence(c)) < longest_sequence(c)
-        ),
+        violates=_cache_too_small,
     ),
     Rule(
         id="top-k-range",
@@ -83,9 +96,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="leave it out, and set max_total_tokens",
         wrong=("device_type=cpu", f"{ENGINE}.mem_fraction_static=0.5"),
         right=("device_type=auto", f"{ENGINE}.mem_fraction_static=0.5"),
-        violates=lambda c: (
-            c.device_type == "cpu" and c.actor_infer.strategy_args.strategy_config.mem_fraction_static is not None
-        ),
+        violates=_memory_share_on_cpu,
         severity="warning",
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from roll_r3.config.derived import checkpoint_of, workers
+from roll_r3.config.derived import checkpoint_of, sglang, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.rules.table import Verdict
@@ -25,7 +25,8 @@ def _unknown_models(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
 
 
 def _no_interpreter(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    python = config.actor_infer.strategy_args.strategy_config.python
+    server = sglang(config)
+    python = None if server is None else server.python
     return bool(surroundings.versions) and python is not None and not Path(python).is_file()
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from roll_r3.config.derived import checkpoint_of, expert_layout, layout, longest_sequence, megatron_workers, workers
+from roll_r3.config.derived import (
+    checkpoint_of,
+    engine_size,
+    expert_layout,
+    layout,
+    longest_sequence,
+    megatron_workers,
+    runs_megatron,
+    workers,
+)
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE, EP, MEGATRON, PP, TP, TRAIN, TRAIN_REPLAY, VPP
 from roll_r3.config.rules.table import Verdict, remainder
@@ -66,7 +75,7 @@ def _engine_splits_heads(config: RLVRConfig, surroundings: Surroundings) -> Verd
     model = _models(config, surroundings).get("actor_infer")
     if model is None or model.facts is None:
         return False
-    return remainder(model.facts.num_attention_heads, config.actor_infer.strategy_args.strategy_config.tp_size, "ranks")
+    return remainder(model.facts.num_attention_heads, engine_size(config), "ranks")
 
 
 def _splits_heads(model: RoleModel) -> Verdict:
@@ -109,7 +118,7 @@ def _tied_over_stages(config: RLVRConfig, surroundings: Surroundings) -> Verdict
 
 def _no_bias_to_move(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     model = _models(config, surroundings).get("actor_train")
-    moves = layout(config.actor_train).moe_router_bias_update_rate != 0
+    moves = runs_megatron(config.actor_train) and layout(config.actor_train).moe_router_bias_update_rate != 0
     return moves and model is not None and model.facts is not None and not model.facts.expert_bias
 
 
