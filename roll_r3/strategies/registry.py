@@ -53,7 +53,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
         config=HfInferConfig,
         capabilities=Capabilities(records_routes=True),
         factory="roll_r3.strategies.rollout.hf.strategy:HfRollout",
-        weight_channel="roll_r3.strategies.rollout.hf.weights:HfWeightChannel",
+        weight_channel="roll_r3.strategies.rollout.sglang.weights:SglangWeightChannel",
     ),
     "megatron_train": StrategyEntry(
         kind="train",
