@@ -321,7 +321,8 @@ def test_exported_weights_are_the_checkpoints(name: str, gang: Gangs, models: di
 
     for dtype in ("fp32", "bf16"):
         saved = tmp_path / dtype
-        answers = gang(2).run(_export_and_save, fsdp2(models[name], dtype=dtype), saved)
+        case = fsdp2(models[name], dtype=dtype, mode="disable", layout={"reshard_after_forward": False})
+        answers = gang(2).run(_export_and_save, case, make_batch(), saved)
         assert answers[0] == answers[1]
         before, after = (read_weights(path) for path in (models[name], saved))
         if dtype == "bf16":
@@ -341,8 +342,9 @@ def test_exported_weights_are_the_checkpoints(name: str, gang: Gangs, models: di
     assert (tmp_path / "fp32" / "tokenizer.json").is_file()
 
 
-def _export_and_save(process: ProcessInfo, case: Case, path: Path) -> dict[str, torch.dtype]:
+def _export_and_save(process: ProcessInfo, case: Case, batch: Batch, path: Path) -> dict[str, torch.dtype]:
     strategy = open_strategy(process, case)
+    strategy.compute_log_probs(shard(batch, process.rank, process.world_size))  # gathers weights, and lets them go
     found = {name: tensor.dtype for name, tensor in strategy.export_weights()}
     strategy.save_hf(path)
     strategy.close()
@@ -359,6 +361,14 @@ def test_bf16_steps_on_fp32_masters(gang: Gangs, tiny_moe: Path) -> None:
         assert share[0] < 0.2 < share[1]
         exact = gang(2).run(run_case, single, batch)[0].metrics["actor/total_loss"]
         assert loss == pytest.approx(exact, abs=0.02)
+
+
+def test_bf16_gradients_are_summed_over_ranks_in_fp32(gang: Gangs, tiny_moe: Path) -> None:
+    """Of one micro-batch each: sums of two bf16 numbers, of which bf16 could not hold all."""
+    case = fsdp2(tiny_moe, dtype="bf16", micro_batch_size=4)
+    for found in gang(2).run(_raw_gradients, case, make_batch()):
+        head = torch.from_numpy(found["lm_head.weight"])
+        assert (head != head.bfloat16().float()).float().mean() > 0.1
 
 
 def _bf16_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[torch.dtype, list[float], float]:
