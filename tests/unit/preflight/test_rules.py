@@ -194,6 +194,15 @@ def test_rows_about_layouts_and_servers_are_not_about_other_strategies():
     assert refused == ["r3-needs-recording-rollout", "trainer-replays-mode", "packing-supported"]
 
 
+def test_only_sglang_keeps_tokens_of_its_context_back():
+    short = ("prompt_length=8", "response_length=8")
+    plain = (*short, "actor_infer.strategy_args.strategy_name=hf_infer")
+    assert found(short, Pretend(config_json={"max_position_embeddings": 17})) == ["context-holds-the-longest"]
+    assert found(short, Pretend(config_json={"max_position_embeddings": 18})) == []
+    assert found(plain, Pretend(config_json={"max_position_embeddings": 15})) == ["context-holds-the-longest"]
+    assert found(plain, Pretend(config_json={"max_position_embeddings": 16})) == []
+
+
 def test_the_summary_of_roles_without_a_layout():
     config = configured(
         "actor_train.strategy_args.strategy_name=fsdp2_train",
