@@ -104,8 +104,9 @@ class _OneGenerator(dict[int, torch.Generator]):
         return torch.default_generator
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _idle(result: object = None) -> Callable[..., Any]:
+    """A function that only returns `result`: a new one each time, since torch.compile has a rule for each."""
+    return lambda *args, **kwargs: result
 
 
 def _patch_process() -> None:
@@ -126,7 +127,7 @@ def _patch_process() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = splits_on_host
     _let_gloo_split_unevenly()
-    random._lazy_init = _nothing
+    random._lazy_init = _idle()
     random._lazy_call = lambda callback, **kwargs: callback()
     # here the CPU and GPU generators are one, so its warning that the CPU state changed under a GPU fork is moot
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
@@ -138,13 +139,13 @@ def _patch_torch_cuda() -> None:
     cuda.current_device = lambda: _CPU
     cuda.device_count = lambda: 1
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
-        setattr(cuda, name, _nothing)
+        setattr(cuda, name, _idle())
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        setattr(cuda, name, lambda *args, **kwargs: 0)
+        setattr(cuda, name, _idle(0))
     for name in ("range_push", "range_pop", "mark"):
-        setattr(cuda.nvtx, name, _nothing)
+        setattr(cuda.nvtx, name, _idle())
     cuda.nvtx.range = lambda *args, **kwargs: contextlib.nullcontext()
-    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: inert
+    cuda.current_stream, cuda.default_stream = _idle(inert), _idle(inert)
     cuda.Stream = cuda.Event = _Inert
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()

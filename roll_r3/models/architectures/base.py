@@ -135,5 +135,5 @@ def unbuildable(architecture: Architecture, config: RawConfig) -> list[str]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     known = ("default", "yarn") if architecture.latent_attention else ("default",)
     if kind not in known:
-        reasons.append(f"its rotary embedding is of the kind {kind!r}, but only {' and '.join(known)} are built")
+        reasons.append(f"rope type {kind!r} is not built, only {' and '.join(known)}")
     return reasons

@@ -9,6 +9,7 @@ from roll_r3.config.rules.table import Verdict
 from roll_r3.preflight.rules.table import SurroundingsRule
 from roll_r3.preflight.surroundings import Surroundings
 
+_COLUMNS = tuple(f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id"))
 _CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
 
 
@@ -45,13 +46,9 @@ RULES: tuple[SurroundingsRule, ...] = (
     ),
     SurroundingsRule(
         id="data-readable",
-        fields=(
-            "actor_train.data_args.file_name",
-            "actor_train.data_args.prompt",
-            "actor_train.data_args.messages",
-            "actor_train.data_args.ground_truth",
-            "actor_train.data_args.domain",
-            "actor_train.data_args.id",
+        fields=("actor_train.data_args.file_name",),
+        depends=tuple(
+            f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id")
         ),
         why="prompts come from files that can be read and have the named columns",
         fix="name files that are there (relative to where the run starts), and their columns",
