@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from roll_r3.config.derived import checkpoint_of, megatron_workers
+from roll_r3.config.derived import checkpoint_of, model_workers
 from roll_r3.config.load import LoadedConfig, load
 from roll_r3.config.report import Finding, InvalidConfigError, Origins, as_json, has_errors, render
 from roll_r3.config.yaml_file import to_yaml
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _plan(loaded: LoadedConfig, surroundings: Surroundings, devices_per_node: int) -> Plan:
     models = {}
-    for role in megatron_workers(loaded.config):
+    for role in model_workers(loaded.config):
         name = checkpoint_of(loaded.config, role)
         model = surroundings.models.get(name)
         if model is None:

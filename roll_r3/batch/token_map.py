@@ -40,6 +40,8 @@ class Layout:
     sp_rank: int = 0
     multiple: int = 1
     """Every rank that shares a row (padded) or a sample (packed) holds a multiple of this many of its tokens."""
+    batch_outer: bool = False
+    """Routers see row after row (transformers); False: position after position of all rows (Megatron)."""
 
     def __post_init__(self) -> None:
         for name in ("cp", "sp"):
@@ -68,7 +70,8 @@ class TokenMap:
     positions_BS: IntArray
     """Position of each local token in its own sequence, counted on through padding. [B, S]"""
     router_slots_t: IntArray
-    """`slots_BS` as this rank's routers see them: sequence outer, batch inner, then the sequence-parallel chunk."""
+    """`slots_BS` as this rank's routers see them: in the order of `Layout.batch_outer`, then the sequence-parallel
+    chunk."""
     cu_seqlens: npt.NDArray[np.int32] | None
     """Packed only: where each sample starts in the whole packed row (all CP ranks, padding included). [n + 1]"""
     num_inputs: int
@@ -144,7 +147,8 @@ def build_token_map(lengths_n: Sequence[int] | IntArray, layout: Layout, *, pad_
         rows = [_row(starts[i : i + 1], lengths[i : i + 1], [width], layout) for i in range(len(lengths))]
         cu_seqlens = None
     slots_BS = np.stack([slots for slots, _ in rows])
-    router_slots = slots_BS.T.reshape(layout.sp_size, -1)[layout.sp_rank]
+    in_order = slots_BS if layout.batch_outer else slots_BS.T
+    router_slots = in_order.reshape(layout.sp_size, -1)[layout.sp_rank]
     return TokenMap(
         slots_BS=slots_BS,
         positions_BS=np.stack([positions for _, positions in rows]),

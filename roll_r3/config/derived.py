@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from roll_r3.config.base import Config
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.strategies import MegatronConfig
+from roll_r3.config.strategies import MegatronConfig, SglangConfig
 from roll_r3.config.tree import join
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig
 
-MegatronWorker = ActorTrainConfig | ReferenceConfig
+ModelWorker = ActorTrainConfig | ReferenceConfig
+MegatronWorker = ModelWorker
+"""One of `megatron_workers`: only its `layout` may be asked for."""
 
 
 def workers(config: RLVRConfig) -> dict[str, WorkerConfig]:
@@ -17,14 +19,38 @@ def workers(config: RLVRConfig) -> dict[str, WorkerConfig]:
     return {name: worker for name, worker in roles.items() if worker is not None}
 
 
-def megatron_workers(config: RLVRConfig) -> dict[str, MegatronWorker]:
-    """The roles that Megatron runs, by name."""
+def model_workers(config: RLVRConfig) -> dict[str, ModelWorker]:
+    """The roles whose ranks run the model, by name: `actor_train`, and `reference` where there is one."""
     return {n: w for n, w in workers(config).items() if isinstance(w, ActorTrainConfig | ReferenceConfig)}
 
 
+def megatron_workers(config: RLVRConfig) -> dict[str, MegatronWorker]:
+    """The roles that Megatron runs, by name."""
+    return {name: worker for name, worker in model_workers(config).items() if runs_megatron(worker)}
+
+
+def runs_megatron(worker: ModelWorker) -> bool:
+    """Whether Megatron runs a role, so that it has a layout."""
+    return isinstance(worker.strategy_args.strategy_config, MegatronConfig)
+
+
 def layout(worker: MegatronWorker) -> MegatronConfig:
-    """The parallel layout of a role."""
-    return worker.strategy_args.strategy_config
+    """The parallel layout of a role that Megatron runs."""
+    settings = worker.strategy_args.strategy_config
+    assert isinstance(settings, MegatronConfig), f"{worker.strategy_args.strategy_name} has no Megatron layout"
+    return settings
+
+
+def sglang(config: RLVRConfig) -> SglangConfig | None:
+    """The engine's settings, where SGLang is the engine."""
+    settings = config.actor_infer.strategy_args.strategy_config
+    return settings if isinstance(settings, SglangConfig) else None
+
+
+def engine_size(config: RLVRConfig) -> int:
+    """Devices of one rollout engine."""
+    server = sglang(config)
+    return 1 if server is None else server.tp_size
 
 
 def checkpoint_of(config: RLVRConfig, role: str) -> str:
@@ -32,13 +58,15 @@ def checkpoint_of(config: RLVRConfig, role: str) -> str:
     return workers(config)[role].model_args.model_name_or_path or config.pretrain
 
 
-def model_parallel_size(worker: MegatronWorker) -> int:
-    """Ranks that share one copy of the model outside its experts: TP x PP x CP."""
+def model_parallel_size(worker: ModelWorker) -> int:
+    """Ranks that share one copy of the model outside its experts: TP x PP x CP. Under FSDP2 every rank computes all."""
+    if not runs_megatron(worker):
+        return 1
     m = layout(worker)
     return m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
 
 
-def data_parallel_size(worker: MegatronWorker) -> int:
+def data_parallel_size(worker: ModelWorker) -> int:
     """Copies of the model; 0 when the devices do not divide, which a rule of its own refuses."""
     devices, ranks = len(worker.device_mapping), model_parallel_size(worker)
     return 0 if devices % ranks else devices // ranks
@@ -61,8 +89,10 @@ def mini_batch_size(config: RLVRConfig) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel_size(config.actor_train)
 
 
-def token_alignment(worker: MegatronWorker) -> int:
+def token_alignment(worker: ModelWorker) -> int:
     """Tokens that every row, or sample of a packed row, is padded to a multiple of: `Layout.alignment` of its ranks."""
+    if not runs_megatron(worker):
+        return worker.sequence_length_round
     m = layout(worker)
     sp = 1 if m.sequence_parallel is False else m.tensor_model_parallel_size
     cp = m.context_parallel_size
@@ -80,12 +110,13 @@ def sampled_tokens(config: RLVRConfig) -> int:
 
 
 def engine_room(config: RLVRConfig) -> int:
-    """Tokens that SGLang's context, and its cache, must hold so that the longest sample comes back whole.
+    """Tokens that an engine's context, and its cache, must hold so that the longest sample comes back whole.
 
-    It keeps 2 tokens back when it limits a response, and 7 when it limits a prompt (0.5.23: `max_req_len` and
+    SGLang keeps 2 tokens back when it limits a response, and 7 when it limits a prompt (0.5.23: `max_req_len` and
     `max_req_input_len` of its tp_worker and scheduler).
     """
-    return config.prompt_length + max(sampled_tokens(config) + 2, 7)
+    kept_back, least = (2, 7) if sglang(config) is not None else (0, 0)
+    return config.prompt_length + max(sampled_tokens(config) + kept_back, least)
 
 
 def values_at(config: RLVRConfig, path: str) -> list[tuple[str, object]]:
@@ -103,4 +134,7 @@ def changed(config: RLVRConfig, path: str) -> bool:
     """Whether a field differs from its default. (That it was given says nothing: a printed configuration gives all.)"""
     parent_path, _, name = path.rpartition(".")
     sections = [value for _, value in values_at(config, parent_path)] if parent_path else [config]
-    return any(getattr(s, name) != type(s).model_fields[name].default for s in sections if isinstance(s, Config))
+    fields = [
+        (s, type(s).model_fields[name]) for s in sections if isinstance(s, Config) and name in type(s).model_fields
+    ]
+    return any(getattr(section, name) != field.default for section, field in fields)

@@ -49,25 +49,35 @@ A run is one YAML file: `python -m roll_r3.run --config FILE [section.field=valu
 
 def render_docs() -> str:
     """The whole page."""
-    paths = {model: path for path, model in _sections("", RLVRConfig)}
-    sections = "\n".join(_section(path, model, paths) for model, path in paths.items())
+    titles = {model: title for title, model in _sections()}
+    sections = "\n".join(_section(title, model, titles) for model, title in titles.items())
     return f"{_HEADER}\n{sections}"
 
 
-def _sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section with its dotted path, outer ones first; a type of section is listed where it is met first."""
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section with its title, outer ones first; a type of section is listed where it is met first.
+
+    A title is the dotted path, and the strategy's name where sections of several strategies can stand there.
+    """
     seen: set[type[BaseModel]] = set()
 
-    def walk(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    def walk(path: str, model: type[BaseModel], strategy: str) -> Iterator[tuple[str, type[BaseModel]]]:
         if model in seen:
             return
         seen.add(model)
-        yield path, model
+        yield (f"`{path}`" if path else "Top level") + (f" ({strategy})" if strategy else ""), model
         for name, field in model.model_fields.items():
             for inner, key in _inner_models(field.annotation):
-                yield from walk(join(join(path, name), key) if key else join(path, name), inner)
+                at = join(join(path, name), key) if key else join(path, name)
+                yield from walk(at, inner, _strategy(inner) or strategy)
 
-    return walk(path, model)
+    return walk("", RLVRConfig, "")
+
+
+def _strategy(model: type[BaseModel]) -> str:
+    """The name by which a section is chosen; empty for one that is the only one at its place."""
+    field = model.model_fields.get("strategy_name")
+    return str(typing.get_args(field.annotation)[0]) if field else ""
 
 
 def _inner_models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
@@ -79,37 +89,37 @@ def _inner_models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
             yield from ((m, "*") for m in members(typing.get_args(member)[1]) if is_section(m))
 
 
-def _section(path: str, model: type[BaseModel], paths: dict[type[BaseModel], str]) -> str:
-    lines = [f"## {f'`{path}`' if path else 'Top level'}", "", " ".join((model.__doc__ or "").split()), ""]
+def _section(title: str, model: type[BaseModel], titles: dict[type[BaseModel], str]) -> str:
+    lines = [f"## {title}", "", " ".join((model.__doc__ or "").split()), ""]
     lines += ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
-        cells = (f"`{name}`", _type(field, paths), _default(field), " ".join((field.description or "").split()))
+        cells = (f"`{name}`", _type(field, titles), _default(field), " ".join((field.description or "").split()))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join([*lines, ""])
 
 
-def _type(field: FieldInfo, paths: dict[type[BaseModel], str]) -> str:
+def _type(field: FieldInfo, titles: dict[type[BaseModel], str]) -> str:
     if any(getattr(item, "func", None) is parse_devices for item in field.metadata):
         return "devices"
-    return _type_text(field.annotation, paths) + _bounds(field.metadata)
+    return _type_text(field.annotation, titles) + _bounds(field.metadata)
 
 
-def _type_text(annotation: Any, paths: dict[type[BaseModel], str]) -> str:
+def _type_text(annotation: Any, titles: dict[type[BaseModel], str]) -> str:
     """An annotation in words; a section becomes a link to where it is described."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _type_text(arguments[0], paths) + _bounds(arguments[1:])
+        return _type_text(arguments[0], titles) + _bounds(arguments[1:])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_text(a, paths) for a in arguments)
+        return " or ".join(_type_text(a, titles) for a in arguments)
     if origin is typing.Literal:
         return " or ".join(f"`{a}`" for a in arguments)
     if origin is tuple:
-        return f"list of {_type_text(arguments[0], paths)}"
+        return f"list of {_type_text(arguments[0], titles)}"
     if origin is dict:
-        return f"by name: {_type_text(arguments[1], paths)}"
+        return f"by name: {_type_text(arguments[1], titles)}"
     if is_section(annotation):
-        anchor = paths[annotation].replace(".", "").replace("*", "")
-        return f"[section](#{anchor})"
+        anchor = "".join(c for c in titles[annotation].replace(" ", "-") if c.isalnum() or c in "-_")
+        return f"[{_strategy(annotation) or 'section'}](#{anchor})"
     names = {str: "text", int: "integer", float: "number", bool: "true/false", types.NoneType: "null"}
     return names[annotation]
 

@@ -8,7 +8,6 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -41,11 +40,16 @@ PATTERNS = {
     "a letter or a digit"
 }
 """A pattern of the schema -> what it allows, in words."""
-_RULE_IDS = {"extra_forbidden": "unknown-field", "missing": "missing-field"}
+_TAG = "strategy_name"
+"""Field by which a section is one of several, and the type of the error that it names none of them."""
+_RULE_IDS = {"extra_forbidden": "unknown-field", "missing": "missing-field", _TAG: _TAG}
 
 
 def explain(error: ValidationError, data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
-    """One finding per field of `data` that was refused, however many members of a union refused it, and its keys."""
+    """One finding per field of `data` that was refused, however many members of a union refused it, and its keys.
+
+    Of a strategy that there is not, the keys are its whole section: no other strategy could read its settings.
+    """
     problems: dict[tuple[Keys, str], list[ErrorDetails]] = {}
     values: dict[Keys, object] = {}
     for detail in error.errors(include_url=False):
@@ -53,31 +57,15 @@ def explain(error: ValidationError, data: dict[str, Any]) -> list[tuple[Keys, Fi
         keys, value = _locate(detail["loc"], data, is_missing=kind == "missing")
         values[keys] = value
         problems.setdefault((keys, _RULE_IDS.get(kind, "bad-value")), []).append(detail)
-    found = [(keys, _finding(keys, values[keys], rule, details)) for (keys, rule), details in problems.items()]
-    return list(_without_settings_of_another_strategy(found))
+    return [(keys, _finding(keys, values[keys], rule, details, data)) for (keys, rule), details in problems.items()]
 
 
-def _without_settings_of_another_strategy(found: list[tuple[Keys, Finding]]) -> Iterator[tuple[Keys, Finding]]:
-    """`found` without what is said inside a `strategy_config` whose strategy is wrong: it goes out with the name."""
-    wrong = {keys[:-1] for keys, _ in found if keys[-1] == "strategy_name"}
-    inside = {
-        keys[: len(above)] for keys, _ in found for above in wrong if _is_inside(keys, (*above, "strategy_config"))
-    }
-    for keys, finding in found:
-        if keys[-1] == "strategy_name" and keys[:-1] in inside:
-            yield keys[:-1], replace(finding, depends=(dotted((*keys[:-1], "strategy_config")),))
-        elif not any(_is_inside(keys, (*above, "strategy_config")) for above in wrong):
-            yield keys, finding
-
-
-def _is_inside(keys: Keys, section: Keys) -> bool:
-    return keys[: len(section)] == section
-
-
-def _finding(keys: Keys, value: object, rule: str, details: list[ErrorDetails]) -> Finding:
+def _finding(keys: Keys, value: Any, rule: str, details: list[ErrorDetails], data: dict[str, Any]) -> Finding:
+    if rule == _TAG:
+        keys, rule, value = (*keys, _TAG), "bad-value", value[_TAG]
     path = dotted(keys)
     why = ", or ".join(dict.fromkeys(map(_why, details)))
-    return Finding(rule, "error", ((path, value),), why, _fix(path, value, details))
+    return Finding(rule, "error", ((path, value),), why, _fix(path, value, details, data))
 
 
 def _why(detail: ErrorDetails) -> str:
@@ -93,18 +81,19 @@ def _why(detail: ErrorDetails) -> str:
     return message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
 
 
-def _fix(path: str, value: object, details: list[ErrorDetails]) -> str:
+def _fix(path: str, value: object, details: list[ErrorDetails], data: dict[str, Any]) -> str:
     """What to write instead of `value`; empty where the reason says it already."""
     kinds = {detail["type"] for detail in details}
     if "extra_forbidden" in kinds:
-        return _did_you_mean(path)
+        return _did_you_mean(path, data)
     if "missing" in kinds:
         return f"give it in the file, or as an override {path}=..."
-    if "literal_error" in kinds:
+    if kinds & {"literal_error", _TAG}:
         choices = [c for kind in _kinds(path) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
         return f"write {'one of ' * (len(choices) > 1)}{', '.join(map(str, choices))}"
     if kinds & _SECTIONS:
-        return f"its fields: {', '.join(fields_at(path))}" if fields_at(path) else "write `name: value` lines below it"
+        fields = fields_at(path, data)
+        return f"its fields: {', '.join(fields)}" if fields else "write `name: value` lines below it"
     if kinds <= _NUMBERS:
         return f"write a number, for example {_example(path)}"
     if kinds == {"string_type"} and isinstance(value, int | float):
@@ -124,23 +113,23 @@ def _example(path: str) -> str:
     return show_value(number if number is not None else 1 if int in _kinds(path) else 0.5)
 
 
-def _kinds(path: str) -> list[Any]:
-    """The alternatives of what may stand at a dotted path."""
-    return [kind for annotation in annotations_at(path) for kind in members(annotation)]
+def _kinds(path: str, data: Any = None) -> list[Any]:
+    """The alternatives of what may stand at a dotted path; `data` as in `annotations_at`."""
+    return [kind for annotation in annotations_at(path, data) for kind in members(annotation)]
 
 
 def misread_values(data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
     """Values that pydantic would take without a word and nobody means: yes or no for a number, infinity."""
-    return list(_misread(data, ()))
+    return list(_misread(data, (), data))
 
 
-def _misread(node: Any, keys: Keys) -> Iterator[tuple[Keys, Finding]]:
+def _misread(node: Any, keys: Keys, data: dict[str, Any]) -> Iterator[tuple[Keys, Finding]]:
     path = dotted(keys)
     if isinstance(node, float) and not math.isfinite(node):
         fix = f"write a number, for example {_example(path)}"
         yield keys, Finding("bad-value", "error", ((path, node),), "should be a finite number", fix)
     elif isinstance(node, bool):
-        kinds = set(_kinds(path))
+        kinds = set(_kinds(path, data))
         if kinds & {int, float} and bool not in kinds:
             why = f"YAML reads {'on, yes and true' if node else 'off, no and false'} as a boolean; this is a number"
             yield (
@@ -151,7 +140,7 @@ def _misread(node: Any, keys: Keys) -> Iterator[tuple[Keys, Finding]]:
         fix = f"write a number, for example {_example(path)}"
         yield keys, Finding("bad-value", "error", ((path, node),), f"should be a number up to {MAX_INTEGER}", fix)
     for key, value in children(node):
-        yield from _misread(value, (*keys, key))
+        yield from _misread(value, (*keys, key), data)
 
 
 def members(annotation: Any) -> list[Any]:
@@ -169,11 +158,16 @@ def is_section(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def annotations_at(path: str) -> list[Any]:
-    """The annotations that the field at a dotted path may have; empty when there is no such field."""
+def annotations_at(path: str, data: Any = None) -> list[Any]:
+    """The annotations that the field at a dotted path may have; empty when there is no such field.
+
+    Of sections that go by a name, those that `data` does not name are left out; None: all count.
+    """
     found: list[Any] = [RLVRConfig]
+    node = data
     for key in path.split(".") if path else ():
-        above, found = [m for a in found for m in members(a)], []
+        above, found = [m for a in found for m in members(a) if node is None or _is_meant(m, node)], []
+        node = dict(children(node)).get(key) if node is not None else None
         for annotation in above:
             origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
             if is_section(annotation) and key in annotation.model_fields:
@@ -185,9 +179,17 @@ def annotations_at(path: str) -> list[Any]:
     return found
 
 
-def fields_at(path: str) -> list[str]:
+def _is_meant(annotation: Any, node: Any) -> bool:
+    """Whether a section that goes by a name is the one that `node` names."""
+    if not is_section(annotation) or _TAG not in annotation.model_fields:
+        return True
+    field = annotation.model_fields[_TAG]
+    return dict(children(node)).get(_TAG, field.default) in typing.get_args(field.annotation)
+
+
+def fields_at(path: str, data: Any = None) -> list[str]:
     """The fields of the section at a dotted path, in their order; empty when there is no such section."""
-    sections = [m for annotation in annotations_at(path) for m in members(annotation) if is_section(m)]
+    sections = [m for annotation in annotations_at(path, data) for m in members(annotation) if is_section(m)]
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))
 
 
@@ -202,10 +204,10 @@ def _locate(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> tuple
     return ((*keys, loc[-1]), ABSENT) if is_missing else (keys, node)
 
 
-def _did_you_mean(path: str) -> str:
+def _did_you_mean(path: str, data: dict[str, Any]) -> str:
     """What was probably meant by an unknown field: a similar name beside it, or such a name in another section."""
     parent, _, name = path.rpartition(".")
-    here = fields_at(parent)
+    here = fields_at(parent, data)
     if close := difflib.get_close_matches(name, here, n=1):
         return f"did you mean {join(parent, close[0])}?"
     by_name: dict[str, list[str]] = {}

@@ -116,7 +116,7 @@ class _Draft:
                 self._fill_in(keys)
             elif _leads_somewhere(self.data, keys):
                 remove(self.data, keys)
-            self.doubtful.update((finding.path, *finding.depends))
+            self.doubtful |= {finding.path, dotted(keys)}
 
     def validated(self) -> RLVRConfig:
         """The typed configuration of what is right."""

@@ -33,6 +33,8 @@ def _for_editors(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     kept = {key: _for_editors(value) for key, value in node.items() if key != "title" or not isinstance(value, str)}
+    if "oneOf" in kept:  # what stands for a name fits several
+        kept["anyOf"] = kept.pop("oneOf")
     if "properties" in kept:
         kept["properties"] = {name: _or_interpolation(field) for name, field in kept["properties"].items()}
     return kept

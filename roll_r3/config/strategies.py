@@ -51,6 +51,29 @@ class SglangConfig(Config):
     """Weights are broadcast to the engine in groups of about this many MiB."""
 
 
+class HfInferConfig(Config):
+    """A rollout engine that is a transformers model on one device, in the actor's own process."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Compute and weight precision of the engine."""
+    max_running_requests: PositiveInt = 64
+    """Samples the engine decodes at once, each with a KV cache for its prompt and response."""
+    weight_bucket_mb: PositiveFloat = 512.0
+    """Weights are broadcast to the engine in groups of about this many MiB."""
+
+
+class Fsdp2Config(Config):
+    """How PyTorch's FSDP2 runs a transformers model: every device is a data-parallel rank that holds its part of each
+    weight."""
+
+    recompute: bool = False
+    """Recompute each decoder layer's activations in backward instead of storing them."""
+    reshard_after_forward: bool = True
+    """Free a layer's gathered weights after its forward and gather them again for its backward."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """Which of transformers' attention functions: PyTorch's fused one, or plain matrix products."""
+
+
 class MegatronConfig(Config):
     """How megatron-core lays out and runs the model. Names and meanings are megatron-core's unless said otherwise."""
 

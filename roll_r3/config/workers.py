@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+)
 
 from roll_r3.config.base import Config
 from roll_r3.config.devices import Devices
-from roll_r3.config.strategies import MegatronConfig, SglangConfig
+from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig, SglangConfig
 
 
 def _mode_from_yaml(value: Any) -> Any:
@@ -49,7 +58,8 @@ class ModelArgs(Config):
     """Precision of weights and activations in the trainer; with bf16 the optimizer keeps fp32 master weights."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint: its tokenizer's under actor_train, its model's in the engine
-    under actor_infer. Megatron builds models without it. Leave it off unless you trust that code."""
+    under actor_infer and in a role that FSDP2 runs. Megatron builds models without it. Leave it off unless you
+    trust that code."""
 
 
 class TrainingArgs(Config):
@@ -118,6 +128,15 @@ class SglangStrategy(Config):
     """The server's settings."""
 
 
+class HfInferStrategy(Config):
+    """Rollout by transformers, inside the actor: slow and plain, for tests and for machines without SGLang."""
+
+    strategy_name: Literal["hf_infer"]
+    """Name of the strategy."""
+    strategy_config: HfInferConfig = HfInferConfig()
+    """How it samples."""
+
+
 class MegatronTrainStrategy(Config):
     """Training by megatron-core."""
 
@@ -127,6 +146,15 @@ class MegatronTrainStrategy(Config):
     """Parallel layout and execution."""
 
 
+class Fsdp2TrainStrategy(Config):
+    """Training by transformers, its weights shared out by PyTorch's FSDP2."""
+
+    strategy_name: Literal["fsdp2_train"]
+    """Name of the strategy."""
+    strategy_config: Fsdp2Config = Fsdp2Config()
+    """Execution."""
+
+
 class MegatronInferStrategy(Config):
     """Inference by megatron-core, for log-probabilities."""
 
@@ -134,6 +162,42 @@ class MegatronInferStrategy(Config):
     """Name of the strategy."""
     strategy_config: MegatronConfig = MegatronConfig()
     """Parallel layout and execution."""
+
+
+class Fsdp2InferStrategy(Config):
+    """Inference by transformers under FSDP2, for log-probabilities."""
+
+    strategy_name: Literal["fsdp2_infer"]
+    """Name of the strategy."""
+    strategy_config: Fsdp2Config = Fsdp2Config()
+    """Execution."""
+
+
+def _by_name(default: str, *others: str) -> Discriminator:
+    """Chooses among the strategies of a role; without a name it is the default."""
+
+    def name_of(value: Any) -> str | None:
+        name = value.get("strategy_name", default) if isinstance(value, dict) else default
+        if isinstance(value, Config):
+            name = dict(value)["strategy_name"]
+        return name if isinstance(name, str) else None
+
+    names = " or ".join(repr(name) for name in (default, *others))
+    return Discriminator(name_of, custom_error_type="strategy_name", custom_error_message=f"Input should be {names}")
+
+
+RolloutArgs = Annotated[
+    Annotated[SglangStrategy, Tag("sglang")] | Annotated[HfInferStrategy, Tag("hf_infer")],
+    _by_name("sglang", "hf_infer"),
+]
+TrainArgs = Annotated[
+    Annotated[MegatronTrainStrategy, Tag("megatron_train")] | Annotated[Fsdp2TrainStrategy, Tag("fsdp2_train")],
+    _by_name("megatron_train", "fsdp2_train"),
+]
+InferArgs = Annotated[
+    Annotated[MegatronInferStrategy, Tag("megatron_infer")] | Annotated[Fsdp2InferStrategy, Tag("fsdp2_infer")],
+    _by_name("megatron_infer", "fsdp2_infer"),
+]
 
 
 class WorkerConfig(Config):
@@ -153,14 +217,14 @@ class WorkerConfig(Config):
 class ActorInferConfig(WorkerConfig):
     """The rollout."""
 
-    strategy_args: SglangStrategy = SglangStrategy()
+    strategy_args: RolloutArgs = SglangStrategy()
     """Which engine, and its settings."""
     generating_args: GeneratingArgs = GeneratingArgs()
     """Sampling."""
 
 
-class MegatronWorkerConfig(WorkerConfig):
-    """What the roles that Megatron runs declare besides."""
+class ModelWorkerConfig(WorkerConfig):
+    """What the roles that run the model in training ranks declare besides."""
 
     use_dynamic_batching_in_infer: bool = False
     """Cut passes without gradients by `max_tokens_per_microbatch_in_infer` instead of `infer_batch_size`."""
@@ -173,10 +237,10 @@ class MegatronWorkerConfig(WorkerConfig):
     tokens."""
 
 
-class ActorTrainConfig(MegatronWorkerConfig):
+class ActorTrainConfig(ModelWorkerConfig):
     """The policy that learns."""
 
-    strategy_args: MegatronTrainStrategy = MegatronTrainStrategy()
+    strategy_args: TrainArgs = MegatronTrainStrategy()
     """Which trainer, and its layout."""
     training_args: TrainingArgs = TrainingArgs()
     """Optimizer, schedule, batch sizes."""
@@ -189,8 +253,8 @@ class ActorTrainConfig(MegatronWorkerConfig):
     """Tokens of one micro-batch in training, padding included, over all context-parallel ranks that share it."""
 
 
-class ReferenceConfig(MegatronWorkerConfig):
+class ReferenceConfig(ModelWorkerConfig):
     """The frozen policy that the KL term compares with. It always routes by itself."""
 
-    strategy_args: MegatronInferStrategy = MegatronInferStrategy()
+    strategy_args: InferArgs = MegatronInferStrategy()
     """Which strategy, and its layout."""

@@ -1,8 +1,9 @@
-"""What the trainer's ranks take in when they gather the model for the engines: mbridge's export, counted.
+"""What the trainer's ranks take in when they gather the model for the engines: every strategy's export, counted.
 
-All ranks take part for every parameter, data-parallel copies too. Each pipeline group broadcasts what a stage holds.
-Then experts are gathered over expert-parallel ranks and their parts over expert-tensor-parallel ones, parts of all else
-over tensor-parallel ones.
+All ranks take part for every parameter, data-parallel copies too. Under Megatron (mbridge) each pipeline group
+broadcasts what a stage holds. Then experts are gathered over expert-parallel ranks and their parts over
+expert-tensor-parallel ones, parts of all else over tensor-parallel ones. Under FSDP2 each rank holds a part of every
+parameter, and they are gathered over all ranks.
 """
 
 from __future__ import annotations
@@ -40,3 +41,16 @@ def gathered_into(
             for node, inside in Counter(nodes[rank] for rank in group).items():
                 into[node] += (len(group) - inside) * part * element
     return into
+
+
+def shards_gathered_into(parameters: int, nodes: Sequence[int], *, element: int) -> Mapping[int, int]:
+    """As `gathered_into`, under FSDP2.
+
+    Args:
+        parameters: of the model.
+        nodes: of each rank.
+        element: bytes of a parameter.
+    """
+    return {
+        node: -(-parameters * (len(nodes) - inside) // len(nodes)) * element for node, inside in Counter(nodes).items()
+    }

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from roll_r3.batch.routes import route_dtype
-from roll_r3.config.derived import MegatronWorker, checkpoint_of, layout, megatron_workers
+from roll_r3.config.derived import (
+    MegatronWorker,
+    ModelWorker,
+    checkpoint_of,
+    engine_size,
+    layout,
+    model_workers,
+    runs_megatron,
+)
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.size import ModelSize, held_parameters, model_size
-from roll_r3.preflight.gather import gathered_into
+from roll_r3.preflight.gather import gathered_into, shards_gathered_into
 from roll_r3.preflight.memory import ELEMENT_BYTES, StageMemory, stage_memory
 from roll_r3.preflight.ranks import Grid, Place
 from roll_r3.preflight.step import Passes, Step
@@ -76,7 +84,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One process of a role that Megatron runs."""
+    """One process of a role."""
 
     rank: int
     device: int
@@ -111,6 +119,7 @@ class RolePlan:
     chunks_per_stage: int
     ranks: tuple[RankPlan, ...]
     stages: tuple[StagePlan, ...]
+    """Empty under FSDP2, whose memory is not planned."""
     groups: tuple[GroupPlan, ...]
     """Of more than one rank."""
     shards: tuple[Devices, ...]
@@ -171,8 +180,9 @@ class SharedPlan:
 
     roles: tuple[str, ...]
     devices: Devices
-    memory: int
-    """Bytes on the fullest, all roles together; an engine counts its weights alone."""
+    memory: int | None
+    """Bytes on the fullest, all roles together; an engine counts its weights alone. None: of one of them they are not
+    planned."""
 
 
 @dataclass(frozen=True)
@@ -200,17 +210,17 @@ def make_plan(config: RLVRConfig, models: Mapping[str, RawConfig], *, devices_pe
     """Plan a configuration that has passed every check.
 
     Args:
-        models: config.json of each role that Megatron runs, by role. Engines hold actor_train's model.
+        models: config.json of each role that runs the model, by role. Engines hold actor_train's model.
         devices_per_node: device d is taken to be on node d // this.
 
     Raises:
         ConfigError: an unknown architecture, or a model that does not split as a layout says.
     """
-    sizes = {name: model_size(models[name]) for name in megatron_workers(config)}
+    sizes = {name: model_size(models[name]) for name in model_workers(config)}
     size = sizes["actor_train"]
     nodes = _Nodes(devices_per_node)
     step = Step.of(config)
-    roles = tuple(_role(config, name, worker, sizes[name], nodes) for name, worker in megatron_workers(config).items())
+    roles = tuple(_role(config, name, worker, sizes[name], nodes) for name, worker in model_workers(config).items())
     engines = _engines(config, size, nodes)
     used = {d for role in roles for d in role.devices} | {d for engine in engines for d in engine.devices}
     return Plan(
@@ -247,13 +257,36 @@ class _Nodes:
         return tuple(sorted({device // self.size for device in devices}))
 
 
-def _role(config: RLVRConfig, name: str, worker: MegatronWorker, size: ModelSize, nodes: _Nodes) -> RolePlan:
+def _role(config: RLVRConfig, name: str, worker: ModelWorker, size: ModelSize, nodes: _Nodes) -> RolePlan:
     grid, passes, devices = Grid.of(worker), Passes.of(config, worker), worker.device_mapping
+    places, on_megatron = grid.places(), runs_megatron(worker)
+    stages = _stages(config, name, worker, size, passes) if on_megatron else ()
+    return RolePlan(
+        name=name,
+        checkpoint=checkpoint_of(config, name),
+        parameters=size.total,
+        strategy=worker.strategy_args.strategy_name,
+        devices=devices,
+        grid=grid,
+        chunks_per_stage=layout(worker).chunks_per_stage or 1 if on_megatron else 1,
+        ranks=tuple(RankPlan(rank, devices[rank], place) for rank, place in enumerate(places)),
+        stages=stages,
+        groups=_groups(grid, devices, nodes, GROUPS if on_megatron else {"DP": GROUPS["DP"]}),
+        shards=tuple(
+            tuple(d for d, place in zip(devices, places, strict=True) if place.dp == shard) for shard in range(grid.dp)
+        ),
+        passes=passes,
+    )
+
+
+def _stages(
+    config: RLVRConfig, name: str, worker: MegatronWorker, size: ModelSize, passes: Passes
+) -> tuple[StagePlan, ...]:
+    places, devices = Grid.of(worker).places(), worker.device_mapping
     try:
         held = held_parameters(size, worker)
     except ValueError as error:
         raise ConfigError(f"{name}.strategy_args.strategy_config: {error}") from error
-    places = grid.places()
     stages = []
     for stage, chunks in enumerate(held):
         last = stage == len(held) - 1
@@ -275,27 +308,12 @@ def _role(config: RLVRConfig, name: str, worker: MegatronWorker, size: ModelSize
                 memory=memory,
             )
         )
-    return RolePlan(
-        name=name,
-        checkpoint=checkpoint_of(config, name),
-        parameters=size.total,
-        strategy=worker.strategy_args.strategy_name,
-        devices=devices,
-        grid=grid,
-        chunks_per_stage=layout(worker).chunks_per_stage or 1,
-        ranks=tuple(RankPlan(rank, devices[rank], place) for rank, place in enumerate(places)),
-        stages=tuple(stages),
-        groups=_groups(grid, devices, nodes),
-        shards=tuple(
-            tuple(d for d, place in zip(devices, places, strict=True) if place.dp == shard) for shard in range(grid.dp)
-        ),
-        passes=passes,
-    )
+    return tuple(stages)
 
 
-def _groups(grid: Grid, devices: Devices, nodes: _Nodes) -> tuple[GroupPlan, ...]:
+def _groups(grid: Grid, devices: Devices, nodes: _Nodes, kinds: Mapping[str, tuple[str, ...]]) -> tuple[GroupPlan, ...]:
     found = []
-    for kind, axes in GROUPS.items():
+    for kind, axes in kinds.items():
         members = tuple(tuple(devices[rank] for rank in group) for group in grid.groups(*axes))
         spans = [len(nodes.of(group)) for group in members]
         if len(members[0]) > 1:
@@ -307,9 +325,9 @@ def _groups(grid: Grid, devices: Devices, nodes: _Nodes) -> tuple[GroupPlan, ...
 def _engines(config: RLVRConfig, size: ModelSize, nodes: _Nodes) -> tuple[EnginePlan, ...]:
     engine = config.actor_infer.strategy_args.strategy_config
     devices = config.actor_infer.device_mapping
-    weights = -(-size.total * ELEMENT_BYTES[engine.dtype] // engine.tp_size)
-    starts = range(0, len(devices), engine.tp_size)
-    parts = [devices[start : start + engine.tp_size] for start in starts]
+    each = engine_size(config)
+    weights = -(-size.total * ELEMENT_BYTES[engine.dtype] // each)
+    parts = [devices[start : start + each] for start in range(0, len(devices), each)]
     return tuple(EnginePlan(index, part, nodes.of(part), weights) for index, part in enumerate(parts))
 
 
@@ -320,11 +338,12 @@ def _routes(config: RLVRConfig, size: ModelSize, trainer: RolePlan, nodes: _Node
     inputs = Step.of(config).longest - 1
     sample = len(shape.moe_layers) * layer * inputs
     step = sample * config.samples_per_step
-    samples = trainer.passes.samples
+    samples, stages = trainer.passes.samples, trainer.grid.pp
     if mode == "disable":
-        return RoutesPlan(mode, 0, 0, 0, (0,) * len(trainer.stages), 0)
+        return RoutesPlan(mode, 0, 0, 0, (0,) * stages, 0)
     if mode == "R2":  # of its own layers alone
         own = [sum(len(chunk.moe_layers) for chunk in stage.chunks) for stage in trainer.stages]
+        own = own or [len(shape.moe_layers)]
         return RoutesPlan(
             mode, len(shape.moe_layers) * layer, sample, step, tuple(n * layer * inputs * samples for n in own), 0
         )
@@ -333,9 +352,7 @@ def _routes(config: RLVRConfig, size: ModelSize, trainer: RolePlan, nodes: _Node
         per_node.setdefault(nodes.of([rank.device])[0], set()).add(rank.place.dp)
     most_samples = max(len(shards) for shards in per_node.values()) * samples
     node = min(step, most_samples * config.num_return_sequences_in_group * sample)
-    return RoutesPlan(
-        mode, len(shape.moe_layers) * layer, sample, step, (sample * samples,) * len(trainer.stages), node
-    )
+    return RoutesPlan(mode, len(shape.moe_layers) * layer, sample, step, (sample * samples,) * stages, node)
 
 
 def _weight_sync(config: RLVRConfig, size: ModelSize, engines: Sequence[EnginePlan], nodes: _Nodes) -> WeightSyncPlan:
@@ -343,12 +360,11 @@ def _weight_sync(config: RLVRConfig, size: ModelSize, engines: Sequence[EnginePl
     worker = config.actor_train
     first = worker.device_mapping[0]
     reached = {node for one in engines for node in one.nodes} - set(nodes.of([first]))
-    gathered = gathered_into(
-        Grid.of(worker),
-        held_parameters(size, worker),
-        [nodes.of([device])[0] for device in worker.device_mapping],
-        element=ELEMENT_BYTES[worker.model_args.dtype],
-    )
+    on, element = [nodes.of([device])[0] for device in worker.device_mapping], ELEMENT_BYTES[worker.model_args.dtype]
+    if runs_megatron(worker):
+        gathered = gathered_into(Grid.of(worker), held_parameters(size, worker), on, element=element)
+    else:
+        gathered = shards_gathered_into(size.total, on, element=element)
     return WeightSyncPlan(
         update=size.total * ELEMENT_BYTES[engine.dtype],
         receivers=sum(len(one.devices) for one in engines),
@@ -361,8 +377,10 @@ def _weight_sync(config: RLVRConfig, size: ModelSize, engines: Sequence[EnginePl
 
 
 def _shared(roles: Sequence[RolePlan], engines: Sequence[EnginePlan]) -> tuple[SharedPlan, ...]:
-    on: dict[int, dict[str, int]] = {}
+    on: dict[int, dict[str, int | None]] = {}
     for role in roles:
+        if not role.stages:
+            on |= {device: {**on.get(device, {}), role.name: None} for device in role.devices}
         for stage in role.stages:
             for device in stage.devices:
                 on.setdefault(device, {})[role.name] = stage.memory.total
@@ -374,6 +392,12 @@ def _shared(roles: Sequence[RolePlan], engines: Sequence[EnginePlan]) -> tuple[S
         if len(on[device]) > 1:
             found.setdefault(tuple(on[device]), []).append(device)
     return tuple(
-        SharedPlan(names, tuple(devices), max(sum(on[device].values()) for device in devices))
+        SharedPlan(names, tuple(devices), _fullest([tuple(on[device].values()) for device in devices]))
         for names, devices in found.items()
     )
+
+
+def _fullest(devices: Sequence[tuple[int | None, ...]]) -> int | None:
+    """The most that roles take together on one of the devices; None: that is not known of one of the roles."""
+    sums = [sum(known) for roles in devices if len(known := [size for size in roles if size is not None]) == len(roles)]
+    return max(sums) if len(sums) == len(devices) else None

@@ -69,14 +69,28 @@ def _role(role: RolePlan, plan: Plan) -> Iterator[str]:
     yield f"{role.name}: {role.strategy} on {_devices(role.devices)}"
     sizes = {"TP": grid.tp, "PP": grid.pp, "VPP": role.chunks_per_stage, "CP": grid.cp, "DP": grid.dp}
     experts = {"EP": grid.ep, "ETP": grid.etp, "copies": grid.edp}
-    yield f"  {_sizes(sizes)}; experts {_sizes(experts)}"
+    if role.stages:
+        yield f"  {_sizes(sizes)}; experts {_sizes(experts)}"
+    else:
+        yield f"  DP {grid.dp}, each rank with its part of every weight; how much memory that takes is not planned"
     if role.checkpoint != model.checkpoint:
         yield f"  {role.checkpoint}: {_count(role.parameters)} parameters"
     if passes.train:
         yield f"  each DP rank trains on {_micro_batches(passes.train, 'an optimizer step')}"
     who = "and" if passes.train else "each DP rank"
     yield f"  {who} takes log-probabilities of {_micro_batches(passes.infer, 'a step')}"
-    trains = passes.train is not None
+    if role.stages:
+        yield from _memory(role)
+    if like := next((r.name for r in plan.roles[: plan.roles.index(role)] if r.shards == role.shards), None):
+        yield f"  data-parallel shards: as {like}"
+    elif grid.dp > 1:
+        shards = [f"{shard} on {_ranges(devices)}" for shard, devices in enumerate(role.shards)]
+        yield from _listed("data-parallel shards: ", shards)
+
+
+def _memory(role: RolePlan) -> Iterator[str]:
+    """The table of stages."""
+    trains = role.passes.train is not None
     totals = [stage.memory.total for stage in role.stages]
     unit, factor = _unit(max(totals))
     head = ["stage", "devices", "layers", "MoE", "params", "weights"]
@@ -87,11 +101,6 @@ def _role(role: RolePlan, plan: Plan) -> Iterator[str]:
     if trains:
         yield "  kept: activations that await backward, of so many micro-batches (mb), all chunks counted"
         yield "  extra: logits, layers being recomputed, or what the log-probabilities need beyond kept"
-    if like := next((r.name for r in plan.roles[: plan.roles.index(role)] if r.shards == role.shards), None):
-        yield f"  data-parallel shards: as {like}"
-    elif grid.dp > 1:
-        shards = [f"{shard} on {_ranges(devices)}" for shard, devices in enumerate(role.shards)]
-        yield from _listed("data-parallel shards: ", shards)
 
 
 def _micro_batches(cut: MicroBatches, of: str) -> str:
@@ -204,7 +213,8 @@ def _shared(plan: Plan) -> Iterator[str]:
     if plan.shared:
         yield "devices with several roles"
     for shared in plan.shared:
-        yield f"  {_ranges(shared.devices)}: {', '.join(shared.roles)}, together {_size(shared.memory)} on the fullest"
+        size = "not planned" if shared.memory is None else f"together {_size(shared.memory)} on the fullest"
+        yield f"  {_ranges(shared.devices)}: {', '.join(shared.roles)}, {size}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[object]) -> Iterator[str]:

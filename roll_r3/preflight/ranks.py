@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from roll_r3.config.derived import MegatronWorker, data_parallel_size, expert_layout, layout
+from roll_r3.config.derived import ModelWorker, data_parallel_size, expert_layout, layout, runs_megatron
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,11 @@ class Grid:
     """Copies of each expert."""
 
     @classmethod
-    def of(cls, worker: MegatronWorker) -> Grid:
-        """The grid of a role whose devices divide."""
+    def of(cls, worker: ModelWorker) -> Grid:
+        """The grid of a role whose devices divide. Under FSDP2 every rank is a data-parallel one."""
+        if not runs_megatron(worker):
+            ranks = data_parallel_size(worker)
+            return cls(tp=1, cp=1, dp=ranks, pp=1, etp=1, ep=1, edp=ranks)
         m = layout(worker)
         etp, ep, pp = expert_layout(worker)
         return cls(

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from roll_r3.batch.token_map import round_up
 from roll_r3.config.derived import (
-    MegatronWorker,
+    ModelWorker,
     data_parallel_size,
     layout,
     longest_sequence,
     mini_batch_size,
+    runs_megatron,
     token_alignment,
 )
 from roll_r3.config.pipeline import RLVRConfig
@@ -70,14 +71,15 @@ class Passes:
     """None: the role does not train."""
 
     @classmethod
-    def of(cls, config: RLVRConfig, worker: MegatronWorker) -> Passes:
+    def of(cls, config: RLVRConfig, worker: ModelWorker) -> Passes:
         """The passes of a role."""
         alignment = token_alignment(worker)
         longest = round_up(longest_sequence(config) - 1, alignment)
         samples = config.samples_per_step // data_parallel_size(worker)
-        # the interleaved schedule passes micro-batches round the stages
-        m = layout(worker)
-        multiple = m.pipeline_model_parallel_size if m.chunks_per_stage else 1
+        multiple = 1
+        if runs_megatron(worker) and layout(worker).chunks_per_stage:
+            # the interleaved schedule passes micro-batches round the stages
+            multiple = layout(worker).pipeline_model_parallel_size
 
         def cut(number: int, size: int, budget: int | None) -> MicroBatches:
             held = size if budget is None else budget // longest

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import checkpoint_of, data_parallel_size, layout, megatron_workers
+from roll_r3.config.derived import (
+    ModelWorker,
+    checkpoint_of,
+    data_parallel_size,
+    engine_size,
+    layout,
+    model_workers,
+    runs_megatron,
+)
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.preflight.surroundings import Surroundings
 
@@ -16,25 +24,32 @@ def summary(config: RLVRConfig, file: str, surroundings: Surroundings) -> str:
         f"  model: {_model(config, surroundings)}",
         f"  router replay: {config.actor_train.router_replay.mode}",
     ]
-    for role, worker in megatron_workers(config).items():
-        m = layout(worker)
-        sizes = {
-            "TP": m.tensor_model_parallel_size,
-            "PP": m.pipeline_model_parallel_size,
-            "VPP": m.chunks_per_stage,
-            "EP": m.expert_model_parallel_size,
-            "CP": m.context_parallel_size,
-            "DP": data_parallel_size(worker),
-        }
-        shown = " ".join(f"{name} {size}" for name, size in sizes.items() if size is not None and size > 1)
+    for role, worker in model_workers(config).items():
+        shown = " ".join(f"{name} {size}" for name, size in _sizes(worker).items() if size is not None and size > 1)
         what = f"  {role}: {worker.strategy_args.strategy_name}, devices {len(worker.device_mapping)}"
         lines.append(f"{what}, {shown}" if shown else what)
     engine = config.actor_infer
-    engines = len(engine.device_mapping) // engine.strategy_args.strategy_config.tp_size
+    engines = len(engine.device_mapping) // engine_size(config)
     lines.append(
         f"  actor_infer: {engine.strategy_args.strategy_name}, devices {len(engine.device_mapping)}, engines {engines}"
     )
     return "\n".join(lines)
+
+
+def _sizes(worker: ModelWorker) -> dict[str, int | None]:
+    """Of a role's parallel groups."""
+    data = {"DP": data_parallel_size(worker)}
+    if not runs_megatron(worker):
+        return {**data}
+    m = layout(worker)
+    return {
+        "TP": m.tensor_model_parallel_size,
+        "PP": m.pipeline_model_parallel_size,
+        "VPP": m.chunks_per_stage,
+        "EP": m.expert_model_parallel_size,
+        "CP": m.context_parallel_size,
+        **data,
+    }
 
 
 def _model(config: RLVRConfig, surroundings: Surroundings) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from roll_r3.config.derived import checkpoint_of, workers
+from roll_r3.config.derived import checkpoint_of, sglang, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.preflight import files
 from roll_r3.preflight.checkpoints import Model, find_model, incomplete
@@ -35,7 +35,8 @@ class Surroundings:
 def look_around(config: RLVRConfig) -> Surroundings:
     """Read what this machine says about a configuration that is to run on it."""
     names = _checkpoints(config)
-    python = config.actor_infer.strategy_args.strategy_config.python
+    server = sglang(config)
+    python = None if server is None else server.python
     problems = {name: found for name in names if isinstance(found := find_model(name), str) and found}
     lacking = {name: lack for name in names if name not in problems and (lack := incomplete(name))}
     return replace(

@@ -8,7 +8,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from roll_r3.config.derived import megatron_workers
+from roll_r3.config.derived import megatron_workers, sglang
 from roll_r3.config.disk import is_file, matches
 from roll_r3.config.pipeline import RLVRConfig
 
@@ -28,10 +28,10 @@ def find_versions(config: RLVRConfig) -> dict[str, str | None]:
     """Package -> installed release (None: not installed) of every engine that the configuration uses; without what
     cannot be told."""
     found: dict[str, str | None] = {}
-    python = config.actor_infer.strategy_args.strategy_config.python
-    if python is None:
+    server = sglang(config)
+    if server is not None and server.python is None:
         found["sglang"] = _installed("sglang")
-    elif interpreter := find_interpreter(python):
+    elif server is not None and server.python is not None and (interpreter := find_interpreter(server.python)):
         release = installed_for(interpreter, "sglang")
         if release is not None or is_isolated(interpreter):
             found["sglang"] = release

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from roll_r3.config.base import Config
-from roll_r3.config.strategies import MegatronConfig, SglangConfig
+from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig, SglangConfig
 from roll_r3.strategies.base import Capabilities
 
 
@@ -38,6 +38,7 @@ def load_attribute(path: str) -> Any:
 
 _REPLAYS = frozenset({"R2", "R3"})
 _MEGATRON = "roll_r3.strategies.train.megatron.strategy"
+_FSDP2 = "roll_r3.strategies.train.fsdp2.strategy"
 
 STRATEGIES: dict[str, StrategyEntry] = {
     "sglang": StrategyEntry(
@@ -45,6 +46,13 @@ STRATEGIES: dict[str, StrategyEntry] = {
         config=SglangConfig,
         capabilities=Capabilities(records_routes=True),
         factory="roll_r3.strategies.rollout.sglang.strategy:SglangRollout",
+        weight_channel="roll_r3.strategies.rollout.sglang.weights:SglangWeightChannel",
+    ),
+    "hf_infer": StrategyEntry(
+        kind="rollout",
+        config=HfInferConfig,
+        capabilities=Capabilities(records_routes=True),
+        factory="roll_r3.strategies.rollout.hf.strategy:HfRollout",
         weight_channel="roll_r3.strategies.rollout.sglang.weights:SglangWeightChannel",
     ),
     "megatron_train": StrategyEntry(
@@ -58,5 +66,17 @@ STRATEGIES: dict[str, StrategyEntry] = {
         config=MegatronConfig,
         capabilities=Capabilities(packs=True),
         factory=f"{_MEGATRON}:MegatronInfer",
+    ),
+    "fsdp2_train": StrategyEntry(
+        kind="train",
+        config=Fsdp2Config,
+        capabilities=Capabilities(replays=_REPLAYS, packs=True),
+        factory=f"{_FSDP2}:Fsdp2Train",
+    ),
+    "fsdp2_infer": StrategyEntry(
+        kind="infer",
+        config=Fsdp2Config,
+        capabilities=Capabilities(packs=True),
+        factory=f"{_FSDP2}:Fsdp2Infer",
     ),
 }

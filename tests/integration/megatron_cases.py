@@ -1,4 +1,4 @@
-"""Batches, settings and the slow reference that the megatron tests share.
+"""Batches, settings and the slow reference that the tests of all trainers share.
 
 The reference is transformers' model, one sample at a time, without padding, with its routers forced to the given
 rows; its loss and its optimizer are written out here in plain PyTorch.
@@ -67,6 +67,8 @@ class Case:
     """Further fields of the root of the configuration."""
     log_probs_first: bool = False
     """Run the pass that computes log-probabilities before the training step."""
+    engine: str = "megatron"
+    """Or "fsdp2", whose `layout` holds its own settings."""
 
     def config(self, dp_size: int = 1) -> RLVRConfig:
         """A whole configuration, as the rules want it; its reference is there for a KL loss only."""
@@ -77,9 +79,9 @@ class Case:
             "use_sequence_packing": self.packed,
             **({} if self.infer_batch_size is None else {"infer_batch_size": self.infer_batch_size}),
         }
-        reference = {**role, "strategy_args": {"strategy_name": "megatron_infer", "strategy_config": self.layout}}
+        reference = {**role, "strategy_args": {"strategy_name": f"{self.engine}_infer", "strategy_config": self.layout}}
         return RLVRConfig(
-            exp_name="megatron",
+            exp_name=self.engine,
             pretrain=self.checkpoint,
             max_steps=10,
             rollout_batch_size=SAMPLES // 2,
@@ -90,7 +92,7 @@ class Case:
                 **role,
                 "router_replay": {"mode": self.mode},
                 "data_args": {"file_name": "bundled:addition_mod10"},
-                "strategy_args": {"strategy_name": "megatron_train", "strategy_config": self.layout},
+                "strategy_args": {"strategy_name": f"{self.engine}_train", "strategy_config": self.layout},
                 "training_args": {
                     "per_device_train_batch_size": self.micro_batch_size,
                     "gradient_accumulation_steps": accumulation,
@@ -201,16 +203,31 @@ class Outcome:
     """No router holds anything after the step."""
 
 
+def open_strategy(process: ProcessInfo, case: Case, role: str = "actor_train") -> Any:
+    """The strategy of a role, its model built."""
+    from roll_r3.strategies.registry import STRATEGIES
+
+    kind = "train" if role == "actor_train" else "infer"
+    config = case.config(process.world_size // case.model_parallel_size)
+    strategy = STRATEGIES[f"{case.engine}_{kind}"].load()(config, role, process)
+    strategy.initialize()
+    return strategy
+
+
+def at_rest(strategy: Any) -> bool:
+    """No router of the model holds anything of a session."""
+    if isinstance(strategy.model.routers[0], list):
+        megatron_cpu.install()
+        from megatron.core.transformer.moe.router_replay import RouterReplay
+
+        routers = [router for chunk in strategy.model.routers for router in chunk]
+        return not RouterReplay.global_router_replay_instances and not any(router.attached for router in routers)
+    return not any(router.attached or router.module._forward_hooks for router in strategy.model.routers)
+
+
 def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
     """Build the strategy, run its step on this rank's shard, return what is to be checked."""
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
-
-    megatron_cpu.install()
-    from megatron.core.transformer.moe.router_replay import RouterReplay
-
-    dp_size = process.world_size // case.model_parallel_size
-    strategy = MegatronTrain(case.config(dp_size), "actor_train", process)
-    strategy.initialize()
+    strategy = open_strategy(process, case)
     part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
     before = strategy.compute_log_probs(part) if case.log_probs_first or case.mode == "R2" else None
     result = strategy.train_step(part, step=1)
@@ -222,8 +239,7 @@ def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
         train_counts=result.replay,
         dp_rank=strategy.data_parallel_rank,
         seconds_in_routes=result.seconds_in_routes,
-        at_rest=all(router.module.router_replay is None for chunk in strategy.model.routers for router in chunk)
-        and not RouterReplay.global_router_replay_instances,
+        at_rest=at_rest(strategy),
     )
     if before is not None:
         outcome.log_prob_counts = before.replay

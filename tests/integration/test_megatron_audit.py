@@ -94,8 +94,8 @@ def _audited_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[list
 
 @contextmanager
 def _mistake(name: str) -> Iterator[None]:
-    from roll_r3.strategies.train.megatron import replay
-    from roll_r3.strategies.train.megatron.routed_layer import LayerReplay
+    from roll_r3.strategies.train import replay
+    from roll_r3.strategies.train.routed_layer import LayerReplay
 
     session, joined = replay.ReplaySession, replay.ReplaySession._joined_routes
     with pytest.MonkeyPatch.context() as patch:
@@ -202,8 +202,8 @@ def _other_faults(process: ProcessInfo, case: Case, batch: Batch) -> None:
     assert _at_rest(strategy)
 
     with pytest.MonkeyPatch.context() as patch:  # nothing is replayed at all, and no session complains
-        patch.setattr("roll_r3.strategies.train.megatron.replay.LayerReplay.choose", _route_natively)
-        patch.setattr("roll_r3.strategies.train.megatron.replay.ReplaySession.__exit__", _leave_unchecked)
+        patch.setattr("roll_r3.strategies.train.replay.LayerReplay.choose", _route_natively)
+        patch.setattr("roll_r3.strategies.train.replay.ReplaySession.__exit__", _leave_unchecked)
         patch.setattr("roll_r3.strategies.train.megatron.routed_layer.RoutedLayer.end_forward", lambda layer: None)
         with pytest.raises(ReplayError, match="entries that went to other experts than recorded"):
             strategy.train_step(batch, step=1)
@@ -260,7 +260,7 @@ def test_a_row_left_from_a_log_prob_pass_is_found(gang: Gangs, tiny_moe: Path) -
 
 
 def _stale_rows(process: ProcessInfo, case: Case, batch: Batch) -> None:
-    from roll_r3.strategies.train.megatron.replay import LayerReplay, ReplaySession
+    from roll_r3.strategies.train.replay import LayerReplay, ReplaySession
 
     survivors: dict[int, LayerReplay] = {}
 

@@ -237,7 +237,7 @@ def test_layers_that_predict_further_tokens_route_by_themselves(
 
 
 def _rows_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
-    from roll_r3.strategies.train.megatron import replay
+    from roll_r3.strategies.train import replay
 
     gather = replay.gather_slots
     patch.setattr(
@@ -246,7 +246,7 @@ def _rows_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
 
 
 def _layers_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
-    from roll_r3.strategies.train.megatron.replay import ReplaySession
+    from roll_r3.strategies.train.replay import ReplaySession
 
     original = ReplaySession.__init__
 
@@ -267,7 +267,7 @@ def _sp_slice_of_the_wrong_rank(patch: pytest.MonkeyPatch, layers: int) -> None:
 
 def _routes_laid_out(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> None:
     """Routers' rows by another layout than the tokens'."""
-    from roll_r3.strategies.train.megatron import micro_batch
+    from roll_r3.strategies.train import micro_batch
 
     build = micro_batch.build_token_map
 
@@ -282,7 +282,7 @@ def _routes_laid_out(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> 
 
 def _counted_layers_of_a_chunk(patch: pytest.MonkeyPatch, layers: int) -> None:
     """Layers by their count in the list of routers, as if no layer were dense."""
-    from roll_r3.strategies.train.megatron.replay import ReplaySession
+    from roll_r3.strategies.train.replay import ReplaySession
 
     original = ReplaySession.__init__
 

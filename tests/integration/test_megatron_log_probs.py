@@ -92,8 +92,8 @@ def test_the_reference_beside_the_actor_is_untouched(gang: Gangs, tiny_moe: Path
 def _reference_beside_actor(process: ProcessInfo, case: Case, batch: Batch) -> None:
     from megatron.core.transformer.moe.router_replay import RouterReplay
 
-    from roll_r3.strategies.train.megatron.replay import ReplaySession
     from roll_r3.strategies.train.megatron.strategy import MegatronInfer, MegatronTrain
+    from roll_r3.strategies.train.replay import ReplaySession
 
     actor = MegatronTrain(case.config(), "actor_train", process)
     frozen = MegatronInfer(case.config(), "reference", process)

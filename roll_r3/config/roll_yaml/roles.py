@@ -12,7 +12,7 @@ from roll_r3.config.tree import Keys
 _CONFIG = "strategy_args.strategy_config"
 _GONE = {
     "actor_train": "write strategy_name: megatron_train, and its layout",
-    "actor_infer": "write strategy_name: sglang",
+    "actor_infer": "write strategy_name: sglang, or hf_infer",
     "reference": "write strategy_name: megatron_infer, and its layout",
 }
 _STRANGERS = (
@@ -41,6 +41,8 @@ def _strangers(draft: Draft) -> None:
     """Strategies that roll_r3 does not have go with their settings, which no other strategy could read."""
     for keys in draft.expand("<role>.strategy_args.strategy_name"):
         role, name = str(keys[0]), draft.get(keys)
+        if (role, name) == ("actor_infer", "hf_infer"):
+            continue
         if isinstance(name, str) and (name in _STRANGERS or name.startswith("deepspeed")):
             draft.refuse(keys, _GONE[role])
             draft.drop((role, "strategy_args"))
@@ -125,7 +127,7 @@ ROWS = (
     Row(
         under("<role>.strategy_args", "strategy_name"),
         Joint(
-            "`megatron_train`, `megatron_infer`, `sglang` are the same; DeepSpeed and transformers are not supported"
+            "`megatron_train`, `megatron_infer`, `sglang` are the same, and `hf_infer` for the rollout; not DeepSpeed"
         ),
     ),
     Row(under("<role>", "device_mapping", "router_replay", "use_sequence_packing"), Same()),

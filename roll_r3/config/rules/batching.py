@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from roll_r3.config.derived import (
     MegatronWorker,
+    ModelWorker,
     data_parallel_size,
     layout,
     longest_sequence,
     mini_batch_size,
+    runs_megatron,
     token_alignment,
 )
 from roll_r3.config.pipeline import RLVRConfig
@@ -23,7 +25,7 @@ ALIGNMENT = (TP, CP, SP, "sequence_length_round")
 """What `token_alignment` reads."""
 
 
-def _samples_over_ranks(config: RLVRConfig, worker: MegatronWorker) -> Verdict:
+def _samples_over_ranks(config: RLVRConfig, worker: ModelWorker) -> Verdict:
     size = data_parallel_size(worker)  # 0 is refused by a rule of its own
     return remainder(config.samples_per_step, size, "data-parallel ranks") if size else False
 
@@ -44,6 +46,8 @@ def _warms_up_all_along(config: RLVRConfig) -> Verdict:
 
 
 def _interleaved_micro_batches(config: RLVRConfig) -> Verdict:
+    if not runs_megatron(config.actor_train):
+        return False
     m = layout(config.actor_train)
     stages = m.pipeline_model_parallel_size
     if m.chunks_per_stage is None or stages < 2 or config.actor_train.use_dynamic_batching_in_train:
@@ -51,13 +55,13 @@ def _interleaved_micro_batches(config: RLVRConfig) -> Verdict:
     return remainder(config.actor_train.training_args.gradient_accumulation_steps, stages, "pipeline stages")
 
 
-def _too_small(config: RLVRConfig, worker: MegatronWorker, budget: int | None) -> Verdict:
+def _too_small(config: RLVRConfig, worker: ModelWorker, budget: int | None) -> Verdict:
     alignment = token_alignment(worker)
     needed = -(-(longest_sequence(config) - 1) // alignment) * alignment
     return f"it takes {needed}" if budget is not None and budget < needed else False
 
 
-def _infer_budget_too_small(config: RLVRConfig, worker: MegatronWorker) -> Verdict:
+def _infer_budget_too_small(config: RLVRConfig, worker: ModelWorker) -> Verdict:
     return worker.use_dynamic_batching_in_infer and _too_small(
         config, worker, worker.max_tokens_per_microbatch_in_infer
     )
@@ -82,7 +86,7 @@ RULES: tuple[AnyRule, ...] = (
         fields=("rollout_batch_size", "num_return_sequences_in_group", "{role}.device_mapping"),
         depends=tuple(f"{{role}}.{size}" for size in (TP, PP, CP)),
         why="the samples of a step (rollout_batch_size x num_return_sequences_in_group) must divide over the "
-        "data-parallel ranks (devices / (TP x PP x CP))",
+        "data-parallel ranks (devices / (TP x PP x CP); under FSDP2 the devices)",
         fix="change rollout_batch_size, or the number of devices",
         wrong=("actor_train.device_mapping=range(3)",),
         right=("actor_train.device_mapping=range(8)",),
@@ -152,14 +156,14 @@ RULES: tuple[AnyRule, ...] = (
             != (c.actor_train.max_tokens_per_microbatch_in_train is not None)
         ),
     ),
-    LayoutRule(
+    RoleRule(
         id="infer-budget-given",
         fields=(INFER_BUDGET, INFER_DYNAMIC),
         why="a token budget is read with dynamic batching only, and dynamic batching needs one",
         fix="write both, or neither",
         wrong=("actor_train.max_tokens_per_microbatch_in_infer=4096",),
         right=("actor_train.use_dynamic_batching_in_infer=true", "actor_train.max_tokens_per_microbatch_in_infer=4096"),
-        violates=lambda w: w.use_dynamic_batching_in_infer != (w.max_tokens_per_microbatch_in_infer is not None),
+        violates=lambda _, w: w.use_dynamic_batching_in_infer != (w.max_tokens_per_microbatch_in_infer is not None),
     ),
     Rule(
         id="train-budget-fits-longest",
@@ -203,7 +207,7 @@ RULES: tuple[AnyRule, ...] = (
         ),
         violates=_infer_budget_too_small,
     ),
-    LayoutRule(
+    RoleRule(
         id="infer-batch-unread",
         fields=("infer_batch_size", INFER_DYNAMIC),
         why="with dynamic batching the token budget cuts micro-batches: nothing would read this setting",
@@ -218,7 +222,7 @@ RULES: tuple[AnyRule, ...] = (
             "actor_train.use_dynamic_batching_in_train=true",
             "actor_train.max_tokens_per_microbatch_in_train=4096",
         ),
-        violates=lambda w: (
+        violates=lambda _, w: (
             w.use_dynamic_batching_in_infer
             and w.infer_batch_size != WorkerConfig.model_fields["infer_batch_size"].default
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 
-from roll_r3.config.derived import expert_layout, megatron_workers, model_parallel_size, workers
+from roll_r3.config.derived import engine_size, expert_layout, model_parallel_size, model_workers, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import CP, ENGINE, EP, ETP, PP, TP, TRAIN
 from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict, remainder
@@ -24,7 +24,7 @@ def _roles_without_devices(config: RLVRConfig) -> Verdict:
 
 def _shared_with_engines(config: RLVRConfig) -> str:
     engines = set(config.actor_infer.device_mapping)
-    shared = {role: sorted(engines & set(worker.device_mapping)) for role, worker in megatron_workers(config).items()}
+    shared = {role: sorted(engines & set(worker.device_mapping)) for role, worker in model_workers(config).items()}
     return ", ".join(f"with {role} it shares {devices[:8]}" for role, devices in shared.items() if devices)
 
 
@@ -85,11 +85,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="change the number of devices to a multiple of tp_size",
         wrong=("actor_infer.device_mapping=range(3)", f"{ENGINE}.tp_size=2"),
         right=("actor_infer.device_mapping=range(4)", f"{ENGINE}.tp_size=2"),
-        violates=lambda c: remainder(
-            len(c.actor_infer.device_mapping),
-            c.actor_infer.strategy_args.strategy_config.tp_size,
-            "devices of an engine",
-        ),
+        violates=lambda c: remainder(len(c.actor_infer.device_mapping), engine_size(c), "devices of an engine"),
     ),
     Rule(
         id="gpus-not-shared",

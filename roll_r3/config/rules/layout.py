@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import MegatronWorker, changed, expert_layout, layout, megatron_workers
+from roll_r3.config.derived import MegatronWorker, changed, expert_layout, layout, megatron_workers, runs_megatron
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.pipeline_layout import parse_pipeline_layout
 from roll_r3.config.rules.paths import BATCH, EP, ETP, MEGATRON, PP, REFERENCE, SP, TP, TRAIN, VPP
@@ -16,7 +16,8 @@ LOSS = f"{MEGATRON}.account_for_loss_in_pipeline_split"
 LAYOUT = f"{MEGATRON}.pipeline_model_parallel_layout"
 RECOMPUTE = f"{MEGATRON}.recompute"
 TRAINING_ONLY = tuple(
-    f"{REFERENCE}.{name}" for name in ("use_distributed_optimizer", "overlap_grad_reduce", "recompute_granularity")
+    f"{REFERENCE}.{name}"
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce", "recompute_granularity", "recompute")
 )
 
 
@@ -302,7 +303,7 @@ RULES: tuple[AnyRule, ...] = (
         "reference-runs-no-code",
         "reference.model_args.trust_remote_code",
         "reference.strategy_args.strategy_name",
-        lambda c: False,
+        lambda c: c.reference is not None and not runs_megatron(c.reference),
         "leave it out: Megatron builds models without the checkpoint's code",
         wrong=("use_kl_loss=true", "reference.model_args.trust_remote_code=true"),
         right=("use_kl_loss=true", "actor_train.model_args.trust_remote_code=true", "reference={}"),
@@ -310,7 +311,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="reference-only-infers",
         fields=TRAINING_ONLY,
-        why="megatron_infer has neither gradients nor an optimizer: some settings of the reference have no effect",
+        why="the reference has neither gradients nor an optimizer: some of its settings have no effect",
         fix="leave them out under reference",
         wrong=("use_kl_loss=true", f"{REFERENCE}.use_distributed_optimizer=true"),
         right=(f"{TRAIN}.use_distributed_optimizer=true",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import changed, layout, workers
+from roll_r3.config.derived import changed, layout, runs_megatron, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import INFER_REPLAY, MEGATRON, REFERENCE, TRAIN, TRAIN_REPLAY
 from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict
@@ -57,7 +57,11 @@ RULES: tuple[AnyRule, ...] = (
         fix="write moe_router_fusion: false",
         wrong=(f"{TRAIN}.moe_router_fusion=true",),
         right=(f"{TRAIN}.moe_router_fusion=true", "actor_train.router_replay={}", "actor_infer.router_replay={}"),
-        violates=lambda c: layout(c.actor_train).moe_router_fusion and c.actor_train.router_replay.mode != "disable",
+        violates=lambda c: (
+            c.actor_train.router_replay.mode != "disable"
+            and runs_megatron(c.actor_train)
+            and layout(c.actor_train).moe_router_fusion
+        ),
     ),
     LayoutRule(
         id="no-aux-loss",
@@ -76,7 +80,11 @@ RULES: tuple[AnyRule, ...] = (
         fix="leave it out under reference",
         wrong=("use_kl_loss=true", f"{REFERENCE}.moe_router_bias_update_rate=0.001"),
         right=("use_kl_loss=true", "reference={}", f"{TRAIN}.moe_router_bias_update_rate=0.001"),
-        violates=lambda c: c.reference is not None and layout(c.reference).moe_router_bias_update_rate != 0,
+        violates=lambda c: (
+            c.reference is not None
+            and runs_megatron(c.reference)
+            and layout(c.reference).moe_router_bias_update_rate != 0
+        ),
     ),
     Rule(
         id="audit-is-the-trainers",
@@ -95,6 +103,15 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("actor_train.router_replay={audit: true}", "actor_infer.router_replay={}"),
         right=("actor_train.router_replay={mode: R2, audit: true}", "actor_infer.router_replay={}"),
         violates=lambda c: c.actor_train.router_replay.audit and c.actor_train.router_replay.mode == "disable",
+    ),
+    Rule(
+        id="audit-needs-a-dispatcher",
+        fields=("actor_train.router_replay.audit", "actor_train.strategy_args.strategy_name"),
+        why="the audit reads Megatron's token dispatchers; under FSDP2 there are none, tokens stay on their rank",
+        fix="write audit: false, or strategy_name: megatron_train",
+        wrong=("actor_train.router_replay.audit=true", "actor_train.strategy_args.strategy_name=fsdp2_train"),
+        right=("actor_train.router_replay.audit=true", "actor_train.strategy_args.strategy_name=megatron_train"),
+        violates=lambda c: c.actor_train.router_replay.audit and not runs_megatron(c.actor_train),
     ),
     Rule(
         id="audit-every-unread",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import engine_room
+from roll_r3.config.derived import engine_room, sglang
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
@@ -13,6 +13,21 @@ _ROOM = ("prompt_length", "response_length", "actor_infer.generating_args.max_ne
 def _too_little(config: RLVRConfig, tokens: int | None) -> Verdict:
     needed = engine_room(config)
     return f"it takes {needed}" if tokens is not None and tokens < needed else False
+
+
+def _context_too_short(config: RLVRConfig) -> Verdict:
+    server = sglang(config)
+    return server is not None and _too_little(config, server.context_length)
+
+
+def _cache_too_small(config: RLVRConfig) -> Verdict:
+    server = sglang(config)
+    return server is not None and _too_little(config, server.max_total_tokens)
+
+
+def _memory_share_on_cpu(config: RLVRConfig) -> Verdict:
+    server = sglang(config)
+    return config.device_type == "cpu" and server is not None and server.mem_fraction_static is not None
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -32,7 +47,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="leave context_length out, or write at least that many",
         wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=17"),
         right=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=18"),
-        violates=lambda c: _too_little(c, c.actor_infer.strategy_args.strategy_config.context_length),
+        violates=_context_too_short,
     ),
     Rule(
         id="engine-cache-fits",
@@ -41,7 +56,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="leave max_total_tokens out, or write at least that many",
         wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=17"),
         right=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=18"),
-        violates=lambda c: _too_little(c, c.actor_infer.strategy_args.strategy_config.max_total_tokens),
+        violates=_cache_too_small,
     ),
     Rule(
         id="top-k-range",
@@ -88,9 +103,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="leave it out, and set max_total_tokens",
         wrong=("device_type=cpu", f"{ENGINE}.mem_fraction_static=0.5"),
         right=("device_type=auto", f"{ENGINE}.mem_fraction_static=0.5"),
-        violates=lambda c: (
-            c.device_type == "cpu" and c.actor_infer.strategy_args.strategy_config.mem_fraction_static is not None
-        ),
+        violates=_memory_share_on_cpu,
         severity="warning",
     ),
 )

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from roll_r3.config.derived import MegatronWorker, changed, megatron_workers, values_at
+from roll_r3.config.derived import (
+    MegatronWorker,
+    ModelWorker,
+    changed,
+    megatron_workers,
+    model_workers,
+    values_at,
+)
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Finding, Severity
 from roll_r3.config.tree import join
@@ -67,11 +74,24 @@ class Rule(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayoutRule(Row):
-    """One row about each role that Megatron runs: `actor_train`, and `reference` where there is one.
+class RoleRule(Row):
+    """One row about the whole configuration and each role whose ranks run the model.
 
-    `fields` are within the role.
+    `fields` are within the role, or say with `{role}` where it stands.
     """
+
+    violates: Callable[[RLVRConfig, ModelWorker], Verdict]
+
+    def check(self, config: RLVRConfig) -> Iterator[Finding]:
+        """Yield one finding for each role that violates the rule."""
+        for role, worker in model_workers(config).items():
+            if verdict := self.violates(config, worker):
+                yield self.finding(config, verdict, role)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutRule(Row):
+    """One row about each of these roles that Megatron runs. `fields` as of a `RoleRule`."""
 
     violates: Callable[[MegatronWorker], Verdict]
 
@@ -82,20 +102,7 @@ class LayoutRule(Row):
                 yield self.finding(config, verdict, role)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoleRule(Row):
-    """One row about the whole configuration and each role that Megatron runs; `{role}` in a field is the role."""
-
-    violates: Callable[[RLVRConfig, MegatronWorker], Verdict]
-
-    def check(self, config: RLVRConfig) -> Iterator[Finding]:
-        """Yield one finding for each role that violates the rule."""
-        for role, worker in megatron_workers(config).items():
-            if verdict := self.violates(config, worker):
-                yield self.finding(config, verdict, role)
-
-
-AnyRule = Rule | LayoutRule | RoleRule
+AnyRule = Rule | RoleRule | LayoutRule
 
 
 def check_rows(config: RLVRConfig, rules: Iterable[AnyRule]) -> list[Finding]:

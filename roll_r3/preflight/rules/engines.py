@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from roll_r3.config.derived import megatron_workers
+from roll_r3.config.derived import model_workers, sglang
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE, INFER_REPLAY, TRAIN_REPLAY
 from roll_r3.config.rules.table import Verdict
@@ -23,7 +23,7 @@ MEGATRON_CORE = "0.16"
 def _entry(config: RLVRConfig, surroundings: Surroundings, role: str) -> StrategyEntry:
     """The registry's row of the strategy that a configured role runs."""
     names: dict[str, str] = {"actor_infer": config.actor_infer.strategy_args.strategy_name}
-    names |= {name: worker.strategy_args.strategy_name for name, worker in megatron_workers(config).items()}
+    names |= {name: worker.strategy_args.strategy_name for name, worker in model_workers(config).items()}
     return surroundings.strategies[names[role]]
 
 
@@ -39,8 +39,18 @@ def _trainer_cannot_replay(config: RLVRConfig, surroundings: Surroundings) -> Ve
 
 
 def _cannot_pack(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    roles = [role for role, worker in megatron_workers(config).items() if worker.use_sequence_packing]
+    roles = [role for role, worker in model_workers(config).items() if worker.use_sequence_packing]
     return ", ".join(role for role in roles if not _entry(config, surroundings, role).capabilities.packs)
+
+
+def _args_that_lose_routes(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    server = sglang(config)
+    return "" if server is None else "; ".join(args_that_lose_routes(server))
+
+
+def _refused_server_args(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    server = sglang(config)
+    return "" if server is None else "; ".join(refused_server_args(server))
 
 
 def _missing(package: str) -> Callable[[RLVRConfig, Surroundings], Verdict]:
@@ -76,7 +86,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="r3-needs-recording-rollout",
         fields=("actor_infer.strategy_args.strategy_name", INFER_REPLAY),
         why="R3 replays the experts that the rollout used, and this rollout strategy does not record them",
-        fix="choose a rollout strategy that records routes (sglang), or disable replay on both sides",
+        fix="choose a rollout strategy that records routes (sglang or hf_infer), or disable replay on both sides",
         wrong=(),
         wrong_where=Pretend(capabilities={"sglang": Capabilities()}),
         right=(),
@@ -114,9 +124,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         fix="take them out",
         wrong=(f"{ENGINE}.server_args.speculative_algorithm=EAGLE",),
         right=(f"{ENGINE}.server_args.schedule_policy=fcfs",),
-        violates=lambda config, where: "; ".join(
-            args_that_lose_routes(config.actor_infer.strategy_args.strategy_config)
-        ),
+        violates=_args_that_lose_routes,
     ),
     SurroundingsRule(
         id="server-args-owned",
@@ -125,7 +133,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         fix="take them out",
         wrong=(f"{ENGINE}.server_args.port=30000",),
         right=(f"{ENGINE}.server_args.schedule_policy=fcfs",),
-        violates=lambda config, where: "; ".join(refused_server_args(config.actor_infer.strategy_args.strategy_config)),
+        violates=_refused_server_args,
     ),
     SurroundingsRule(
         id="sglang-installed",

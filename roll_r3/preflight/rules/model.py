@@ -7,10 +7,13 @@ from dataclasses import replace
 from roll_r3.config.derived import (
     checkpoint_of,
     engine_room,
+    engine_size,
     expert_layout,
     layout,
     longest_sequence,
     megatron_workers,
+    runs_megatron,
+    sglang,
     workers,
 )
 from roll_r3.config.pipeline import RLVRConfig
@@ -89,14 +92,15 @@ def _reference_speaks_otherwise(config: RLVRConfig, surroundings: Surroundings) 
 
 def _engine_lacks_a_kernel(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     model = _models(config, surroundings).get("actor_infer")
-    return config.device_type == "cpu" and model is not None and model.raw.get("model_type") == "qwen2_moe"
+    serves = config.device_type == "cpu" and sglang(config) is not None
+    return serves and model is not None and model.raw.get("model_type") == "qwen2_moe"
 
 
 def _engine_splits_heads(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     model = _models(config, surroundings).get("actor_infer")
     if model is None or model.facts is None:
         return False
-    return remainder(model.facts.num_attention_heads, config.actor_infer.strategy_args.strategy_config.tp_size, "ranks")
+    return remainder(model.facts.num_attention_heads, engine_size(config), "ranks")
 
 
 def _unreadable_sizes(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -140,7 +144,7 @@ def _tied_over_stages(config: RLVRConfig, surroundings: Surroundings) -> Verdict
 
 def _no_bias_to_move(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     model = _models(config, surroundings).get("actor_train")
-    moves = layout(config.actor_train).moe_router_bias_update_rate != 0
+    moves = runs_megatron(config.actor_train) and layout(config.actor_train).moe_router_bias_update_rate != 0
     return moves and model is not None and model.facts is not None and not model.facts.expert_bias
 
 
@@ -291,9 +295,14 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ),
     SurroundingsRule(
         id="engine-serves-the-model",
-        fields=("device_type", "actor_infer.model_args.model_name_or_path", "pretrain"),
+        fields=(
+            "device_type",
+            "actor_infer.strategy_args.strategy_name",
+            "actor_infer.model_args.model_name_or_path",
+            "pretrain",
+        ),
         why="on a CPU SGLang does not serve Qwen2-MoE: the gate of its shared expert is a Triton kernel",
-        fix="sample on a GPU, or name another model",
+        fix="sample on a GPU, write strategy_name: hf_infer, or name another model",
         wrong=("device_type=cpu", "pretrain=Qwen/Qwen2-57B-A14B"),
         right=("device_type=cuda", "pretrain=Qwen/Qwen2-57B-A14B", "actor_infer.device_mapping=1"),
         violates=_engine_lacks_a_kernel,

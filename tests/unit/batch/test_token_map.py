@@ -61,6 +61,13 @@ def cells_of(slots: np.ndarray, lens: list[int]) -> list:
     return [None if s == PADDING else names[s] for s in slots]
 
 
+@given(lengths, st.booleans(), st.sampled_from([0, 7, 40]), st.integers(1, 3))
+def test_routers_that_see_row_after_row(lens, packed, pad_to, multiple):
+    grids, _ = brute_force(lens, packed, 1, 1, pad_to, multiple)
+    token_map = build_token_map(lens, Layout(packed, multiple=multiple, batch_outer=True), pad_to=pad_to)
+    assert cells_of(token_map.router_slots_t, lens) == [cell for row in grids[0] for cell in row]
+
+
 @settings(max_examples=1500, deadline=None)
 @given(lengths, st.booleans(), sizes, sizes, st.sampled_from([0, 0, 7, 40]), st.integers(1, 3))
 def test_every_layout_equals_the_simulation(lens, packed, cp, sp, pad_to, multiple):

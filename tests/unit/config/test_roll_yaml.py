@@ -594,6 +594,13 @@ def test_settings_of_another_trainer_are_left_to_its_strategy():
     assert run(of_roll(actor_train__strategy_args=args))[0]["actor_train"]["strategy_args"] == args
 
 
+def test_transformers_can_sample():
+    args = {"strategy_name": "hf_infer", "strategy_config": {"dtype": "float32"}}
+    translated, named = run(of_roll(actor_infer__strategy_args=args))
+    assert translated["actor_infer"]["strategy_args"] == args
+    assert "actor_infer.strategy_args.strategy_name" not in named.get("roll-unsupported", ())
+
+
 def test_values_of_a_section_are_not_printed():
     data = of_roll(
         tracker_kwargs={"api_key": "hush"}, rewards__math_rule__judge_api_key="hush", system_envs={"K": "hush"}

@@ -38,6 +38,9 @@ def devices(role: str, number: int) -> str:
     return f"{role}.device_mapping=range({number})"
 
 
+FSDP2 = f"{TRAIN}.strategy_name=fsdp2_train"
+FSDP2_REFERENCE = "reference.strategy_args={strategy_name: fsdp2_infer}"
+HF = f"{ENGINE}.strategy_name=hf_infer"
 TWO_STAGES = {"pipeline_model_parallel_size": 2}
 LAYOUT = {"pipeline_model_parallel_layout": "'Ett|ttL'"}
 SHORT = ["prompt_length=8", "response_length=9"]  # 16 inputs
@@ -137,9 +140,17 @@ MORE_EXAMPLES: dict[str, Examples] = {
         ],
     ),
     "tp-needs-sp": ([], [[megatron(sequence_parallel="false")]]),
-    "engine-devices-over-tp": ([[sglang(tp_size=2)]], []),
+    "engine-devices-over-tp": ([[sglang(tp_size=2)]], [[HF, "actor_infer.device_mapping=range(3)"]]),
+    "engine-batch-unread": ([[HF, "actor_infer.infer_batch_size=4"]], []),
+    "engine-dtype-unread": (
+        [[HF, "actor_infer.model_args.dtype=fp32"]],
+        [[HF, f"{ENGINE}.strategy_config.dtype=float32"]],
+    ),
     "gpus-not-shared": (
-        [["device_type=cuda", "actor_infer.device_mapping=[1]", KL, "reference.device_mapping=[1]"]],
+        [
+            ["device_type=cuda", "actor_infer.device_mapping=[1]", KL, "reference.device_mapping=[1]"],
+            ["device_type=cuda", "actor_infer.device_mapping=[0, 1]", FSDP2],
+        ],
         [["device_type=cpu"]],
     ),
     "warmup-within-run": (
@@ -171,10 +182,20 @@ MORE_EXAMPLES: dict[str, Examples] = {
         [],
     ),
     "samples-over-ranks": (
-        [[KL, devices("reference", 5)]],
+        [
+            [KL, devices("reference", 5)],
+            [FSDP2, devices("actor_train", 5)],
+            [KL, FSDP2_REFERENCE, devices("reference", 5)],
+        ],
         [[devices("actor_train", 6), megatron(context_parallel_size=3)]],
     ),
-    "samples-over-mini-batches": ([[f"{BATCH}.per_device_train_batch_size=64", devices("actor_train", 2)]], []),
+    "samples-over-mini-batches": (
+        [
+            [f"{BATCH}.per_device_train_batch_size=64", devices("actor_train", 2)],
+            [f"{BATCH}.per_device_train_batch_size=64", devices("actor_train", 2), FSDP2],
+        ],
+        [[f"{BATCH}.per_device_train_batch_size=32", devices("actor_train", 2), FSDP2]],
+    ),
     "interleaved-micro-batches": (
         [],
         [
@@ -194,16 +215,26 @@ MORE_EXAMPLES: dict[str, Examples] = {
     "train-budget-fits-longest": (
         [
             [*SHORT, *train_budget(16), "actor_train.sequence_length_round=3"],
+            [*SHORT, *train_budget(16), "actor_train.sequence_length_round=3", FSDP2],
             [*SHORT, *train_budget(16), devices("actor_train", 6), megatron(tensor_model_parallel_size=3)],
             [*SHORT, *train_budget(16), devices("actor_train", 3), megatron(context_parallel_size=3)],
         ],
-        [[*SHORT, *train_budget(18), "actor_train.sequence_length_round=3"]],
+        [
+            [*SHORT, *train_budget(18), "actor_train.sequence_length_round=3"],
+            [*SHORT, *train_budget(18), "actor_train.sequence_length_round=3", FSDP2],
+        ],
     ),
     "infer-budget-fits-longest": (
         [[*SHORT, KL, *infer_budget("reference", 15)]],
         [[*SHORT, KL, *infer_budget("reference", 16)]],
     ),
-    "infer-batch-unread": ([[KL, *infer_budget("reference", 4096), "reference.infer_batch_size=4"]], []),
+    "infer-batch-unread": (
+        [
+            [FSDP2, *infer_budget("actor_train", 4096), "actor_train.infer_batch_size=4"],
+            [KL, *infer_budget("reference", 4096), "reference.infer_batch_size=4"],
+        ],
+        [],
+    ),
     "dynamic-batching-with-allgather": ([[KL, *REFERENCE_ALLGATHER]], [[devices("actor_train", 2), ALLGATHER]]),
     "kl-needs-reference": (
         [["add_token_level_kl=true", "init_kl_coef=0.1"]],
@@ -226,7 +257,13 @@ MORE_EXAMPLES: dict[str, Examples] = {
         [],
     ),
     "kl-loss-coef-unread": ([], [["kl_loss_coef=0.001"]]),
-    "reference-only-infers": ([[KL, reference(overlap_grad_reduce="true")]], [[KL, "reference={}"]]),
+    "reference-only-infers": (
+        [
+            [KL, reference(overlap_grad_reduce="true")],
+            [KL, f"{FSDP2_REFERENCE[:-1]}, strategy_config: {{recompute: true}}}}"],
+        ],
+        [[KL, "reference={}"], [KL, FSDP2_REFERENCE], [FSDP2, f"{TRAIN}.strategy_config.recompute=true"]],
+    ),
 }
 
 

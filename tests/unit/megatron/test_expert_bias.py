@@ -82,8 +82,8 @@ def chunk_of() -> Any:
 @contextmanager
 def _session(chunk: _Chunk, mode: str, micro_batches: list[Any]) -> Iterator[Any]:
     from roll_r3.models.facts import ModelFacts
-    from roll_r3.strategies.train.megatron.replay import ReplaySession
     from roll_r3.strategies.train.megatron.routed_layer import Router
+    from roll_r3.strategies.train.replay import ReplaySession
 
     if mode == "disable":
         yield None
@@ -143,7 +143,7 @@ def _loads(chunk: _Chunk, micro_batches: list[Any]) -> torch.Tensor:
     [Layout(), Layout(packed=True, sp_size=4, sp_rank=3), Layout(cp_size=2, cp_rank=1), Layout(sp_size=2, sp_rank=1)],
 )
 def test_only_real_tokens_count_and_each_once(layout: Layout, recompute: bool, mode: str, chunk_of: Any) -> None:
-    from roll_r3.strategies.train.megatron.micro_batch import cut
+    from roll_r3.strategies.train.micro_batch import cut
 
     chunk = chunk_of(recompute)
     micro_batches = cut(_batch(), [np.array([0, 1]), np.array([0])], layout)
@@ -168,7 +168,7 @@ def test_only_real_tokens_count_and_each_once(layout: Layout, recompute: bool, m
 
 def test_a_pass_without_gradients_counts_nothing(chunk_of: Any) -> None:
     from roll_r3.strategies.train.megatron.expert_bias import RealTokenCounts
-    from roll_r3.strategies.train.megatron.micro_batch import cut
+    from roll_r3.strategies.train.micro_batch import cut
 
     chunk = chunk_of()
     (micro,) = cut(_batch(), [np.arange(2)], Layout())
@@ -179,7 +179,7 @@ def test_a_pass_without_gradients_counts_nothing(chunk_of: Any) -> None:
 
 
 def test_a_failed_schedule_leaves_no_counts_and_no_hooks(chunk_of: Any) -> None:
-    from roll_r3.strategies.train.megatron.micro_batch import cut
+    from roll_r3.strategies.train.micro_batch import cut
 
     chunk = chunk_of()
     micro_batches = cut(_batch(), [np.arange(2)], Layout())
@@ -190,7 +190,7 @@ def test_a_failed_schedule_leaves_no_counts_and_no_hooks(chunk_of: Any) -> None:
 
 
 def test_bf16_weights_do_not_coarsen_the_counts(chunk_of: Any) -> None:
-    from roll_r3.strategies.train.megatron.micro_batch import cut
+    from roll_r3.strategies.train.micro_batch import cut
 
     chunk = chunk_of()
     chunk.router.local_tokens_per_expert.data = torch.full((EXPERTS,), 256.0, dtype=torch.bfloat16)

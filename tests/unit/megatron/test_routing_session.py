@@ -71,8 +71,8 @@ def _batch(seed: int, known: bool = True) -> Batch:
 
 
 def _world(*, recomputed: bool = True, known: bool = True, num_micro_batches: int = 2) -> World:
-    from roll_r3.strategies.train.megatron.micro_batch import cut
     from roll_r3.strategies.train.megatron.routed_layer import Router
+    from roll_r3.strategies.train.micro_batch import cut
 
     def router(layer: int) -> Router:
         return Router(SimpleNamespace(router_replay=None), layer, recomputed)
@@ -82,7 +82,7 @@ def _world(*, recomputed: bool = True, known: bool = True, num_micro_batches: in
 
 
 def _session(world: World, *, forward_only: bool = False):
-    from roll_r3.strategies.train.megatron.replay import ReplaySession
+    from roll_r3.strategies.train.replay import ReplaySession
 
     return ReplaySession(
         world.routers,
@@ -145,7 +145,7 @@ def test_forward_and_recompute_use_the_rows_of_their_micro_batch() -> None:
 )
 def test_negative_control_of_the_order_of_backward(mistake: str, noticed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes wrong in megatron's own replay: its queue's order, and an action that stays at forward."""
-    from roll_r3.strategies.train.megatron.routed_layer import LayerReplay
+    from roll_r3.strategies.train.routed_layer import LayerReplay
 
     if mistake == "newest first":
         monkeypatch.setattr(LayerReplay, "_recompute", lambda layer: layer.queue.pop())
@@ -220,7 +220,7 @@ def test_agreement_with_the_live_router_is_counted_in_forward_only_passes() -> N
 
 
 def test_recording_keeps_the_live_choice_and_places_padding_as_replay_does() -> None:
-    from roll_r3.strategies.train.megatron.replay import RecordSession
+    from roll_r3.strategies.train.replay import RecordSession
 
     world = _world(num_micro_batches=1)
     (micro,) = world.micro_batches
@@ -333,7 +333,7 @@ def test_routes_that_do_not_fit_are_refused(routes: Any, said: str) -> None:
 
 
 def test_the_pipeline_is_filled_with_repeats_that_do_not_count() -> None:
-    from roll_r3.strategies.train.megatron.micro_batch import fill_up
+    from roll_r3.strategies.train.micro_batch import fill_up
 
     world = _world(num_micro_batches=3)
     filled = fill_up(world.micro_batches, 4)

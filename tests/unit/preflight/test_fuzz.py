@@ -127,7 +127,7 @@ def test_no_mistake_elsewhere_hides_what_a_rule_forbids(rule, changes):
     concerned += [
         f"{role}{field}" for field in (*rule.fields, *rule.depends) for role in ("", "actor_train.", "reference.")
     ]
-    concerned += ["pretrain", "actor_train.model_args"]
+    concerned += ["pretrain", "actor_train.model_args", "*.strategy_args.strategy_name"]  # another name, other settings
     content = yaml.safe_load(MINIMAL)
     for path, value in changes:
         if not any(overlap(one, path) for one in concerned):

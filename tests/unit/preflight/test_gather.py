@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from roll_r3.models.size import Held
-from roll_r3.preflight.gather import gathered_into
+from roll_r3.preflight.gather import gathered_into, shards_gathered_into
 from roll_r3.preflight.ranks import Grid
 
 Piece = tuple[str, int, int, int]
@@ -66,3 +66,11 @@ def test_bytes_into_each_node(grid, per_node, data):
     wanted = played(grid, sizes, nodes)
     found = gathered_into(grid, held, nodes, element=2)
     assert dict(found) == {node: 2 * wanted[node] for node in set(nodes)}
+
+
+@given(data=st.data(), ranks=st.integers(1, 8), per_node=st.integers(1, 8), each=st.integers(1, 9))
+def test_bytes_into_each_node_of_shards(data, ranks, per_node, each):
+    order = data.draw(st.permutations(range(ranks)))
+    nodes = [device // per_node for device in order]
+    found = shards_gathered_into(each * ranks, nodes, element=2)
+    assert dict(found) == {node: 2 * sum(each for other in nodes if other != node) for node in set(nodes)}

@@ -406,3 +406,36 @@ def test_the_text_of_a_small_run():
     assert "nothing but samples" in text
     assert "devices with several roles" not in text
     assert "routes: none are recorded" in render_plan(plan({}, 1, mode="disable"))
+
+
+def test_the_memory_of_a_role_under_fsdp2_is_not_planned_and_the_plan_says_so():
+    base = config({}, 4, mode="R2", use_kl_loss=True, reference={"device_mapping": [0, 1]})
+    args = {"strategy_name": "fsdp2_train", "strategy_config": {}}
+    plain = base.model_dump() | {"actor_train": base.actor_train.model_dump() | {"strategy_args": args}}
+    found = make_plan(RLVRConfig.model_validate(plain), models(TINY), devices_per_node=2)
+    role, reference = found.roles
+    assert (role.strategy, role.grid.dp, role.stages) == ("fsdp2_train", 4, ())
+    assert role.shards == ((0,), (1,), (2,), (3,))
+    assert [(g.kind, g.members, g.crossing) for g in role.groups] == [("DP", ((0, 1, 2, 3),), 1)]
+    assert reference.stages
+    whole = 2 * found.model.parameters
+    assert found.weight_sync.gathered_node == whole // 2, "of every weight a node's two ranks hold a half"
+    assert found.weight_sync.gathered == whole
+    megatron = make_plan(base, models(TINY), devices_per_node=2)
+    assert found.routes == megatron.routes, "every rank holds all layers' routes of its own samples"
+    assert role.passes == megatron.roles[0].passes
+    assert [(s.devices, s.memory) for s in found.shared] == [((0, 1), None)]
+    text = render_plan(found)
+    assert "  DP 4, each rank with its part of every weight; how much memory that takes is not planned" in text
+    assert "  0-1: actor_train, reference, not planned" in text
+    assert plan_json(found)["roles"][0]["stages"] == []
+
+
+def test_an_engine_of_transformers_is_one_device():
+    base = config({}, 4)
+    args = {"strategy_name": "hf_infer", "strategy_config": {"dtype": "float32", "weight_bucket_mb": 1}}
+    plain = base.model_dump() | {"actor_infer": base.actor_infer.model_dump() | {"strategy_args": args}}
+    found = make_plan(RLVRConfig.model_validate(plain), models(TINY), devices_per_node=8)
+    assert [engine.devices for engine in found.engines] == [(4,), (5,), (6,), (7,)]
+    assert {engine.weights for engine in found.engines} == {4 * found.model.parameters}
+    assert (found.weight_sync.receivers, found.weight_sync.bucket) == (4, 1 << 20)

@@ -58,6 +58,8 @@ def test_a_loopback_engine_on_another_node_than_the_trainer_is_a_warning(minimal
     assert (finding.rule, finding.severity, finding.path) == ("engines-beyond-loopback", "warning", HOST)
     assert finding.why.endswith("engines 1, 2 are not on node 0")
     assert found(minimal, *overrides, per_node=4) == []
+    plain = "actor_infer.strategy_args={strategy_name: hf_infer}"
+    assert found(minimal, overrides[0], plain, per_node=2) == [], "it has no server, so no address"
     assert found(minimal, *overrides, f"{HOST}=0.0.0.0", per_node=2) == []
 
 

@@ -17,7 +17,10 @@ from roll_r3.preflight.check import check_config
 from roll_r3.preflight.checkpoints import Model
 from roll_r3.preflight.rules import ALL_RULES, PREFLIGHT_RULES
 from roll_r3.preflight.rules.table import Pretend, SurroundingsRule
+from roll_r3.preflight.summary import summary
 from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
+from roll_r3.preflight.versions import find_versions
+from roll_r3.strategies.base import Capabilities
 from roll_r3.strategies.rollout.sglang.version import TESTED
 
 INSTALLED = {"sglang": str(TESTED), "megatron-core": "0.16.1"}
@@ -160,6 +163,56 @@ def test_what_a_checkpoint_in_a_directory_says_is_compared(tmp_path, raw, rule):
     assert found(overrides) == []
     (tmp_path / "config.json").write_text(json.dumps(plain | raw))
     assert rule in found(overrides)
+
+
+def test_only_engines_of_the_chosen_strategies_are_looked_for():
+    plain = ("actor_train.strategy_args.strategy_name=fsdp2_train", "actor_infer.strategy_args.strategy_name=hf_infer")
+    missing = Pretend(versions={"sglang": None, "megatron-core": None})
+    assert set(find_versions(configured())) == {"sglang", "megatron-core"}
+    assert set(find_versions(configured(plain[1]))) == {"megatron-core"}
+    assert find_versions(configured(*plain)) == {}
+    assert {"sglang-installed", "megatron-installed"} <= set(found((), missing))
+    kl = ("use_kl_loss=true", "reference={}")
+    assert set(find_versions(configured(*plain, *kl))) == {"megatron-core"}, "the reference runs Megatron"
+
+
+def test_rows_about_layouts_and_servers_are_not_about_other_strategies():
+    overrides = (
+        "actor_train.strategy_args={strategy_name: fsdp2_train, strategy_config: {recompute: true}}",
+        "reference.strategy_args={strategy_name: fsdp2_infer}",
+        "actor_infer.strategy_args={strategy_name: hf_infer, strategy_config: {dtype: float32}}",
+        "use_kl_loss=true",
+        *(f"{role}.device_mapping=range(8)" for role in ("actor_train", "actor_infer", "reference")),
+        "device_type=cpu",
+        "actor_train.use_sequence_packing=true",
+    )
+    assert found(overrides) == []
+    qwen2 = ("pretrain=Qwen/Qwen2-57B-A14B", "reference.model_args.trust_remote_code=true")
+    assert found((*overrides, *qwen2)) == []
+    dense = {name: Capabilities() for name in ("fsdp2_train", "fsdp2_infer", "hf_infer")}
+    refused = found((*overrides, "reference.use_sequence_packing=true"), Pretend(capabilities=dense))
+    assert refused == ["r3-needs-recording-rollout", "trainer-replays-mode", "packing-supported"]
+
+
+def test_only_sglang_keeps_tokens_of_its_context_back():
+    short = ("prompt_length=8", "response_length=8")
+    plain = (*short, "actor_infer.strategy_args.strategy_name=hf_infer")
+    assert found(short, Pretend(config_json={"max_position_embeddings": 17})) == ["context-holds-the-longest"]
+    assert found(short, Pretend(config_json={"max_position_embeddings": 18})) == []
+    assert found(plain, Pretend(config_json={"max_position_embeddings": 15})) == ["context-holds-the-longest"]
+    assert found(plain, Pretend(config_json={"max_position_embeddings": 16})) == []
+
+
+def test_the_summary_of_roles_without_a_layout():
+    config = configured(
+        "actor_train.strategy_args.strategy_name=fsdp2_train",
+        "actor_infer.strategy_args.strategy_name=hf_infer",
+        "actor_train.device_mapping=range(4)",
+        "actor_infer.device_mapping=range(2)",
+    )
+    lines = summary(config, "run.yaml", elsewhere(config)).splitlines()
+    assert "  actor_train: fsdp2_train, devices 4, DP 4" in lines
+    assert "  actor_infer: hf_infer, devices 2, engines 2" in lines
 
 
 def test_models_that_differ_in_their_context_alone_are_the_same_model():

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import Backend, _new_process_group_helper
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from roll_r3.errors import EngineError
 from roll_r3.strategies.rollout.sglang.buckets import fill_buckets
 from roll_r3.strategies.rollout.sglang.target import SglangWeightTarget
+from roll_r3.strategies.rollout.weight_group import from_the_trainer, join_group, leave_group
 
 logger = logging.getLogger(__name__)
 
@@ -107,13 +107,11 @@ class SglangWeightChannel:
             "flush_cache": False,
             "weight_version": f"{self._version}-incomplete",
         }
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
         group = self._group
         works: list[Any] = []
 
         def broadcast() -> None:
-            works.extend(group.broadcast([tensor], options) for _, tensor in tensors)
+            works.extend(group.broadcast([tensor], from_the_trainer()) for _, tensor in tensors)
 
         self._on_every_engine(
             lambda target: self._post(target, "/update_weights_from_distributed", request), meanwhile=broadcast
@@ -181,20 +179,18 @@ class SglangWeightChannel:
             }
             self._post(target, "/init_weights_update_group", request, timeout_s=self._join_timeout_s)
 
-        # Prefix and helper as in sglang.srt.utils.init_custom_process_group: both sides must name their keys alike.
         joined = _in_thread(
-            lambda: _new_process_group_helper(
-                world_size,
-                0,
-                [],
-                Backend(self._backend),
-                PrefixStore(self._group_name, store),
-                group_name=self._group_name,  # type: ignore[arg-type]
-                timeout=timedelta(seconds=self._timeout_s),
+            lambda: join_group(
+                store,
+                self._group_name,
+                rank=0,
+                world_size=world_size,
+                backend=self._backend,
+                timeout_s=self._timeout_s,
             )
         )
         self._on_every_engine(enter, beside=joined)
-        self._group = joined.result()[0]
+        self._group = joined.result()
         logger.info("weight group of %d ranks with %s", world_size, ", ".join(target.name for target in self._targets))
 
     def _open_session(self, target: SglangWeightTarget) -> None:
@@ -245,12 +241,9 @@ class SglangWeightChannel:
             raise EngineError(f"an earlier weight update failed, its engines hold unknown weights: {self._failure}")
 
     def _abandon_group(self) -> None:
-        """Cut the connections; a broadcast that will never complete must not hold this process."""
         group, self._group = self._group, None
-        if group is None:
-            return
-        group.abort()
-        _in_thread(lambda: dist.destroy_process_group(group))
+        if group is not None:
+            leave_group(group)
 
     def _post(
         self,

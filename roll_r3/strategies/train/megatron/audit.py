@@ -27,9 +27,9 @@ from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.token_map import PADDING
 from roll_r3.errors import ConfigError, ReplayError
 from roll_r3.strategies.train.megatron.bridge import unwrap
-from roll_r3.strategies.train.megatron.micro_batch import MicroBatch
 from roll_r3.strategies.train.megatron.model import MegatronModel
 from roll_r3.strategies.train.megatron.observer import Observer, Pass
+from roll_r3.strategies.train.micro_batch import MicroBatch
 
 _WRAPPED = ("dispatch_preprocess", "dispatch_postprocess")
 

@@ -7,28 +7,19 @@ says what each is called in a checkpoint.
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from mbridge.core import LLMBridge
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import TOP_NAMES, Architecture, unbuildable
 from roll_r3.strategies.train.megatron.spec import block_spec
-
-SHARD_BYTES = 5 << 30
-"""Size at which a saved checkpoint starts another file."""
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
 
 
 class TableBridge(LLMBridge):
@@ -170,55 +161,3 @@ def unwrap(chunk: torch.nn.Module) -> Any:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
-
-
-def write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> None:
-    """Write weights as safetensors with an index, and everything else of the source checkpoint beside them.
-
-    Tensors of the source that the trainer does not hold (multi-token-prediction layers) are copied as they are.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in _WEIGHT_FILES):
-            shutil.copyfile(file, path / file.name)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    names: dict[str, int] = {}
-    size = total = 0
-    for name, tensor in _with_the_rest(weights, source):
-        held = tensor.cpu().contiguous().clone()
-        bytes_ = held.numel() * held.element_size()
-        if size and size + bytes_ > SHARD_BYTES:
-            _write_shard(path, len(shards), shards[-1])
-            shards[-1] = {}
-            shards.append({})
-            size = 0
-        shards[-1][name] = held
-        names[name] = len(shards)
-        size, total = size + bytes_, total + bytes_
-    _write_shard(path, len(shards), shards[-1])
-    count = len(shards)
-    for number in range(1, count + 1):
-        (path / _shard_name(number, None)).rename(path / _shard_name(number, count))
-    index = {"metadata": {"total_size": total}, "weight_map": {n: _shard_name(i, count) for n, i in names.items()}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _with_the_rest(weights: Iterator[tuple[str, torch.Tensor]], source: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The given weights, then those of the source's files that were not among them."""
-    written = set()
-    for name, tensor in weights:
-        written.add(name)
-        yield name, tensor
-    for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no mapping
-                if name not in written:
-                    yield name, tensors.get_tensor(name)
-
-
-def _write_shard(path: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path / _shard_name(number, None), metadata={"format": "pt"})
-
-
-def _shard_name(number: int, count: int | None) -> str:
-    return f"model-{number:05d}-of-{count:05d}.safetensors" if count else f"model-{number:05d}.safetensors"

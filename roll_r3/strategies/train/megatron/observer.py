@@ -16,7 +16,7 @@ from typing import Self
 
 import torch
 
-from roll_r3.strategies.train.megatron.micro_batch import MicroBatch
+from roll_r3.strategies.train.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from roll_r3.config.workers import TrainingArgs
-from roll_r3.errors import RollError
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    grad_norm: float
-    """Global norm before clipping."""
-    learning_rate: float
+from roll_r3.strategies.train.update import StepFigures, check_finite
 
 
 class Optimizer:
@@ -82,11 +73,7 @@ class Optimizer:
         """
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
-        if not math.isfinite(norm):
-            raise RollError(
-                f"the gradient norm is {norm}: the optimizer did not step. Look for extreme ratios or "
-                "log-probabilities in this step's metrics; a lower learning_rate or clip range is the usual cure"
-            )
+        check_finite(norm)
         learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step()
         self._scheduler.step(increment=1)

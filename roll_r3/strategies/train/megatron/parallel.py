@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
@@ -18,6 +16,7 @@ from roll_r3.batch.token_map import Layout
 from roll_r3.config.strategies import MegatronConfig
 from roll_r3.errors import ConfigError
 from roll_r3.strategies.base import ProcessInfo
+from roll_r3.strategies.train import world
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +107,10 @@ class RankLayout:
 
 
 _members = 0
-"""Strategies of this process that use the process group; megatron keeps one set of groups per process."""
+"""Strategies of this process that use megatron's groups; megatron keeps one set of groups per process."""
 
 
-def join(process: ProcessInfo, layout: RankLayout, seed: int, timeout: timedelta) -> torch.device:
+def join(process: ProcessInfo, layout: RankLayout, seed: int) -> torch.device:
     """Join the world and make megatron's groups; a second strategy of the same layout shares them.
 
     Returns:
@@ -121,17 +120,7 @@ def join(process: ProcessInfo, layout: RankLayout, seed: int, timeout: timedelta
         ConfigError: another strategy of this process uses another layout.
     """
     global _members
-    device = torch.device("cuda", process.local_rank) if process.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{process.master_addr}:{process.master_port}",
-            rank=process.rank,
-            world_size=process.world_size,
-            timeout=timeout,
-        )
+    device = world.join(process)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             layout.tp_size,
@@ -140,10 +129,14 @@ def join(process: ProcessInfo, layout: RankLayout, seed: int, timeout: timedelta
             context_parallel_size=layout.cp_size,
             expert_model_parallel_size=layout.ep_size,
             expert_tensor_parallel_size=layout.etp_size,
-            distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+            distributed_timeout_minutes=int(world.COLLECTIVE_TIMEOUT.total_seconds() // 60),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    _check_groups(layout)
+    try:
+        _check_groups(layout)
+    except ConfigError:
+        world.leave()
+        raise
     _members += 1
     return device
 
@@ -159,7 +152,7 @@ def leave() -> None:
         parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = None
         for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
             embedding.forward.cache_clear()  # cached by the embedding, which holds its context-parallel group
-        dist.destroy_process_group()
+    world.leave()
 
 
 def _check_groups(layout: RankLayout) -> None:

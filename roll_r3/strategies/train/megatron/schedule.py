@@ -1,29 +1,22 @@
-"""One run of megatron's pipeline schedule over a list of micro-batches, and what is computed from the logits."""
+"""One run of megatron's pipeline schedule over a list of micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from roll_r3.algorithms.aggregation import loss_weights
-from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
-from roll_r3.algorithms.stats import TokenStats
-from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.strategies.train.megatron.micro_batch import MicroBatch
 from roll_r3.strategies.train.megatron.model import MegatronModel
 from roll_r3.strategies.train.megatron.observer import Observer
-from roll_r3.strategies.train.megatron.replay import RoutingSession
-from roll_r3.strategies.train.megatron.vocab import label_log_probs_and_entropy
-
-TokenValues = tuple[torch.Tensor, torch.Tensor]
-"""Log-probabilities of the labels, and entropies; fp32 [B, S] of this rank."""
-Objective = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, TokenValues]]
-"""(micro-batch, logits [B, S, V]) -> (loss, what to return); called where the logits are."""
+from roll_r3.strategies.train.micro_batch import MicroBatch
+from roll_r3.strategies.train.objective import Objective, TokenValues
+from roll_r3.strategies.train.replay import RoutingSession
 
 
 def run_schedule(
@@ -53,7 +46,7 @@ def run_schedule(
                 stack.enter_context(session.micro_batch(index, micro))
             for observer in observers:
                 stack.enter_context(observer.forward(index, micro))
-            output = chunk(**micro.model_inputs(model.device))
+            output = chunk(**_model_inputs(micro, model.device))
         for observer in observers:
             observer.await_backward(index, micro, output)
         return output, partial(_loss, objective, micro)
@@ -86,54 +79,27 @@ def _loss(
     return loss, torch.zeros((), dtype=torch.int), values
 
 
-def log_prob_objective(model: MegatronModel, temperature: float) -> Objective:
-    """Log-probabilities and entropies; there is nothing to learn, so the loss is 0."""
-
-    def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
-        values = label_log_probs_and_entropy(
-            logits_BSV,
-            micro.tensor(micro.batch.labels_N, 0, model.device),
-            temperature=temperature,
-            vocab_size=model.vocab_size,
-            entropy_gradient=False,
-        )
-        return logits_BSV.new_zeros(()), values
-
-    return objective
+def _model_inputs(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
+    """Arguments of GPTModel.forward. No attention mask: layers are causal, padding lies at the right."""
+    return {
+        "input_ids": micro.tensor(micro.batch.input_ids_N, 0, device),
+        "position_ids": torch.from_numpy(micro.tokens.positions_BS).to(device, non_blocking=True),
+        "attention_mask": None,
+        "packed_seq_params": _packed_seq_params(micro, device),
+    }
 
 
-def policy_objective(model: MegatronModel, config: RLVRConfig, denominator: float, stats: TokenStats) -> Objective:
-    """The policy loss of each micro-batch: its share of the optimizer step's loss.
-
-    Args:
-        denominator: of the whole optimizer step, over all data-parallel ranks.
-        stats: receives the token statistics.
-    """
-
-    def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
-        batch = micro.batch
-        assert batch.advantages_N is not None and batch.old_log_probs_N is not None
-        device = model.device
-        log_probs_BS, entropy_BS = label_log_probs_and_entropy(
-            logits_BSV,
-            micro.tensor(batch.labels_N, 0, device),
-            temperature=config.actor_infer.generating_args.temperature,
-            vocab_size=model.vocab_size,
-            entropy_gradient=config.entropy_loss_coef > 0,
-        )
-        reference = batch.ref_log_probs_N
-        tokens = TokenInputs(
-            mask=micro.tensor(batch.loss_mask_N, False, device),
-            advantages=micro.tensor(batch.advantages_N, 0, device),
-            old_log_probs=micro.tensor(batch.old_log_probs_N, 0, device),
-            rollout_log_probs=micro.tensor(batch.rollout_log_probs_N, 0, device),
-            ref_log_probs=None if reference is None else micro.tensor(reference, 0, device),
-        )
-        if not micro.counted:  # every weight takes part, with no gradient
-            return logits_BSV.sum() * 0.0, (log_probs_BS.detach(), entropy_BS.detach())
-        losses_BS = policy_loss(log_probs_BS, entropy_BS, tokens, config, stats)
-        weights_BS = micro.tensor(loss_weights(batch, config.loss_agg_mode), 0, device)
-        loss = (losses_BS * weights_BS).sum() / denominator
-        return loss, (log_probs_BS.detach(), entropy_BS.detach())
-
-    return objective
+def _packed_seq_params(micro: MicroBatch, device: torch.device) -> PackedSeqParams | None:
+    if micro.tokens.cu_seqlens is None:
+        return None
+    cu_seqlens = torch.from_numpy(micro.tokens.cu_seqlens).to(device)
+    longest = int(np.diff(micro.tokens.cu_seqlens).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

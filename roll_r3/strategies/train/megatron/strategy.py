@@ -7,8 +7,7 @@ plain process alike. Shape legend as in `roll_r3.batch.batch`: n samples, N inpu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, fields, replace
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,41 +17,45 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from roll_r3.algorithms.aggregation import loss_denominator
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.micro_batch import fixed_size, shuffled_mini_batches
-from roll_r3.batch.token_map import round_up
-from roll_r3.config.derived import checkpoint_of, mini_batch_size
+from roll_r3.batch.micro_batch import fixed_size
+from roll_r3.batch.token_map import Layout, round_up
+from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
-from roll_r3.errors import ConfigError, ReplayError
+from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.layer_map import chunk_layers
 from roll_r3.platform import megatron_cpu
 from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
+from roll_r3.strategies.train.checks import check_role
+from roll_r3.strategies.train.data_parallel import DataParallel
+from roll_r3.strategies.train.hf_checkpoint import write_checkpoint
 from roll_r3.strategies.train.megatron import parallel
 from roll_r3.strategies.train.megatron.audit import DispatchAudit
-from roll_r3.strategies.train.megatron.bridge import write_checkpoint
-from roll_r3.strategies.train.megatron.checks import check_role
 from roll_r3.strategies.train.megatron.expert_bias import RealTokenCounts
-from roll_r3.strategies.train.megatron.micro_batch import MicroBatch, cut, fill_up, groups_within
 from roll_r3.strategies.train.megatron.model import DTYPES, build_model
-from roll_r3.strategies.train.megatron.optimizer import Optimizer, StepFigures
-from roll_r3.strategies.train.megatron.recorded import RecordedRoutes
-from roll_r3.strategies.train.megatron.replay import RecordSession, ReplaySession
-from roll_r3.strategies.train.megatron.routed_layer import Stopwatch, local_layers
-from roll_r3.strategies.train.megatron.schedule import (
-    TokenValues,
-    log_prob_objective,
-    policy_objective,
-    run_schedule,
+from roll_r3.strategies.train.megatron.optimizer import Optimizer
+from roll_r3.strategies.train.megatron.routed_layer import local_layers
+from roll_r3.strategies.train.megatron.schedule import run_schedule
+from roll_r3.strategies.train.megatron.vocab import label_log_probs_and_entropy
+from roll_r3.strategies.train.micro_batch import MicroBatch, cut, fill_up, groups_within
+from roll_r3.strategies.train.objective import TokenValues, log_prob_objective, placed, policy_objective
+from roll_r3.strategies.train.recorded import RecordedRoutes
+from roll_r3.strategies.train.replay import RecordSession, ReplaySession
+from roll_r3.strategies.train.routed_layer import Stopwatch
+from roll_r3.strategies.train.update import (
+    StepFigures,
+    check_routes,
+    denominators,
+    mini_batches,
+    step_metrics,
+    summed_counts,
+    total_optimizer_steps,
 )
 
 Role = Literal["actor_train", "reference"]
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""After which a rank that waits for another gives up."""
 
 
 class MegatronInfer:
@@ -104,7 +107,7 @@ class MegatronInfer:
         """
         megatron_cpu.install()
         self.facts = read_facts(self.model_path)
-        device = parallel.join(self.process, self.layout, self.config.seed, COLLECTIVE_TIMEOUT)
+        device = parallel.join(self.process, self.layout, self.config.seed)
         self.model = build_model(
             self.model_path,
             self.section.model_args,
@@ -115,7 +118,9 @@ class MegatronInfer:
             trains=self.trains,
         )
         self._check_layers()
-        self.recorded = RecordedRoutes(self.layout, self.tokens, self.facts.num_experts)
+        group = parallel_state.get_data_parallel_group()
+        self.data_parallel = DataParallel(self.layout.dp_rank, self.layout.dp_size, device, group)
+        self.recorded = RecordedRoutes(self.data_parallel, self._pieces, self.facts.num_experts)
 
     def compute_log_probs(self, batch: Batch) -> LogProbResult:
         """Log-probabilities and entropies of this rank's shard, without gradients; collective.
@@ -135,7 +140,7 @@ class MegatronInfer:
         elif self.replay_mode == "R2":
             self.recorded.clear()
             session = RecordSession(self.model.routers, len(micro_batches), **self._routing())
-        objective = log_prob_objective(self.model, self.config.actor_infer.generating_args.temperature)
+        objective = log_prob_objective(self._token_values, self.model.device)
         values = run_schedule(self.model, micro_batches, objective, session, forward_only=True)
         if isinstance(session, RecordSession):
             with session.stopwatch.running():
@@ -144,7 +149,7 @@ class MegatronInfer:
         return LogProbResult(
             log_probs_N=log_probs_N,
             entropy_N=entropy_N,
-            replay=_summed([session.counts]) if isinstance(session, ReplaySession) else None,
+            replay=summed_counts([session.counts], self.model.device) if isinstance(session, ReplaySession) else None,
             seconds_in_routes=session.stopwatch.seconds if session else 0.0,
         )
 
@@ -177,18 +182,16 @@ class MegatronInfer:
             number = round_up(len(groups), multiple)
         else:
             groups, number = groups_within(
-                batch.lengths_n, max_tokens, self.tokens, dp_size=self.layout.dp_size, multiple=multiple
+                batch.lengths_n, max_tokens, self.tokens, self.data_parallel, multiple=multiple
             )
         # the allgather dispatcher exchanges equal shapes between expert-parallel ranks
         same_width = self.settings.moe_token_dispatcher_type == "allgather" and self.layout.ep_size > 1
-        return fill_up(cut(batch, groups, self.tokens, same_width=same_width), number)
+        return fill_up(
+            cut(batch, groups, self.tokens, same_width_on=self.data_parallel if same_width else None), number
+        )
 
     def _replay_session(self, batch: Batch, num_micro_batches: int, *, forward_only: bool) -> ReplaySession:
-        if batch.routes is None:
-            raise ReplayError(
-                f"{self.role}.router_replay.mode is {self.replay_mode}, but the batch carries no routes: the rollout "
-                "has to record them (actor_infer.router_replay.mode: R3)"
-            )
+        check_routes(batch, self.role, self.replay_mode)
         return ReplaySession(
             self.model.routers,
             num_micro_batches,
@@ -207,18 +210,31 @@ class MegatronInfer:
         """What every routing session of this rank needs."""
         return {"facts": self.facts, "ep_size": self.layout.ep_size, "device": self.model.device}
 
+    def _token_values(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, entropy_gradient: bool) -> TokenValues:
+        return label_log_probs_and_entropy(
+            logits_BSV,
+            labels_BS,
+            temperature=self.config.actor_infer.generating_args.temperature,
+            vocab_size=self.model.vocab_size,
+            entropy_gradient=entropy_gradient,
+        )
+
+    def _pieces(self, tensor: torch.Tensor) -> list[tuple[Layout, torch.Tensor]]:
+        """The tensor of every rank that splits this rank's sequences, and where it lies; collective over them."""
+        groups = (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group())
+        return [
+            (replace(self.tokens, cp_rank=cp_rank, sp_rank=sp_rank), piece)
+            for sp_rank, part in enumerate(_gather(tensor, groups[0], self.layout.sp_size))
+            for cp_rank, piece in enumerate(_gather(part, groups[1], self.layout.cp_size))
+        ]
+
     def _whole(
         self, batch: Batch, micro_batches: Sequence[MicroBatch], values: Sequence[TokenValues]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | tuple[None, None]:
         """Values of all inputs of the shard, in the batch's order; only on the ranks of the last stage."""
         if not self.layout.is_last_stage:
             return None, None
-        found_N2 = np.zeros((int(batch.lengths_n.sum()), 2), np.float32)
-        for micro, pair in zip(micro_batches, values, strict=True):
-            if micro.counted:
-                part = micro.tokens.scatter(torch.stack(pair, dim=-1).cpu().numpy())
-                found_N2[batch.inputs_of(micro.samples)] = part
-        whole_N2 = torch.from_numpy(found_N2).to(self.model.device)
+        whole_N2 = torch.from_numpy(placed(batch, micro_batches, values)).to(self.model.device)
         if self.layout.cp_size > 1:
             dist.all_reduce(whole_N2, group=parallel_state.get_context_parallel_group())
         if not self.returns_results:
@@ -237,13 +253,12 @@ class MegatronTrain(MegatronInfer):
         super().initialize()
         assert isinstance(self.section, ActorTrainConfig)
         self.training_args = self.section.training_args
-        steps = self.config.samples_per_step // mini_batch_size(self.config)
         self.optimizer = Optimizer(
             self.model.chunks,
             self.training_args,
             dtype=DTYPES[self.section.model_args.dtype],
             distributed=self.settings.use_distributed_optimizer,
-            total_steps=self.config.max_steps * self.config.ppo_epochs * steps,
+            total_steps=total_optimizer_steps(self.config),
         )
 
     def train_step(self, batch: Batch, step: int) -> TrainResult:
@@ -259,13 +274,13 @@ class MegatronTrain(MegatronInfer):
         if self.replay_mode == "R2":
             with attaching.running():
                 batch = self.recorded.attach(batch)
-        mini_batches = [batch.select(samples) for samples in self._mini_batches(batch.num_samples, step)]
-        denominators = self._denominators(mini_batches)
+        parts = mini_batches(self.config, batch, step, self.layout.dp_rank)
+        totals = denominators(parts, self.config.loss_agg_mode, self.data_parallel)
         stats = TokenStats()
         figures: list[StepFigures] = []
         counts: list[ReplayCounts] = []
         seconds = attaching.seconds
-        for mini_batch, denominator in zip(mini_batches, denominators, strict=True):
+        for mini_batch, denominator in zip(parts, totals, strict=True):
             micro_batches = self._cut(
                 mini_batch,
                 size=self.training_args.per_device_train_batch_size,
@@ -275,7 +290,7 @@ class MegatronTrain(MegatronInfer):
             if self.replay_mode != "disable":
                 session = self._replay_session(mini_batch, len(micro_batches), forward_only=False)
                 audit = self._audit(len(micro_batches), step)
-            objective = policy_objective(self.model, self.config, denominator, stats)
+            objective = policy_objective(self._token_values, self.model.device, self.config, denominator, stats)
             self.optimizer.zero_grad()
             observers = [observer for observer in (self._real_token_counts(), audit) if observer]
             run_schedule(self.model, micro_batches, objective, session, forward_only=False, observers=observers)
@@ -287,13 +302,8 @@ class MegatronTrain(MegatronInfer):
                 counts.append(replace(session.counts, **audited))
                 seconds += session.stopwatch.seconds
         return TrainResult(
-            metrics=self._reduced(stats)
-            | {
-                "actor_train/grad_norm": float(np.mean([f.grad_norm for f in figures])),
-                "actor_train/optimizer_steps": float(len(figures)),
-                "actor/lr": figures[-1].learning_rate,
-            },
-            replay=_summed(counts) if counts else None,
+            metrics=self._reduced(stats) | step_metrics(figures),
+            replay=summed_counts(counts, self.model.device) if counts else None,
             seconds_in_routes=seconds,
         )
 
@@ -315,18 +325,6 @@ class MegatronTrain(MegatronInfer):
                 pass
         dist.barrier()
 
-    def _mini_batches(self, num_samples: int, step: int) -> list[npt.NDArray[np.int64]]:
-        """Samples of each optimizer step of a training step."""
-        args = self.training_args
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        return [
-            samples
-            for epoch in range(self.config.ppo_epochs)
-            for samples in shuffled_mini_batches(
-                num_samples, size, (self.config.seed, step, epoch, self.layout.dp_rank)
-            )
-        ]
-
     def _audit(self, num_micro_batches: int, step: int) -> DispatchAudit | None:
         """For one optimizer step of a training step that is audited."""
         replay = self.section.router_replay
@@ -340,13 +338,6 @@ class MegatronTrain(MegatronInfer):
         if not config.moe_router_enable_expert_bias or not config.moe_router_bias_update_rate:
             return None
         return RealTokenCounts(self.model.chunks)
-
-    def _denominators(self, mini_batches: Sequence[Batch]) -> list[float]:
-        """Of each optimizer step's loss, over all data-parallel ranks."""
-        parts = [loss_denominator(mini_batch, self.config.loss_agg_mode) for mini_batch in mini_batches]
-        total = torch.tensor(parts, dtype=torch.float64, device=self.model.device)
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        return [max(value, 1.0) for value in total.tolist()]
 
     def _reduced(self, stats: TokenStats) -> dict[str, float]:
         """Token statistics over all ranks, on every rank; they arise on the last pipeline stage."""
@@ -366,8 +357,10 @@ class MegatronTrain(MegatronInfer):
         return box[0]
 
 
-def _summed(counts: Sequence[ReplayCounts]) -> ReplayCounts:
-    """Sum of this rank's counts over all ranks of the world; collective."""
-    total = torch.tensor([astuple(c) for c in counts], device=torch.cuda.current_device()).sum(0)
-    dist.all_reduce(total)
-    return ReplayCounts(**dict(zip((f.name for f in fields(ReplayCounts)), total.tolist(), strict=True)))
+def _gather(tensor: torch.Tensor, group: dist.ProcessGroup, size: int) -> list[torch.Tensor]:
+    """Every rank's tensor, in rank order."""
+    if size == 1:
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(size)]
+    dist.all_gather(parts, tensor, group=group)
+    return parts

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.micro_batch import by_token_budget
 from roll_r3.batch.token_map import Layout, TokenMap, build_token_map, round_up
+from roll_r3.strategies.train.data_parallel import DataParallel
 
 IntArray = npt.NDArray[np.int64]
 
@@ -38,33 +35,9 @@ class MicroBatch:
         """This rank's view of a jagged array. [B, S]"""
         return torch.from_numpy(self.tokens.gather(values_N, fill)).to(device, non_blocking=True)
 
-    def model_inputs(self, device: torch.device) -> dict[str, Any]:
-        """Arguments of GPTModel.forward. No attention mask: layers are causal, padding lies at the right."""
-        return {
-            "input_ids": self.tensor(self.batch.input_ids_N, 0, device),
-            "position_ids": torch.from_numpy(self.tokens.positions_BS).to(device, non_blocking=True),
-            "attention_mask": None,
-            "packed_seq_params": self._packed_seq_params(device),
-        }
-
-    def _packed_seq_params(self, device: torch.device) -> PackedSeqParams | None:
-        if self.tokens.cu_seqlens is None:
-            return None
-        cu_seqlens = torch.from_numpy(self.tokens.cu_seqlens).to(device)
-        longest = int(np.diff(self.tokens.cu_seqlens).max())
-        return PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,
-            cu_seqlens_kv_padded=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
-
 
 def groups_within(
-    lengths_n: IntArray, max_tokens: int, layout: Layout, *, dp_size: int, multiple: int
+    lengths_n: IntArray, max_tokens: int, layout: Layout, data_parallel: DataParallel, *, multiple: int
 ) -> tuple[list[IntArray], int]:
     """Samples of each micro-batch under a token budget; collective over data-parallel ranks.
 
@@ -78,25 +51,31 @@ def groups_within(
         The groups, and the number agreed on: above the number of groups where there are too few samples.
     """
     groups = by_token_budget(lengths_n, max_tokens, layout.alignment, packed=layout.packed)
-    needed = torch.tensor(len(groups), device=torch.cuda.current_device())
-    if dp_size > 1:
-        dist.all_reduce(needed, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
-    number = round_up(int(needed), multiple)
+    number = round_up(most(len(groups), data_parallel), multiple)
     return by_token_budget(lengths_n, max_tokens, layout.alignment, packed=layout.packed, at_least=number), number
 
 
-def cut(batch: Batch, groups: Sequence[IntArray], layout: Layout, *, same_width: bool = False) -> list[MicroBatch]:
+def most(number: int, data_parallel: DataParallel) -> int:
+    """The largest number that a data-parallel rank gives; collective over them."""
+    largest = torch.tensor(number, device=data_parallel.device)
+    data_parallel.reduce(largest, "max")
+    return int(largest)
+
+
+def cut(
+    batch: Batch, groups: Sequence[IntArray], layout: Layout, *, same_width_on: DataParallel | None = None
+) -> list[MicroBatch]:
     """The micro-batches of the given samples, laid out for this rank.
 
     Args:
         groups: samples of each micro-batch.
-        same_width: pad micro-batch i to one size on all data-parallel ranks (collective over them).
+        same_width_on: pad micro-batch i to one size on all these ranks (collective over them); None: each to its own.
     """
     parts = [batch.select(group) for group in groups]
     widths = [0] * len(parts)
-    if same_width:
-        widest = torch.tensor([_width(part, layout) for part in parts], device=torch.cuda.current_device())
-        dist.all_reduce(widest, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    if same_width_on:
+        widest = torch.tensor([_width(part, layout) for part in parts], device=same_width_on.device)
+        same_width_on.reduce(widest, "max")
         widths = widest.tolist()
     return [
         MicroBatch(part, group, build_token_map(part.lengths_n, layout, pad_to=width), width)

@@ -1,9 +1,9 @@
-"""The routing session: what every router of a model chooses during one pipeline schedule.
+"""The routing session: what every router of a model chooses during one schedule of forwards and backwards.
 
-All state lives in a context manager around the schedule. It puts a `RouterReplay` of its own into each router of the
+All state lives in a context manager around the schedule. It attaches a `RoutedLayer` of its own to each router of the
 live chunks, hands each micro-batch's rows to the routers of the chunk that runs, checks that every router consumed
 every micro-batch exactly once, and leaves the routers as they were, also when the schedule raises. Outside a session
-routers choose by themselves. Megatron's own global list of replay instances is never used.
+routers choose by themselves.
 
 Shape legend: t tokens that this rank's routers see, L routing layers of a chunk, K experts per token, N inputs of a
 micro-batch, M rows of a sample's routes on the layer axis.
@@ -29,8 +29,8 @@ from roll_r3.errors import ReplayError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.padding import padding_rows
 from roll_r3.strategies.base import ReplayCounts
-from roll_r3.strategies.train.megatron.micro_batch import MicroBatch
-from roll_r3.strategies.train.megatron.routed_layer import (
+from roll_r3.strategies.train.micro_batch import MicroBatch
+from roll_r3.strategies.train.routed_layer import (
     LayerRecord,
     LayerReplay,
     RoutedLayer,
@@ -43,7 +43,7 @@ Layer = TypeVar("Layer", bound=RoutedLayer)
 
 
 class RoutingSession(ABC, Generic[Layer]):
-    """One pipeline schedule's routing.
+    """One schedule's routing.
 
     Example:
         with session:
@@ -98,12 +98,12 @@ class RoutingSession(ABC, Generic[Layer]):
 
     def __enter__(self) -> Self:
         for router in self._all_routers():
-            if router.module.router_replay is not None:
+            if router.attached:
                 raise ReplayError(f"the router of layer {router.layer} is in another session: sessions do not nest")
         self.layers = [[self.make_layer(router) for router in chunk] for chunk in self.routers]
         for chunk, layers in zip(self.routers, self.layers, strict=True):
             for router, layer in zip(chunk, layers, strict=True):
-                router.module.router_replay = layer
+                router.attach(layer)
         return self
 
     def __exit__(
@@ -121,7 +121,7 @@ class RoutingSession(ABC, Generic[Layer]):
                     self.close()
         finally:
             for router in self._all_routers():
-                router.module.router_replay = None
+                router.detach()
             self.layers = []
 
     def _all_routers(self) -> Iterator[Router]:

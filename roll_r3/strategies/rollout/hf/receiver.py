@@ -1,0 +1,155 @@
+"""The receiving end of a weight update: a small HTTP server that answers the update calls of an SGLang server.
+
+So the trainer has one way to send weights (`roll_r3.strategies.rollout.sglang.weights`), whatever the engine is. A call
+says what comes; the tensors come over the group that the first call joined.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from roll_r3.strategies.rollout.weight_group import from_the_trainer, join_group, leave_group
+
+logger = logging.getLogger(__name__)
+
+Answer = dict[str, Any]
+JOIN_TIMEOUT, BROADCAST_TIMEOUT = 120.0, 600.0
+"""Seconds."""
+
+
+class WeightReceiver:
+    """Writes new weights into a model. `version` is what SGLang calls the weight version: text, `N-incomplete` between
+    the first tensor of an update and its end."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], lock: threading.Lock, host: str) -> None:
+        """
+        Args:
+            tensors: name in a checkpoint -> where it is held.
+            lock: held while anything is written; whoever computes with the weights holds it too.
+            host: address to listen on.
+        """
+        self.version = "0"
+        self.key = secrets.token_urlsafe(32)
+        self._tensors, self._lock = tensors, lock
+        self._missing = set(tensors)
+        self._group: dist.ProcessGroup | None = None
+        self._calls: dict[str, Callable[[Answer], None]] = {
+            "/init_weights_update_group": self._join,
+            "/begin_weight_update": self._begin,
+            "/update_weights_from_distributed": self._update,
+            "/end_weight_update": self._nothing,
+            "/flush_cache": self._nothing,  # a cache lives no longer than its batch
+            "/destroy_weights_update_group": self._leave,
+        }
+        self._server = ThreadingHTTPServer((host, 0), _handler(self))
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, name="weight-receiver", daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        """Stop listening and cut the group."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._leave({})
+
+    def answer(self, path: str, key: str, request: Answer) -> tuple[int, Answer]:
+        """(HTTP status, answer) of one call."""
+        if not hmac.compare_digest(key.encode(), f"Bearer {self.key}".encode()):
+            return 401, {"success": False, "message": "wrong key"}
+        if path not in self._calls:
+            return 404, {"success": False, "message": "no such call"}
+        try:
+            with self._lock:
+                self._calls[path](request)
+        except (RuntimeError, ValueError, KeyError) as error:
+            logger.exception("%s failed", path)
+            return 400, {"success": False, "message": f"{type(error).__name__}: {error}"}
+        return 200, {"success": True}
+
+    def _nothing(self, request: Answer) -> None:
+        pass
+
+    def _begin(self, request: Answer) -> None:
+        self._missing = set(self._tensors)
+
+    def _join(self, request: Answer) -> None:
+        host, port, world_size = request["master_address"], request["master_port"], request["world_size"]
+        store = TCPStore(host, port, world_size, False, timedelta(seconds=JOIN_TIMEOUT))
+        self._group = join_group(
+            store,
+            request["group_name"],
+            rank=request["rank_offset"],
+            world_size=world_size,
+            backend=request["backend"],
+            timeout_s=BROADCAST_TIMEOUT,
+        )
+
+    def _leave(self, request: Answer) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            leave_group(group)
+
+    def _update(self, request: Answer) -> None:
+        """Receive the tensors that are named, in their order; then the version is the one given.
+
+        Raises:
+            ValueError: a name or a shape that the model has not, or the version would be a whole one too early.
+        """
+        assert self._group is not None, "the group is joined first"
+        device = next(iter(self._tensors.values())).device
+        self._check(request)
+        self.version = request["weight_version"]
+        received = [
+            (name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
+            for name, dtype, shape in zip(request["names"], request["dtypes"], request["shapes"], strict=True)
+        ]
+        for work in [self._group.broadcast([tensor], from_the_trainer()) for _, tensor in received]:
+            work.wait()
+        for name, tensor in received:
+            self._tensors[name].copy_(tensor)
+            self._missing.discard(name)
+
+    def _check(self, request: Answer) -> None:
+        for name, shape in zip(request["names"], request["shapes"], strict=True):
+            if name not in self._tensors or list(self._tensors[name].shape) != shape:
+                held = list(self._tensors[name].shape) if name in self._tensors else "no such tensor"
+                raise ValueError(f"{name} has shape {shape}, the model has {held}")
+        if request["weight_version"].isdecimal() and self._missing:
+            names = sorted(self._missing)
+            raise ValueError(f"{len(names)} of {len(self._tensors)} weights never came: {', '.join(names[:5])} ...")
+
+
+def _handler(receiver: WeightReceiver) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            try:
+                request = json.loads(body or "{}")
+            except ValueError:
+                request = {}
+            status, answer = receiver.answer(self.path, self.headers.get("Authorization", ""), request)
+            text = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: the calls are logged by whoever makes them."""
+
+    return Handler

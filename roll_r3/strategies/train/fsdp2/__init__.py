@@ -1,0 +1,1 @@
+"""Training and log-probabilities by transformers' models under PyTorch's FSDP2."""

@@ -1,0 +1,56 @@
+"""Adam over the parts of the weights that this rank holds, and one guarded step of it."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from roll_r3.config.workers import TrainingArgs
+from roll_r3.strategies.train.learning_rate import learning_rate
+from roll_r3.strategies.train.update import StepFigures, check_finite
+
+
+class Optimizer:
+    """The same steps as megatron's: decoupled weight decay, but none for norms and biases."""
+
+    def __init__(self, module: torch.nn.Module, args: TrainingArgs, *, total_steps: int) -> None:
+        """
+        Args:
+            total_steps: optimizer steps of the whole run, over which the learning rate decays.
+        """
+        self._args = args
+        self._total_steps = total_steps
+        self._done = 0
+        self._parameters = list(module.parameters())
+        vectors = [p for p in self._parameters if p.ndim == 1]
+        matrices = [p for p in self._parameters if p.ndim != 1]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            foreach=False,
+            fused=self._parameters[0].device.type == "cuda",
+        )
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    def step(self) -> StepFigures:
+        """Clip, update, and move the learning rate on; collective.
+
+        Raises:
+            RollError: the gradient norm is not finite; nothing was changed.
+        """
+        total = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = total.full_tensor() if isinstance(total, DTensor) else total
+        check_finite(float(norm))
+        if self._args.max_grad_norm:
+            clip_grads_with_norm_(self._parameters, self._args.max_grad_norm, norm)
+        rate = learning_rate(self._args, self._done, self._total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._done += 1
+        return StepFigures(float(norm), rate)

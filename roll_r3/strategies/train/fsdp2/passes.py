@@ -1,0 +1,69 @@
+"""Forwards, and backwards, of a list of micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+
+from roll_r3.errors import RollError
+from roll_r3.strategies.train.fsdp2.model import Fsdp2Model
+from roll_r3.strategies.train.micro_batch import MicroBatch
+from roll_r3.strategies.train.objective import Objective, TokenValues
+from roll_r3.strategies.train.replay import RoutingSession
+
+
+def run_micro_batches(
+    model: Fsdp2Model,
+    micro_batches: Sequence[MicroBatch],
+    objective: Objective,
+    session: RoutingSession[Any] | None,
+    *,
+    forward_only: bool,
+) -> list[TokenValues]:
+    """Run every micro-batch through the model, and back unless `forward_only`; collective.
+
+    Args:
+        micro_batches: as many on every rank, since ranks gather each layer's weights together.
+        session: routes these micro-batches; None: routers choose by themselves.
+
+    Returns:
+        What the objective returned for each.
+
+    Raises:
+        RollError: a backward of this model has failed before.
+    """
+    if model.in_backward:
+        raise RollError("a backward of this model failed, after which FSDP2 computes wrong gradients: start anew")
+    results = []
+    model.module.train(not forward_only)
+    with ExitStack() as stack:
+        stack.callback(model.reshard)
+        if session:
+            stack.enter_context(session)
+        stack.enter_context(torch.set_grad_enabled(not forward_only))
+        for micro in micro_batches:
+            with session.micro_batch(0, micro) if session else nullcontext():
+                logits_BSV = model.module(**_inputs(micro, model.device)).logits
+            loss, values = objective(micro, logits_BSV)
+            if not forward_only:
+                model.in_backward = True
+                loss.backward()
+                model.in_backward = False
+            results.append(values)
+    return results
+
+
+def _inputs(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
+    """Arguments of the model's forward.
+
+    No attention mask: layers are causal and padding lies at the right of its row or sample. Where the positions of a
+    row start anew, as they do at each packed sample, transformers makes a mask that keeps samples apart.
+    """
+    return {
+        "input_ids": micro.tensor(micro.batch.input_ids_N, 0, device),
+        "position_ids": torch.from_numpy(micro.tokens.positions_BS).to(device, non_blocking=True),
+        "use_cache": False,
+    }

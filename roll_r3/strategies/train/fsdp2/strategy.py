@@ -1,0 +1,251 @@
+"""One rank of a model that transformers computes under FSDP2: log-probabilities, and the policy that learns.
+
+Every rank is a data-parallel shard of its own. The order of things is here; what they are is in the modules beside this
+one and above it. Shape legend as in `roll_r3.batch.batch`: n samples, N inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+
+from roll_r3.algorithms.stats import TokenStats
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.micro_batch import fixed_size
+from roll_r3.batch.token_map import Layout
+from roll_r3.config.derived import checkpoint_of
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.strategies import Fsdp2Config
+from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
+from roll_r3.errors import ConfigError
+from roll_r3.models.facts import read_facts
+from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
+from roll_r3.strategies.train import world
+from roll_r3.strategies.train.checks import check_role
+from roll_r3.strategies.train.data_parallel import DataParallel
+from roll_r3.strategies.train.fsdp2.model import build_model
+from roll_r3.strategies.train.fsdp2.optimizer import Optimizer
+from roll_r3.strategies.train.fsdp2.passes import run_micro_batches
+from roll_r3.strategies.train.fsdp2.token_values import label_log_probs_and_entropy
+from roll_r3.strategies.train.hf_checkpoint import write_checkpoint
+from roll_r3.strategies.train.micro_batch import MicroBatch, cut, fill_up, groups_within, most
+from roll_r3.strategies.train.objective import TokenValues, log_prob_objective, placed, policy_objective
+from roll_r3.strategies.train.recorded import RecordedRoutes
+from roll_r3.strategies.train.replay import RecordSession, ReplaySession
+from roll_r3.strategies.train.routed_layer import Stopwatch
+from roll_r3.strategies.train.update import (
+    StepFigures,
+    check_routes,
+    denominators,
+    mini_batches,
+    step_metrics,
+    summed_counts,
+    total_optimizer_steps,
+)
+
+Role = Literal["actor_train", "reference"]
+
+
+class Fsdp2Infer:
+    """An `InferStrategy`: log-probabilities under frozen weights."""
+
+    trains: ClassVar[bool] = False
+
+    def __init__(self, config: RLVRConfig, role: Role, process: ProcessInfo, *, model_path: str | None = None) -> None:
+        """
+        Args:
+            role: which section of `config` this rank belongs to.
+            process: this rank's place in the world.
+            model_path: checkpoint directory, where the configuration names none that is on this disk.
+
+        Raises:
+            ConfigError: settings that cannot work together (see `check_role`).
+        """
+        check_role(config, role, process.world_size)
+        section: ActorTrainConfig | ReferenceConfig = getattr(config, role)
+        settings = section.strategy_args.strategy_config
+        if not isinstance(settings, Fsdp2Config):
+            raise ConfigError(f"{role}.strategy_args.strategy_name is {section.strategy_args.strategy_name}, not fsdp2")
+        self.config = config
+        self.role = role
+        self.section = section
+        self.settings = settings
+        self.process = process
+        self.model_path = model_path or checkpoint_of(config, role)
+        self.tokens = Layout(
+            packed=section.use_sequence_packing, multiple=section.sequence_length_round, batch_outer=True
+        )
+        # the reference always routes by itself
+        self.replay_mode = section.router_replay.mode if role == "actor_train" else "disable"
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.process.rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.process.world_size
+
+    @property
+    def returns_results(self) -> bool:
+        return True
+
+    def initialize(self) -> None:
+        """Join the process group, build the model, load the weights; collective.
+
+        Raises:
+            ConfigError: the checkpoint cannot be built here (see `build_model`).
+        """
+        self.facts = read_facts(self.model_path)
+        device = world.join(self.process)
+        self.model = build_model(self.model_path, self.section.model_args, self.settings, device, trains=self.trains)
+        built = [router.layer for router in self.model.routers]
+        if built != list(self.facts.moe_layers):
+            raise ConfigError(
+                f"{self.model_path}: transformers built routers of the layers {built}, where config.json says "
+                f"{list(self.facts.moe_layers)}"
+            )
+        self.data_parallel = DataParallel(self.process.rank, self.process.world_size, device)
+        # no other rank shares this one's samples
+        self.recorded = RecordedRoutes(
+            self.data_parallel, lambda tensor: [(self.tokens, tensor)], self.facts.num_experts
+        )
+
+    def compute_log_probs(self, batch: Batch) -> LogProbResult:
+        """Log-probabilities and entropies of this rank's shard, without gradients; collective.
+
+        Under R3 it replays `batch.routes`, under R2 it records the routes for `train_step`.
+
+        Raises:
+            ReplayError: R3, and the batch carries no routes, or routes that do not fit its samples.
+        """
+        micro_batches = self._cut(
+            batch, size=self.section.infer_batch_size, max_tokens=self.section.max_tokens_per_microbatch_in_infer
+        )
+        session: ReplaySession | RecordSession | None = None
+        if self.replay_mode == "R3":
+            session = self._replay_session(batch, len(micro_batches), forward_only=True)
+        elif self.replay_mode == "R2":
+            self.recorded.clear()
+            session = RecordSession([self.model.routers], len(micro_batches), **self._routing())
+        objective = log_prob_objective(self._token_values, self.model.device)
+        values = run_micro_batches(self.model, micro_batches, objective, session, forward_only=True)
+        if isinstance(session, RecordSession):
+            with session.stopwatch.running():
+                self.recorded.store(micro_batches, session.chosen)
+        log_probs_N, entropy_N = placed(batch, micro_batches, values).T.copy()
+        return LogProbResult(
+            log_probs_N=log_probs_N,
+            entropy_N=entropy_N,
+            replay=summed_counts([session.counts], self.model.device) if isinstance(session, ReplaySession) else None,
+            seconds_in_routes=session.stopwatch.seconds if session else 0.0,
+        )
+
+    def close(self) -> None:
+        """Let the model go, and leave the process group."""
+        del self.model
+        world.leave()
+
+    def _cut(self, batch: Batch, *, size: int, max_tokens: int | None) -> list[MicroBatch]:
+        """Micro-batches of `size` samples, or of as many as `max_tokens` hold, as many on every rank; collective."""
+        if max_tokens is None:
+            groups = fixed_size(batch.num_samples, size)
+            number = most(len(groups), self.data_parallel)
+        else:
+            groups, number = groups_within(batch.lengths_n, max_tokens, self.tokens, self.data_parallel, multiple=1)
+        return fill_up(cut(batch, groups, self.tokens), number)
+
+    def _replay_session(self, batch: Batch, num_micro_batches: int, *, forward_only: bool) -> ReplaySession:
+        check_routes(batch, self.role, self.replay_mode)
+        return ReplaySession(
+            [self.model.routers],
+            num_micro_batches,
+            **self._routing(),
+            layer_rows={layer: row for row, layer in enumerate(self.facts.moe_layers)},
+            forward_only=forward_only,
+        )
+
+    def _routing(self) -> dict[str, Any]:
+        """What every routing session of this rank needs."""
+        return {"facts": self.facts, "ep_size": 1, "device": self.model.device}
+
+    def _token_values(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, entropy_gradient: bool) -> TokenValues:
+        temperature = self.config.actor_infer.generating_args.temperature
+        return label_log_probs_and_entropy(
+            logits_BSV, labels_BS, temperature=temperature, entropy_gradient=entropy_gradient
+        )
+
+
+class Fsdp2Train(Fsdp2Infer):
+    """A `TrainStrategy`: the policy that learns."""
+
+    trains: ClassVar[bool] = True
+
+    def initialize(self) -> None:
+        """Join the process group, build the model, load the weights, make the optimizer; collective."""
+        super().initialize()
+        assert isinstance(self.section, ActorTrainConfig)
+        self.training_args = self.section.training_args
+        self.optimizer = Optimizer(
+            self.model.module, self.training_args, total_steps=total_optimizer_steps(self.config)
+        )
+
+    def train_step(self, batch: Batch, step: int) -> TrainResult:
+        """All optimizer steps on this rank's shard of step `step`; collective.
+
+        Raises:
+            ReplayError: R3 without routes, R2 without a recording pass, or a row that was not used exactly once.
+            RollError: a gradient norm that is not finite.
+        """
+        attaching = Stopwatch()
+        if self.replay_mode == "R2":
+            with attaching.running():
+                batch = self.recorded.attach(batch)
+        parts = mini_batches(self.config, batch, step, self.data_parallel_rank)
+        totals = denominators(parts, self.config.loss_agg_mode, self.data_parallel)
+        stats = TokenStats()
+        figures: list[StepFigures] = []
+        counts: list[ReplayCounts] = []
+        seconds = attaching.seconds
+        for mini_batch, denominator in zip(parts, totals, strict=True):
+            micro_batches = self._cut(
+                mini_batch,
+                size=self.training_args.per_device_train_batch_size,
+                max_tokens=self.section.max_tokens_per_microbatch_in_train,
+            )
+            session = None
+            if self.replay_mode != "disable":
+                session = self._replay_session(mini_batch, len(micro_batches), forward_only=False)
+            objective = policy_objective(self._token_values, self.model.device, self.config, denominator, stats)
+            self.optimizer.zero_grad()
+            run_micro_batches(self.model, micro_batches, objective, session, forward_only=False)
+            figures.append(self.optimizer.step())
+            if session:
+                counts.append(session.counts)
+                seconds += session.stopwatch.seconds
+        return TrainResult(
+            metrics=stats.reduce(self.data_parallel.reduce) | step_metrics(figures),
+            replay=summed_counts(counts, self.model.device) if counts else None,
+            seconds_in_routes=seconds,
+        )
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) pairs, the same on every rank; collective.
+
+        In the training dtype, but for an expert bias, which is fp32.
+        """
+        yield from self.model.export_weights()
+
+    def save_hf(self, path: Path) -> None:
+        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
+        weights = self.export_weights()
+        if self.process.rank == 0:
+            write_checkpoint(weights, Path(self.model_path), path)
+        else:
+            for _ in weights:
+                pass
+        dist.barrier()

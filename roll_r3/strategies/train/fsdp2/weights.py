@@ -1,0 +1,105 @@
+"""A checkpoint's tensors in and out of transformers' modules, one parameter at a time.
+
+transformers keeps a layer's experts in two tensors, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], and calls
+every MoE block `mlp`; a checkpoint holds one matrix per expert under the names of `roll_r3.models.architectures`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from roll_r3.errors import ConfigError
+from roll_r3.models.architectures.base import Architecture
+
+Part = tuple[str, tuple[int | slice | EllipsisType, ...]]
+"""Name in the checkpoint, and which part of the module's tensor it is."""
+
+_RENAMED = {
+    "mlp.gate.weight": "mlp.router.weight",
+    "mlp.gate.e_score_correction_bias": "mlp.router.expert_bias",
+}
+"""transformers' names that some checkpoints do not share -> keys of `Architecture.layer_names`."""
+
+
+def parts_of(name: str, shape: torch.Size, architecture: Architecture) -> Iterator[Part]:
+    """The checkpoint's tensors that make up a parameter or buffer of a module."""
+    found = re.fullmatch(r"(model\.layers\.\d+\.)(.*)", name)
+    prefix, inner = found.groups() if found else ("", name)
+    names = architecture.layer_names
+    if inner == "mlp.experts.gate_up_proj":
+        gate, up = names["mlp.experts.linear_fc1.weight"]
+        half = shape[1] // 2
+        for expert in range(shape[0]):
+            yield prefix + gate.format(expert), (expert, slice(None, half))
+            yield prefix + up.format(expert), (expert, slice(half, None))
+    elif inner == "mlp.experts.down_proj":
+        (down,) = names["mlp.experts.linear_fc2.weight"]
+        for expert in range(shape[0]):
+            yield prefix + down.format(expert), (expert,)
+    elif inner in _RENAMED:
+        (same,) = names[_RENAMED[inner]]
+        yield prefix + same, (...,)
+    else:
+        yield name, (...,)
+
+
+class CheckpointReader:
+    """The safetensors of a checkpoint directory; files are opened once and mapped, not read whole.
+
+    Example:
+        with CheckpointReader(path) as checkpoint:
+            checkpoint.fill(tensor, "model.layers.0.mlp.experts.down_proj", architecture)
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError: a directory without safetensors."""
+        self._path = path
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"{path} holds no *.safetensors: convert the checkpoint first")
+        self._files = {}
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                self._files |= dict.fromkeys(tensors.keys(), file.name)
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def fill(self, tensor: torch.Tensor, name: str, architecture: Architecture) -> None:
+        """Copy a module's tensor from its parts, cast to its dtype.
+
+        Raises:
+            ConfigError: a part that is not there, or has another shape.
+        """
+        for part, index in parts_of(name, tensor.shape, architecture):
+            if part not in self._files:
+                raise ConfigError(f"{self._path} has no tensor {part}, which transformers' {name} is made of")
+            target, found = tensor[index], self._file(self._files[part]).get_tensor(part)
+            if target.shape != found.shape:
+                raise ConfigError(
+                    f"{part} of {self._path} is {list(found.shape)}, but config.json says {list(target.shape)}"
+                )
+            target.copy_(found)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = self._stack.enter_context(safe_open(self._path / name, framework="pt"))
+        return self._open[name]

@@ -1,0 +1,506 @@
+"""The FSDP2 trainer: against transformers one sample at a time, against Megatron, and against itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import Gang, RankFailed
+from megatron_cases import (
+    LAYERS,
+    SAMPLES,
+    Case,
+    Reference,
+    at_rest,
+    exported,
+    gradients,
+    largest_difference,
+    make_batch,
+    open_strategy,
+    read_weights,
+    run_case,
+    shard,
+)
+
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.routes import RoutedExperts
+from roll_r3.errors import ReplayError, RollError
+from roll_r3.models.facts import read_facts
+from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
+from roll_r3.strategies.base import ProcessInfo
+
+pytestmark = pytest.mark.integration
+Gangs = Callable[[int], Gang]
+
+RECOMPUTE = {"recompute": True}
+BUDGET = {"use_dynamic_batching_in_train": True, "max_tokens_per_microbatch_in_train": 30}
+"""Of two ranks one then needs a micro-batch more than the other, which runs one that does not count."""
+
+
+def fsdp2(checkpoint: Path, **fields: Any) -> Case:
+    return Case(str(checkpoint), engine="fsdp2", **fields)
+
+
+# Loss and gradients
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"packed": True, "layout": RECOMPUTE},
+        {"role": {**BUDGET, "sequence_length_round": 3}, "layout": {"attn_implementation": "eager", **RECOMPUTE}},
+        {"role": {**BUDGET, "sequence_length_round": 3}, "packed": True, "layout": {"reshard_after_forward": False}},
+        {"micro_batch_size": 4, "packed": True, "layout": {"attn_implementation": "eager"}},
+    ],
+    ids=["padded", "packed", "padded-budget", "packed-budget", "packed-eager"],
+)
+def test_loss_and_gradients_are_those_of_transformers_one_sample_at_a_time(
+    fields: dict[str, Any], size: int, gang: Gangs, tiny_moe: Path
+) -> None:
+    batch, case = make_batch(), fsdp2(tiny_moe, **fields)
+
+    outcomes = gang(size).run(run_case, case, batch)
+
+    reference = Reference(str(tiny_moe))
+    difference = largest_difference(
+        gradients(read_weights(tiny_moe), outcomes[0].weights), reference.gradients(batch, case.config(size))
+    )
+    print(f"gradients off by {difference:.1e}")
+    assert difference < 1e-6
+    loss = reference.loss(batch, case.config(size), replay=True).item()
+    assert outcomes[0].metrics["actor/total_loss"] == pytest.approx(loss, abs=1e-6)
+    assert len({outcome.digest for outcome in outcomes}) == 1
+    assert all(outcome.at_rest for outcome in outcomes)
+    counts = outcomes[0].train_counts
+    assert counts.trainable == counts.trainable_replayed == batch.loss_mask_N.sum() * LAYERS
+    assert counts.missing == 0
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_architecture(name: str, gang: Gangs, models: dict[str, Path]) -> None:
+    batch = make_batch(checkpoint=models[name])
+    case = fsdp2(models[name], packed=True, layout=RECOMPUTE)
+
+    outcomes = gang(2).run(run_case, case, batch)
+
+    wanted = Reference(str(models[name])).gradients(batch, case.config(2))
+    difference = largest_difference(gradients(read_weights(models[name]), outcomes[0].weights), wanted)
+    print(f"{name}: gradients off by {difference:.1e}")
+    assert difference < 1e-6
+    trained = batch.loss_mask_N.sum() * len(read_facts(models[name]).moe_layers)
+    assert outcomes[0].train_counts.trainable_replayed == trained
+
+
+def test_an_output_that_is_tied_to_the_embedding(gang: Gangs, tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path, seed=1, tie_word_embeddings=True)
+    batch, case = make_batch(), fsdp2(checkpoint, layout=RECOMPUTE)
+
+    outcome = gang(2).run(run_case, case, batch)[0]
+
+    wanted = Reference(str(checkpoint)).gradients(batch, case.config(2))
+    assert "lm_head.weight" not in outcome.weights
+    assert largest_difference(gradients(read_weights(checkpoint), outcome.weights), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_megatron_gives_the_same_loss_and_gradients(name: str, size: int, gang: Gangs, models: dict[str, Path]) -> None:
+    batch = make_batch(checkpoint=models[name])
+    case = fsdp2(models[name], packed=True)
+    before = read_weights(models[name])
+
+    ours, theirs = (gang(size).run(run_case, c, batch)[0] for c in (case, replace(case, engine="megatron")))
+
+    difference = largest_difference(gradients(before, ours.weights), gradients(before, theirs.weights))
+    print(f"{name}: gradients off by {difference:.1e}")
+    assert difference < 1e-5
+    assert ours.metrics.keys() == theirs.metrics.keys()
+    assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-5, abs=1e-6)
+    assert ours.train_counts == theirs.train_counts
+
+
+def test_clipped_and_decayed_steps_are_megatrons(gang: Gangs, tiny_moe: Path) -> None:
+    """Two optimizer steps under warm-up: schedule, clipping, weight decay and its exceptions."""
+    training = {"learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.1, "warmup_steps": 1}
+    training |= {"adam_epsilon": 1e-3, "lr_scheduler_type": "cosine"}
+    case = fsdp2(tiny_moe, mini_batches=2, training=training, options={"ppo_epochs": 2})
+    batch = make_batch()
+
+    ours, theirs = (gang(2).run(run_case, c, batch)[0] for c in (case, replace(case, engine="megatron")))
+
+    assert ours.metrics["actor_train/optimizer_steps"] == 4
+    assert ours.metrics["actor/lr"] == theirs.metrics["actor/lr"] > 0
+    assert largest_difference(ours.weights, theirs.weights) < 1e-5
+    assert largest_difference(ours.weights, read_weights(tiny_moe)) > 1e-2
+
+
+# Replay
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_that_the_engine_never_saw_fall_back_to_the_live_router(size: int, gang: Gangs, tiny_moe: Path) -> None:
+    batch = make_batch(unknown=0.3)
+    unknown = sum(int((~routes.known_R).sum()) for routes in batch.routes)
+    case = fsdp2(tiny_moe, layout=RECOMPUTE)
+
+    outcome = gang(size).run(run_case, case, batch)[0]
+
+    wanted = Reference(str(tiny_moe)).gradients(batch, case.config())
+    assert largest_difference(gradients(read_weights(tiny_moe), outcome.weights), wanted) < 1e-6
+    counts = outcome.train_counts
+    known = np.concatenate([routes.known_R for routes in batch.routes])
+    assert counts.missing == unknown * LAYERS > 0
+    assert counts.trainable == batch.loss_mask_N.sum() * LAYERS
+    assert counts.trainable_replayed == (batch.loss_mask_N & known).sum() * LAYERS
+
+
+@pytest.mark.parametrize("mode", ["R3", "R2"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_recomputation_changes_no_bit(packed: bool, mode: str, gang: Gangs, models: dict[str, Path]) -> None:
+    """Gradients with recomputation are those without, to the last bit; rows of the live router among them."""
+    name = "deepseek_v3" if packed else "qwen3_moe"
+    batch = make_batch(unknown=0.3, checkpoint=models[name])
+    case = fsdp2(models[name], mode=mode, packed=packed, dtype="bf16" if packed else "fp32")
+
+    stored, again = (gang(2).run(_raw_gradients, c, batch) for c in (case, replace(case, layout=RECOMPUTE)))
+
+    for one, other in zip(stored, again, strict=True):
+        assert one.keys() == other.keys() and one
+        assert [parameter for parameter in one if not np.array_equal(one[parameter], other[parameter])] == []
+
+
+def _raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.ndarray]:
+    """This rank's part of what the optimizer would step on."""
+    strategy = open_strategy(process, case)
+    part = shard(batch, process.rank, process.world_size)
+    if case.mode == "R2":
+        strategy.compute_log_probs(part)
+    found = {}
+    step = strategy.optimizer.step
+
+    def keep_then_step() -> Any:
+        for name, parameter in strategy.model.module.named_parameters():
+            assert parameter.grad.dtype is torch.float32
+            found[name] = parameter.grad.to_local().numpy().copy()
+        return step()
+
+    strategy.optimizer.step = keep_then_step
+    strategy.train_step(part, step=1)
+    strategy.close()
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_r2_replays_what_the_pass_before_recorded(packed: bool, size: int, gang: Gangs, tiny_moe: Path) -> None:
+    batch = replace(make_batch(), routes=None)
+    case = fsdp2(tiny_moe, mode="R2", packed=packed, layout=RECOMPUTE)
+
+    outcome = gang(size).run(run_case, case, batch)[0]
+
+    reference = Reference(str(tiny_moe))
+    wanted = reference.gradients(replace(batch, routes=reference.live_routes(batch)), case.config())
+    assert largest_difference(gradients(read_weights(tiny_moe), outcome.weights), wanted) < 1e-6
+    counts = outcome.train_counts
+    assert counts.trainable == counts.trainable_replayed == batch.loss_mask_N.sum() * LAYERS
+    assert (
+        gang(size).run(_first_ratios, replace(case, infer_batch_size=case.micro_batch_size), batch) == [(1, 1)] * size
+    )
+
+
+def _first_ratios(process: ProcessInfo, case: Case, batch: Batch) -> tuple[float, float]:
+    """(Smallest, largest) ratio of a first step whose two passes are cut alike."""
+    strategy = open_strategy(process, case)
+    part = shard(batch, process.rank, process.world_size)
+    part = replace(part, old_log_probs_N=strategy.compute_log_probs(part).log_probs_N)
+    # weights that replay must not ask: what they would choose is another thing
+    metrics = strategy.train_step(part, step=1).metrics
+    with pytest.raises(ReplayError, match="were not in it"):
+        strategy.train_step(replace(part, sample_ids=tuple(f"other{i}" for i in range(part.num_samples))), step=2)
+    strategy.close()
+    return metrics["actor/ratio_min"], metrics["actor/ratio_max"]
+
+
+def test_r2_rows_follow_their_sample_to_another_rank(gang: Gangs, tiny_moe: Path) -> None:
+    batch, case = replace(make_batch(), routes=None), fsdp2(tiny_moe, mode="R2")
+    stay, move = (gang(2).run(_recorded_then_trained, case, batch, moved) for moved in (False, True))
+    assert largest_difference(stay[0], move[0]) < 1e-6
+
+
+def _recorded_then_trained(process: ProcessInfo, case: Case, batch: Batch, moved: bool) -> dict[str, np.ndarray]:
+    strategy = open_strategy(process, case)
+    with torch.no_grad():
+        strategy.compute_log_probs(shard(batch, process.rank ^ moved, 2))
+        for router in strategy.model.routers:  # routes of their own would now be others
+            router.module.weight.neg_()
+    counts = strategy.train_step(shard(batch, process.rank, 2), step=1).replay
+    assert counts.trainable_replayed == counts.trainable > 0
+    weights = dict(exported(strategy))
+    strategy.close()
+    return weights
+
+
+# Log-probabilities
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_log_probs_of_samples_that_are_packed_or_padded(size: int, gang: Gangs, tiny_moe: Path) -> None:
+    """Samples of one token among them: each is computed as if it were alone, and ranks may have other numbers."""
+    batch = _with_lengths(make_batch(), [1, 7, 1, 1, 12, 2, 5, 3])
+    reference = Reference(str(tiny_moe))
+    with torch.no_grad():
+        wanted = [values.numpy() for values in reference.tokens(batch, replay=True)]
+    live = reference.live_routes(batch, replay=True)
+    pairs = list(zip(live, batch.routes, strict=True))
+    agreed = sum(int((np.sort(a.ids_MRK) == np.sort(b.ids_MRK)).all(-1).sum()) for a, b in pairs)
+    for packed in (False, True):
+        for attention in ("sdpa", "eager"):
+            for role in ({}, {"max_tokens_per_microbatch_in_infer": 20, "use_dynamic_batching_in_infer": True}):
+                case = fsdp2(tiny_moe, packed=packed, layout={"attn_implementation": attention}, role=role)
+                case = replace(case, infer_batch_size=None if role else 3)
+                for samples, found, entropies, counts in gang(size).run(_log_probs, case, batch):
+                    inputs = batch.inputs_of(samples)
+                    assert np.abs(found - wanted[0][inputs]).max() < 1e-5
+                    assert np.abs(entropies - wanted[1][inputs]).max() < 1e-5
+                    assert (counts.compared, counts.agreed) == (len(batch.input_ids_N) * LAYERS, agreed)
+
+
+def _with_lengths(batch: Batch, lengths: list[int]) -> Batch:
+    """The first tokens of each sample, no more than it has."""
+    short = np.minimum(batch.lengths_n, lengths)
+    keep = np.concatenate([start + np.arange(n) for start, n in zip(batch.offsets, short, strict=False)])
+    arrays = {name: values[keep] for name, values in vars(batch).items() if name.endswith("_N")}
+    routes = tuple(RoutedExperts(r.ids_MRK[:, :n]) for r, n in zip(batch.routes, short, strict=True))
+    return replace(batch, lengths_n=short, routes=routes, **arrays)
+
+
+def _log_probs(process: ProcessInfo, case: Case, batch: Batch) -> tuple[Any, ...]:
+    strategy = open_strategy(process, case)
+    first = SAMPLES if process.world_size == 1 else 2  # uneven: one rank runs micro-batches that do not count
+    samples = np.arange(first) if process.rank == 0 else np.arange(first, SAMPLES)
+    result = strategy.compute_log_probs(batch.select(samples))
+    assert at_rest(strategy) and strategy.returns_results
+    strategy.close()
+    return samples, result.log_probs_N, result.entropy_N, result.replay
+
+
+def test_the_reference_routes_by_itself(gang: Gangs, tiny_moe: Path) -> None:
+    batch = make_batch()
+    case = fsdp2(tiny_moe, options={"use_kl_loss": True})
+    with torch.no_grad():
+        wanted = Reference(str(tiny_moe)).tokens(batch, replay=False)[0].numpy()
+    (found,) = gang(1).run(_reference_beside_actor, case, batch)
+    assert np.abs(found - wanted).max() < 1e-5
+
+
+def _reference_beside_actor(process: ProcessInfo, case: Case, batch: Batch) -> np.ndarray:
+    actor, reference = open_strategy(process, case), open_strategy(process, case, "reference")
+    assert reference.model.routers[0].module is not actor.model.routers[0].module
+    actor.train_step(batch, step=1)
+    result = reference.compute_log_probs(batch)
+    assert result.replay is None
+    actor.close()
+    reference.close()
+    return result.log_probs_N
+
+
+# Weights
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_exported_weights_are_the_checkpoints(name: str, gang: Gangs, models: dict[str, Path], tmp_path: Path) -> None:
+    """Same names and bits as on disk, and transformers reads what is saved back to what it read before."""
+    from transformers import AutoModelForCausalLM
+
+    for dtype in ("fp32", "bf16"):
+        saved = tmp_path / dtype
+        case = fsdp2(models[name], dtype=dtype, mode="disable", layout={"reshard_after_forward": False})
+        answers = gang(2).run(_export_and_save, case, make_batch(), saved)
+        assert answers[0] == answers[1]
+        before, after = (read_weights(path) for path in (models[name], saved))
+        if dtype == "bf16":
+            bias = "e_score_correction_bias"
+            before = {n: w if bias in n else torch.from_numpy(w).bfloat16().float().numpy() for n, w in before.items()}
+        assert set(answers[0]) == set(before)
+        assert {d for n, d in answers[0].items() if "bias" not in n} == {
+            torch.float32 if dtype == "fp32" else torch.bfloat16
+        }
+        assert largest_difference(before, after) == 0
+    whole = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (models[name], tmp_path / "fp32")
+    ]
+    first, second = (dict(model.state_dict()) for model in whole)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert (tmp_path / "fp32" / "tokenizer.json").is_file()
+
+
+def _export_and_save(process: ProcessInfo, case: Case, batch: Batch, path: Path) -> dict[str, torch.dtype]:
+    strategy = open_strategy(process, case)
+    strategy.compute_log_probs(shard(batch, process.rank, process.world_size))  # gathers weights, and lets them go
+    found = {name: tensor.dtype for name, tensor in strategy.export_weights()}
+    strategy.save_hf(path)
+    strategy.close()
+    return found
+
+
+def test_bf16_steps_on_fp32_masters(gang: Gangs, tiny_moe: Path) -> None:
+    """A step too small for bf16 moves the masters and, repeated, what is exported."""
+    case = fsdp2(tiny_moe, dtype="bf16", layout=RECOMPUTE, training={"learning_rate": 2e-5, "max_grad_norm": 0.0})
+    single = fsdp2(tiny_moe, layout=RECOMPUTE)
+    batch = make_batch()
+    for master, share, loss in gang(2).run(_bf16_steps, case, batch):
+        assert master is torch.float32
+        assert share[0] < 0.2 < share[1]
+        exact = gang(2).run(run_case, single, batch)[0].metrics["actor/total_loss"]
+        assert loss == pytest.approx(exact, abs=0.02)
+
+
+def test_bf16_gradients_are_summed_over_ranks_in_fp32(gang: Gangs, tiny_moe: Path) -> None:
+    """Of one micro-batch each: sums of two bf16 numbers, of which bf16 could not hold all."""
+    case = fsdp2(tiny_moe, dtype="bf16", micro_batch_size=4)
+    for found in gang(2).run(_raw_gradients, case, make_batch()):
+        head = torch.from_numpy(found["lm_head.weight"])
+        assert (head != head.bfloat16().float()).float().mean() > 0.1
+
+
+def _bf16_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[torch.dtype, list[float], float]:
+    """dtype of the masters; share of lm_head's exported entries that have moved after one and after eight steps."""
+    strategy = open_strategy(process, case)
+    part = shard(batch, process.rank, process.world_size)
+    seen = []
+    hook = strategy.model.module.lm_head.register_forward_hook(lambda m, x, y: seen.append((x[0].dtype, y.dtype)))
+    head = dict(exported(strategy))["lm_head.weight"]
+    losses, shares = [], []
+    for step in range(1, 9):
+        losses.append(strategy.train_step(part, step=step).metrics["actor/total_loss"])
+        shares.append(float((dict(exported(strategy))["lm_head.weight"] != head).mean()))
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    hook.remove()
+    dtype = next(strategy.model.module.parameters()).dtype
+    strategy.close()
+    return dtype, [shares[0], shares[-1]], losses[0]
+
+
+# What is refused, and what is left
+
+
+def test_wrong_routes_are_refused(gang: Gangs, tiny_moe: Path) -> None:
+    gang(1).run(_wrong_routes, fsdp2(tiny_moe), make_batch())
+
+
+def _wrong_routes(process: ProcessInfo, case: Case, batch: Batch) -> None:
+    strategy = open_strategy(process, case)
+    cut_short = tuple(RoutedExperts(routes.ids_MRK[:, 1:]) for routes in batch.routes)
+    one_layer = tuple(RoutedExperts(routes.ids_MRK[:1]) for routes in batch.routes)
+    for routes, said in ((None, "carries no routes"), (cut_short, "its .* inputs and this"), (one_layer, "need")):
+        wrong = replace(batch, routes=routes)
+        with pytest.raises(ReplayError, match=said):
+            strategy.compute_log_probs(wrong)
+        with pytest.raises(ReplayError, match=said):
+            strategy.train_step(wrong, step=1)
+        assert at_rest(strategy)
+    strategy.close()
+
+
+def test_wrong_routes_change_the_loss(gang: Gangs, tiny_moe: Path) -> None:
+    right, other = make_batch(), make_batch(seed=1, length=20)
+    pairs = zip(other.routes, right.routes, strict=True)
+    wrong = replace(right, routes=tuple(RoutedExperts(o.ids_MRK[:, : r.num_rows]) for o, r in pairs))
+    losses = [gang(1).run(run_case, fsdp2(tiny_moe), b)[0].metrics["actor/total_loss"] for b in (right, wrong)]
+    assert abs(losses[0] - losses[1]) > 1e-2
+
+
+def test_nothing_is_left_after_a_failure(gang: Gangs, tiny_moe: Path) -> None:
+    batch, case = make_batch(), fsdp2(tiny_moe, layout=RECOMPUTE)
+    (after,) = gang(1).run(_failures, case, batch)
+    assert largest_difference(after, gang(1).run(run_case, case, batch)[0].weights) == 0
+
+
+def _failures(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.ndarray]:
+    """Weights after a step that follows every failure."""
+    from roll_r3.strategies.train.fsdp2 import strategy as module
+    from roll_r3.strategies.train.replay import ReplaySession
+
+    strategy = open_strategy(process, case)
+    routers, objective, stage = strategy.model.routers, module.policy_objective, ReplaySession.stage
+    calls: list[Any] = []
+
+    def fails(said: str, error: type[Exception] = ReplayError) -> None:
+        with pytest.raises(error, match=said):
+            strategy.train_step(batch, step=1)
+        assert at_rest(strategy)
+
+    def third_fails(*args: Any) -> Any:
+        def computed(*pair: Any) -> Any:
+            calls.append(pair)
+            if len(calls) == 3:
+                raise ZeroDivisionError("in the third micro-batch")
+            return objective(*args)(*pair)
+
+        return computed
+
+    def skip_layer_2(session: Any, chunk: int, micro: Any) -> None:
+        stage(session, chunk, micro)
+        routers[2].detach()
+
+    def two_rows_short(session: Any, chunk: int, micro: Any) -> None:
+        stage(session, chunk, micro)
+        for layer in session.layers[chunk]:
+            layer.rows = replace(layer.rows, ids_tK=layer.rows.ids_tK[:-2])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "policy_objective", third_fails)
+        fails("in the third micro-batch", ZeroDivisionError)
+    for wrong, said in ((skip_layer_2, "layer 2 did not consume its rows"), (two_rows_short, "rows it was given are")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ReplaySession, "stage", wrong)
+            fails(said)
+    with pytest.MonkeyPatch.context() as patch:  # rows are queued, but backward does not recompute
+        for layer in strategy.model.module.model.layers:
+            patch.setattr(layer, "gradient_checkpointing", False)
+        fails("backward did not recompute the router of layer 0")
+    strategy.train_step(batch, step=1)
+    assert at_rest(strategy)
+    weights = dict(exported(strategy))
+    with pytest.MonkeyPatch.context() as patch:  # backward recomputes, though nothing was queued
+        for router in routers:
+            patch.setattr(router, "recomputed", False)
+        fails("the router of layer 3 ran outside a micro-batch")
+    fails("a backward of this model failed", RollError)  # FSDP2 cannot go on from there, and would not say so
+    strategy.close()
+    return weights
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(gang: Gangs, tiny_moe: Path) -> None:
+    batch = make_batch()
+    gang(2).run(_not_finite, fsdp2(tiny_moe), replace(batch, advantages_N=np.full_like(batch.advantages_N, np.inf)))
+
+
+def _not_finite(process: ProcessInfo, case: Case, batch: Batch) -> None:
+    strategy = open_strategy(process, case)
+    before = dict(exported(strategy))
+    with pytest.raises(RollError, match=r"the gradient norm is (nan|inf): the optimizer did not step"):
+        strategy.train_step(shard(batch, process.rank, process.world_size), step=1)
+    assert largest_difference(before, dict(exported(strategy))) == 0
+    strategy.close()
+
+
+def test_a_router_that_is_not_known_is_refused_by_its_class(gang: Gangs, tiny_moe: Path) -> None:
+    with pytest.raises(RankFailed, match="layer 0 routes by transformers' Qwen3MoeTopKRouter, whose gates"):
+        gang(1).run(_unknown_router, fsdp2(tiny_moe))
+
+
+def _unknown_router(process: ProcessInfo, case: Case) -> None:
+    from roll_r3.strategies.train.fsdp2 import routers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(routers.GATES, "Qwen3MoeTopKRouter")
+        open_strategy(process, case)

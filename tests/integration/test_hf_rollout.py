@@ -1,0 +1,292 @@
+"""Rollout by transformers: the contract against a plain forward of each architecture, new weights, and a whole run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sglang_cases import Reference, requests, trajectories
+from test_rlvr_run import START_TIMEOUT, Run, few_steps
+
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.tiny_task import addition_mod10
+from roll_r3.errors import EngineError
+from roll_r3.models.facts import read_facts
+from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
+from roll_r3.strategies.base import GenerateRequest, GenerateResult, ProcessInfo, WeightTarget
+from roll_r3.strategies.registry import STRATEGIES, load_attribute
+from roll_r3.strategies.rollout.hf.strategy import HfRollout
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+TEMPERATURE, LONGEST = 0.8, 12
+END = 258
+"""The end-of-sequence token of the tiny tokenizer."""
+
+
+class Engine:
+    """A strategy on a loop of its own."""
+
+    def __init__(
+        self, checkpoint: Path, mode: str = "R3", generating: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
+        config = RLVRConfig.model_validate(
+            {
+                "exp_name": "test",
+                "pretrain": str(checkpoint),
+                "prompt_length": 64,
+                "response_length": LONGEST,
+                "actor_train": {},
+                "actor_infer": {
+                    "router_replay": {"mode": mode},
+                    "generating_args": {"temperature": TEMPERATURE, **(generating or {})},
+                    "strategy_args": {"strategy_name": "hf_infer", "strategy_config": {"dtype": "float32", **settings}},
+                },
+            }
+        )
+        self.rollout = HfRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=Path("unused"))
+        self.loop = asyncio.new_event_loop()
+        self.run(self.rollout.start())
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
+
+    def generate(self, asked: Sequence[GenerateRequest]) -> list[GenerateResult]:
+        return self.run(self.rollout.generate(asked))
+
+    def close(self) -> None:
+        self.run(self.rollout.stop())
+        self.loop.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def run(*args: Any, **settings: Any) -> Engine:
+        engines.append(Engine(*args, **settings))
+        return engines[-1]
+
+    yield run
+    for engine in engines:
+        engine.close()
+
+
+class Plain(Reference):
+    """Any architecture: what the router of each MoE layer says in one forward without cache or batch."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(checkpoint, TEMPERATURE)
+        self._chosen: list[torch.Tensor] = []
+        for layer in read_facts(checkpoint).moe_layers:
+            gate = self._model.model.layers[layer].mlp.gate
+            gate.register_forward_hook(lambda module, args, output: self._chosen.append(output[2]))
+
+    def log_probs_and_experts(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+        self._chosen.clear()
+        log_probs_R = self.log_probs(trajectory)
+        return log_probs_R, torch.stack(self._chosen)[:, :-1].numpy()
+
+
+def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpoint: Path, version: int = 0) -> float:
+    """The largest difference of a log-probability."""
+    reference, differences = Plain(checkpoint), []
+    for t in trajectories(results).values():
+        log_probs_R, ids_MRK = reference.log_probs_and_experts(t)
+        assert t.routes.ids_MRK.dtype == np.uint8
+        assert t.routes.ids_MRK.shape == ids_MRK.shape
+        assert t.routes.num_rows == len(t.prompt_ids_P) + len(t.response_ids_R) - 1
+        np.testing.assert_array_equal(np.sort(t.routes.ids_MRK), np.sort(ids_MRK))
+        np.testing.assert_allclose(t.log_probs_R, log_probs_R, atol=1e-5, rtol=0)
+        differences.append(np.abs(t.log_probs_R - log_probs_R).max())
+        assert t.weight_versions == (version,)
+        stopped = t.response_ids_R[-1] == END
+        assert END not in t.response_ids_R[:-1]
+        assert t.finish_reason == ("stop" if stopped else "length")
+        assert stopped or len(t.response_ids_R) == LONGEST
+    return max(differences)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_routes_and_log_probs_are_those_of_a_plain_forward(tmp_path, start, name):
+    """Prompts of 3 to 9 tokens share a batch, so most are padded."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", name, seed=1)
+    asked = requests(8, 8)
+    results = start(checkpoint).generate(asked)
+    for request, result in zip(asked, results, strict=True):
+        assert tuple(t.sample_id for t in result.trajectories) == request.sample_ids
+        assert {tuple(t.prompt_ids_P) for t in result.trajectories} == {request.prompt_ids}
+    print(name, assert_is_what_the_model_computes(results, checkpoint))
+
+
+def test_routes_are_the_top_k_of_the_routers_logits(tiny_moe, start):
+    for t in trajectories(start(tiny_moe).generate(requests(4, 2))).values():
+        _, ids_MRK = Reference(tiny_moe).log_probs_and_routes(t)
+        np.testing.assert_array_equal(t.routes.ids_MRK, ids_MRK, "in the router's order")
+
+
+def test_a_sample_follows_from_its_seed_whatever_shares_its_batch(tiny_moe, start):
+    asked = [replace(r, seeds=tuple(seed * 7919 % 1009 for seed in r.seeds)) for r in requests(6, 4)]
+    together = trajectories(start(tiny_moe).generate(asked))
+    alone = trajectories(start(tiny_moe, max_running_requests=1).generate(asked[::-1]))
+    for sample_id, t in together.items():
+        np.testing.assert_array_equal(t.response_ids_R, alone[sample_id].response_ids_R)
+        np.testing.assert_array_equal(t.routes.ids_MRK, alone[sample_id].routes.ids_MRK)
+        np.testing.assert_allclose(t.log_probs_R, alone[sample_id].log_probs_R, atol=1e-5, rtol=0)
+    assert len({t.response_ids_R.tobytes() for t in together.values()}) == len(together), "seeds differ, samples too"
+
+
+def test_short_prompts_long_prompts_and_samples_that_stop(tiny_moe, tmp_path, start):
+    """A model that was taught to stop: some samples of a batch end early, others go on."""
+    learned = make_tiny_checkpoint(tmp_path / "tiny", examples=addition_mod10(), warm_start_steps=30)
+    engine = start(learned)
+    one, none, long = (GenerateRequest(ids, (f"{len(ids)}",), (5,)) for ids in ((7,), (), (7,) * 4090))
+    results = engine.generate([one, none, long, *requests(4, 8)])
+    assert "the prompt is empty" in results[1].dropped["0"]
+    assert "may take 4102 tokens" in results[2].dropped["4090"]
+    assert results[0].trajectories[0].routes.num_rows == len(results[0].trajectories[0].response_ids_R)
+    assert_is_what_the_model_computes([results[0], *results[3:]], learned)
+    reasons = {t.finish_reason for r in results for t in r.trajectories}
+    assert reasons == {"stop", "length"}
+
+
+def test_a_truncated_distribution_is_sampled_from_and_log_probs_are_of_the_whole(tiny_moe, start):
+    greedy = trajectories(start(tiny_moe, generating={"top_k": 1}).generate(requests(3, 2)))
+    for t in greedy.values():
+        np.testing.assert_allclose(t.log_probs_R, Plain(tiny_moe).log_probs(t), atol=1e-5, rtol=0)
+    assert all((greedy[f"p{p}/s0"].response_ids_R == greedy[f"p{p}/s1"].response_ids_R).all() for p in range(3))
+
+
+def test_nothing_is_recorded_unless_it_is_asked_for(tiny_moe, start):
+    (result,) = start(tiny_moe, mode="disable").generate(requests(1, 2))
+    assert [t.routes for t in result.trajectories] == [None, None]
+
+
+def test_the_actors_loop_lives_while_the_model_runs(tiny_moe, start):
+    engine = start(tiny_moe)
+
+    async def both() -> int:
+        task, beats = asyncio.create_task(engine.rollout.generate(requests(8, 4))), 0
+        while not task.done():
+            await asyncio.sleep(0.002)
+            beats += 1
+        await task
+        return beats
+
+    assert engine.run(both()) > 5
+
+
+CHANNELS: list[Any] = []
+"""In the process of the trainer: groups have names that are one process's own."""
+
+
+def connect(process: ProcessInfo, target: WeightTarget) -> None:
+    """The sending end that the registry names for this strategy."""
+    CHANNELS.append(load_attribute(STRATEGIES["hf_infer"].weight_channel)([target], device="cpu", timeout_s=60.0))
+
+
+def send(process: ProcessInfo, weights: dict[str, torch.Tensor], version: int, *, end: bool = True) -> str:
+    """What went wrong; empty when nothing did."""
+    channel = CHANNELS[-1]
+    try:
+        channel.begin(version)
+        for bucket in channel.buckets(weights.items(), 100_000):
+            channel.send(bucket)
+        if end:
+            channel.end()
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def disconnect(process: ProcessInfo) -> None:
+    CHANNELS.pop().close()
+
+
+@pytest.fixture
+def update(gang, start) -> Iterator[Callable[..., str]]:
+    """`update(engine, weights, version)` from another process, by one channel."""
+    connected: list[Engine] = []
+
+    def run(engine: Engine, *args: Any) -> str:
+        if not connected:
+            gang(1).run(connect, engine.rollout.weight_target())
+            connected.append(engine)
+        return gang(1).run(send, *args)[0]
+
+    yield run
+    gang(1).run(disconnect)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_new_weights_arrive_and_samples_follow_them(tmp_path, start, update, name):
+    old, new = (make_tiny_checkpoint(tmp_path / str(seed), name, seed=seed) for seed in (0, 1))
+    engine = start(old)
+    assert_is_what_the_model_computes(engine.generate(requests(3, 2)), old)
+    for version, checkpoint in ((1, new), (2, old)):
+        assert update(engine, load_file(checkpoint / "model.safetensors"), version) == ""
+        (refused,) = engine.generate(requests(1, 2))
+        assert f"version {version}, not {version - 1}" in refused.dropped["p0/s0"]
+        engine.run(engine.rollout.on_weights_updated(version))
+        assert_is_what_the_model_computes(engine.generate(requests(3, 2)), checkpoint, version)
+
+
+def test_an_update_that_is_not_whole_leaves_an_engine_that_answers_nothing(tiny_moe, start, update):
+    engine = start(tiny_moe)
+    weights = load_file(tiny_moe / "model.safetensors")
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    del weights[name]
+    assert f"1 of {len(weights) + 1} weights never came: {name}" in update(engine, weights, 1)
+    for version in (0, 1):
+        engine.run(engine.rollout.on_weights_updated(version))
+        (result,) = engine.generate(requests(1, 1))
+        assert f"version 1-incomplete, not {version}" in result.dropped["p0/s0"]
+    assert "an earlier weight update failed" in update(engine, weights, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "held"), [("model.norms.weight", 64, "no such tensor"), ("model.norm.weight", 5, "[64]")]
+)
+def test_a_weight_that_the_model_has_not_is_refused(tiny_moe, start, update, name, shape, held):
+    refused = update(start(tiny_moe), {name: torch.ones(shape)}, 1)
+    assert refused.startswith("engine 0 (transformers) refused /update_weights_from_distributed (400)")
+    assert f"{name} has shape [{shape}], the model has {held}" in refused
+
+
+def test_nobody_gets_in_without_the_key(tiny_moe, start, gang):
+    target = replace(start(tiny_moe).rollout.weight_target(), api_key="wrong")
+    gang(1).run(connect, target)
+    assert "wrong key" in gang(1).run(send, {}, 1)[0]
+    gang(1).run(disconnect)
+
+
+def test_nothing_is_sampled_before_the_start_and_after_the_end(tiny_moe):
+    engine = Engine(tiny_moe)
+    engine.run(engine.rollout.stop())
+    engine.run(engine.rollout.stop())
+    with pytest.raises(EngineError, match="not running"):
+        engine.generate(requests(1, 1))
+    engine.close()
+
+
+def test_the_program_replays_what_transformers_routed(tmp_path):
+    """Megatron on two pipeline stages, R3; the engine is in an actor and gets new weights after every step."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", examples=addition_mod10(), warm_start_steps=60)
+    run = Run(tmp_path, checkpoint, *few_steps(3, "actor_infer.strategy_args={strategy_name: hf_infer}"))
+    try:
+        assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+        metrics = run.metrics()
+    finally:
+        run.end()
+    print([{k: v for k, v in m.items() if "replay" in k or "diff" in k} for m in metrics])
+    assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0, 1.0]
+    assert [m["rollout/dropped_samples"] for m in metrics] == [0, 0, 0]
+    assert max(m["actor/rollout_train_logprobs_abs_diff_mean"] for m in metrics) < 0.1, "new weights arrive"

@@ -1,0 +1,165 @@
+"""The parts of the FSDP2 trainer that need no process group."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from roll_r3.config.workers import TrainingArgs
+from roll_r3.errors import ConfigError
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
+from roll_r3.strategies.train.learning_rate import learning_rate
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_learning_rate_is_that_of_megatrons_scheduler(style: str, warmup: int) -> None:
+    from roll_r3.platform import megatron_cpu
+
+    megatron_cpu.install()
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    args = TrainingArgs(learning_rate=1e-3, lr_scheduler_type=style, warmup_steps=warmup)
+    group = {"lr": 0.0}
+    scheduler = OptimizerParamScheduler(
+        SimpleNamespace(param_groups=[group]),
+        init_lr=0.0,
+        max_lr=1e-3,
+        min_lr=0.0,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=8,
+        lr_decay_style=style,
+        start_wd=0.0,
+        end_wd=0.0,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    for done in range(11):
+        assert learning_rate(args, done, 8) == pytest.approx(group["lr"], abs=1e-18)
+        scheduler.step(increment=1)
+
+
+def _gates(name: str, dtype: torch.dtype) -> list[torch.nn.Module]:
+    """The routers of a tiny model with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from roll_r3.models.architectures.base import TINY
+
+    architecture = ARCHITECTURES[TINY_MODELS[name]]
+    config = AutoConfig.for_model(architecture.model_type, **{**TINY, **architecture.tiny[name], "vocab_size": 32})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for module_name, buffer in model.named_buffers():
+        if module_name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
+    return [layer.mlp.gate for layer in model.model.layers if "gate" in dict(layer.mlp.named_children())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_gates_of_the_routers_own_choice_are_its_own_to_the_last_bit(name: str, dtype: torch.dtype) -> None:
+    from roll_r3.strategies.train.fsdp2.routers import GATES, router_class
+
+    gate = _gates(name, dtype)[-1]
+    hidden = torch.randn(1, 40, 64, dtype=dtype)
+    logits, gates, ids = gate(hidden)
+    ours = GATES[router_class(gate)](gate, logits, ids)
+    assert ours.dtype == gates.dtype
+    assert torch.equal(ours, gates)
+
+
+def test_gates_of_another_choice_carry_gradients_to_the_router() -> None:
+    from roll_r3.strategies.train.fsdp2.routers import find_routers
+
+    gate = _gates("qwen3_moe", torch.float32)[0]
+    (router,) = find_routers([torch.nn.ModuleList([gate])], recomputed=False)
+    chosen = torch.tensor([[3, 5]] * 6)
+    asked = []
+
+    def route(num_tokens: int, topk: int, live: object) -> torch.Tensor:
+        asked.append((num_tokens, topk))
+        return chosen
+
+    router.attach(SimpleNamespace(route=route))
+    logits, gates, ids = gate(torch.randn(6, 64))
+    wanted = logits.softmax(-1)[:, [3, 5]]
+    assert torch.equal(ids, chosen) and asked == [(6, 2)]
+    assert torch.allclose(gates, wanted / wanted.sum(-1, keepdim=True), atol=1e-7)
+    gates[:, 0].sum().backward()
+    assert gate.weight.grad.abs().sum() > 0
+    router.detach()
+    router.detach()
+    assert not gate._forward_hooks and not router.attached
+
+
+def test_a_router_of_an_unknown_class_is_refused() -> None:
+    from roll_r3.strategies.train.fsdp2.routers import find_routers
+
+    class StrangeTopKRouter(torch.nn.Module):
+        pass
+
+    layers = [torch.nn.Linear(2, 2), torch.nn.Sequential(StrangeTopKRouter())]
+    with pytest.raises(ConfigError, match="layer 1 routes by transformers' StrangeTopKRouter, whose gates"):
+        find_routers(layers, recomputed=False)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_checkpoint_is_read_as_transformers_reads_it(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from roll_r3.strategies.train.fsdp2.weights import CheckpointReader, parts_of
+
+    make_tiny_checkpoint(tmp_path, name, seed=3)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    architecture = ARCHITECTURES[TINY_MODELS[name]]
+    on_disk = load_file(tmp_path / "model.safetensors")
+    named = set()
+    with CheckpointReader(tmp_path) as checkpoint:
+        for key, wanted in model.state_dict().items():
+            found = torch.full_like(wanted, torch.nan)
+            checkpoint.fill(found, key, architecture)
+            assert torch.equal(found, wanted), key
+            for part, index in parts_of(key, wanted.shape, architecture):
+                assert torch.equal(wanted[index], on_disk[part])
+                named.add(part)
+    assert named == set(on_disk)
+
+
+def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+    from roll_r3.strategies.train.fsdp2.weights import CheckpointReader
+
+    architecture = ARCHITECTURES["qwen3_moe"]
+    with pytest.raises(ConfigError, match=r"holds no \*\.safetensors"):
+        CheckpointReader(tmp_path)
+    save_file({"model.norm.weight": torch.ones(3), "lm_head.weight": torch.ones(2, 3)}, tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(["model.norm.weight", "lm_head.weight"], "a.safetensors")})
+    )
+    with CheckpointReader(tmp_path) as checkpoint:
+        checkpoint.fill(filled := torch.zeros(3), "model.norm.weight", architecture)
+        assert torch.equal(filled, torch.ones(3))
+        with pytest.raises(ConfigError, match=r"lm_head\.weight of .* is \[2, 3\], but config\.json says \[4, 3\]"):
+            checkpoint.fill(torch.zeros(4, 3), "lm_head.weight", architecture)
+        with pytest.raises(ConfigError, match=r"no tensor model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight"):
+            checkpoint.fill(torch.zeros(2, 4, 3), "model.layers.0.mlp.experts.gate_up_proj", architecture)
+
+
+def test_log_probs_and_entropy_are_those_of_a_softmax() -> None:
+    from roll_r3.strategies.train.fsdp2.token_values import label_log_probs_and_entropy
+
+    logits = torch.randn(2, 3, 7, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(7, (2, 3))
+    for entropy_gradient in (False, True):
+        log_probs, entropy = label_log_probs_and_entropy(
+            logits, labels, temperature=0.7, entropy_gradient=entropy_gradient
+        )
+        whole = torch.distributions.Categorical(logits=logits.detach().double() / 0.7)
+        assert torch.allclose(log_probs.double(), whole.log_prob(labels), atol=1e-5)
+        assert torch.allclose(entropy.double(), whole.entropy(), atol=1e-5)
+        assert log_probs.requires_grad and entropy.requires_grad == entropy_gradient

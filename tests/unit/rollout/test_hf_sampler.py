@@ -1,0 +1,79 @@
+"""Choosing tokens, and finding routers, without a model of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from roll_r3.errors import ConfigError
+from roll_r3.strategies.rollout.hf.routers import RouteRecorder, find_routers
+from roll_r3.strategies.rollout.hf.sampler import choose
+
+PROBS = (0.1, 0.4, 0.0, 0.3, 0.2)
+
+
+def shares(*, top_p: float = 1.0, top_k: int = -1) -> list[float]:
+    """How often each token is chosen, over evenly spread draws."""
+    draws_B = torch.arange(10_000, dtype=torch.float64) / 10_000
+    log_probs_BV = torch.tensor(PROBS).log().expand(len(draws_B), -1)
+    tokens_B = choose(log_probs_BV, draws_B, top_p=top_p, top_k=top_k)
+    return (torch.bincount(tokens_B, minlength=len(PROBS)) / len(draws_B)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [
+        (1.0, -1, (0.1, 0.4, 0.0, 0.3, 0.2)),
+        (1.0, 2, (0.0, 4 / 7, 0.0, 3 / 7, 0.0)),
+        (1.0, 9, (0.1, 0.4, 0.0, 0.3, 0.2)),
+        (0.75, -1, (0.0, 4 / 9, 0.0, 3 / 9, 2 / 9)),
+        (0.01, -1, (0.0, 1.0, 0.0, 0.0, 0.0)),
+        (0.75, 2, (0.0, 4 / 7, 0.0, 3 / 7, 0.0)),
+    ],
+)
+def test_tokens_are_chosen_as_often_as_they_are_likely(top_p, top_k, kept):
+    assert shares(top_p=top_p, top_k=top_k) == pytest.approx(kept, abs=2e-4)
+
+
+def test_the_ends_of_the_unit_interval_choose_tokens_that_can_be():
+    log_probs_BV = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log().expand(2, -1)
+    draws_B = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert choose(log_probs_BV, draws_B, top_p=1.0, top_k=-1).tolist() == [1, 2]
+
+
+class MixtralTopKRouter(torch.nn.Module):
+    """By name a router of transformers."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return x, x, x.long()
+
+
+class UnheardOfRouter(MixtralTopKRouter):
+    pass
+
+
+def model(*routers: torch.nn.Module) -> torch.nn.Module:
+    layers = torch.nn.ModuleList(torch.nn.ModuleDict({"gate": router}) for router in routers)
+    return torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": layers})})
+
+
+def test_routers_are_found_in_the_order_of_their_layers_and_recorded_once_a_forward():
+    first, last = MixtralTopKRouter(), MixtralTopKRouter()
+    routers = find_routers(model(first, torch.nn.Identity(), last), (0, 2))
+    assert routers == [first, last]
+    recorder = RouteRecorder(routers)
+    last(torch.ones(3, 2))
+    with pytest.raises(AssertionError, match="every router once"):
+        recorder.take()
+    first(torch.zeros(3, 2))
+    assert recorder.take()[:, 0].tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_router_that_is_not_known_is_named():
+    with pytest.raises(ConfigError, match=r"layer 1 holds 0 routers that are known .*UnheardOfRouter"):
+        find_routers(model(MixtralTopKRouter(), UnheardOfRouter()), (0, 1))
+
+
+def test_a_layer_that_routes_unexpectedly_is_named():
+    with pytest.raises(ConfigError, match=r"routes in layers \[0, 1\], its config.json says \[1\]"):
+        find_routers(model(MixtralTopKRouter(), MixtralTopKRouter()), (1,))
