@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _explain(options.explain) if options.explain is not None else _run(options)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # who reads has read enough
+    except BrokenPipeError:
+        if _starts(options):
+            raise  # of a run it says nothing about the terminal, and nothing good
+        # who reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except InvalidConfigError as error:
@@ -69,8 +72,7 @@ def _refuse_misplaced(parser: argparse.ArgumentParser, options: argparse.Namespa
         parser.error("--config FILE is needed")
     if options.explain is not None and (options.config or options.overrides or options.elsewhere):
         parser.error("--explain takes the name of a rule and nothing else")
-    starts = not (options.validate_only or options.print_config or options.plan)
-    if starts and options.format != "text":
+    if _starts(options) and options.format != "text":
         parser.error("--format goes with --validate-only or --plan")
     if options.print_config and options.format != "text":
         parser.error("--print-config prints YAML: leave --format out")
@@ -78,6 +80,11 @@ def _refuse_misplaced(parser: argparse.ArgumentParser, options: argparse.Namespa
         parser.error("--devices-per-node goes with --plan")
     if options.devices_per_node is not None and options.devices_per_node < 1:
         parser.error("--devices-per-node is 1 or more")
+
+
+def _starts(options: argparse.Namespace) -> bool:
+    """Whether a run is asked for, not a look at its configuration."""
+    return not (options.validate_only or options.print_config or options.plan or options.explain is not None)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -11,9 +11,11 @@ from hypothesis import settings
 # Read when torch is imported, here and in every process a test starts: many processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A property is judged by its result; on a busy machine an example's time says nothing.
-settings.register_profile("shared_machine", deadline=None)
-settings.load_profile("shared_machine")
+# A property is judged by its result; on a busy machine an example's time says nothing. The same examples every time:
+# a change is judged by what it changed. `pytest --hypothesis-profile=explore` looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("repeatable")
 
 INTEGRATION = Path(__file__).parent / "integration"
 

@@ -53,13 +53,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         InvalidConfigError: the file is not one from which a configuration can be made at all.
     """
     text, findings = _read(path)
-    return load_text("" if text is None else text, str(path), overrides, findings)
+    if text is None:
+        raise InvalidConfigError(findings, Origins(str(path)))
+    return load_text(text, str(path), overrides)
 
 
-def load_text(text: str, file: str, overrides: Sequence[str] = (), findings: Sequence[Finding] = ()) -> LoadedConfig:
-    """As `load`, of a text that was read from `file`, with `findings` about how it was read."""
-    data, places, found = _parse(text, file) if not findings else ({}, {}, list(findings))
-    if data is None or findings:
+def load_text(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """As `load`, of a text that was read from `file`."""
+    data, places, found = _parse(text, file)
+    if data is None:
         raise InvalidConfigError(found, Origins(file, places))
     draft = _Draft(data, places, found)
     for override in overrides:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
+
+from pydantic import BaseModel
 
 from roll_r3.config.tree import overlap
 from roll_r3.errors import ConfigError
@@ -123,9 +126,20 @@ def as_json(findings: Iterable[Finding], origins: Origins) -> list[dict[str, obj
 def _field_json(path: str, value: object, origins: Origins) -> dict[str, object]:
     origin = origins.near(path) if value is ABSENT else origins.of(path)
     file, line = origins.file_and_line(path)
-    return {"path": path, "value": None if value is ABSENT else show_value(value), "origin": origin, "file": file} | (
-        {"line": line} if line else {}
-    )
+    return {"path": path, "value": _plain(value), "origin": origin, "file": file} | ({"line": line} if line else {})
+
+
+def _plain(value: object) -> object:
+    """A value as JSON has it: whole, and text only where JSON has no such value."""
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump())
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is ABSENT or value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None if value is ABSENT or value is None else str(value)
+    return value if isinstance(value, str | int | float) else show_value(value)
 
 
 def _render(finding: Finding, origins: Origins) -> str:

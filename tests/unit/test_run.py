@@ -100,6 +100,15 @@ def test_a_failed_run_ends_with_a_message_and_a_status(config_file, monkeypatch,
     assert message in capsys.readouterr().err
 
 
+def test_a_pipe_that_breaks_inside_a_run_is_no_success(config_file, monkeypatch):
+    def launch(config: Any, origins: Any) -> int:
+        raise BrokenPipeError
+
+    launch_with(monkeypatch, launch)
+    with pytest.raises(BrokenPipeError):
+        run.main(["--config", str(config_file)])
+
+
 def test_an_unexpected_error_keeps_its_traceback(config_file, monkeypatch):
     def launch(config: Any, origins: Any) -> int:
         raise ZeroDivisionError
@@ -164,6 +173,7 @@ def test_every_mistake_of_a_file_is_found_in_one_run_with_its_line(tmp_path, cap
     origin = found[("dual-clip-above-one", "dual_clip_loss")]["fields"][0]["origin"]
     assert origin == f"{path}:10, from ${{limit}} at {path}:11"
     assert all(f["why"] and f["fields"] for f in findings)
+    assert found[("dual-clip-above-one", "dual_clip_loss")]["fields"][0]["value"] == 0.5, "a number, not its text"
 
 
 def test_a_file_of_roll_is_checked_like_any_other(capsys):

@@ -161,6 +161,7 @@ RULES: tuple[AnyPreflightRule, ...] = (
     SurroundingsRule(
         id="architecture-known",
         fields=_CHECKPOINTS,
+        depends=(TRAIN_REPLAY,),
         why="roll_r3 cannot train this architecture",
         fix="name a checkpoint of one of them",
         wrong=("pretrain=Qwen/Qwen3-8B", "actor_train.router_replay={}", "actor_infer.router_replay={}"),
@@ -207,6 +208,7 @@ RULES: tuple[AnyPreflightRule, ...] = (
     SurroundingsRule(
         id="context-holds-the-longest",
         fields=("response_length", "prompt_length", *_CHECKPOINTS),
+        depends=("actor_infer.generating_args.max_new_tokens",),
         why="prompt_length + response_length, with the few tokens that an engine keeps back, is longer than the "
         "sequences that the model was made for",
         fix="make one of them shorter",
@@ -252,6 +254,7 @@ RULES: tuple[AnyPreflightRule, ...] = (
             f"{MEGATRON}.num_layers_in_last_pipeline_stage",
             f"{MEGATRON}.pipeline_model_parallel_layout",
         ),
+        depends=tuple(f"{MEGATRON}.account_for_{what}_in_pipeline_split" for what in ("embedding", "loss")),
         why="the model's layers cannot be shared out to the pipeline like this",
         fix="choose other sizes, or write pipeline_model_parallel_layout",
         wrong=("actor_train.device_mapping=range(5)", f"{TRAIN}.pipeline_model_parallel_size=5"),

@@ -117,6 +117,7 @@ def test_any_override_is_accepted_or_named(path, value):
     checked(MINIMAL, (f"{path}={yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)}",))
 
 
+ROLES = ("actor_train", "reference")
 ERRORS = [rule for rule in ALL_RULES if rule.severity == "error" and not isinstance(rule, SurroundingsRule)]
 
 
@@ -124,10 +125,11 @@ ERRORS = [rule for rule in ALL_RULES if rule.severity == "error" and not isinsta
 @given(rule=st.sampled_from(ERRORS), changes=st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), max_size=4))
 def test_no_mistake_elsewhere_hides_what_a_rule_forbids(rule, changes):
     concerned = [override.partition("=")[0] for override in rule.wrong]
-    concerned += [
-        f"{role}{field}" for field in (*rule.fields, *rule.depends) for role in ("", "actor_train.", "reference.")
-    ]
-    concerned += ["pretrain", "actor_train.model_args", "*.strategy_args.strategy_name"]  # another name, other settings
+    for field in (*rule.fields, *rule.depends):
+        concerned += [field, *(field.replace("{role}", role) for role in ROLES), *(f"{role}.{field}" for role in ROLES)]
+    concerned += ["pretrain", "actor_train.model_args"]
+    # Of a strategy without a name nobody can say what its settings mean.
+    concerned += [f"{role}.strategy_args.strategy_name" for role in ("actor_infer", *ROLES)]
     content = yaml.safe_load(MINIMAL)
     for path, value in changes:
         if not any(overlap(one, path) for one in concerned):

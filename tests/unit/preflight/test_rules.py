@@ -13,10 +13,11 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE, TRAIN
 from roll_r3.config.rules.table import Row
+from roll_r3.config.tree import overlap
 from roll_r3.preflight.check import check_config
 from roll_r3.preflight.checkpoints import Model
 from roll_r3.preflight.rules import ALL_RULES, PREFLIGHT_RULES
-from roll_r3.preflight.rules.table import Pretend, SurroundingsRule
+from roll_r3.preflight.rules.table import ModelRule, Pretend, SurroundingsRule
 from roll_r3.preflight.summary import summary
 from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
 from roll_r3.preflight.versions import find_versions
@@ -60,6 +61,18 @@ def test_a_rule_refuses(rule):
 @pytest.mark.parametrize("rule", PREFLIGHT_RULES, ids=lambda rule: rule.id)
 def test_a_rule_accepts(rule):
     assert found(rule.right, where_of(rule, "right")) == []
+
+
+@pytest.mark.parametrize("rule", PREFLIGHT_RULES, ids=lambda rule: rule.id)
+def test_a_rule_names_every_field_that_its_verdict_depends_on(rule):
+    """What it does not name may be left out of its example, and it is violated still."""
+    named = [*rule.fields, *rule.depends]
+    if isinstance(rule, ModelRule):  # fields within a role, and the checkpoint that it loads
+        named = [*(f"*.{field}" for field in named), "pretrain", "*.model_args"]
+    for override in rule.wrong:
+        if not any(overlap(field, override.partition("=")[0]) for field in named):
+            rest = tuple(other for other in rule.wrong if other != override)
+            assert rule.id in found(rest, where_of(rule, "wrong")), override
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.id)
