@@ -32,3 +32,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-compatibility", action="store_true", help="write docs/compatibility.md from what the matrix ran"
     )
+    parser.addoption(
+        "--write-engines", action="store_true", help="run every rollout with every trainer and write docs/engines.md"
+    )

@@ -26,7 +26,8 @@ class SglangConfig(Config):
     mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of device memory for weights and KV cache; default: SGLang's choice. Without meaning on a CPU."""
     max_total_tokens: PositiveInt | None = None
-    """Size of the KV cache in tokens; default: what memory allows (set it on a CPU)."""
+    """Size of the KV cache in tokens; default: what the device's memory allows, on a CPU room for 64 of the longest
+    samples."""
     max_running_requests: PositiveInt | None = None
     """Requests the engine decodes at once; default: SGLang's choice."""
     context_length: PositiveInt | None = None

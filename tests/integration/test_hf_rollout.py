@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sglang_cases import Reference, requests, trajectories
-from test_rlvr_run import START_TIMEOUT, Run, few_steps
+from whole_run import START_TIMEOUT, Run, few_steps
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig

@@ -6,14 +6,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from whole_run import START_TIMEOUT, Run, few_steps
 
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -21,57 +20,11 @@ from roll_r3.strategies.rollout.sglang.launcher import KEY_VARIABLE
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
-START_TIMEOUT = 300
-
-
-class Run:
-    """A run in a process of its own."""
-
-    def __init__(self, tmp_path: Path, checkpoint: Path, *overrides: str) -> None:
-        self.output = tmp_path / "output"
-        self.stdout, self.stderr = tmp_path / "stdout", tmp_path / "stderr"
-        command = [sys.executable, "-m", "roll_r3.run", "--config", str(ROOT / "configs" / "quickstart.yaml")]
-        command += [f"pretrain={checkpoint}", f"output_dir={self.output}", *overrides]
-        with self.stdout.open("w") as out, self.stderr.open("w") as err:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
-
-    @property
-    def path(self) -> Path:
-        return self.output / "quickstart" / "latest"
-
-    def metrics(self) -> list[dict[str, float]]:
-        file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + START_TIMEOUT
-        while len(self.metrics()) < step:
-            assert self.process.poll() is None, self.stderr.read_text()
-            assert time.monotonic() < deadline, self.stderr.read_text()
-            time.sleep(0.2)
-
-    def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def finish(self, timeout: float) -> int:
-        return self.process.wait(timeout)
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            for process in [*self.descendants(), psutil.Process(self.process.pid)]:
-                process.kill()
-        self.process.wait()
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny"
     return make_tiny_checkpoint(path, examples=addition_mod10(), warm_start_steps=60)
-
-
-def few_steps(steps: int, *more: str) -> tuple[str, ...]:
-    return (f"max_steps={steps}", "rollout_batch_size=16", "num_return_sequences_in_group=8", *more)
 
 
 @pytest.fixture(scope="module")

@@ -71,8 +71,14 @@ def test_seeds_decide_samples_on_a_cpu() -> None:
     assert value_of(line, "--attention-backend") == "torch_native"
 
 
+def test_on_a_cpu_the_cache_does_not_take_the_whole_memory() -> None:
+    assert value_of(arguments(SglangConfig()), "--max-total-tokens") == "6400", "64 samples of the context's 100 tokens"
+    assert value_of(arguments(SglangConfig(context_length=200)), "--max-total-tokens") == "12800"
+
+
 def test_a_gpu_keeps_sglangs_own_choices() -> None:
     line = arguments(SglangConfig(), device="cuda")
+    assert "--max-total-tokens" not in line
     assert not {"--attention-backend", "--sampling-backend", "--enable-deterministic-inference"} & set(line)
 
 

@@ -100,6 +100,10 @@ def refused_server_args(config: SglangConfig) -> list[str]:
     return problems
 
 
+CPU_SAMPLES = 64
+"""Of the longest samples, how many the KV cache holds on a CPU: SGLang alone would take all of the machine's memory."""
+
+
 def server_arguments(
     config: SglangConfig,
     *,
@@ -140,7 +144,9 @@ def server_arguments(
         "log_level_http": "warning",
     }
     if device == "cpu":
+        room = CPU_SAMPLES * (config.context_length or context_length)
         arguments |= {
+            "max_total_tokens": config.max_total_tokens or room,
             "attention_backend": config.attention_backend or "torch_native",
             "sampling_backend": "pytorch",
             "grammar_backend": "none",

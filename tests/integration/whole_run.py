@@ -1,0 +1,63 @@
+"""A whole run as a user starts it: the program in a process of its own, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT = 300
+
+
+class Run:
+    """A run in a process of its own."""
+
+    def __init__(self, tmp_path: Path, checkpoint: Path, *overrides: str, config: str = "quickstart") -> None:
+        """
+        Args:
+            tmp_path: where its output goes.
+            config: file under configs/.
+        """
+        tmp_path.mkdir(parents=True, exist_ok=True)
+        self.output = tmp_path / "output"
+        self.stdout, self.stderr = tmp_path / "stdout", tmp_path / "stderr"
+        command = [sys.executable, "-m", "roll_r3.run", "--config", str(ROOT / "configs" / f"{config}.yaml")]
+        command += [f"pretrain={checkpoint}", f"output_dir={self.output}", *overrides]
+        with self.stdout.open("w") as out, self.stderr.open("w") as err:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
+
+    @property
+    def path(self) -> Path:
+        return next(self.output.glob("*/latest"))
+
+    def metrics(self) -> list[dict[str, float]]:
+        files = self.output.glob("*/latest/metrics.jsonl")
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while len(self.metrics()) < step:
+            assert self.process.poll() is None, self.stderr.read_text()
+            assert time.monotonic() < deadline, self.stderr.read_text()
+            time.sleep(0.2)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def finish(self, timeout: float) -> int:
+        return self.process.wait(timeout)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            for process in [*self.descendants(), psutil.Process(self.process.pid)]:
+                process.kill()
+        self.process.wait()
+
+
+def few_steps(steps: int, *more: str) -> tuple[str, ...]:
+    return (f"max_steps={steps}", "rollout_batch_size=16", "num_return_sequences_in_group=8", *more)
