@@ -1,9 +1,9 @@
-"""What the trainer's ranks take in when they gather the model for the engines: every strategy's export, counted.
+"""What nodes take in until the engines' sender has the whole model: every strategy's export, counted.
 
-All ranks take part for every parameter, data-parallel copies too. Under Megatron (mbridge) each pipeline group
-broadcasts what a stage holds. Then experts are gathered over expert-parallel ranks and their parts over
-expert-tensor-parallel ones, parts of all else over tensor-parallel ones. Under FSDP2 each rank holds a part of every
-parameter, and they are gathered over all ranks.
+Under Megatron (`WeightExport`) the first copy of every weight goes to the first rank of its pipeline stage: parts of
+what tensor-parallel ranks share out; parts of experts to the first expert-tensor-parallel rank, then whole experts from
+all expert-parallel ranks. What the first rank of a stage has put together goes to the first rank of all. Under FSDP2
+each rank holds a part of every parameter, and they are gathered over all ranks.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ def gathered_into(
 ) -> Mapping[int, int]:
     """Bytes that enter each node of a role.
 
-    What no rank of a group has on its node enters it once for this group; a ring may bring more.
-
     Args:
         held: of every stage and chunk (see `held_parameters`).
         nodes: of each rank.
         element: bytes of a parameter.
     """
     into = Counter(dict.fromkeys(nodes, 0))
-    stages = [sum(chunk.dense + chunk.experts for chunk in chunks) for chunks in held]
-    for group in grid.groups("pp"):
-        there = {nodes[rank] for rank in group}
-        for source, parameters in zip(group, stages, strict=True):
-            for node in there - {nodes[source]}:
-                into[node] += parameters * element
-    tensor = sum(chunk.tensor for chunks in held for chunk in chunks)
-    experts = sum(chunk.experts for chunks in held for chunk in chunks)
-    for axis, part in (("tp", tensor), ("ep", experts), ("etp", experts * grid.ep)):
-        for group in grid.groups(axis):
-            for node, inside in Counter(nodes[rank] for rank in group).items():
-                into[node] += (len(group) - inside) * part * element
+
+    def move(source: int, target: int, parameters: int) -> None:
+        if nodes[source] != nodes[target]:
+            into[nodes[target]] += parameters * element
+
+    per_stage = len(nodes) // grid.pp
+    for stage, chunks in enumerate(held):
+        first = stage * per_stage
+        split, experts = sum(chunk.tensor for chunk in chunks), sum(chunk.experts for chunk in chunks)
+        whole = sum(chunk.dense for chunk in chunks) - split
+        for rank in range(first + 1, first + grid.tp):
+            move(rank, first, split)
+        for holder in range(first, first + grid.etp * grid.ep, grid.etp):
+            for rank in range(holder + 1, holder + grid.etp):
+                move(rank, holder, experts)
+            move(holder, first, experts * grid.etp)
+        move(first, 0, whole + split * grid.tp + experts * grid.etp * grid.ep)
     return into
 
 

@@ -169,7 +169,7 @@ class WeightSyncPlan:
     nodes: Devices
     """Engines' nodes other than the sender's."""
     gathered_node: int
-    """Bytes that the trainer's busiest node takes in from its others, as every rank gathers the whole model."""
+    """Bytes that the trainer's busiest node takes in from its others until the first rank has the whole model."""
     gathered: int
     """Of all its nodes together."""
 

@@ -170,7 +170,7 @@ def _sync(plan: Plan) -> Iterator[str]:
     sync = plan.weight_sync
     yield "weights to the engines, before the first step and after every one"
     moved = f": up to {_size(sync.gathered_node)} into a node, {_size(sync.gathered)} into all"
-    yield f"  every trainer's rank gathers the model{moved if sync.gathered else ' inside its node'}"
+    yield f"  the trainer puts the model together{moved if sync.gathered else ' inside its node'}"
     yield (
         f"  device {sync.from_device} broadcasts {_size(sync.update)} to {_number(sync.receivers, 'device')}, "
         f"{_size(sync.bucket)} at a time"

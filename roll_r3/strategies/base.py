@@ -199,7 +199,7 @@ class TrainStrategy(InferStrategy, Protocol):
         """
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs, the same on every rank; collective, so every rank must drain it."""
+        """(Hugging Face name, whole tensor) pairs, all of them on the first rank; every rank must drain it together."""
 
     def save_hf(self, path: Path) -> None:
         """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""

@@ -7,6 +7,7 @@ rows; its loss and its optimizer are written out here in plain PyTorch.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -190,8 +191,8 @@ class Outcome:
 
     weights: Weights | None
     """After the step; rank 0 only."""
-    digest: float
-    """The same number on every rank whose export is the same."""
+    held: dict[tuple[Any, ...], str]
+    """(place among model-parallel ranks, parameter) -> digest of this rank's copy of it."""
     metrics: dict[str, float]
     train_counts: ReplayCounts | None
     log_prob_counts: ReplayCounts | None = None
@@ -234,7 +235,7 @@ def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
     weights = dict(exported(strategy))
     outcome = Outcome(
         weights=weights if process.rank == 0 else None,
-        digest=float(sum(np.abs(w).astype(np.float64).sum() for w in weights.values())),
+        held=held_copies(strategy),
         metrics=result.metrics,
         train_counts=result.replay,
         dp_rank=strategy.data_parallel_rank,
@@ -247,6 +248,32 @@ def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
         outcome.log_probs, outcome.entropy = before.log_probs_N, before.entropy_N
     strategy.close()
     return outcome
+
+
+def held_copies(strategy: Any) -> dict[tuple[Any, ...], str]:
+    """What `Outcome.held` is. Under FSDP2 ranks hold parts, none twice."""
+    if not hasattr(strategy.model, "chunks"):
+        return {}
+    from megatron.core import parallel_state as mpu
+
+    stage = mpu.get_pipeline_model_parallel_rank()
+    dense = (stage, mpu.get_tensor_model_parallel_rank())
+    experts = (stage, mpu.get_expert_model_parallel_rank(), mpu.get_expert_tensor_parallel_rank())
+    return {
+        (*(experts if ".experts." in name else dense), index, name): hashlib.sha256(
+            parameter.detach().float().cpu().numpy().tobytes()
+        ).hexdigest()
+        for index, chunk in enumerate(strategy.model.chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def assert_copies_agree(outcomes: Sequence[Outcome]) -> None:
+    """Data-parallel ranks have made the same update of what they hold copies of; an export reads one of them."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for outcome in outcomes:
+        for key, digest in outcome.held.items():
+            assert seen.setdefault(key, digest) == digest, key
 
 
 def exported(strategy: Any) -> list[tuple[str, npt.NDArray[np.float32]]]:

@@ -76,7 +76,6 @@ def test_loss_and_gradients_are_those_of_transformers_one_sample_at_a_time(
     assert difference < 1e-6
     loss = reference.loss(batch, case.config(size), replay=True).item()
     assert outcomes[0].metrics["actor/total_loss"] == pytest.approx(loss, abs=1e-6)
-    assert len({outcome.digest for outcome in outcomes}) == 1
     assert all(outcome.at_rest for outcome in outcomes)
     counts = outcomes[0].train_counts
     assert counts.trainable == counts.trainable_replayed == batch.loss_mask_N.sum() * LAYERS

@@ -88,28 +88,33 @@ def test_native_log_probs_equal_transformers(name: str, gang: Gangs, models: dic
         (2, {**TP2, **EP2}, "fp32"),
         (2, INTERLEAVED, "bf16"),
         (2, {**TP2, "expert_tensor_parallel_size": 2}, "fp32"),
+        (4, {**EP2, "pipeline_model_parallel_size": 2}, "bf16"),
     ],
 )
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_export_is_bit_exact(
     name: str, size: int, layout: dict[str, Any], dtype: str, gang: Gangs, tmp_path: Path
 ) -> None:
-    """In every layout the export is the file's weights, names and precisions included (expert bias stays fp32)."""
+    """In every layout the first rank gets the file's weights, names and precisions too (expert bias stays fp32)."""
     checkpoint = make_model(tmp_path, name, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     wanted = load_file(checkpoint / "model.safetensors")
-    for found in gang(size).run(_export, Case(str(checkpoint), layout, dtype=dtype)):
+    (first, again), *others = gang(size).run(_export_twice, Case(str(checkpoint), layout, dtype=dtype))
+    for found in (first, again):
         assert {n: str(t.dtype) for n, t in wanted.items()} == {n: kind for n, (kind, _) in found.items()}
         assert all(np.array_equal(array, wanted[n].float().numpy()) for n, (_, array) in found.items())
+    assert all(found == ({}, {}) for found in others)
 
 
-def _export(process: ProcessInfo, case: Case) -> dict[str, tuple[str, np.ndarray]]:
+def _export_twice(process: ProcessInfo, case: Case) -> tuple[dict[str, tuple[str, np.ndarray]], ...]:
     from roll_r3.strategies.train.megatron.strategy import MegatronTrain
 
     strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
     strategy.initialize()
-    found = {n: (str(t.dtype), t.float().cpu().numpy().copy()) for n, t in strategy.export_weights()}
+    found = [
+        {n: (str(t.dtype), t.float().cpu().numpy().copy()) for n, t in strategy.export_weights()} for _ in range(2)
+    ]
     strategy.close()
-    return found
+    return tuple(found)
 
 
 def test_a_saved_checkpoint_keeps_what_the_trainer_does_not_hold(gang: Gangs, tmp_path: Path) -> None:

@@ -69,8 +69,7 @@ class Measured:
     most_under_way: int
     """Forward passes of chunks that no backward had followed yet, at the most."""
     gathered: Counter[tuple[int, int]]
-    """(devices of a node, node) -> bytes that entered it when the weights were exported, in groups that this rank is
-    the first of."""
+    """(devices of a node, node) -> bytes that entered it from this rank when the weights were exported."""
 
 
 def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
@@ -130,31 +129,31 @@ def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
 
 
 def gathered_bytes(strategy: TrainStrategy) -> Counter[tuple[int, int]]:
-    """What the collectives of an export bring into each node, were nodes of each of `NODE_SIZES`."""
+    """What an export brings from this rank into each node, were nodes of each of `NODE_SIZES`."""
     import torch
     import torch.distributed as dist
 
     into: Counter[tuple[int, int]] = Counter()
-    real = {"broadcast": dist.broadcast, "all_gather": dist.all_gather}
+    gather, exchange = dist.gather, dist.batch_isend_irecv
 
-    def broadcast(tensor: torch.Tensor, src: int, group: dist.ProcessGroup) -> None:
-        ranks = dist.get_process_group_ranks(group)
-        for size in NODE_SIZES if dist.get_rank() == ranks[0] else ():
-            for node in {rank // size for rank in ranks} - {src // size}:
-                into[size, node] += tensor.nbytes
-        real["broadcast"](tensor, src, group=group)
+    def move(tensor: torch.Tensor, source: int, target: int) -> None:
+        for size in NODE_SIZES:
+            into[size, target // size] += tensor.nbytes * (source // size != target // size)
 
-    def all_gather(tensors: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    def gathered(tensor: torch.Tensor, parts: Any, group: dist.ProcessGroup, group_dst: int) -> None:
         ranks = dist.get_process_group_ranks(group)
-        for size in NODE_SIZES if dist.get_rank() == ranks[0] else ():
-            for sender in ranks:
-                for node in {rank // size for rank in ranks} - {sender // size}:
-                    into[size, node] += tensor.nbytes
-        real["all_gather"](tensors, tensor, group=group)
+        move(tensor, dist.get_rank(), ranks[group_dst])
+        gather(tensor, parts, group=group, group_dst=group_dst)
+
+    def exchanged(operations: list[dist.P2POp]) -> list[dist.Work]:
+        for operation in operations:
+            if operation.op is dist.isend:
+                move(operation.tensor, dist.get_rank(), operation.peer)
+        return exchange(operations)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "broadcast", broadcast)
-        patch.setattr(dist, "all_gather", all_gather)
+        patch.setattr(dist, "gather", gathered)
+        patch.setattr(dist, "batch_isend_irecv", exchanged)
         for _ in strategy.export_weights():
             pass
     return into

@@ -24,32 +24,33 @@ def grids(draw) -> Grid:
 
 
 def played(grid: Grid, sizes: dict[str, list[int]], nodes: list[int]) -> Counter[int]:
-    """Every rank starts with its own pieces; what a node's members of a group lack enters it."""
+    """Every rank starts with its own pieces; the first of a group takes over what the others have, piece by piece."""
     from megatron.core.parallel_state import RankGenerator
 
     order = "tp-cp-ep-dp-pp"
     dense = RankGenerator(tp=grid.tp, ep=1, dp=grid.dp, pp=grid.pp, cp=grid.cp, order=order)
     expert = RankGenerator(tp=grid.etp, ep=grid.ep, dp=grid.edp, pp=grid.pp, cp=1, order=order)
+    places = grid.places()
     held: list[set[Piece]] = [
-        {("whole", p.pp, 0, 0), ("tensor", p.pp, p.tp, 0), ("expert", p.pp, p.ep, p.etp)} for p in grid.places()
+        {("whole", p.pp, 0, 0), ("tensor", p.pp, p.tp, 0), ("expert", p.pp, p.ep, p.etp)} for p in places
     ]
     into: Counter[int] = Counter()
 
-    def exchange(groups: list[list[int]], *kinds: str) -> None:
-        for group in groups:
-            pieces = {piece for rank in group for piece in held[rank] if piece[0] in kinds}
-            for node in {nodes[rank] for rank in group}:
-                there = {piece for rank in group if nodes[rank] == node for piece in held[rank]}
-                into[node] += sum(sizes[kind][stage] for kind, stage, *_ in pieces - there)
-            for rank in group:
-                held[rank] |= pieces
+    def collect(groups: list[list[int]], *kinds: str) -> None:
+        for first, *others in groups:
+            for rank in others:
+                for piece in held[rank] - held[first]:
+                    if piece[0] in kinds:
+                        held[first].add(piece)
+                        into[nodes[first]] += sizes[piece[0]][piece[1]] * (nodes[rank] != nodes[first])
 
-    exchange(dense.get_ranks("pp"), "whole", "tensor", "expert")
-    exchange(dense.get_ranks("tp"), "tensor")
-    exchange(expert.get_ranks("ep"), "expert")
-    exchange(expert.get_ranks("tp"), "expert")
-    parts = grid.tp + grid.ep * grid.etp + 1
-    assert all(len(pieces) == grid.pp * parts for pieces in held), "every rank has the whole model"
+    stages = [group for group in dense.get_ranks("pp") if group[0] == 0]
+    firsts = stages[0]
+    collect([group for group in dense.get_ranks("tp") if group[0] in firsts], "tensor")
+    collect([group for group in expert.get_ranks("tp") if places[group[0]].edp == 0], "expert")
+    collect([group for group in expert.get_ranks("ep") if group[0] in firsts], "expert")
+    collect(stages, "whole", "tensor", "expert")
+    assert len(held[0]) == grid.pp * (grid.tp + grid.ep * grid.etp + 1), "the first rank has the whole model"
     return into
 
 

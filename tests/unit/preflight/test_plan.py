@@ -273,7 +273,7 @@ def test_weights_on_their_way():
 
 
 def test_weights_that_are_gathered_over_nodes():
-    """Each node holds a stage, split over its 8 ranks, and takes in the other."""
+    """Each node holds a stage, split over its 8 ranks; the first takes in what the other has put together."""
     layout = {
         "tensor_model_parallel_size": 8,
         "pipeline_model_parallel_size": 2,
@@ -281,13 +281,16 @@ def test_weights_that_are_gathered_over_nodes():
     }
     raw = {**TINY, "num_attention_heads": 8}
     found = make_plan(config(layout, 16), models(raw), devices_per_node=8)
-    into = [8 * stage.memory.weights for stage in reversed(found.roles[0].stages)]
-    assert (found.weight_sync.gathered_node, found.weight_sync.gathered) == (max(into), sum(into))
+    [chunk] = found.roles[0].stages[1].chunks
+    dense, experts = chunk.dense_parameters, chunk.expert_parameters
+    into = found.weight_sync.gathered
+    assert found.weight_sync.gathered_node == into, "no other node takes anything in"
+    assert 2 * (dense + 8 * experts) < into < 2 * 8 * (dense + experts), "what ranks hold copies of is sent once"
     text = render_plan(found)
-    assert "every trainer's rank gathers the model: up to " in text
+    assert "the trainer puts the model together: up to " in text
     inside = make_plan(config(layout, 16), models(raw), devices_per_node=16)
     assert (inside.weight_sync.gathered_node, inside.weight_sync.gathered) == (0, 0)
-    assert "every trainer's rank gathers the model inside its node\n" in render_plan(inside)
+    assert "the trainer puts the model together inside its node\n" in render_plan(inside)
 
 
 def test_the_example_of_the_readme_can_be_run(tmp_path):

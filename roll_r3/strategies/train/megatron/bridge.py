@@ -1,14 +1,14 @@
 """Hugging Face weights in and out of megatron's layers: mbridge splits and merges them, our tables name them.
 
 Two sets of parameter names exist in megatron, those of TransformerEngine layers and those of plain PyTorch ones;
-`_PlainNames` shows both under one: plain names, with an expert's number at the end. `roll_r3.models.architectures`
+`PlainNames` shows both under one: plain names, with an expert's number at the end. `roll_r3.models.architectures`
 says what each is called in a checkpoint.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -114,17 +114,10 @@ def open_bridge(
 def load_weights(bridge: LLMBridge, chunks: Sequence[torch.nn.Module], model_path: str) -> None:
     """Fill the chunks from the checkpoint; collective over tensor-parallel groups."""
     with torch.no_grad():
-        bridge.load_weights([_PlainNames(chunk) for chunk in chunks], model_path)
+        bridge.load_weights([PlainNames(chunk) for chunk in chunks], model_path)
 
 
-def export_weights(bridge: LLMBridge, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name in the checkpoint's files, whole tensor) on every rank; collective over all model-parallel groups."""
-    with torch.no_grad():
-        for name, tensor in bridge.export_weights([_PlainNames(chunk) for chunk in chunks]):
-            yield name, tensor.detach()
-
-
-class _PlainNames:
+class PlainNames:
     """A chunk whose parameters go by one set of names, whatever layers it is made of."""
 
     def __init__(self, chunk: torch.nn.Module) -> None:
@@ -139,6 +132,10 @@ class _PlainNames:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self._state
+
+    def expert_biases(self) -> list[tuple[str, torch.Tensor]]:
+        """What a checkpoint holds and is no parameter."""
+        return [(name, value) for name, value in self._state.items() if name.endswith(".expert_bias")]
 
 
 _FUSED_NORMS = {

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mbridge.core import LLMBridge
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -15,6 +14,7 @@ from roll_r3.config.strategies import MegatronConfig
 from roll_r3.config.workers import ModelArgs
 from roll_r3.errors import ConfigError
 from roll_r3.strategies.train.megatron import bridge as weights
+from roll_r3.strategies.train.megatron.export import WeightExport
 from roll_r3.strategies.train.megatron.parallel import RankLayout
 from roll_r3.strategies.train.megatron.routed_layer import Router, adopt_routers
 from roll_r3.strategies.train.megatron.spec import has_transformer_engine
@@ -34,7 +34,7 @@ class MegatronModel:
     vocab_size: int
     """Without the columns that pad it to a multiple of the tensor-parallel size."""
     device: torch.device
-    bridge: LLMBridge
+    export: WeightExport
 
     def train(self, mode: bool) -> None:
         for chunk in self.chunks:
@@ -52,7 +52,8 @@ class MegatronModel:
                 del chunk.module
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return weights.export_weights(self.bridge, self.chunks)
+        """See `WeightExport.tensors`."""
+        return self.export.tensors()
 
 
 def build_model(
@@ -113,7 +114,7 @@ def build_model(
         routers=routers,
         vocab_size=bridge.vocab_size,
         device=device,
-        bridge=bridge,
+        export=WeightExport(bridge, chunks),
     )
 
 

@@ -308,11 +308,10 @@ class MegatronTrain(MegatronInfer):
         )
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs, the same on every rank; collective.
+        """(Hugging Face name, whole tensor) pairs, on the first rank; collective.
 
         In the training dtype, but for an expert bias, which is fp32.
         """
-        megatron_cpu.install()
         yield from self.model.export_weights()
 
     def save_hf(self, path: Path) -> None:
