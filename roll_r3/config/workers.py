@@ -57,8 +57,8 @@ class ModelArgs(Config):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations in the trainer; with bf16 the optimizer keeps fp32 master weights."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint: its tokenizer's under actor_train, its model's in the engine
-    under actor_infer and in a role that FSDP2 runs. Megatron builds models without it. Leave it off unless you
+    """Run Python code that comes with the checkpoint: its tokenizer's, and under actor_infer its model's where SGLang
+    runs it. Megatron, FSDP2 and hf_infer build models by classes of their libraries alone. Leave it off unless you
     trust that code."""
 
 

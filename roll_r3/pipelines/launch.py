@@ -120,10 +120,10 @@ def _prepare(config: RLVRConfig, origins: Origins, progress: Progress) -> tuple[
 
 
 def _read_tokenizer(checkpoint: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer  # noqa: PLC0415  seconds to import: after the first line is on screen
+    from roll_r3.models.hf.tokenizer import read_tokenizer  # noqa: PLC0415  seconds: after the first line is on screen
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        return read_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     except Exception as error:  # its files, and its code, may be anything
         raise ConfigError(
             f"the tokenizer of {checkpoint} cannot be read: {error} (if it is code that comes with the checkpoint, "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,12 @@ from megatron_cases import (
     run_case,
     shard,
 )
+from own_code import with_code_of_its_own
+from torch.distributed.tensor import DTensor
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
-from roll_r3.errors import ReplayError, RollError
+from roll_r3.errors import ConfigError, ReplayError, RollError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
 from roll_r3.strategies.base import ProcessInfo
@@ -493,13 +497,139 @@ def _not_finite(process: ProcessInfo, case: Case, batch: Batch) -> None:
 
 
 def test_a_router_that_is_not_known_is_refused_by_its_class(gang: Gangs, tiny_moe: Path) -> None:
-    with pytest.raises(RankFailed, match="layer 0 routes by transformers' Qwen3MoeTopKRouter, whose gates"):
+    with pytest.raises(RankFailed, match="layer 0 of Qwen3MoeForCausalLM routes by Qwen3MoeTopKRouter"):
         gang(1).run(_unknown_router, fsdp2(tiny_moe))
 
 
 def _unknown_router(process: ProcessInfo, case: Case) -> None:
-    from roll_r3.strategies.train.fsdp2 import routers
+    from roll_r3.models.hf import routers
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(routers.GATES, "Qwen3MoeTopKRouter")
         open_strategy(process, case)
+
+
+@pytest.mark.parametrize("role", ["actor_train", "reference"])
+def test_a_checkpoints_own_code_is_never_the_model(role: str, gang: Gangs, tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
+    ran = with_code_of_its_own(checkpoint)
+    trusts = {"model_args": {"trust_remote_code": True, "dtype": "fp32"}} if role == "actor_train" else {}
+    gang(1).run(_open_and_close, fsdp2(checkpoint, role=trusts, options={"use_kl_loss": True}), role)
+    assert not ran.exists()
+
+
+def _open_and_close(process: ProcessInfo, case: Case, role: str) -> None:
+    open_strategy(process, case, role).close()
+
+
+def test_a_world_that_is_left_takes_its_threads_with_it(tiny_moe: Path) -> None:
+    gang = Gang(2)
+    try:
+        assert gang.run(_threads_left, fsdp2(tiny_moe), make_batch()) == [[0, 0]] * 2
+    finally:
+        gang.close()
+
+
+def _threads_left(process: ProcessInfo, case: Case, batch: Batch) -> list[int]:
+    left = []
+    for port in (1, 2):
+        strategy = open_strategy(replace(process, master_port=process.master_port + port), case)
+        strategy.train_step(shard(batch, process.rank, process.world_size), step=1)
+        strategy.close()
+        del strategy
+        gc.collect()
+        names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+        left.append(sum("gloo" in name for name in names))
+    return left
+
+
+# Checkpoints to go on from
+
+MOMENTUM = {"learning_rate": 1e-2, "warmup_steps": 1, "lr_scheduler_type": "cosine", "weight_decay": 0.1}
+MOMENTUM |= {"adam_epsilon": 1e-3}
+"""A step that depends on Adam's moments and on the number of steps before it, and multiplies no rounding."""
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_training_goes_on_from_a_checkpoint(name: str, gang: Gangs, models: dict[str, Path], tmp_path: Path) -> None:
+    """To the bit on as many ranks, and on another number of them up to the order of sums."""
+    case = fsdp2(models[name], layout=RECOMPUTE, training=MOMENTUM)
+    batch = make_batch(checkpoint=models[name])
+    path = tmp_path / "saved" / "step2"
+
+    whole = gang(2).run(_two_steps_saved_and_one_more, case, batch, path)
+    again = gang(2).run(_one_more_step, case, batch, path)
+    (alone,) = gang(1).run(_one_more_step, replace(case, micro_batch_size=4), batch, path)
+
+    assert [wanted[2] for wanted in whole] == [found[2] for found in again], "parts of each rank, to the bit"
+    assert whole[0][0] == again[0][0] == alone[0] > 0, "learning rate"
+    assert largest_difference(whole[0][1], again[0][1]) == 0
+    difference = largest_difference(whole[0][1], alone[1])
+    print(f"{name}: one rank off by {difference:.1e}")
+    assert difference < 1e-6
+    assert largest_difference(whole[0][1], read_weights(models[name])) > 1e-3
+    files = sorted(file.name for file in path.iterdir())
+    assert files == [f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)]
+    assert [folder.name for folder in path.parent.iterdir()] == ["step2"]
+
+
+def _step_of(strategy: Any, process: ProcessInfo, batch: Batch, step: int) -> tuple[float, Any, Any]:
+    """Learning rate, exported weights, and digests of this rank's parts after a step."""
+    metrics = strategy.train_step(shard(batch, process.rank, process.world_size), step=step).metrics
+    digests = {
+        name: sha256((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numpy().tobytes()).hexdigest()
+        for name, tensor in strategy._state().items()
+    }
+    return metrics["actor/lr"], dict(exported(strategy)), digests
+
+
+def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch, path: Path) -> tuple[Any, ...]:
+    strategy = open_strategy(process, case)
+    for name, buffer in strategy.model.module.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.add_(1.0)  # not what the model's own checkpoint holds
+    for step in (1, 2):
+        _step_of(strategy, process, batch, step)
+    strategy.save_checkpoint(path)
+    with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
+        strategy.save_checkpoint(path)
+    found = _step_of(strategy, process, batch, 3)
+    strategy.close()
+    return found
+
+
+def _one_more_step(process: ProcessInfo, case: Case, batch: Batch, path: Path) -> tuple[Any, ...]:
+    strategy = open_strategy(process, case)
+    strategy.load_checkpoint(path)
+    found = _step_of(strategy, process, batch, 3)
+    strategy.close()
+    return found
+
+
+def test_a_checkpoint_that_cannot_be_loaded_says_so(gang: Gangs, models: dict[str, Path], tmp_path: Path) -> None:
+    saved = tmp_path / "qwen3"
+    gang(2).run(_save, fsdp2(models["qwen3_moe"]), saved)
+    said = gang(2).run(_refused_checkpoint, fsdp2(models["mixtral"]), saved)
+    assert all("is no checkpoint of this model: rank " in text for text in said)
+    for number in (1, 2):
+        part = saved / f"shard-0000{number}-model-00001-of-00001.safetensors"
+        part.rename(tmp_path / part.name)
+        said = gang(2).run(_refused_checkpoint, fsdp2(models["qwen3_moe"]), saved)
+        assert all("is not whole: a file" in text or "is no checkpoint of this model" in text for text in said)
+        (tmp_path / part.name).rename(part)
+    said = gang(2).run(_refused_checkpoint, fsdp2(models["qwen3_moe"]), tmp_path / "nowhere")
+    assert all("nowhere is no checkpoint: there is no such directory" in text for text in said)
+
+
+def _save(process: ProcessInfo, case: Case, path: Path) -> None:
+    strategy = open_strategy(process, case)
+    strategy.save_checkpoint(path)
+    strategy.close()
+
+
+def _refused_checkpoint(process: ProcessInfo, case: Case, path: Path) -> str:
+    strategy = open_strategy(process, case)
+    with pytest.raises(ConfigError) as refused:
+        strategy.load_checkpoint(path)
+    strategy.close()
+    return str(refused.value)

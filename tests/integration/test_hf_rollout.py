@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from own_code import with_code_of_its_own
+from safetensors.torch import load_file, save_file
 from sglang_cases import Reference, requests, trajectories
 from whole_run import START_TIMEOUT, Run, few_steps
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.tiny_task import addition_mod10
-from roll_r3.errors import EngineError
+from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, ProcessInfo, WeightTarget
@@ -36,7 +38,12 @@ class Engine:
     """A strategy on a loop of its own."""
 
     def __init__(
-        self, checkpoint: Path, mode: str = "R3", generating: dict[str, Any] | None = None, **settings: Any
+        self,
+        checkpoint: Path,
+        mode: str = "R3",
+        generating: dict[str, Any] | None = None,
+        trust: bool = False,
+        **settings: Any,
     ) -> None:
         config = RLVRConfig.model_validate(
             {
@@ -47,6 +54,7 @@ class Engine:
                 "actor_train": {},
                 "actor_infer": {
                     "router_replay": {"mode": mode},
+                    "model_args": {"trust_remote_code": trust},
                     "generating_args": {"temperature": TEMPERATURE, **(generating or {})},
                     "strategy_args": {"strategy_name": "hf_infer", "strategy_config": {"dtype": "float32", **settings}},
                 },
@@ -190,7 +198,7 @@ CHANNELS: list[Any] = []
 
 def connect(process: ProcessInfo, target: WeightTarget) -> None:
     """The sending end that the registry names for this strategy."""
-    CHANNELS.append(load_attribute(STRATEGIES["hf_infer"].weight_channel)([target], device="cpu", timeout_s=60.0))
+    CHANNELS.append(load_attribute(STRATEGIES["hf_infer"].weight_channel)([target], device="cpu", timeout_s=20.0))
 
 
 def send(process: ProcessInfo, weights: dict[str, torch.Tensor], version: int, *, end: bool = True) -> str:
@@ -268,6 +276,23 @@ def test_nobody_gets_in_without_the_key(tiny_moe, start, gang):
     gang(1).run(disconnect)
 
 
+def test_a_checkpoints_own_code_is_never_the_model(tmp_path, start):
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", seed=1)
+    ran = with_code_of_its_own(checkpoint)
+    assert_is_what_the_model_computes(start(checkpoint, trust=True).generate(requests(1, 1)), checkpoint)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.mlp.gate.weight"])
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path, lost):
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", seed=1)
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights[lost]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"lacks weights that make up {re.escape(lost)} \(1 in all\)"):
+        Engine(checkpoint)
+
+
 def test_nothing_is_sampled_before_the_start_and_after_the_end(tiny_moe):
     engine = Engine(tiny_moe)
     engine.run(engine.rollout.stop())
@@ -277,10 +302,16 @@ def test_nothing_is_sampled_before_the_start_and_after_the_end(tiny_moe):
     engine.close()
 
 
-def test_the_program_replays_what_transformers_routed(tmp_path):
-    """Megatron on two pipeline stages, R3; the engine is in an actor and gets new weights after every step."""
+FSDP2 = "{strategy_name: fsdp2_train, strategy_config: {recompute: true}}"
+TRAINERS = {"megatron": (), "fsdp2": (f"actor_train.strategy_args={FSDP2}", "reference=null", "use_kl_loss=false")}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_program_replays_what_transformers_routed(tmp_path, trainer):
+    """R3 on two ranks of Megatron's or of FSDP2; the engine is in an actor and gets new weights after every step."""
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny", examples=addition_mod10(), warm_start_steps=60)
-    run = Run(tmp_path, checkpoint, *few_steps(3, "actor_infer.strategy_args={strategy_name: hf_infer}"))
+    engine = "actor_infer.strategy_args={strategy_name: hf_infer}"
+    run = Run(tmp_path, checkpoint, *few_steps(3, engine, *TRAINERS[trainer]))
     try:
         assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
         metrics = run.metrics()

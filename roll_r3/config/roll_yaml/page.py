@@ -59,9 +59,9 @@ _DIFFERENCES = """
 - Temperature. The trainer's log-probabilities are those of the distribution that was sampled from, logits divided by
   `temperature`; ROLL's are those of the plain logits.
 - Checkpoints. ROLL saves every 50 steps, and at the end, without being told; roll_r3 saves nothing yet.
-- Models. ROLL runs Python code that comes with a checkpoint; here `model_args.trust_remote_code: true` allows it. Where
-  ROLL lets `pretrain` win over `model_args.model_name_or_path` unless every role names one, here each role's own name
-  wins.
+- Models. ROLL runs Python code that comes with a checkpoint; here `model_args.trust_remote_code: true` allows it, to
+  the tokenizer and to SGLang. Where ROLL lets `pretrain` win over `model_args.model_name_or_path` unless every role
+  names one, here each role's own name wins.
 - Devices. `actor_infer` and `actor_train` need GPUs of their own; most of ROLL's examples share them.
 - Engines. `strategy_args` of vLLM and FSDP2 are not looked into; whether there is such a strategy, and what it takes,
   is in [configuration.md](configuration.md).

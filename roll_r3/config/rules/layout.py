@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import MegatronWorker, changed, expert_layout, layout, megatron_workers, runs_megatron
+from roll_r3.config.derived import MegatronWorker, changed, expert_layout, layout, megatron_workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.pipeline_layout import parse_pipeline_layout
 from roll_r3.config.rules.paths import BATCH, EP, ETP, MEGATRON, PP, REFERENCE, SP, TP, TRAIN, VPP
@@ -302,9 +302,9 @@ RULES: tuple[AnyRule, ...] = (
     unread(
         "reference-runs-no-code",
         "reference.model_args.trust_remote_code",
-        "reference.strategy_args.strategy_name",
-        lambda c: c.reference is not None and not runs_megatron(c.reference),
-        "leave it out: Megatron builds models without the checkpoint's code",
+        "actor_train.model_args.trust_remote_code",
+        lambda c: False,
+        "leave it out: models are built without the checkpoint's code, and the tokenizer is actor_train's",
         wrong=("use_kl_loss=true", "reference.model_args.trust_remote_code=true"),
         right=("use_kl_loss=true", "actor_train.model_args.trust_remote_code=true", "reference={}"),
     ),

@@ -200,8 +200,8 @@ def test_rows_about_layouts_and_servers_are_not_about_other_strategies():
         "actor_train.use_sequence_packing=true",
     )
     assert found(overrides) == []
-    qwen2 = ("pretrain=Qwen/Qwen2-57B-A14B", "reference.model_args.trust_remote_code=true")
-    assert found((*overrides, *qwen2)) == []
+    assert found((*overrides, "pretrain=Qwen/Qwen2-57B-A14B")) == []
+    assert found((*overrides, "reference.model_args.trust_remote_code=true")) == ["reference-runs-no-code"]
     dense = {name: Capabilities() for name in ("fsdp2_train", "fsdp2_infer", "hf_infer")}
     refused = found((*overrides, "reference.use_sequence_packing=true"), Pretend(capabilities=dense))
     assert refused == ["r3-needs-recording-rollout", "trainer-replays-mode", "packing-supported"]

@@ -10,47 +10,7 @@ from typing import Any
 
 import torch
 
-from roll_r3.errors import ConfigError
-
-ROUTERS = frozenset(
-    {
-        "DeepseekV3TopkRouter",
-        "MixtralTopKRouter",
-        "OlmoeTopKRouter",
-        "Qwen2MoeTopKRouter",
-        "Qwen3MoeTopKRouter",
-    }
-)
-"""Classes of transformers 5 whose forward returns (logits, gates, expert ids [N, K])."""
-
-
-def find_routers(model: torch.nn.Module, moe_layers: Sequence[int]) -> list[torch.nn.Module]:
-    """The router of each MoE layer, in their order.
-
-    Args:
-        model: a causal language model of transformers.
-        moe_layers: global indices of the layers that must route.
-
-    Raises:
-        ConfigError: a layer's router is of no known class, or other layers route.
-    """
-    layers = model.get_submodule("model.layers")
-    found = {
-        index: [m for m in layer.modules() if type(m).__name__ in ROUTERS]
-        for index, layer in enumerate(layers.children())
-    }
-    for index in moe_layers:
-        if len(found.get(index, [])) != 1:
-            kinds = sorted({type(m).__name__ for m in layers.get_submodule(str(index)).modules() if m is not layers})
-            raise ConfigError(
-                f"hf_infer cannot record the routes of {type(model).__name__}: layer {index} holds "
-                f"{len(found.get(index, []))} routers that are known ({', '.join(sorted(ROUTERS))}); its modules are "
-                f"{', '.join(kinds)}"
-            )
-    routing = [index for index, routers in found.items() if routers]
-    if routing != list(moe_layers):
-        raise ConfigError(f"{type(model).__name__} routes in layers {routing}, its config.json says {list(moe_layers)}")
-    return [found[index][0] for index in moe_layers]
+from roll_r3.models.hf.routers import RouterOutput
 
 
 class RouteRecorder:
@@ -62,7 +22,7 @@ class RouteRecorder:
             router.register_forward_hook(self._hook(layer))
 
     def _hook(self, layer: int) -> Callable[..., None]:
-        def record(module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+        def record(module: torch.nn.Module, inputs: Any, output: RouterOutput) -> None:
             self._chosen[layer].append(output[2])
 
         return record

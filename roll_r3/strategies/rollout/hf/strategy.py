@@ -11,21 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.derived import checkpoint_of, sampled_tokens
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import HfInferConfig
-from roll_r3.errors import EngineError, RouteError
+from roll_r3.errors import ConfigError, EngineError, RouteError
+from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import ModelFacts, read_facts
+from roll_r3.models.hf.config import read_hf_config
+from roll_r3.models.hf.routers import find_routers
+from roll_r3.models.hf.tokenizer import read_tokenizer
 from roll_r3.replay.checks import check_log_probs, compact_routes
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout.hf.parameters import tensors_by_name
 from roll_r3.strategies.rollout.hf.receiver import WeightReceiver
-from roll_r3.strategies.rollout.hf.routers import RouteRecorder, find_routers
+from roll_r3.strategies.rollout.hf.routers import RouteRecorder
 from roll_r3.strategies.rollout.hf.sampler import Job, Sampled, sample
 from roll_r3.strategies.rollout.sglang.target import SglangWeightTarget
 
@@ -82,22 +86,21 @@ class HfRollout:
         """Load the model.
 
         Raises:
-            ConfigError: a checkpoint whose routing facts cannot be read, or whose routers are not known.
+            ConfigError: a checkpoint whose routing facts cannot be read, whose routers are not known, or which lacks
+                weights.
         """
         await asyncio.to_thread(self._load)
 
     def _load(self) -> None:
         checkpoint = resolve_checkpoint(self._model_path)
         facts = read_facts(checkpoint)
-        trust = self._model_args.trust_remote_code
-        dtype = getattr(torch, self._settings.dtype)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=trust)
-        model = model.to(self._device).eval().requires_grad_(False)
+        model = _read_model(checkpoint, getattr(torch, self._settings.dtype)).to(self._device)
         routers = find_routers(model, facts.moe_layers)
         self._recorder = RouteRecorder(routers) if self._record_routes else None
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust)
+        tokenizer = read_tokenizer(checkpoint, trust_remote_code=self._model_args.trust_remote_code)
         self._stop_ids = _ids(model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
-        self._receiver = WeightReceiver(tensors_by_name(model, facts), self._busy, self._node_address)
+        tensors = tensors_by_name(model, ARCHITECTURES[facts.model_type])
+        self._receiver = WeightReceiver(tensors, self._busy, self._node_address)
         self._model, self._facts = model, facts
         logger.info("%s: %s on %s in %s", self._name, type(model).__name__, self._device, self._settings.dtype)
 
@@ -216,6 +219,25 @@ class HfRollout:
         receiver, self._receiver, self._model, self._recorder = self._receiver, None, None, None
         if receiver is not None:
             await asyncio.to_thread(receiver.close)
+
+
+def _read_model(checkpoint: Path, dtype: torch.dtype) -> Any:
+    """transformers' own ...ForCausalLM with the checkpoint's weights, on the CPU.
+
+    Raises:
+        ConfigError: as `read_hf_config`, or weights that are not there, in whose place transformers would put random
+            ones.
+    """
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        config=read_hf_config(checkpoint),
+        dtype=dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    if lacking := sorted(loaded["missing_keys"]):
+        raise ConfigError(f"{checkpoint} lacks weights that make up {', '.join(lacking[:5])} ({len(lacking)} in all)")
+    return model.eval().requires_grad_(False)
 
 
 def _ids(*eos: int | list[int] | None) -> frozenset[int]:

@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from roll_r3.config.strategies import Fsdp2Config
 from roll_r3.config.workers import ModelArgs
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import Architecture
-from roll_r3.strategies.train.fsdp2.routers import HookedRouter, find_routers
-from roll_r3.strategies.train.fsdp2.weights import CheckpointReader, parts_of
+from roll_r3.models.facts import read_facts
+from roll_r3.models.hf.config import read_hf_config
+from roll_r3.models.hf.parts import parts_of
+from roll_r3.models.hf.routers import find_routers
+from roll_r3.strategies.train.fsdp2.routers import HookedRouter
+from roll_r3.strategies.train.fsdp2.weights import CheckpointReader
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -32,6 +36,8 @@ class Fsdp2Model:
     module: Any
     """The ...ForCausalLM, an `FSDPModule` as each of its decoder layers is."""
     routers: list[HookedRouter]
+    mesh: DeviceMesh
+    """All ranks in one row."""
     device: torch.device
     dtype: torch.dtype
     """Of the forward and backward, and of exported weights."""
@@ -45,6 +51,19 @@ class Fsdp2Model:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def release(self) -> None:
+        """Let go of the process group; the model cannot be used again.
+
+        DTensor's caches keep the mesh for good, and with it the group and its threads. Where the mesh keeps them only
+        torch.compile looks; all else finds a group by its name.
+        """
+        self.mesh._pg_registry.clear()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The memory of every weight, of which this rank has a part, and of every buffer that a checkpoint holds."""
+        weights = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        return weights | dict(persistent_buffers(self.module))
+
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Name in the checkpoint, whole tensor), the same on every rank; collective.
 
@@ -55,7 +74,7 @@ class Fsdp2Model:
             whole = parameter.detach().to(self.dtype).full_tensor()
             for part, index in parts_of(name, whole.shape, self.architecture):
                 yield part, whole[index]
-        for name, buffer in _persistent_buffers(self.module):
+        for name, buffer in persistent_buffers(self.module):
             for part, index in parts_of(name, buffer.shape, self.architecture):
                 yield part, buffer[index]
 
@@ -70,38 +89,35 @@ def build_model(
     Raises:
         ConfigError: an architecture or a router that is not known, quantized weights, or tensors that are not there.
     """
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=model_args.trust_remote_code)
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        raise ConfigError(
-            f"{model_path} has model_type {config.model_type!r}; roll_r3 trains {', '.join(sorted(ARCHITECTURES))}"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{model_path}: its weights are quantized: convert it to bf16 first")
-    config.attention_dropout = 0.0
-    config.router_jitter_noise = 0.0  # Mixtral's; routes would depend on chance
-    config.output_router_logits = False  # no load-balancing loss
+    facts, config = read_facts(model_path), read_hf_config(model_path)
+    architecture = ARCHITECTURES[facts.model_type]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch.float32,
-            attn_implementation=settings.attn_implementation,
-            trust_remote_code=model_args.trust_remote_code,
+            config, dtype=torch.float32, attn_implementation=settings.attn_implementation, trust_remote_code=False
         )
     # transformers gives the padding token's embedding no gradient, whatever the token is used for
     model.model.embed_tokens.padding_idx = None
     recomputes = trains and settings.recompute
-    routers = find_routers(model.model.layers, recomputed=recomputes)
+    routers = [
+        HookedRouter(module, layer, recomputed=recomputes)
+        for layer, module in zip(facts.moe_layers, find_routers(model, facts.moe_layers), strict=True)
+    ]
     if recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    _fill_and_share_out(model, Path(model_path), architecture, device, model_args, settings)
-    return Fsdp2Model(model, routers, device, DTYPES[model_args.dtype], architecture)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    _fill_and_share_out(model, Path(model_path), architecture, mesh, device, model_args, settings)
+    return Fsdp2Model(model, routers, mesh, device, DTYPES[model_args.dtype], architecture)
 
 
 def _fill_and_share_out(
-    model: Any, path: Path, architecture: Architecture, device: torch.device, args: ModelArgs, settings: Fsdp2Config
+    model: Any,
+    path: Path,
+    architecture: Architecture,
+    mesh: DeviceMesh,
+    device: torch.device,
+    args: ModelArgs,
+    settings: Fsdp2Config,
 ) -> None:
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # gradients are summed in fp32; in bf16 the optimizer steps on fp32 masters, of which bf16 copies are gathered
     compute = DTYPES[args.dtype] if args.dtype != "fp32" else None
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
@@ -142,13 +158,14 @@ def _fill(
     """
     for prefix, module in modules:
         module.to_empty(device=device)
-        for name, tensor in (*module.named_parameters(), *_persistent_buffers(module)):
+        for name, tensor in (*module.named_parameters(), *persistent_buffers(module)):
             with torch.no_grad():
                 if dist.get_rank() == 0:
                     checkpoint.fill(tensor, prefix + name, architecture)
                 dist.broadcast(tensor, src=0)
 
 
-def _persistent_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+def persistent_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Name and tensor of each buffer that a checkpoint holds: an expert bias."""
     kept = module.state_dict(keep_vars=True).keys()
     return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]

@@ -22,6 +22,7 @@ class Optimizer:
         self._args = args
         self._total_steps = total_steps
         self._done = 0
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
         self._parameters = list(module.parameters())
         vectors = [p for p in self._parameters if p.ndim == 1]
         matrices = [p for p in self._parameters if p.ndim != 1]
@@ -54,3 +55,28 @@ class Optimizer:
         self._optimizer.step()
         self._done += 1
         return StepFigures(float(norm), rate)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a step depends on besides weights and gradients, by name; the optimizer's own memory where it has some.
+
+        `done` int64 [1]: steps taken so far, by which Adam corrects its moments and the learning rate is found.
+        `NAME.exp_avg`, `NAME.exp_avg_sq`: Adam's moments of each parameter, parted as it is.
+        """
+        moments: dict[str, torch.Tensor] = {}
+        for parameter, name in self._names.items():
+            kept = self._optimizer.state[parameter]
+            if not kept:  # as Adam itself begins
+                step = torch.tensor(0.0, device=parameter.device if self._optimizer.defaults["fused"] else None)
+                kept |= {
+                    "step": step,
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            moments |= {f"{name}.{moment}": kept[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        return {**moments, "done": torch.tensor([self._done])}
+
+    def resume(self, done: int) -> None:
+        """Go on from the moments that were written into `state`, as after so many steps."""
+        self._done = done
+        for parameter in self._parameters:
+            self._optimizer.state[parameter]["step"].fill_(done)

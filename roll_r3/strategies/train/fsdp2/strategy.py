@@ -27,6 +27,7 @@ from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Tr
 from roll_r3.strategies.train import world
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
+from roll_r3.strategies.train.fsdp2 import checkpoint
 from roll_r3.strategies.train.fsdp2.model import build_model
 from roll_r3.strategies.train.fsdp2.optimizer import Optimizer
 from roll_r3.strategies.train.fsdp2.passes import run_micro_batches
@@ -103,12 +104,6 @@ class Fsdp2Infer:
         self.facts = read_facts(self.model_path)
         device = world.join(self.process)
         self.model = build_model(self.model_path, self.section.model_args, self.settings, device, trains=self.trains)
-        built = [router.layer for router in self.model.routers]
-        if built != list(self.facts.moe_layers):
-            raise ConfigError(
-                f"{self.model_path}: transformers built routers of the layers {built}, where config.json says "
-                f"{list(self.facts.moe_layers)}"
-            )
         self.data_parallel = DataParallel(self.process.rank, self.process.world_size, device)
         # no other rank shares this one's samples
         self.recorded = RecordedRoutes(
@@ -147,6 +142,7 @@ class Fsdp2Infer:
 
     def close(self) -> None:
         """Let the model go, and leave the process group."""
+        self.model.release()
         del self.model
         world.leave()
 
@@ -239,6 +235,36 @@ class Fsdp2Train(Fsdp2Infer):
         In the training dtype, but for an expert bias, which is fp32.
         """
         yield from self.model.export_weights()
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Write what training goes on from, each rank its part; collective.
+
+        It holds the fp32 weights and the buffers (an expert bias), Adam's moments, and the number of optimizer steps
+        taken, which is the position in the learning-rate schedule. It holds no samples, no recorded routes, no
+        configuration, and nothing of the rollout.
+
+        Args:
+            path: a directory to make, on a disk that all ranks share.
+
+        Raises:
+            RollError: there is something at `path`, or a rank could not write.
+        """
+        checkpoint.save(self._state(), path)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Go on from what `save_checkpoint` wrote, on whatever number of ranks; collective.
+
+        Raises:
+            ConfigError: no checkpoint at `path`, or one of another model.
+        """
+        state = self._state()
+        checkpoint.load(state, path)
+        self.optimizer.resume(int(state["optimizer.done"]))
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """This rank's memory of all that a checkpoint holds."""
+        parts = {"model": self.model.state(), "optimizer": self.optimizer.state()}
+        return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
     def save_hf(self, path: Path) -> None:
         """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""

@@ -1,17 +1,10 @@
-"""A checkpoint's tensors in and out of transformers' modules, one parameter at a time.
-
-transformers keeps a layer's experts in two tensors, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], and calls
-every MoE block `mlp`; a checkpoint holds one matrix per expert under the names of `roll_r3.models.architectures`.
-"""
+"""A checkpoint's tensors into transformers' modules, one parameter at a time."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 import torch
@@ -19,37 +12,7 @@ from safetensors import safe_open
 
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import Architecture
-
-Part = tuple[str, tuple[int | slice | EllipsisType, ...]]
-"""Name in the checkpoint, and which part of the module's tensor it is."""
-
-_RENAMED = {
-    "mlp.gate.weight": "mlp.router.weight",
-    "mlp.gate.e_score_correction_bias": "mlp.router.expert_bias",
-}
-"""transformers' names that some checkpoints do not share -> keys of `Architecture.layer_names`."""
-
-
-def parts_of(name: str, shape: torch.Size, architecture: Architecture) -> Iterator[Part]:
-    """The checkpoint's tensors that make up a parameter or buffer of a module."""
-    found = re.fullmatch(r"(model\.layers\.\d+\.)(.*)", name)
-    prefix, inner = found.groups() if found else ("", name)
-    names = architecture.layer_names
-    if inner == "mlp.experts.gate_up_proj":
-        gate, up = names["mlp.experts.linear_fc1.weight"]
-        half = shape[1] // 2
-        for expert in range(shape[0]):
-            yield prefix + gate.format(expert), (expert, slice(None, half))
-            yield prefix + up.format(expert), (expert, slice(half, None))
-    elif inner == "mlp.experts.down_proj":
-        (down,) = names["mlp.experts.linear_fc2.weight"]
-        for expert in range(shape[0]):
-            yield prefix + down.format(expert), (expert,)
-    elif inner in _RENAMED:
-        (same,) = names[_RENAMED[inner]]
-        yield prefix + same, (...,)
-    else:
-        yield name, (...,)
+from roll_r3.models.hf.parts import parts_of
 
 
 class CheckpointReader:

@@ -1,0 +1,1 @@
+"""transformers' own models: what the strategies that run them share."""

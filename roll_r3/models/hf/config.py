@@ -1,0 +1,30 @@
+"""A checkpoint's configuration as transformers reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from roll_r3.errors import ConfigError
+from roll_r3.models.facts import read_facts
+
+
+def read_hf_config(checkpoint: str | Path) -> Any:
+    """The configuration, defaults filled in, of a model that transformers is to build and to run.
+
+    Its class is always the library's own, never code that comes with the checkpoint. What would make a forward depend
+    on chance, or add a loss, is turned off.
+
+    Raises:
+        ConfigError: an architecture that is not known (see `read_facts`), or quantized weights.
+    """
+    read_facts(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{checkpoint}: its weights are quantized: convert it to bf16 first")
+    config.attention_dropout = 0.0
+    config.router_jitter_noise = 0.0  # Mixtral's; routes would depend on chance
+    config.output_router_logits = False  # no load-balancing loss
+    return config

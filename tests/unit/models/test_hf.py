@@ -1,0 +1,113 @@
+"""What is known of transformers' models: their routers, their gates, and that a checkpoint's code is never one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from own_code import with_code_of_its_own
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from roll_r3.errors import ConfigError
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.architectures.base import TINY
+from roll_r3.models.facts import facts_of
+from roll_r3.models.hf.config import read_hf_config
+from roll_r3.models.hf.routers import GATES, find_routers, router_class
+from roll_r3.models.hf.tokenizer import read_tokenizer
+from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_gates_of_the_routers_own_choice_are_its_own_to_the_last_bit(name: str, dtype: torch.dtype) -> None:
+    architecture = ARCHITECTURES[TINY_MODELS[name]]
+    config = AutoConfig.for_model(architecture.model_type, **{**TINY, **architecture.tiny[name], "vocab_size": 32})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for module_name, buffer in model.named_buffers():
+        if module_name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
+    routers = find_routers(model, facts_of(config.to_dict()).moe_layers)
+    for router in routers:
+        router.weight.data.normal_()
+        logits, gates, ids = router(torch.randn(1, 40, 64, dtype=dtype))
+        ours = GATES[router_class(router)](router, logits, ids)
+        assert ours.dtype == gates.dtype
+        assert torch.equal(ours, gates)
+
+
+class MixtralTopKRouter(torch.nn.Module):
+    """By name a router of transformers."""
+
+
+class UnheardOfRouter(torch.nn.Module):
+    """By name a router, but not one that is known."""
+
+
+def model(*gates: torch.nn.Module) -> torch.nn.Module:
+    layers = torch.nn.ModuleList(torch.nn.ModuleDict({"gate": gate}) for gate in gates)
+    whole = torch.nn.Module()
+    whole.model = torch.nn.Module()
+    whole.model.layers = layers
+    return whole
+
+
+def test_routers_are_found_in_the_order_of_their_layers() -> None:
+    first, last = MixtralTopKRouter(), MixtralTopKRouter()
+    assert find_routers(model(first, torch.nn.Identity(), last), (0, 2)) == [first, last]
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        (UnheardOfRouter(), "layer 1 of Module routes by UnheardOfRouter, where one router of a known class"),
+        (torch.nn.Linear(2, 2), "layer 1 of Module routes by Linear, where one"),
+        (torch.nn.ModuleList([MixtralTopKRouter(), UnheardOfRouter()]), "by MixtralTopKRouter, UnheardOfRouter, where"),
+    ],
+)
+def test_a_router_that_is_not_known_is_refused_by_its_class(gate: torch.nn.Module, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        find_routers(model(MixtralTopKRouter(), gate), (0, 1))
+
+
+def test_a_router_where_none_is_expected_is_refused() -> None:
+    with pytest.raises(ConfigError, match="routes by UnheardOfRouter"):
+        find_routers(model(MixtralTopKRouter(), UnheardOfRouter()), (0,))
+    with pytest.raises(ConfigError, match=r"routes in layers \[0, 1\], its config.json says \[1\]"):
+        find_routers(model(MixtralTopKRouter(), MixtralTopKRouter()), (1,))
+
+
+def test_a_configuration_is_the_librarys_own_and_leaves_nothing_to_chance(tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(
+        tmp_path / "tiny", "mixtral", router_jitter_noise=0.1, attention_dropout=0.1, output_router_logits=True
+    )
+    ran = with_code_of_its_own(checkpoint)
+    config = read_hf_config(checkpoint)
+    assert type(config).__module__.startswith("transformers.")
+    assert (config.router_jitter_noise, config.attention_dropout, config.output_router_logits) == (0, 0, False)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_tokenizer_runs_no_code_of_the_model(trusted: bool, tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
+    ran = with_code_of_its_own(checkpoint)
+    assert read_tokenizer(checkpoint, trust_remote_code=trusted).decode([72]) != ""
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not known"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantized"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(fields: dict[str, object], said: str, tmp_path: Path) -> None:
+    file = make_tiny_checkpoint(tmp_path / "tiny") / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises(ConfigError, match=said):
+        read_hf_config(file.parent)
