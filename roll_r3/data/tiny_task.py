@@ -34,6 +34,9 @@ def main() -> None:
         "--task", choices=sorted(BUNDLED_TASKS), default="addition_mod10", help="task of the warm start"
     )
     parser.add_argument("--warm-start-steps", type=int, default=60)
+    parser.add_argument(
+        "--head-dim", type=int, default=16, help="size of an attention head; vLLM's kernel for CPUs takes 32 and more"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -45,7 +48,11 @@ def main() -> None:
     torch.set_num_threads(1)  # sums depend on how they are split over threads, and the checkpoint on the sums
 
     make_tiny_checkpoint(
-        args.output, seed=args.seed, examples=BUNDLED_TASKS[args.task](), warm_start_steps=args.warm_start_steps
+        args.output,
+        seed=args.seed,
+        examples=BUNDLED_TASKS[args.task](),
+        warm_start_steps=args.warm_start_steps,
+        head_dim=args.head_dim,
     )
     logging.info("wrote %s", args.output)
 
