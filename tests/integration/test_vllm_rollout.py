@@ -10,7 +10,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     config = configuration(
         old_weights,
         generating={"temperature": TEMPERATURE},
-        max_retries=1,
+        max_retries=2,
         response_length=48,
         max_total_tokens=40 * 32,
         server_args={"max_num_batched_tokens": 64},
@@ -193,7 +192,7 @@ def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engin
     bad, good = engine.generate([too_long, requests(1, 2)[0]])
     assert bad.trajectories == ()
     assert "400" in bad.dropped["long"]
-    assert bad.retries == 1
+    assert bad.retries == 2
     assert len(good.trajectories) == 2
 
 
@@ -260,14 +259,9 @@ def test_a_request_in_flight_over_an_update_is_refused_and_asked_for_again(engin
         results = engine.run(scenario())
     finally:
         channel.close()
-    reasons = [reason for result in results for reason in result.dropped.values()]
-    print("retries", sum(result.retries for result in results), "dropped", len(reasons), reasons[:1])
-    assert sum(result.retries for result in results) > 0
-    assert all("version" in reason for reason in reasons)
-    kept = [replace(result, dropped={}) for result in results if result.trajectories]
-    early = [t for result in kept for t in result.trajectories if t.weight_versions == (version - 1,)]
-    late = [t for result in kept for t in result.trajectories if t.weight_versions == (version,)]
-    print("answered before", len(early), "and after", len(late))
+    late = [t for t in trajectories(results).values() if t.weight_versions == (version,)]
+    print("retries", sum(result.retries for result in results), "answered afterwards", len(late), "of 64")
+    assert sum(result.retries for result in results) >= len(late) > 0
     assert_is_what_the_model_computes([GenerateResult(trajectories=tuple(late))], new_weights, version)
 
 

@@ -127,7 +127,8 @@ ROWS = (
     Row(
         under("<role>.strategy_args", "strategy_name"),
         Joint(
-            "`megatron_train`, `megatron_infer`, `sglang` are the same; `vllm`, with settings of its own, and `hf_infer` for the rollout; not DeepSpeed"
+            "`megatron_train`, `megatron_infer`, `sglang` are the same; for the rollout `vllm`, with settings of its "
+            "own, and `hf_infer`; not DeepSpeed"
         ),
     ),
     Row(under("<role>", "device_mapping", "router_replay", "use_sequence_packing"), Same()),

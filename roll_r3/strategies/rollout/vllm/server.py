@@ -19,7 +19,7 @@ CPU_PATH = Path(platform.__path__[0]) / "vllm_cpu"
 """What a server without a GPU needs besides that."""
 
 _BLOCK = 32
-"""Tokens of a block of the cache: what a CPU's kernel takes. On a GPU vLLM chooses its own; this is but the rounding."""
+"""Tokens of a block of the cache: what a CPU's kernel takes. On a GPU vLLM has its own; this only rounds."""
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _CPU_SAMPLES = 64
 """Samples decoded at once on a CPU, and room for as many in the cache, unless the configuration says."""
