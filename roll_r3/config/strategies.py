@@ -62,7 +62,7 @@ class VllmConfig(ServerConfig):
 
     python: str = ".venv-vllm/bin/python"
     """Interpreter that has vLLM installed: `make vllm-env` makes this one. vLLM's pins clash with SGLang's, so it has
-    an environment of its own."""
+    an environment of its own. Relative to where the run starts; on several nodes, a path that all of them have."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of device memory for weights, activations and KV cache; default: vLLM's choice. Without meaning on a
     CPU."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -325,17 +324,13 @@ def test_bf16_two_ranks_and_the_death_of_the_server(old_weights, new_weights, tm
             assert np.abs(t.log_probs_R - log_probs_R).mean() < 0.1
         print("entries that differ", differ, "of", entries)
         assert differ < 0.1 * entries
-        children = group_members(engine.rollout._process)
+        assert len(group_members(engine.rollout._process)) >= 4
         os.kill(engine.rollout._process.pid, signal.SIGKILL)
         started = time.monotonic()
         with pytest.raises(EngineError, match=r"engine 0 \(vLLM\) died.*was killed by SIGKILL"):
             engine.generate(requests(1, 1))
-        while any(
-            p.is_running() and p.status() != psutil.STATUS_ZOMBIE
-            for p in children
-            if "tracker" not in " ".join(p.cmdline())
-        ):
-            assert time.monotonic() - started < 10.0, [p.cmdline() for p in children if p.is_running()]
+        while left := group_members(engine.rollout._process):
+            assert time.monotonic() - started < 20.0, left
             time.sleep(0.1)
     finally:
         engine.close()

@@ -224,11 +224,10 @@ def server_environment(
         environment |= {
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",  # its small operations are several times slower with a pool of threads
+            # else every engine's ranks would be tied to the same first cores
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "TORCHDYNAMO_DISABLE": "1",  # compiling needs a C++ compiler and Triton
         }
-        if config.tp_size > 1:
-            cores = os.cpu_count() or 1
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % cores) for rank in range(config.tp_size))
     inherited_path = [inherited["PYTHONPATH"]] if inherited.get("PYTHONPATH") else []
     environment["VLLM_PLUGINS"] = ",".join(plugins)
     environment["PYTHONPATH"] = os.pathsep.join([*path, *inherited_path])
