@@ -1,19 +1,23 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check lint unit docs compatibility format clean
+.PHONY: help install vllm-env quickstart test test-vllm check lint unit docs compatibility engines format clean
 
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 PYTHON := $(VENV)/bin/python
 TINY := output/tiny/qwen3_moe
 # Overrides for the quickstart, as in: make quickstart ARGS="seed=7 max_steps=5"
 ARGS ?=
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## make or update .venv (CPU)
 	@docker/install.sh cpu $(VENV)
+
+vllm-env: ## make or update .venv-vllm, the environment of the vLLM rollout (CPU; 2.5 GB, some minutes)
+	@docker/install-vllm.sh cpu $(VLLM_VENV)
 
 quickstart: install ## train a tiny MoE model with router replay on this machine
 	@if [[ ! -f $(TINY)/config.json ]]; then \
@@ -23,9 +27,13 @@ quickstart: install ## train a tiny MoE model with router replay on this machine
 	@echo "== training: python -m roll_r3.run --config configs/quickstart.yaml $(ARGS)"
 	@$(PYTHON) -m roll_r3.run --config configs/quickstart.yaml $(ARGS)
 
-test: install ## run all tests, those with real engines too
+test: install ## run all tests, those with real engines too, but for vLLM's
 	@echo "== all tests"
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -m "not vllm"
+
+test-vllm: install vllm-env ## run the tests against a real vLLM server (minutes)
+	@echo "== the tests of the vLLM rollout"
+	@VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTHON) -m pytest -m vllm
 
 check: lint unit ## format, lint, types, import rules, generated docs, unit tests
 
@@ -56,6 +64,9 @@ docs: install ## write what is generated: the configuration's pages and the sche
 
 compatibility: install ## run the matrix of layouts and write docs/compatibility.md from it (minutes)
 	@$(PYTHON) -m pytest tests/integration/test_megatron_matrix.py --write-compatibility
+
+engines: install vllm-env ## run every rollout with every trainer and write docs/engines.md from it (half an hour)
+	@VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTHON) -m pytest -s -k for_the_page tests/integration/test_pairs.py --write-engines
 
 format: install ## format the code and mend what ruff can
 	@$(PYTHON) -m ruff check --fix --exit-zero .

@@ -18,7 +18,7 @@ from roll_r3.batch.micro_batch import IntArray, assign_to_ranks
 from roll_r3.cluster.calls import wait_for
 from roll_r3.cluster.placement import Placement
 from roll_r3.cluster.workers import ModelWorker, RolloutWorker
-from roll_r3.config.derived import engine_size, sglang
+from roll_r3.config.derived import engine_size, server
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
 from roll_r3.preflight.plan_findings import LOOPBACK
@@ -85,7 +85,7 @@ class RolloutGroup(_Group):
             ConfigError: an engine's devices lie on different nodes, or a node is out of reach of the trainer.
         """
         role = config.actor_infer
-        size, server = engine_size(config), sglang(config)
+        size, settings = engine_size(config), server(config)
         trainer = placement.devices[config.actor_train.device_mapping[0]]
         members = []
         for engine, start in enumerate(range(0, len(role.device_mapping), size)):
@@ -95,9 +95,9 @@ class RolloutGroup(_Group):
                     f"actor_infer.device_mapping: engine {engine} takes devices {[d.index for d in devices]}, which "
                     "lie on different nodes: an engine's tp_size devices must share a node"
                 )
-            if server is not None and devices[0].node_id != trainer.node_id and server.host in LOOPBACK:
+            if settings is not None and devices[0].node_id != trainer.node_id and settings.host in LOOPBACK:
                 raise ConfigError(
-                    f"actor_infer.strategy_args.strategy_config.host: {server.host} cannot be reached from the "
+                    f"actor_infer.strategy_args.strategy_config.host: {settings.host} cannot be reached from the "
                     f"trainer's node, which sends weights to engine {engine} on {devices[0].node_ip}: write 0.0.0.0 "
                     "(every address of an engine's node; its key protects it)"
                 )

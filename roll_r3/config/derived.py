@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from roll_r3.config.base import Config
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.strategies import MegatronConfig, SglangConfig
+from roll_r3.config.strategies import MegatronConfig, ServerConfig, SglangConfig, VllmConfig
 from roll_r3.config.tree import join
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig
 
@@ -41,6 +41,18 @@ def layout(worker: MegatronWorker) -> MegatronConfig:
     return settings
 
 
+def server(config: RLVRConfig) -> ServerConfig | None:
+    """The engine's settings, where it is a server of its own."""
+    settings = config.actor_infer.strategy_args.strategy_config
+    return settings if isinstance(settings, ServerConfig) else None
+
+
+def vllm(config: RLVRConfig) -> VllmConfig | None:
+    """The engine's settings, where vLLM is the engine."""
+    settings = config.actor_infer.strategy_args.strategy_config
+    return settings if isinstance(settings, VllmConfig) else None
+
+
 def sglang(config: RLVRConfig) -> SglangConfig | None:
     """The engine's settings, where SGLang is the engine."""
     settings = config.actor_infer.strategy_args.strategy_config
@@ -49,8 +61,8 @@ def sglang(config: RLVRConfig) -> SglangConfig | None:
 
 def engine_size(config: RLVRConfig) -> int:
     """Devices of one rollout engine."""
-    server = sglang(config)
-    return 1 if server is None else server.tp_size
+    settings = server(config)
+    return 1 if settings is None else settings.tp_size
 
 
 def checkpoint_of(config: RLVRConfig, role: str) -> str:

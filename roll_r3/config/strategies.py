@@ -10,12 +10,9 @@ from roll_r3.config.base import Config
 from roll_r3.config.pipeline_layout import PipelineLayout, parse_pipeline_layout
 
 
-class SglangConfig(Config):
-    """The SGLang server that one rollout engine runs."""
+class ServerConfig(Config):
+    """What a rollout engine that is a server of its own is told, whichever it is."""
 
-    python: str | None = None
-    """Interpreter that has SGLang installed; default: the one that runs roll_r3. SGLang's pins often clash with
-    others'."""
     host: str = "127.0.0.1"
     """Address the server binds to. Loopback serves a trainer on the same node only; `0.0.0.0` is every address of the
     engine's node, which a cluster of several nodes needs (the server always demands a key)."""
@@ -23,22 +20,6 @@ class SglangConfig(Config):
     """Tensor-parallel size of one engine, in devices. The engines of `actor_infer` are its devices divided by this."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Compute and weight precision of the engine."""
-    mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of device memory for weights and KV cache; default: SGLang's choice. Without meaning on a CPU."""
-    max_total_tokens: PositiveInt | None = None
-    """Size of the KV cache in tokens; default: what the device's memory allows, on a CPU room for 64 of the longest
-    samples."""
-    max_running_requests: PositiveInt | None = None
-    """Requests the engine decodes at once; default: SGLang's choice."""
-    context_length: PositiveInt | None = None
-    """Context of the engine in tokens; default: prompt_length + response_length and the few that SGLang keeps back."""
-    chunked_prefill_size: int | None = None
-    """Prefill is cut into chunks of this many tokens; default: SGLang's choice."""
-    attention_backend: str | None = None
-    """SGLang's `--attention-backend`; default: SGLang's choice on a GPU, `torch_native` on a CPU."""
-    server_args: dict[str, str | int | float | bool] = {}
-    """Further SGLang server arguments, by the names of its command line with underscores. Those that this strategy
-    owns (model, address, key, routed experts, ...) and those that lose routes are refused."""
     startup_timeout: PositiveFloat = 600.0
     """Seconds a server may take until it answers."""
     request_timeout: PositiveFloat = 1800.0
@@ -50,6 +31,41 @@ class SglangConfig(Config):
     dropped and counted."""
     weight_bucket_mb: PositiveFloat = 512.0
     """Weights are broadcast to the engine in groups of about this many MiB."""
+    max_running_requests: PositiveInt | None = None
+    """Requests the engine decodes at once; default: the engine's choice, 64 of vLLM on a CPU."""
+    max_total_tokens: PositiveInt | None = None
+    """Size of the KV cache in tokens; default: what the device's memory allows, on a CPU room for as many of the
+    longest samples as the engine decodes at once."""
+    context_length: PositiveInt | None = None
+    """Context of the engine in tokens; default: prompt_length + response_length and the few that SGLang keeps back."""
+    server_args: dict[str, str | int | float | bool] = {}
+    """Further arguments of the engine's server, by the names of its command line with underscores. Those that the
+    strategy owns (model, address, key, routed experts, ...) and those that lose routes are refused."""
+
+
+class SglangConfig(ServerConfig):
+    """The SGLang server that one rollout engine runs."""
+
+    python: str | None = None
+    """Interpreter that has SGLang installed; default: the one that runs roll_r3. SGLang's pins often clash with
+    others'."""
+    mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of device memory for weights and KV cache; default: SGLang's choice. Without meaning on a CPU."""
+    chunked_prefill_size: int | None = None
+    """Prefill is cut into chunks of this many tokens; default: SGLang's choice."""
+    attention_backend: str | None = None
+    """SGLang's `--attention-backend`; default: SGLang's choice on a GPU, `torch_native` on a CPU."""
+
+
+class VllmConfig(ServerConfig):
+    """The vLLM server that one rollout engine runs."""
+
+    python: str = ".venv-vllm/bin/python"
+    """Interpreter that has vLLM installed: `make vllm-env` makes this one. vLLM's pins clash with SGLang's, so it has
+    an environment of its own. Relative to where the run starts; on several nodes, a path that all of them have."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of device memory for weights, activations and KV cache; default: vLLM's choice. Without meaning on a
+    CPU."""
 
 
 class HfInferConfig(Config):

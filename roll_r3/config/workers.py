@@ -17,7 +17,7 @@ from pydantic import (
 
 from roll_r3.config.base import Config
 from roll_r3.config.devices import Devices
-from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig, SglangConfig
+from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig, SglangConfig, VllmConfig
 
 
 def _mode_from_yaml(value: Any) -> Any:
@@ -128,8 +128,17 @@ class SglangStrategy(Config):
     """The server's settings."""
 
 
+class VllmStrategy(Config):
+    """Rollout by vLLM servers, which have an environment of their own."""
+
+    strategy_name: Literal["vllm"]
+    """Name of the strategy."""
+    strategy_config: VllmConfig = VllmConfig()
+    """The server's settings."""
+
+
 class HfInferStrategy(Config):
-    """Rollout by transformers, inside the actor: slow and plain, for tests and for machines without SGLang."""
+    """Rollout by transformers, inside the actor: slow and plain, for tests and for machines without another engine."""
 
     strategy_name: Literal["hf_infer"]
     """Name of the strategy."""
@@ -187,8 +196,10 @@ def _by_name(default: str, *others: str) -> Discriminator:
 
 
 RolloutArgs = Annotated[
-    Annotated[SglangStrategy, Tag("sglang")] | Annotated[HfInferStrategy, Tag("hf_infer")],
-    _by_name("sglang", "hf_infer"),
+    Annotated[SglangStrategy, Tag("sglang")]
+    | Annotated[VllmStrategy, Tag("vllm")]
+    | Annotated[HfInferStrategy, Tag("hf_infer")],
+    _by_name("sglang", "vllm", "hf_infer"),
 ]
 TrainArgs = Annotated[
     Annotated[MegatronTrainStrategy, Tag("megatron_train")] | Annotated[Fsdp2TrainStrategy, Tag("fsdp2_train")],

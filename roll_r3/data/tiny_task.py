@@ -22,6 +22,9 @@ def copy_digits() -> list[Example]:
     return [(f"copy {n:03d}:", f"{n:03d}") for n in range(1000)]
 
 
+HEAD_DIM = 32
+"""Of the quickstart's model: the smallest attention head that vLLM's kernel for CPUs takes."""
+
 BUNDLED_TASKS = {"addition_mod10": addition_mod10, "copy_digits": copy_digits}
 
 
@@ -45,7 +48,11 @@ def main() -> None:
     torch.set_num_threads(1)  # sums depend on how they are split over threads, and the checkpoint on the sums
 
     make_tiny_checkpoint(
-        args.output, seed=args.seed, examples=BUNDLED_TASKS[args.task](), warm_start_steps=args.warm_start_steps
+        args.output,
+        seed=args.seed,
+        examples=BUNDLED_TASKS[args.task](),
+        warm_start_steps=args.warm_start_steps,
+        head_dim=HEAD_DIM,
     )
     logging.info("wrote %s", args.output)
 

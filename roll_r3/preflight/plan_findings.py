@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from roll_r3.config.derived import sglang, values_at, workers
+from roll_r3.config.derived import server, values_at, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Finding, Severity
 from roll_r3.config.rules.paths import ENGINE
@@ -45,10 +45,10 @@ def _scattered_engines(config: RLVRConfig, plan: Plan) -> Iterator[Finding]:
 
 
 def _engines_out_of_reach(config: RLVRConfig, plan: Plan) -> Iterator[Finding]:
-    server = sglang(config)
+    settings = server(config)
     trainer = config.actor_train.device_mapping[0] // plan.devices_per_node
     beyond = [engine.index for engine in plan.engines if engine.devices[0] // plan.devices_per_node != trainer]
-    if beyond and server is not None and server.host in LOOPBACK:
+    if beyond and settings is not None and settings.host in LOOPBACK:
         yield _finding(
             config,
             "engines-beyond-loopback",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from roll_r3.config.derived import checkpoint_of, sglang, workers
+from roll_r3.config.derived import changed, checkpoint_of, sglang, vllm, workers
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.paths import ENGINE
 from roll_r3.preflight import files
 from roll_r3.preflight.checkpoints import Model, find_model, incomplete
 from roll_r3.preflight.versions import find_interpreter, find_versions
@@ -35,8 +36,9 @@ class Surroundings:
 def look_around(config: RLVRConfig) -> Surroundings:
     """Read what this machine says about a configuration that is to run on it."""
     names = _checkpoints(config)
-    server = sglang(config)
-    python = None if server is None else server.python
+    server = sglang(config) or vllm(config)
+    # Where the interpreter was not named, it is the engine that is missing.
+    python = server.python if server is not None and changed(config, f"{ENGINE}.python") else None
     problems = {name: found for name in names if isinstance(found := find_model(name), str) and found}
     lacking = {name: lack for name in names if name not in problems and (lack := incomplete(name))}
     return replace(

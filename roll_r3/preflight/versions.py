@@ -8,9 +8,10 @@ import shutil
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from roll_r3.config.derived import megatron_workers, sglang
+from roll_r3.config.derived import changed, megatron_workers, sglang, vllm
 from roll_r3.config.disk import is_file, matches
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.paths import ENGINE
 
 _PACKAGES = ("site-packages", "dist-packages")
 
@@ -28,16 +29,29 @@ def find_versions(config: RLVRConfig) -> dict[str, str | None]:
     """Package -> installed release (None: not installed) of every engine that the configuration uses; without what
     cannot be told."""
     found: dict[str, str | None] = {}
-    server = sglang(config)
-    if server is not None and server.python is None:
-        found["sglang"] = _installed("sglang")
-    elif server is not None and server.python is not None and (interpreter := find_interpreter(server.python)):
-        release = installed_for(interpreter, "sglang")
-        if release is not None or is_isolated(interpreter):
-            found["sglang"] = release
+    if (on_sglang := sglang(config)) is not None:
+        found |= _versions_for(on_sglang.python, "sglang")
+    if (on_vllm := vllm(config)) is not None:
+        nowhere = {} if changed(config, f"{ENGINE}.python") else {"vllm": None}
+        found |= _versions_for(on_vllm.python, "vllm") or nowhere
     if megatron_workers(config):
         found["megatron-core"] = _installed("megatron-core")
     return found
+
+
+def _versions_for(python: str | None, package: str) -> dict[str, str | None]:
+    """What `find_versions` says of one package.
+
+    Args:
+        python: the interpreter that is to have it; None: this one.
+    """
+    if python is None:
+        return {package: _installed(package)}
+    interpreter = find_interpreter(python)
+    if interpreter is None:
+        return {}
+    release = installed_for(interpreter, package)
+    return {package: release} if release is not None or is_isolated(interpreter) else {}
 
 
 def _installed(package: str) -> str | None:

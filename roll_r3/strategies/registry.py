@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from roll_r3.config.base import Config
-from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig, SglangConfig
+from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig, SglangConfig, VllmConfig
 from roll_r3.strategies.base import Capabilities
 
 
@@ -47,6 +47,13 @@ STRATEGIES: dict[str, StrategyEntry] = {
         capabilities=Capabilities(records_routes=True),
         factory="roll_r3.strategies.rollout.sglang.strategy:SglangRollout",
         weight_channel="roll_r3.strategies.rollout.sglang.weights:SglangWeightChannel",
+    ),
+    "vllm": StrategyEntry(
+        kind="rollout",
+        config=VllmConfig,
+        capabilities=Capabilities(records_routes=True),
+        factory="roll_r3.strategies.rollout.vllm.strategy:VllmRollout",
+        weight_channel="roll_r3.strategies.rollout.vllm.weights:VllmWeightChannel",
     ),
     "hf_infer": StrategyEntry(
         kind="rollout",

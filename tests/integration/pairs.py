@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 
+from vllm_cases import PYTHON, require_environment
 from whole_run import START_TIMEOUT, Run
 
 ROLLOUTS = ("sglang", "vllm", "hf_infer")
@@ -45,6 +46,9 @@ BF16 = ("actor_train.model_args.dtype=bf16", "actor_infer.strategy_args.strategy
 
 def metrics_of(pair: Pair, where: Path, checkpoint: Path, *overrides: str) -> list[dict[str, float]]:
     """What each step of a run of configs/quickstart_engines.yaml measured."""
+    if pair.rollout == "vllm":
+        require_environment()
+        overrides += (f"actor_infer.strategy_args.strategy_config.python={PYTHON}",)
     run = Run(where, checkpoint, *pair.overrides, *overrides, config="quickstart_engines")
     try:
         assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()

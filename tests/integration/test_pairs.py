@@ -19,6 +19,7 @@ from pairs import (
     metrics_of,
     write_page,
 )
+from vllm_cases import HEAD_DIM
 from whole_run import few_steps
 
 from roll_r3.data.tiny_task import addition_mod10
@@ -30,12 +31,12 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    return make_tiny_checkpoint(path, examples=addition_mod10(), warm_start_steps=60)
+    return make_tiny_checkpoint(path, examples=addition_mod10(), warm_start_steps=60, head_dim=HEAD_DIM)
 
 
 @pytest.fixture(scope="module")
 def random_weights(tmp_path_factory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random", seed=3)
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random", seed=3, head_dim=HEAD_DIM)
 
 
 def marked(pair: Pair) -> object:

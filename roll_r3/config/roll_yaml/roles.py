@@ -12,7 +12,7 @@ from roll_r3.config.tree import Keys
 _CONFIG = "strategy_args.strategy_config"
 _GONE = {
     "actor_train": "write strategy_name: megatron_train, and its layout",
-    "actor_infer": "write strategy_name: sglang, or hf_infer",
+    "actor_infer": "write strategy_name: sglang, vllm or hf_infer",
     "reference": "write strategy_name: megatron_infer, and its layout",
 }
 _STRANGERS = (
@@ -127,7 +127,8 @@ ROWS = (
     Row(
         under("<role>.strategy_args", "strategy_name"),
         Joint(
-            "`megatron_train`, `megatron_infer`, `sglang` are the same, and `hf_infer` for the rollout; not DeepSpeed"
+            "`megatron_train`, `megatron_infer`, `sglang` are the same; for the rollout `vllm`, with settings of its "
+            "own, and `hf_infer`; not DeepSpeed"
         ),
     ),
     Row(under("<role>", "device_mapping", "router_replay", "use_sequence_packing"), Same()),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import engine_room, sglang
+from roll_r3.config.derived import engine_room, server, sglang, vllm
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
 
+VLLM_COLDEST = 0.01
+_VLLM = "actor_infer.strategy_args={strategy_name: vllm}"
 _ROOM = ("prompt_length", "response_length", "actor_infer.generating_args.max_new_tokens")
 
 
@@ -16,18 +18,32 @@ def _too_little(config: RLVRConfig, tokens: int | None) -> Verdict:
 
 
 def _context_too_short(config: RLVRConfig) -> Verdict:
-    server = sglang(config)
-    return server is not None and _too_little(config, server.context_length)
+    settings = server(config)
+    return settings is not None and _too_little(config, settings.context_length)
 
 
 def _cache_too_small(config: RLVRConfig) -> Verdict:
-    server = sglang(config)
-    return server is not None and _too_little(config, server.max_total_tokens)
+    settings = server(config)
+    return settings is not None and _too_little(config, settings.max_total_tokens)
 
 
 def _memory_share_on_cpu(config: RLVRConfig) -> Verdict:
-    server = sglang(config)
-    return config.device_type == "cpu" and server is not None and server.mem_fraction_static is not None
+    on_sglang, on_vllm = sglang(config), vllm(config)
+    share = on_sglang.mem_fraction_static if on_sglang else on_vllm.gpu_memory_utilization if on_vllm else None
+    return config.device_type == "cpu" and share is not None
+
+
+def _truncated(config: RLVRConfig) -> bool:
+    generating = config.actor_infer.generating_args
+    return generating.top_p < 1 or generating.top_k > 0
+
+
+def _truncated_and_scaled(config: RLVRConfig) -> Verdict:
+    return vllm(config) is not None and _truncated(config) and config.actor_infer.generating_args.temperature != 1
+
+
+def _too_cold(config: RLVRConfig) -> Verdict:
+    return vllm(config) is not None and config.actor_infer.generating_args.temperature < VLLM_COLDEST
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -75,8 +91,32 @@ RULES: tuple[AnyRule, ...] = (
         fix="write top_p: 1 and top_k: -1",
         wrong=("actor_infer.generating_args.top_k=50",),
         right=("actor_infer.generating_args.top_p=1",),
-        violates=lambda c: c.actor_infer.generating_args.top_p < 1 or c.actor_infer.generating_args.top_k > 0,
+        violates=_truncated,
         severity="warning",
+    ),
+    Rule(
+        id="vllm-truncates-before-log-probs",
+        fields=(
+            "actor_infer.generating_args.temperature",
+            "actor_infer.generating_args.top_p",
+            "actor_infer.generating_args.top_k",
+            "actor_infer.strategy_args.strategy_name",
+        ),
+        why="vLLM gives log-probabilities either before temperature and truncation or after both; the trainer needs "
+        "them after the one and before the other",
+        fix="write temperature: 1, or top_p: 1 and top_k: -1, or strategy_name: sglang",
+        wrong=(_VLLM, "actor_infer.generating_args={temperature: 0.8, top_k: 50}"),
+        right=(_VLLM, "actor_infer.generating_args={temperature: 0.8}"),
+        violates=_truncated_and_scaled,
+    ),
+    Rule(
+        id="vllm-coldest",
+        fields=("actor_infer.generating_args.temperature", "actor_infer.strategy_args.strategy_name"),
+        why=f"vLLM samples at {VLLM_COLDEST} whenever it is asked for less, and greedily below 1e-5",
+        fix=f"write a temperature of {VLLM_COLDEST} or more",
+        wrong=(_VLLM, "actor_infer.generating_args.temperature=0.001"),
+        right=(_VLLM, f"actor_infer.generating_args.temperature={VLLM_COLDEST}"),
+        violates=_too_cold,
     ),
     unread(
         "engine-batch-unread",
@@ -98,8 +138,8 @@ RULES: tuple[AnyRule, ...] = (
     ),
     Rule(
         id="memory-share-on-cpu",
-        fields=(f"{ENGINE}.mem_fraction_static", "device_type"),
-        why="a CPU engine has no device memory to share out: mem_fraction_static has no effect",
+        fields=(f"{ENGINE}.mem_fraction_static", f"{ENGINE}.gpu_memory_utilization", "device_type"),
+        why="a CPU engine has no device memory to share out: nothing would read its share",
         fix="leave it out, and set max_total_tokens",
         wrong=("device_type=cpu", f"{ENGINE}.mem_fraction_static=0.5"),
         right=("device_type=auto", f"{ENGINE}.mem_fraction_static=0.5"),

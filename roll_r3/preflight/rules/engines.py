@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from roll_r3.config.derived import model_workers, sglang
+from roll_r3.config.derived import model_workers, sglang, vllm
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE, INFER_REPLAY, TRAIN_REPLAY
 from roll_r3.config.rules.table import Verdict
 from roll_r3.errors import EngineError
-from roll_r3.preflight.rules.table import Pretend, SurroundingsRule
+from roll_r3.preflight.rules.table import VLLM_INSTALLED, Pretend, SurroundingsRule
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.base import Capabilities
 from roll_r3.strategies.registry import StrategyEntry
-from roll_r3.strategies.rollout.sglang.server import args_that_lose_routes, refused_server_args
-from roll_r3.strategies.rollout.sglang.version import check_version
+from roll_r3.strategies.rollout.sglang import server as sglang_server
+from roll_r3.strategies.rollout.sglang import version as sglang_version
+from roll_r3.strategies.rollout.vllm import server as vllm_server
+from roll_r3.strategies.rollout.vllm import version as vllm_version
 
 MEGATRON_CORE = "0.16"
 """Release whose routers, layer placement and schedules the Megatron strategy follows."""
+
+
+_VLLM = "actor_infer.strategy_args={strategy_name: vllm}"
 
 
 def _entry(config: RLVRConfig, surroundings: Surroundings, role: str) -> StrategyEntry:
@@ -44,13 +49,15 @@ def _cannot_pack(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
 
 
 def _args_that_lose_routes(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    server = sglang(config)
-    return "" if server is None else "; ".join(args_that_lose_routes(server))
+    on_sglang, on_vllm = sglang(config), vllm(config)
+    found = sglang_server.args_that_lose_routes(on_sglang) if on_sglang else []
+    return "; ".join(found + (vllm_server.args_that_lose_routes(on_vllm) if on_vllm else []))
 
 
 def _refused_server_args(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    server = sglang(config)
-    return "" if server is None else "; ".join(refused_server_args(server))
+    on_sglang, on_vllm = sglang(config), vllm(config)
+    found = sglang_server.refused_server_args(on_sglang) if on_sglang else []
+    return "; ".join(found + (vllm_server.refused_server_args(on_vllm) if on_vllm else []))
 
 
 def _missing(package: str) -> Callable[[RLVRConfig, Surroundings], Verdict]:
@@ -63,7 +70,7 @@ def _sglang_too_old(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     if version is None:
         return False
     try:
-        check_version(version)
+        sglang_version.check_version(version)
     except EngineError as error:
         return str(error)
     return False
@@ -73,7 +80,21 @@ def _sglang_untested(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     version = surroundings.versions.get("sglang")
     if version is None or _sglang_too_old(config, surroundings):
         return False
-    return check_version(version) or False
+    return sglang_version.check_version(version) or False
+
+
+def _vllm_verdict(config: RLVRConfig, surroundings: Surroundings) -> tuple[str, str]:
+    """(why the installed vLLM is refused, what to warn about); at most one of them is text.
+
+    Where the devices are not known yet, only what no device allows is refused.
+    """
+    version = surroundings.versions.get("vllm")
+    if version is None:
+        return "", ""
+    try:
+        return "", vllm_version.check_version(version, device=config.device_type) or ""
+    except EngineError as error:
+        return str(error), ""
 
 
 def _other_megatron(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -86,7 +107,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="r3-needs-recording-rollout",
         fields=("actor_infer.strategy_args.strategy_name", INFER_REPLAY),
         why="R3 replays the experts that the rollout used, and this rollout strategy does not record them",
-        fix="choose a rollout strategy that records routes (sglang or hf_infer), or disable replay on both sides",
+        fix="choose a rollout strategy that records routes (sglang, vllm or hf_infer), or disable replay on both sides",
         wrong=(),
         wrong_where=Pretend(capabilities={"sglang": Capabilities()}),
         right=(),
@@ -167,6 +188,40 @@ RULES: tuple[SurroundingsRule, ...] = (
         right=(),
         right_where=Pretend(versions={"sglang": "0.5.23"}),
         violates=_sglang_untested,
+        severity="warning",
+    ),
+    SurroundingsRule(
+        id="vllm-installed",
+        fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
+        why="vLLM is not installed for the interpreter that would run the engine",
+        fix="run `make vllm-env`, or name an interpreter that has it in strategy_config.python",
+        wrong=(_VLLM,),
+        wrong_where=Pretend(versions={"vllm": None}),
+        right=(_VLLM,),
+        right_where=VLLM_INSTALLED,
+        violates=_missing("vllm"),
+    ),
+    SurroundingsRule(
+        id="vllm-version",
+        fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python", "device_type"),
+        why="the installed vLLM is outside the releases that this strategy works with",
+        fix="install the release that it was tested with",
+        wrong=(_VLLM, "device_type=cpu"),
+        wrong_where=Pretend(versions={"vllm": "0.33.0+cpu"}),
+        right=(_VLLM, "device_type=cpu"),
+        right_where=VLLM_INSTALLED,
+        violates=lambda config, where: _vllm_verdict(config, where)[0],
+    ),
+    SurroundingsRule(
+        id="vllm-untested",
+        fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
+        why="the installed vLLM is not the release that this strategy was tested with",
+        fix="watch router_replay/coverage and the log-probability differences of the first steps",
+        wrong=(_VLLM,),
+        wrong_where=Pretend(versions={"vllm": "0.33.0"}),
+        right=(_VLLM,),
+        right_where=VLLM_INSTALLED,
+        violates=lambda config, where: _vllm_verdict(config, where)[1],
         severity="warning",
     ),
     SurroundingsRule(

@@ -79,7 +79,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="engine-python-exists",
         fields=(f"{ENGINE}.python",),
         why="there is no such interpreter here",
-        fix="name the `bin/python` of the environment that has SGLang, or leave it out",
+        fix="name the `bin/python` of the environment that has the engine (`make vllm-env` makes vLLM's)",
         wrong=(f"{ENGINE}.python=/no/such/bin/python",),
         right=(f"{ENGINE}.python=null",),
         violates=lambda config, where: where.engine_python_missing,

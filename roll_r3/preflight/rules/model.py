@@ -14,6 +14,7 @@ from roll_r3.config.derived import (
     megatron_workers,
     runs_megatron,
     sglang,
+    vllm,
     workers,
 )
 from roll_r3.config.pipeline import RLVRConfig
@@ -23,10 +24,18 @@ from roll_r3.config.rules.table import Verdict, remainder
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import unbuildable
 from roll_r3.models.layer_map import chunk_layers
-from roll_r3.models.size import shape_problem, width_problems
+from roll_r3.models.size import shape_of, shape_problem, width_problems
 from roll_r3.preflight.checkpoints import Model
-from roll_r3.preflight.rules.table import AnyPreflightRule, ModelRule, Pretend, RoleModel, SurroundingsRule
+from roll_r3.preflight.rules.table import (
+    VLLM_INSTALLED,
+    AnyPreflightRule,
+    ModelRule,
+    Pretend,
+    RoleModel,
+    SurroundingsRule,
+)
 from roll_r3.preflight.surroundings import Surroundings
+from roll_r3.strategies.rollout.vllm.server import cpu_lacks_a_kernel
 
 _CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -94,6 +103,13 @@ def _engine_lacks_a_kernel(config: RLVRConfig, surroundings: Surroundings) -> Ve
     model = _models(config, surroundings).get("actor_infer")
     serves = config.device_type == "cpu" and sglang(config) is not None
     return serves and model is not None and model.raw.get("model_type") == "qwen2_moe"
+
+
+def _vllm_lacks_a_kernel(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    model = _models(config, surroundings).get("actor_infer")
+    if config.device_type != "cpu" or vllm(config) is None or model is None or model.facts is None:
+        return False
+    return "" if shape_problem(model.raw) else cpu_lacks_a_kernel(shape_of(model.raw))
 
 
 def _engine_splits_heads(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -309,6 +325,26 @@ RULES: tuple[AnyPreflightRule, ...] = (
         wrong=("device_type=cpu", "pretrain=Qwen/Qwen2-57B-A14B"),
         right=("device_type=cuda", "pretrain=Qwen/Qwen2-57B-A14B", "actor_infer.device_mapping=1"),
         violates=_engine_lacks_a_kernel,
+    ),
+    SurroundingsRule(
+        id="vllm-serves-the-model",
+        fields=(
+            "device_type",
+            "actor_infer.strategy_args.strategy_name",
+            "actor_infer.model_args.model_name_or_path",
+            "pretrain",
+        ),
+        why="on a CPU vLLM cannot run this model",
+        fix="sample on a GPU, write strategy_name: sglang or hf_infer, or name another model (of the tiny ones, make "
+        "one with --head-dim 32)",
+        wrong=(
+            "device_type=cpu",
+            "pretrain=moonshotai/Moonlight-16B-A3B",
+            "actor_infer.strategy_args={strategy_name: vllm}",
+        ),
+        right=("device_type=cpu", "actor_infer.strategy_args={strategy_name: vllm}"),
+        right_where=VLLM_INSTALLED,
+        violates=_vllm_lacks_a_kernel,
     ),
     SurroundingsRule(
         id="engine-heads-over-tp",

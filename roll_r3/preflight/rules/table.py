@@ -15,6 +15,7 @@ from roll_r3.models.facts import ModelFacts
 from roll_r3.preflight.checkpoints import Model
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.base import Capabilities
+from roll_r3.strategies.rollout.vllm.version import TESTED
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Pretend:
             for name, model in surroundings.models.items()
         }
         return replace(surroundings, strategies=strategies, versions=versions, models=models)
+
+
+VLLM_INSTALLED = Pretend(versions={"vllm": f"{TESTED}+cpu"})
+"""As `make vllm-env` does."""
 
 
 @dataclass(frozen=True, kw_only=True)

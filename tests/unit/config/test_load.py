@@ -259,14 +259,14 @@ def test_every_pattern_of_the_schema_has_words():
 
 
 def test_of_another_strategy_nothing_is_said_about_its_settings(load_text):
-    strategy = "{strategy_name: vllm, strategy_config: {gpu_memory_utilization: 0.8, tp_size: two}}"
+    strategy = "{strategy_name: tensorrt, strategy_config: {gpu_memory_utilization: 0.8, tp_size: two}}"
     finding = only(load_text, MINIMAL, f"actor_infer.strategy_args={strategy}")
     assert finding.path == "actor_infer.strategy_args.strategy_name"
-    assert finding.fix == "write one of sglang, hf_infer"
+    assert finding.fix == "write one of sglang, vllm, hf_infer"
     loaded = load_text_as_it_is(MINIMAL, "run.yaml", [f"actor_infer.strategy_args={strategy}"])
     assert "actor_infer.strategy_args" in loaded.doubtful, "rules do not judge its defaults"
     only(load_text, MINIMAL, f"actor_infer.strategy_args={strategy.replace('two', 'yes')}")
-    right = "{strategy_name: sglang, strategy_config: {gpu_memory_utilization: 0.8, tp_size: two}}"
+    right = "{strategy_name: sglang, strategy_config: {gpu_memory_share: 0.8, tp_size: two}}"
     assert len(findings_of(load_text, MINIMAL, f"actor_infer.strategy_args={right}")) == 2
     others = findings_of(load_text, MINIMAL, f"actor_infer.strategy_args={strategy}", "actor_train.strategy_args.x=1")
     assert len(others) == 2, "of another role it is"
@@ -283,14 +283,14 @@ def test_an_unknown_name_without_a_likeness_lists_the_fields(load_text):
 
 
 NAMES = {
-    "actor_infer": ("sglang", "hf_infer"),
+    "actor_infer": ("sglang", "vllm", "hf_infer"),
     "actor_train": ("megatron_train", "fsdp2_train"),
     "reference": ("megatron_infer", "fsdp2_infer"),
 }
 
 
 @pytest.mark.parametrize("role", NAMES)
-@pytest.mark.parametrize("name", ["vllm", "Sglang", "[a]", "{a: b}", "3", "null", "true", "''"])
+@pytest.mark.parametrize("name", ["tensorrt", "Sglang", "[a]", "{a: b}", "3", "null", "true", "''"])
 def test_a_strategy_that_there_is_not_is_one_mistake_whatever_its_settings_are(load_text, role, name):
     args = (
         f"{role}.strategy_args={{strategy_name: {name}, strategy_config: {{gpu_memory_utilization: 0.8, tp_size: x}}}}"
@@ -303,12 +303,8 @@ def test_a_strategy_that_there_is_not_is_one_mistake_whatever_its_settings_are(l
 
 @pytest.mark.parametrize("role", NAMES)
 def test_a_strategy_is_chosen_by_its_name_and_its_settings_are_its_own(load_text, role):
-    default, other = NAMES[role]
-    for written, meant in (
-        ("{}", default),
-        (f"{{strategy_name: {default}}}", default),
-        (f"{{strategy_name: {other}}}", other),
-    ):
+    default = NAMES[role][0]
+    for written, meant in (("{}", default), *((f"{{strategy_name: {name}}}", name) for name in NAMES[role])):
         args = dict(load_text(MINIMAL, f"{role}.strategy_args={written}").config)[role].strategy_args
         assert args.strategy_name == meant
     foreign = "zzz" if role == "actor_infer" else "recompute"

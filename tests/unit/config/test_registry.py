@@ -16,11 +16,12 @@ from roll_r3.config.workers import (
     MegatronTrainStrategy,
     ReferenceConfig,
     SglangStrategy,
+    VllmStrategy,
 )
 from roll_r3.strategies.registry import STRATEGIES
 
 SECTIONS = {
-    "rollout": (ActorInferConfig, (SglangStrategy, HfInferStrategy)),
+    "rollout": (ActorInferConfig, (SglangStrategy, VllmStrategy, HfInferStrategy)),
     "train": (ActorTrainConfig, (MegatronTrainStrategy, Fsdp2TrainStrategy)),
     "infer": (ReferenceConfig, (MegatronInferStrategy, Fsdp2InferStrategy)),
 }

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roll_r3.strategies.rollout.sglang.buckets import Weight, fill_buckets
+from roll_r3.strategies.rollout.buckets import Weight
+from roll_r3.strategies.rollout.sglang.buckets import fill_fused_buckets
 
 Q, KV = "model.layers.{}.self_attn.q_a_proj.weight", "model.layers.{}.self_attn.kv_a_proj_with_mqa.weight"
 PAIRED = [half.format(layer) for layer in (1, 11) for half in (Q, KV)]
@@ -25,17 +26,17 @@ def names_in(buckets: Iterator[list[Weight]]) -> list[list[str]]:
 
 
 def test_a_bucket_is_closed_once_it_is_full() -> None:
-    assert names_in(fill_buckets(weights(["a", "b", "c"]), 8)) == [["a", "b"], ["c"]]
-    assert names_in(fill_buckets(weights(["a", "b", "c"]), 5)) == [["a", "b"], ["c"]]
-    assert names_in(fill_buckets(weights(["a", "b"]), 8)) == [["a", "b"]]
-    assert names_in(fill_buckets([], 8)) == []
+    assert names_in(fill_fused_buckets(weights(["a", "b", "c"]), 8)) == [["a", "b"], ["c"]]
+    assert names_in(fill_fused_buckets(weights(["a", "b", "c"]), 5)) == [["a", "b"], ["c"]]
+    assert names_in(fill_fused_buckets(weights(["a", "b"]), 8)) == [["a", "b"]]
+    assert names_in(fill_fused_buckets([], 8)) == []
 
 
 @given(names=st.permutations(PAIRED + PLAIN), size=st.integers(1, 30))
 def test_two_projections_that_the_engine_fuses_share_a_bucket(names: list[str], size: int) -> None:
     """Whatever comes first, and whatever comes between them."""
     given_weights = weights(names)
-    buckets = list(fill_buckets(given_weights, size))
+    buckets = list(fill_fused_buckets(given_weights, size))
     assert sorted(name for bucket in buckets for name, _ in bucket) == sorted(names)
     tensors = {name: tensor for bucket in buckets for name, tensor in bucket}
     assert all(tensors[name] is tensor for name, tensor in given_weights)
@@ -49,7 +50,7 @@ def test_two_projections_that_the_engine_fuses_share_a_bucket(names: list[str], 
 def test_a_half_that_has_no_other_is_sent_too() -> None:
     """Moonlight's query is not of low rank."""
     names = [KV.format(1), "x", KV.format(2), "y"]
-    assert names_in(fill_buckets(weights(names), 1)) == [["x"], ["y"], [KV.format(1)], [KV.format(2)]]
+    assert names_in(fill_fused_buckets(weights(names), 1)) == [["x"], ["y"], [KV.format(1)], [KV.format(2)]]
 
 
 def test_nothing_is_gathered_before_there_is_room_for_it() -> None:
@@ -60,5 +61,5 @@ def test_nothing_is_gathered_before_there_is_room_for_it() -> None:
             taken.append(weight[0])
             yield weight
 
-    next(fill_buckets(gathered(), 8))
+    next(fill_fused_buckets(gathered(), 8))
     assert taken == ["a", "b"]

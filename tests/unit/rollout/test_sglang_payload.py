@@ -11,6 +11,7 @@ import pytest
 
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts, facts_of
+from roll_r3.strategies.rollout.answers import Asked
 from roll_r3.strategies.rollout.sampling import SampleError
 from roll_r3.strategies.rollout.sglang.payload import read_sample
 
@@ -60,16 +61,15 @@ def answer(**meta: Any) -> dict[str, Any]:
 
 
 def read(value: Any, **changes: Any) -> Any:
-    arguments = {
+    asked = {
         "sample_id": "s",
         "prompt_ids": PROMPT,
         "max_new_tokens": 8,
         "weight_version": 4,
-        "facts": FACTS,
         "record_routes": True,
     }
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return read_sample(body, **{**arguments, **changes})
+    return read_sample(body, Asked(**{**asked, **changes}), FACTS)
 
 
 def test_a_good_answer_becomes_a_trajectory() -> None:

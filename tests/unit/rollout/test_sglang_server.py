@@ -73,7 +73,8 @@ def test_seeds_decide_samples_on_a_cpu() -> None:
 
 def test_on_a_cpu_the_cache_does_not_take_the_whole_memory() -> None:
     assert value_of(arguments(SglangConfig()), "--max-total-tokens") == "6400", "64 samples of the context's 100 tokens"
-    assert value_of(arguments(SglangConfig(context_length=200)), "--max-total-tokens") == "12800"
+    some = SglangConfig(context_length=200, max_running_requests=8)
+    assert value_of(arguments(some), "--max-total-tokens") == "1600"
 
 
 def test_a_gpu_keeps_sglangs_own_choices() -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from roll_r3.errors import EngineError
-from roll_r3.strategies.rollout.sglang.target import SglangWeightTarget
-from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel, _succeeded
+from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
+from roll_r3.strategies.rollout.target import ServerTarget
+from roll_r3.strategies.rollout.weights import _succeeded
 
 KEY = "a-very-secret-key"
 GOOD = (200, {"success": True, "message": "ok"})
@@ -31,7 +32,7 @@ class Recorder:
 
 
 @contextmanager
-def serving(answers: dict[str, tuple[int, Any]]) -> Iterator[tuple[Recorder, SglangWeightTarget]]:
+def serving(answers: dict[str, tuple[int, Any]]) -> Iterator[tuple[Recorder, ServerTarget]]:
     recorder = Recorder(answers)
 
     class Handler(BaseHTTPRequestHandler):
@@ -59,8 +60,8 @@ def serving(answers: dict[str, tuple[int, Any]]) -> Iterator[tuple[Recorder, Sgl
         thread.join()
 
 
-def target_at(port: int) -> SglangWeightTarget:
-    return SglangWeightTarget("engine 0", "127.0.0.1", port, KEY, tp_size=1, dtype="bfloat16")
+def target_at(port: int) -> ServerTarget:
+    return ServerTarget("engine 0", "127.0.0.1", port, KEY, tp_size=1, dtype="bfloat16")
 
 
 def update_nothing(channel: SglangWeightChannel) -> None:

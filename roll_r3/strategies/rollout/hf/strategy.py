@@ -31,7 +31,7 @@ from roll_r3.strategies.rollout.hf.parameters import tensors_by_name
 from roll_r3.strategies.rollout.hf.receiver import WeightReceiver
 from roll_r3.strategies.rollout.hf.routers import RouteRecorder
 from roll_r3.strategies.rollout.hf.sampler import Job, Sampled, sample
-from roll_r3.strategies.rollout.sglang.target import SglangWeightTarget
+from roll_r3.strategies.rollout.target import ServerTarget
 
 logger = logging.getLogger(__name__)
 
@@ -198,10 +198,10 @@ class HfRollout:
             top_k=facts.top_k,
         )
 
-    def weight_target(self) -> SglangWeightTarget:
+    def weight_target(self) -> ServerTarget:
         if self._receiver is None:
             raise EngineError(f"{self._name} has no address yet: start() comes first")
-        return SglangWeightTarget(
+        return ServerTarget(
             name=self._name,
             host=self._node_address,
             port=self._receiver.port,

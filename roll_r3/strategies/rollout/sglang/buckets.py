@@ -1,4 +1,4 @@
-"""Which tensors an update request holds: a size to fill, and what SGLang must be given at once.
+"""What SGLang must be given in one update request.
 
 SGLang 0.5.23 fuses the two down-projections of latent attention when both come in one request. A half that comes
 without the other is dropped, and nothing says so.
@@ -10,27 +10,17 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-Weight = tuple[str, torch.Tensor]
-"""(Hugging Face name, whole tensor)."""
+from roll_r3.strategies.rollout.buckets import Weight, fill_buckets
 
 _FUSED = (".q_a_proj.", ".kv_a_proj_with_mqa.")
 
 
-def fill_buckets(weights: Iterable[Weight], size: int) -> Iterator[list[Weight]]:
+def fill_fused_buckets(weights: Iterable[Weight], size: int) -> Iterator[list[Weight]]:
     """Group weights as they come; a bucket is closed once it holds `size` bytes.
 
     A fused half waits for the other one. What has none, as where the query is not of low rank, comes last.
     """
-    bucket: list[Weight] = []
-    held = 0
-    for unit in _units(weights):
-        bucket += unit
-        held += sum(tensor.nbytes for _, tensor in unit)
-        if held >= size:
-            yield bucket
-            bucket, held = [], 0
-    if bucket:
-        yield bucket
+    return fill_buckets(_units(weights), size)
 
 
 def _units(weights: Iterable[Weight]) -> Iterator[list[Weight]]:

@@ -7,9 +7,8 @@ put in place there for all of them.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
+import runpy
 import sys
 from importlib import import_module
 
@@ -30,23 +29,11 @@ class HiddenKey(str):
         return "'<hidden>'"
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the one that started it dies; SGLang's own children do the same.
-
-    Linux only; elsewhere an engine outlives a parent that was killed.
-    """
-    if sys.platform != "linux":
-        return
-    set_parent_death_signal = 1
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        sys.exit(f"process {parent} that started this server is gone")
-
-
 def main() -> None:
-    die_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
-    key = HiddenKey(os.environ.pop(KEY_VARIABLE))
     here = os.path.dirname(os.path.abspath(__file__))
+    shared = runpy.run_path(os.path.join(os.path.dirname(here), "launching.py"))
+    shared["die_with_parent"](int(os.environ.pop(PARENT_VARIABLE)))  # SGLang's own children do the same
+    key = HiddenKey(os.environ.pop(KEY_VARIABLE))
     sys.path[:] = [entry for entry in sys.path if entry != here]  # this folder's modules must not shadow others
 
     # By name, because only the interpreter that runs this has SGLang; spawned processes do not come this far.

@@ -9,13 +9,11 @@ from pathlib import Path
 
 from roll_r3 import platform
 from roll_r3.config.strategies import SglangConfig
+from roll_r3.strategies.rollout.server_args import Argument, command_line, losing_routes, refused, without_rank
 from roll_r3.strategies.rollout.sglang import launcher
 
 CPU_PATH = Path(platform.__path__[0]) / "sglang_cpu"
 """Modules that a server without a GPU needs; last on its import path."""
-
-EVERY_ADDRESS = ("0.0.0.0", "::")
-"""Hosts that a server listens on but that nobody can connect to from elsewhere."""
 
 _NO_REPLICAS = "SGLang refuses weight updates to data-parallel replicas; give actor_infer more devices instead"
 _OTHER_WEIGHTS = "the trainer's weights would not fit an engine that holds others"
@@ -78,30 +76,17 @@ _REFUSED: dict[str, str] = {
 
 def args_that_lose_routes(config: SglangConfig) -> list[str]:
     """One message for each entry of `server_args` with which routed experts would be missing or wrong."""
-    return [f"server_args.{name}: {_LOSE_ROUTES[name]}" for name in config.server_args if name in _LOSE_ROUTES]
+    return losing_routes(config, _LOSE_ROUTES)
 
 
 def refused_server_args(config: SglangConfig) -> list[str]:
     """One message for each other entry of `server_args` that cannot be. Empty when all is well."""
-    typed = set(SglangConfig.model_fields) - {"server_args"}
-    known = {*typed, *_REFUSED, *_LOSE_ROUTES}
-    problems = []
-    for name in config.server_args:
-        if not name.isidentifier():
-            reason: str | None = "write the name with underscores and without leading dashes"
-        elif name in typed:
-            reason = f"write strategy_config.{name} instead"
-        elif name not in known and (whole := sorted(other for other in known if other.startswith(name))):
-            reason = f"SGLang takes it for {' or '.join(whole[:3])}: write the whole name"
-        else:
-            reason = _REFUSED.get(name)
-        if reason:
-            problems.append(f"server_args.{name}: {reason}")
-    return problems
+    return refused(config, _REFUSED, _LOSE_ROUTES, "SGLang")
 
 
-CPU_SAMPLES = 64
-"""Of the longest samples, how many the KV cache holds on a CPU: SGLang alone would take all of the machine's memory."""
+_CPU_SAMPLES = 64
+"""Of the longest samples, how many the cache of an engine on a CPU holds, unless the configuration says how many it
+decodes at once: SGLang by itself would take all of the machine's memory."""
 
 
 def server_arguments(
@@ -123,7 +108,7 @@ def server_arguments(
     Args:
         context_length: used unless the configuration names one.
     """
-    arguments: dict[str, str | int | float | bool | None] = {
+    arguments: dict[str, Argument] = {
         "model_path": model_path,
         "trust_remote_code": trust_remote_code,
         "host": config.host,
@@ -144,7 +129,7 @@ def server_arguments(
         "log_level_http": "warning",
     }
     if device == "cpu":
-        room = CPU_SAMPLES * (config.context_length or context_length)
+        room = (config.max_running_requests or _CPU_SAMPLES) * (config.context_length or context_length)
         arguments |= {
             "max_total_tokens": config.max_total_tokens or room,
             "attention_backend": config.attention_backend or "torch_native",
@@ -153,21 +138,11 @@ def server_arguments(
             "enable_deterministic_inference": True,  # what makes SGLang look at a request's seed
         }
     arguments |= config.server_args
-    line: list[str] = []
-    for name, value in arguments.items():
-        if value is None or value is False:
-            continue
-        line.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            line.append(str(value))
-    return line
+    return command_line(arguments)
 
 
 def server_command(config: SglangConfig, arguments: list[str]) -> list[str]:
     return [config.python or sys.executable, launcher.__file__, *arguments]
-
-
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def server_environment(
@@ -179,12 +154,7 @@ def server_environment(
     key: str,
 ) -> dict[str, str]:
     """The environment that a server starts with; `inherited` is this process's own."""
-    environment = {
-        name: value
-        for name, value in inherited.items()
-        # A trainer's place in its world is not the server's.
-        if name not in _RANK_VARIABLES and not name.startswith("TORCHELASTIC_")
-    }
+    environment = without_rank(inherited)
     # With it log-probabilities would no longer be those under the sampling temperature.
     environment.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
     environment |= {

@@ -1,225 +1,63 @@
-"""Rollout by one SGLang server: launched, watched, asked for samples, and ended by this strategy."""
+"""Rollout by one SGLang server."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
-import secrets
 import sys
-from collections.abc import Coroutine, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.config.derived import checkpoint_of, engine_room, sampled_tokens
-from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import ConfigError, EngineError, RouteError
-from roll_r3.models.checkpoint import resolve_checkpoint
-from roll_r3.models.facts import ModelFacts, read_facts
-from roll_r3.strategies.base import GenerateRequest, GenerateResult
-from roll_r3.strategies.rollout.process import ServerProcess, free_port
-from roll_r3.strategies.rollout.sampling import SampleError, sample_all
-from roll_r3.strategies.rollout.sglang.client import SglangClient, UnreachableError
+from roll_r3.config.strategies import SglangConfig
+from roll_r3.models.facts import ModelFacts
+from roll_r3.strategies.rollout.answers import Asked
+from roll_r3.strategies.rollout.server import ServerRollout
 from roll_r3.strategies.rollout.sglang.payload import read_sample
 from roll_r3.strategies.rollout.sglang.server import (
-    EVERY_ADDRESS,
     args_that_lose_routes,
     refused_server_args,
     server_arguments,
     server_command,
     server_environment,
 )
-from roll_r3.strategies.rollout.sglang.target import SglangWeightTarget
 from roll_r3.strategies.rollout.sglang.version import check_version
 
-logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+class SglangRollout(ServerRollout[SglangConfig]):
+    """One engine. On a CPU a sample's seed decides its tokens, given the weights. On a GPU SGLang looks at it only with
+    `server_args: {enable_deterministic_inference: true}`."""
 
-_LAUNCHES = 3
-"""How often a server is launched anew because another process was quicker to take its port."""
-_WARM_UP_PROMPT = (0, 1, 2, 3)
+    engine = "SGLang"
+    package = "sglang"
+    generate_path = "/generate"
+    keyed_path = "/model_info"
 
+    @property
+    def python(self) -> str:
+        return self._config.python or sys.executable
 
-class SglangRollout:
-    """One engine. Implements `roll_r3.strategies.base.RolloutStrategy`.
+    def problems(self, facts: ModelFacts) -> list[str]:
+        return args_that_lose_routes(self._config) + refused_server_args(self._config)
 
-    Weight versions: the server starts at 0. A `SglangWeightChannel` raises the server's version; after its `end()`
-    returned, `on_weights_updated` must be told the same number. Until both agree every answer is refused, so nothing
-    sampled from old or half-written weights can pass.
-    """
+    def check_version(self, text: str) -> str | None:
+        return check_version(text)
 
-    def __init__(
-        self,
-        *,
-        config: RLVRConfig,
-        engine_index: int,
-        device: str,
-        gpu_ids: tuple[int, ...],
-        log_path: Path,
-        node_address: str = "127.0.0.1",
-    ) -> None:
-        """
-        Args:
-            config: the run's; this role is `config.actor_infer`.
-            engine_index: number of this engine in the role; names it and varies its server's seed.
-            device: "cpu" or "cuda".
-            gpu_ids: the GPUs that the server sees; without meaning on a CPU.
-            log_path: the server's output.
-            node_address: where other nodes reach this one, for a server that binds to every address.
-        """
-        role = config.actor_infer
-        self._config = role.strategy_args.strategy_config
-        self._model_args = role.model_args
-        self._model_path = checkpoint_of(config, "actor_infer")
-        self._generating = role.generating_args
-        self._max_new_tokens = sampled_tokens(config)
-        self._wanted_context = engine_room(config)
-        self._record_routes = role.router_replay.mode == "R3"
-        self._seed = config.seed + engine_index
-        self._device = device
-        self._node_address = node_address
-        self._gpu_ids = gpu_ids
-        self._name = f"engine {engine_index} (SGLang)"
-        self._key = secrets.token_urlsafe(32)
-        self._process = ServerProcess(self._name, log_path, hide=self._key)
-        self._port = 0
-        self._client: SglangClient | None = None
-        self._facts: ModelFacts | None = None
-        self._in_flight = asyncio.Semaphore(self._config.max_concurrent_requests)
-        self._weight_version = 0
-        self._stopped = False
-
-    async def start(self) -> None:
-        """Launch the server, wait until it answers, and sample once, checked, so that the first rollout is quick.
-
-        Call it in a thread that lives as long as the engine: the server dies with the thread that launched it.
-
-        Raises:
-            ConfigError: refused `server_args`, or a checkpoint whose routing facts cannot be read.
-            EngineError: SGLang is missing or outside the version window, or the server did not come up.
-        """
-        if problems := args_that_lose_routes(self._config) + refused_server_args(self._config):
-            raise ConfigError("; ".join(problems))
-        checkpoint = resolve_checkpoint(self._model_path)
-        self._facts = read_facts(checkpoint)
-        if self._device == "cuda" and len(self._gpu_ids) != self._config.tp_size:
-            raise ConfigError(f"{self._name}: tp_size is {self._config.tp_size}, but it was given GPUs {self._gpu_ids}")
-        version = await self._installed_version()
-        if warning := check_version(version):
-            logger.warning("%s: %s", self._name, warning)
-        logger.info("%s: starting SGLang %s, its log is %s", self._name, version, self._process.log_path)
-        started = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(self._config.startup_timeout):
-                await self._launch(str(checkpoint), self._facts)
-                await self._warm_up()
-        except TimeoutError as error:
-            text = f"did not answer within {self._config.startup_timeout:g} s (strategy_config.startup_timeout)"
-            tail = self._process.log_tail()
-            await self.stop()
-            raise EngineError(f"{self._name} {text}; the end of its log:\n{tail}") from error
-        except BaseException:
-            await self.stop()
-            raise
-        seconds = asyncio.get_running_loop().time() - started
-        logger.info("%s: up on port %d after %.1f s", self._name, self._port, seconds)
-
-    async def _installed_version(self) -> str:
-        """The SGLang of the interpreter that will run the server, which may not be this one."""
-        python = self._config.python or sys.executable
-        code = "from importlib.metadata import version; print(version('sglang'))"
-        try:
-            process = await asyncio.create_subprocess_exec(
-                python, "-c", code, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-            )
-        except OSError as error:
-            raise EngineError(f"{self._name}: cannot run strategy_config.python {python!r}: {error}") from error
-        output, errors = await process.communicate()
-        if process.returncode:
-            raise EngineError(
-                f"{self._name}: {python} has no SGLang ({errors.decode(errors='replace').strip().splitlines()[-1:]}); "
-                "install it there, or point strategy_config.python at an interpreter that has it"
-            )
-        return output.decode().strip()
-
-    async def _launch(self, checkpoint: str, facts: ModelFacts) -> None:
-        environment = server_environment(
+    def command(self, checkpoint: str, facts: ModelFacts, port: int) -> list[str]:
+        arguments = server_arguments(
             self._config,
-            os.environ,
+            model_path=checkpoint,
+            trust_remote_code=self._model_args.trust_remote_code,
             device=self._device,
-            gpu_ids=self._gpu_ids,
-            key=self._key,
+            port=port,
+            seed=self._seed,
+            context_length=min(self._wanted_context, facts.context_length),
+            record_routes=self._record_routes,
         )
-        for attempt in range(1, _LAUNCHES + 1):
-            self._port = free_port(self._config.host)
-            arguments = server_arguments(
-                self._config,
-                model_path=checkpoint,
-                trust_remote_code=self._model_args.trust_remote_code,
-                device=self._device,
-                port=self._port,
-                seed=self._seed,
-                context_length=min(self._wanted_context, facts.context_length),
-                record_routes=self._record_routes,
-            )
-            self._process.launch(server_command(self._config, arguments), environment)
-            self._client = SglangClient(self._config.host, self._port, self._key)
-            while self._process.running:
-                if await self._client.healthy(timeout_s=30.0):
-                    return
-                await asyncio.sleep(0.2)
-            await self._client.close()
-            if attempt == _LAUNCHES or "address already in use" not in self._process.log_tail(200):
-                raise EngineError(f"{self._name} did not start: {self._process.obituary()}")
-            logger.warning("%s: port %d was taken, trying another", self._name, self._port)
+        return server_command(self._config, arguments)
 
-    async def _warm_up(self) -> None:
-        """The first generation fills a compile cache and can take half a minute; it also proves the route contract."""
-        try:
-            await self._or_death(self._ask(_WARM_UP_PROMPT, "warm-up", self._seed, max_new_tokens=2))
-        except (SampleError, RouteError) as error:
-            raise EngineError(f"{self._name}: its first answer is not usable: {error}") from error
+    def environment(self) -> dict[str, str]:
+        return server_environment(self._config, os.environ, device=self._device, gpu_ids=self._gpu_ids, key=self._key)
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        """Sample; up to `max_concurrent_requests` samples are in flight in the engine. Results in request order.
-
-        A sample's seed decides its tokens, given the weights, on a CPU. On a GPU SGLang looks at it only with
-        `server_args: {enable_deterministic_inference: true}`.
-
-        Raises:
-            EngineError: the server is not running or died under the requests (with the end of its log).
-        """
-        if self._client is None or self._stopped:
-            raise EngineError(f"{self._name} is not running: start() comes first, and nothing after stop()")
-        return await self._or_death(sample_all(requests, self._ask_in_turn, max_retries=self._config.max_retries))
-
-    async def _or_death(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, or EngineError as soon as the server's process is gone."""
-        task = asyncio.create_task(work)
-        try:
-            await asyncio.wait([task, self._process.death], return_when=asyncio.FIRST_COMPLETED)
-            if self._process.death.done():
-                raise EngineError(f"{self._name} died: {self._process.obituary()}")
-            return await task
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-
-    async def _ask_in_turn(self, prompt_ids: tuple[int, ...], sample_id: str, seed: int) -> Trajectory:
-        async with self._in_flight:
-            try:
-                return await self._ask(prompt_ids, sample_id, seed, max_new_tokens=self._max_new_tokens)
-            except UnreachableError:
-                # If the server died, its exit is noticed within this second and ends the whole call.
-                await asyncio.sleep(1.0)
-                raise
-
-    async def _ask(self, prompt_ids: tuple[int, ...], sample_id: str, seed: int, *, max_new_tokens: int) -> Trajectory:
-        assert self._client is not None, "start() comes first"
-        assert self._facts is not None, "start() comes first"
+    def request(self, prompt_ids: tuple[int, ...], seed: int, max_new_tokens: int) -> dict[str, Any]:
         request: dict[str, Any] = {
             "input_ids": list(prompt_ids),
             "sampling_params": {
@@ -234,43 +72,7 @@ class SglangRollout:
         }
         if self._record_routes:
             request["return_routed_experts"] = True
-        weight_version = self._weight_version
-        body = await self._client.generate(request, self._config.request_timeout)
-        return await asyncio.to_thread(
-            read_sample,
-            body,
-            sample_id=sample_id,
-            prompt_ids=prompt_ids,
-            max_new_tokens=max_new_tokens,
-            weight_version=weight_version,
-            facts=self._facts,
-            record_routes=self._record_routes,
-        )
+        return request
 
-    async def on_weights_updated(self, version: int) -> None:
-        """Answers must come from this weight version from now on. Call it when the weight channel's `end` returned."""
-        self._weight_version = version
-
-    @property
-    def reachable_host(self) -> str:
-        """Where a trainer, perhaps on another node, reaches this server."""
-        return self._node_address if self._config.host in EVERY_ADDRESS else self._config.host
-
-    def weight_target(self) -> SglangWeightTarget:
-        if self._client is None:
-            raise EngineError(f"{self._name} has no address yet: start() comes first")
-        return SglangWeightTarget(
-            name=self._name,
-            host=self.reachable_host,
-            port=self._port,
-            api_key=self._key,
-            tp_size=self._config.tp_size,
-            dtype=self._config.dtype,
-        )
-
-    async def stop(self) -> None:
-        """End the server and everything it started. Safe to call twice, and before `start`."""
-        self._stopped = True
-        await self._process.stop()
-        if self._client is not None:
-            await self._client.close()
+    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
+        return read_sample(body, asked, facts)

@@ -1,308 +1,57 @@
-"""New weights from one training rank to every engine, broadcast tensor by tensor; no file in between.
+"""New weights for SGLang servers: the calls of its update API. How they travel is in `rollout/weights.py`.
 
-Runs in the trainer, which has no SGLang: an update is a few HTTP calls to each server, and a torch.distributed group
-in which the trainer is rank 0 and the engines' tensor-parallel ranks follow, in the order of the targets.
-
-What an update may never leave behind is an engine that samples from half-written weights unnoticed. So `begin` marks
-the servers' weight version as incomplete before the first tensor, and only `end` writes the new number: answers in
-between carry a version that no rollout accepts. After a failure the mark stays, and the channel refuses further use.
+hf_infer answers the same calls.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
-import logging
-import secrets
-import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from datetime import timedelta
-from functools import partial
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from roll_r3.errors import EngineError
-from roll_r3.strategies.rollout.sglang.buckets import fill_buckets
-from roll_r3.strategies.rollout.sglang.target import SglangWeightTarget
-from roll_r3.strategies.rollout.weight_group import from_the_trainer, join_group, leave_group
+from roll_r3.strategies.rollout.sglang.buckets import fill_fused_buckets
+from roll_r3.strategies.rollout.target import ServerTarget
+from roll_r3.strategies.rollout.weights import Meeting, ServerWeightChannel, Tensors
 
-logger = logging.getLogger(__name__)
-
-_KEPT_IN_FP32 = ("e_score_correction_bias",)
-"""Endings of names that SGLang holds in fp32 whatever the engine's precision; all others are sent in the engine's."""
+_NOTHING = Tensors([], [], [])
 
 
-class SglangWeightChannel:
-    """The sending end. Implements `roll_r3.strategies.base.WeightChannel`; every method blocks.
-
-    Not for use from several threads at once. The group is joined by the first `begin`.
-    """
-
-    def __init__(
-        self,
-        targets: Sequence[SglangWeightTarget],
-        *,
-        device: str,
-        timeout_s: float = 600.0,
-        join_timeout_s: float = 120.0,
-    ) -> None:
-        """
-        Args:
-            targets: one per engine.
-            device: "cpu" (gloo) or "cuda" (NCCL); the current device is used.
-            timeout_s: limit of one call, that is of one bucket on every engine.
-            join_timeout_s: limit of joining the group.
-        """
-        self._targets = tuple(targets)
-        self._device = device
-        self._backend = "nccl" if device == "cuda" else "gloo"
-        self._timeout_s = timeout_s
-        self._join_timeout_s = join_timeout_s
-        self._group_name = f"roll_r3_weights_{secrets.token_hex(6)}"
-        self._group: dist.ProcessGroup | None = None
-        self._version: int | None = None
-        self._failure: str | None = None
-
-    def begin(self, version: int) -> None:
-        """Open an update that will raise the weight version to `version`.
-
-        Raises:
-            EngineError: an engine refused or is gone, or an earlier update failed.
-        """
-        self._check_usable()
-        assert self._version is None, "an update is open already"
-        if self._group is None:
-            self._join()
-        self._version = version
-        self._on_every_engine(self._open_session)
-        self._on_every_engine(lambda target: self._set_version(target, f"{version}-incomplete"))
+class SglangWeightChannel(ServerWeightChannel):
+    """The sending end for SGLang servers."""
 
     def buckets(
         self, weights: Iterable[tuple[str, torch.Tensor]], size: int
     ) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """Group weights for `send`: about `size` bytes each, and together what SGLang fuses."""
-        return fill_buckets(weights, size)
+        return fill_fused_buckets(weights, size)
 
-    def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Send (Hugging Face name, whole tensor) pairs.
-
-        Raises:
-            EngineError: an engine failed; it must not be used any more.
-        """
-        self._check_usable()
-        assert self._group is not None, "begin() comes first"
-        assert self._version is not None, "begin() comes first"
-        # Engines of one role share a configuration, hence a precision.
-        tensors = [(name, self._as_sent(name, tensor)) for name, tensor in bucket]
+    def _enter(self, target: ServerTarget, meeting: Meeting) -> None:
         request = {
-            "names": [name for name, _ in tensors],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-            "shapes": [list(tensor.shape) for _, tensor in tensors],
-            "group_name": self._group_name,
-            "flush_cache": False,
-            "weight_version": f"{self._version}-incomplete",
+            "master_address": meeting.address,
+            "master_port": meeting.port,
+            "rank_offset": meeting.rank_offset,
+            "world_size": meeting.world_size,
+            "group_name": meeting.group_name,
+            "backend": meeting.backend,
         }
-        group = self._group
-        works: list[Any] = []
+        self._post(target, "/init_weights_update_group", request, timeout_s=self._join_timeout_s)
 
-        def broadcast() -> None:
-            works.extend(group.broadcast([tensor], from_the_trainer()) for _, tensor in tensors)
-
-        self._on_every_engine(
-            lambda target: self._post(target, "/update_weights_from_distributed", request), meanwhile=broadcast
-        )
-        for work in works:
-            work.wait()  # every engine has answered, so this only returns what is known
-
-    def end(self) -> None:
-        """Close the update: new version, session closed, caches flushed, each checked on every engine.
-
-        Raises:
-            EngineError: an engine refused or is gone.
-        """
-        self._check_usable()
-        assert self._version is not None, "begin() comes first"
-        version = self._version
-        self._on_every_engine(lambda target: self._set_version(target, str(version)))
-        self._on_every_engine(self._close_session)
-        self._on_every_engine(lambda target: self._post(target, "/flush_cache", {}))
-        self._version = None
-
-    def close(self) -> None:
-        """Leave the group; engines that are gone already are of no concern."""
-        if self._group is None:
-            return
-        for target in self._targets if self._failure is None else ():
-            try:
-                self._post(target, "/destroy_weights_update_group", {"group_name": self._group_name})
-            except EngineError as error:
-                logger.info("%s did not leave the weight group: %s", target.name, error)
-        self._abandon_group()
-
-    def _as_sent(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()
-        if tensor.is_floating_point() and not name.endswith(_KEPT_IN_FP32):
-            tensor = tensor.to(getattr(torch, self._targets[0].dtype))
-        return tensor.to(self._device).contiguous()
-
-    def _join(self) -> None:
-        """Rank 0 listens, tells each engine where, and waits until all are there."""
-        host = _address_towards(self._targets[0])
-        timeout = timedelta(seconds=self._join_timeout_s)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # Bound here, to one address: the store by itself would listen on all of them. It takes the socket over.
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.bind((host, 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        world_size = 1 + sum(target.tp_size for target in self._targets)
-        store = TCPStore(host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
-        offsets = {}
-        offset = 1
-        for target in self._targets:
-            offsets[target] = offset
-            offset += target.tp_size
-
-        def enter(target: SglangWeightTarget) -> None:
-            request = {
-                "master_address": host,
-                "master_port": port,
-                "rank_offset": offsets[target],
-                "world_size": world_size,
-                "group_name": self._group_name,
-                "backend": self._backend,
-            }
-            self._post(target, "/init_weights_update_group", request, timeout_s=self._join_timeout_s)
-
-        joined = _in_thread(
-            lambda: join_group(
-                store,
-                self._group_name,
-                rank=0,
-                world_size=world_size,
-                backend=self._backend,
-                timeout_s=self._timeout_s,
-            )
-        )
-        self._on_every_engine(enter, beside=joined)
-        self._group = joined.result()
-        logger.info("weight group of %d ranks with %s", world_size, ", ".join(target.name for target in self._targets))
-
-    def _open_session(self, target: SglangWeightTarget) -> None:
+    def _open(self, target: ServerTarget, version: str) -> None:
         self._post(target, "/begin_weight_update", {}, may_be_missing=True)
+        self._take(target, _NOTHING, version)
 
-    def _close_session(self, target: SglangWeightTarget) -> None:
-        self._post(target, "/end_weight_update", {}, may_be_missing=True)
-
-    def _set_version(self, target: SglangWeightTarget, version: str) -> None:
-        """An update of no tensors: the one call that changes the version in all of a server's processes."""
-        request: dict[str, Any] = {"names": [], "dtypes": [], "shapes": [], "group_name": self._group_name}
+    def _take(self, target: ServerTarget, tensors: Tensors, version: str) -> None:
+        """Without tensors: the one call that changes the version in all of a server's processes."""
+        request: dict[str, Any] = {**asdict(tensors), "group_name": self._group_name}
         request |= {"flush_cache": False, "weight_version": version}
         self._post(target, "/update_weights_from_distributed", request)
 
-    def _on_every_engine(
-        self,
-        call: Callable[[SglangWeightTarget], None],
-        *,
-        meanwhile: Callable[[], None] | None = None,
-        beside: Future[Any] | None = None,
-    ) -> None:
-        """Make a call to all engines at once and wait for all, or until the first one fails.
+    def _close(self, target: ServerTarget, version: str) -> None:
+        self._take(target, _NOTHING, version)
+        self._post(target, "/end_weight_update", {}, may_be_missing=True)
+        self._post(target, "/flush_cache", {})
 
-        Args:
-            meanwhile: this rank's part, run once the calls are on their way; must not block.
-            beside: another future that must succeed as well.
-        """
-        calls = [_in_thread(partial(call, target)) for target in self._targets]
-        futures = [*calls, beside] if beside is not None else calls
-        try:
-            if meanwhile is not None:
-                meanwhile()
-            done, pending = wait(futures, timeout=self._timeout_s + 10.0, return_when=FIRST_EXCEPTION)
-            # An engine's own words say more than a broken connection of the group does.
-            for future in sorted(done, key=lambda future: future is beside):
-                future.result()
-            if pending:
-                raise EngineError(f"{len(pending)} of {len(futures)} calls of a weight update did not return")
-        except Exception as error:
-            self._failure = str(error)
-            self._abandon_group()
-            if isinstance(error, EngineError):
-                raise
-            raise EngineError(f"the weight update failed in the group: {error}") from error
-
-    def _check_usable(self) -> None:
-        if self._failure is not None:
-            raise EngineError(f"an earlier weight update failed, its engines hold unknown weights: {self._failure}")
-
-    def _abandon_group(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            leave_group(group)
-
-    def _post(
-        self,
-        target: SglangWeightTarget,
-        path: str,
-        request: dict[str, Any],
-        *,
-        timeout_s: float | None = None,
-        may_be_missing: bool = False,
-    ) -> None:
-        """One call, checked: SGLang reports a failed update in its answer, whatever the status.
-
-        Args:
-            may_be_missing: releases that update without a session do not have the endpoint.
-        """
-        connection = http.client.HTTPConnection(target.host, target.port, timeout=timeout_s or self._timeout_s)
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {target.api_key}"}
-        try:
-            connection.request("POST", path, json.dumps(request), headers)
-            response = connection.getresponse()
-            text = response.read().decode(errors="replace")
-        except (OSError, http.client.HTTPException) as error:
-            what = "did not answer" if isinstance(error, TimeoutError) else "is not reachable"
-            raise EngineError(f"{target.name} {what} at {path}: {type(error).__name__}: {error}") from error
-        finally:
-            connection.close()
-        if response.status == 404 and may_be_missing:
-            return
-        if response.status != 200 or not _succeeded(text):
-            raise EngineError(f"{target.name} refused {path} ({response.status}): {text[:1000]}")
-
-
-def _succeeded(text: str) -> bool:
-    """Whether an answer with status 200 says so too; /flush_cache answers in prose."""
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return True
-    return not isinstance(answer, dict) or answer.get("success", True) is True
-
-
-def _address_towards(target: SglangWeightTarget) -> str:
-    """This machine's address on the way to an engine: loopback for a loopback engine."""
-    try:
-        with socket.create_connection((target.host, target.port), timeout=5.0) as probe:
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise EngineError(f"{target.name} is not reachable at {target.host}:{target.port}: {error}") from error
-
-
-def _in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Run in a daemon thread: unlike a pool's, it cannot keep the process from ending when a peer hangs."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:  # noqa: BLE001  handed to whoever waits
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="weight-update", daemon=True).start()
-    return future
+    def _leave(self, target: ServerTarget) -> None:
+        self._post(target, "/destroy_weights_update_group", {"group_name": self._group_name})

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class SglangWeightTarget:
+class ServerTarget:
     """One server. Carries its key: send it to the trainer, never to a log."""
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import aiohttp
@@ -13,10 +14,15 @@ class UnreachableError(SampleError):
     """No connection: the server is not up yet, is gone, or dropped the line."""
 
 
-class SglangClient:
+class ServerClient:
     """Must be made and closed in the event loop that uses it."""
 
-    def __init__(self, host: str, port: int, api_key: str) -> None:
+    def __init__(self, host: str, port: int, api_key: str, *, keyed_path: str) -> None:
+        """
+        Args:
+            keyed_path: something cheap to GET, which the server answers to whoever has the key and to nobody else.
+        """
+        self._keyed_path = keyed_path
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._base = f"http://{authority}"
         self._session = aiohttp.ClientSession(
@@ -29,7 +35,7 @@ class SglangClient:
     async def healthy(self, timeout_s: float) -> bool:
         """True once the server can generate, and knows the key: another server on the same port does not."""
         try:
-            for path in ("/health", "/model_info"):  # the first asks for no key
+            for path in ("/health", self._keyed_path):  # the first may ask for no key
                 async with self._session.get(self._base + path, timeout=_timeout(timeout_s)) as response:
                     if response.status != 200:
                         return False
@@ -37,17 +43,23 @@ class SglangClient:
             return False
         return True
 
-    async def generate(self, request: dict[str, Any], timeout_s: float) -> bytes:
+    async def get(self, path: str, timeout_s: float) -> bytes:
         """The body of the answer.
 
         Raises:
             UnreachableError: no connection, or it broke.
             SampleError: an HTTP error, or no answer in time.
         """
+        return await self._body(self._session.get(self._base + path, timeout=_timeout(timeout_s)), timeout_s)
+
+    async def post(self, path: str, request: dict[str, Any], timeout_s: float) -> bytes:
+        """As `get`, of a request with a body."""
+        url = self._base + path
+        return await self._body(self._session.post(url, json=request, timeout=_timeout(timeout_s)), timeout_s)
+
+    async def _body(self, answering: AbstractAsyncContextManager[aiohttp.ClientResponse], timeout_s: float) -> bytes:
         try:
-            async with self._session.post(
-                f"{self._base}/generate", json=request, timeout=_timeout(timeout_s)
-            ) as response:
+            async with answering as response:
                 body = await response.read()
                 status = response.status
         except TimeoutError as error:

@@ -1,0 +1,97 @@
+"""The model runner of a CPU worker, which feeds vLLM's own recorder of routed experts at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# First: importing it adapts torch to vLLM's CPU build.
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.distributed.aux_output_connector.worker import (
+    AuxOutputWorkerConnector,
+    PendingAuxOutput,
+    get_aux_output_connector,
+)
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+
+class RecordingModelRunner(CPUModelRunner):
+    """Does at each step what vLLM's newer runner does: opens it, takes the step's routes, hands them out."""
+
+    _recorder: AuxOutputWorkerConnector | None = None
+
+    def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False, *args: Any, **named: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **named)
+        if self.vllm_config.aux_output_config.enabled and not is_profiling:
+            self._recorder = get_aux_output_connector(self.model, self.vllm_config, self.kv_cache_config)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **named: Any) -> Any:
+        if self._recorder is not None:
+            self._recorder.begin_step(scheduler_output.aux_output_connector_metadata)
+        return super().execute_model(scheduler_output, *args, **named)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        pending = self._routes_of_this_step()
+        held = self._hold_back_generators()
+        try:
+            output = super().sample_tokens(grammar_output)
+        finally:
+            self.input_batch.generators.update(held)
+        if pending is not None:
+            assert list(output.req_ids) == pending.request_ids, "a step's routes and tokens are of the same requests"
+            sampled = np.array([len(tokens) for tokens in output.sampled_token_ids], dtype=np.int32)
+            pending.enqueue_cpu_copy(num_sampled=sampled, num_rejected=np.zeros_like(sampled))
+            output.aux_output_connector_output = pending.process_output()
+        return output
+
+    def shutdown(self, *args: Any, **named: Any) -> Any:
+        if self._recorder is not None:
+            self._recorder.close()
+        return super().shutdown(*args, **named)
+
+    def _routes_of_this_step(self) -> PendingAuxOutput | None:
+        """The rows of the step that was just computed, in the runner's own order of requests.
+
+        None on ranks that hand nothing out, and for steps without tokens.
+        """
+        recorder = self._recorder
+        if recorder is None or recorder._buffer is None or recorder._step_metadata is None:
+            return None
+        if self.execute_model_state is None:
+            return None
+        request_ids = list(self.input_batch.req_ids)
+        starts = self.query_start_loc.np[: len(request_ids) + 1].copy()
+        pending = PendingAuxOutput(
+            connector=recorder,
+            request_ids=request_ids,
+            token_starts=self.input_batch.num_computed_tokens_cpu[: len(request_ids)].copy(),
+            query_start_loc=starts,
+            routed_experts_gpu=recorder._capturer.snapshot_routing_data(int(starts[-1])),
+        )
+        with recorder._lock:
+            recorder._pending_outputs.append(pending)
+            for request_id in request_ids:
+                recorder._requests[request_id].pending_outputs += 1
+        return pending
+
+    def _hold_back_generators(self) -> dict[int, Any]:
+        """Seeded generators of requests whose prompt is not through yet, by place in the batch.
+
+        The token that is sampled for such a request is thrown away. vLLM then sets the generator back to its offset,
+        which a CPU's generator has not; one that takes no part in the step needs no setting back.
+        """
+        unfinished = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
+        generators = self.input_batch.generators
+        return {place: generators.pop(place) for place in unfinished if place in generators}
+
+
+class RecordingWorker(cpu_worker.CPUWorker):
+    """vLLM's CPU worker with that runner."""
+
+    def init_device(self) -> None:
+        own, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, RecordingModelRunner
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = own

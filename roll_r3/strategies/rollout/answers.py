@@ -1,0 +1,134 @@
+"""A server's answer to one sample, checked: what must hold whatever the engine. Pure functions.
+
+Shape legend: P prompt tokens, R response tokens; L all decoder layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from roll_r3.batch.routes import RoutedExperts
+from roll_r3.batch.trajectory import FinishReason, Trajectory
+from roll_r3.errors import RouteError
+from roll_r3.models.facts import ModelFacts
+from roll_r3.replay.checks import check_log_probs, compact_routes
+from roll_r3.strategies.rollout.sampling import SampleError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an answer must be an answer to."""
+
+    sample_id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    """An answer that was cut earlier than that is refused."""
+    weight_version: int
+    """Of the weights that must have produced every token."""
+    record_routes: bool
+    """Whether routes were asked for and must be there."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine said, under one set of names."""
+
+    finish_reason: FinishReason
+    response_ids_R: npt.NDArray[np.int32]
+    log_prob_entries: Sequence[Sequence[Any]]
+    """(log-probability, token id) of each sampled token; what else an entry holds is not looked at."""
+    weight_versions: Sequence[str]
+    """Every version that the engine says took part."""
+    prompt_tokens: int
+    """How many tokens of the prompt the engine saw."""
+
+
+def read_finish_reason(kind: Any, detail: str) -> FinishReason:
+    """Raises SampleError unless the response came to an end of its own.
+
+    Args:
+        kind: what the engine calls the reason.
+        detail: what it said besides.
+    """
+    if kind == "abort":
+        raise SampleError(f"the engine aborted the request: {detail}")
+    if kind not in ("stop", "length"):
+        raise SampleError(f"the engine finished with {kind!r}, which is not stop, length or abort")
+    return "stop" if kind == "stop" else "length"
+
+
+def checked_trajectory(
+    asked: Asked, answer: Answer, facts: ModelFacts, routes_of: Callable[[int], npt.NDArray[np.integer]]
+) -> Trajectory:
+    """Check an answer against what was asked for.
+
+    Args:
+        routes_of: reads the answer's routes, [rows, L, K] with every decoder layer in it, given how many rows there
+            must be; raises RouteError. Called only where routes were asked for.
+
+    Raises:
+        SampleError: cut short by the engine, of stale weights, or of another prompt.
+        RouteError: log-probabilities or routes break their contract.
+    """
+    response_ids_R, prompt_ids = answer.response_ids_R, asked.prompt_ids
+    if stale := sorted({version for version in answer.weight_versions if version != str(asked.weight_version)}):
+        raise SampleError(f"the answer comes from weights of version {', '.join(stale)}, not {asked.weight_version}")
+    if answer.prompt_tokens != len(prompt_ids):
+        raise SampleError(f"the engine saw {answer.prompt_tokens} prompt tokens of {len(prompt_ids)}")
+    if response_ids_R.ndim != 1 or not len(response_ids_R):
+        raise SampleError(f"the response has shape {list(response_ids_R.shape)}, not one row of sampled tokens")
+    if response_ids_R.min() < 0 or response_ids_R.max() >= facts.vocab_size:
+        raise SampleError(f"a response token is outside the vocabulary of {facts.vocab_size}")
+    if len(response_ids_R) > asked.max_new_tokens:
+        raise SampleError(f"the response has {len(response_ids_R)} tokens, more than the {asked.max_new_tokens} asked")
+    if answer.finish_reason == "length" and len(response_ids_R) != asked.max_new_tokens:
+        raise SampleError(
+            f"the engine cut the response after {len(response_ids_R)} of {asked.max_new_tokens} tokens: "
+            "strategy_config.context_length or max_total_tokens is too small for the prompt and the response"
+        )
+    log_probs_R = _log_probs(answer.log_prob_entries, response_ids_R)
+    routes = None
+    if asked.record_routes:
+        num_rows = len(prompt_ids) + len(response_ids_R) - 1
+        routes = _routes(routes_of(num_rows), num_rows, facts)
+    return Trajectory(
+        sample_id=asked.sample_id,
+        prompt_ids_P=np.array(prompt_ids, np.int32),
+        response_ids_R=response_ids_R,
+        log_probs_R=log_probs_R,
+        finish_reason=answer.finish_reason,
+        weight_versions=(asked.weight_version,),
+        routes=routes,
+    )
+
+
+def _log_probs(entries: Sequence[Sequence[Any]], response_ids_R: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """Each entry must belong to the token at its place."""
+    try:
+        log_probs_R = np.array([entry[0] for entry in entries], np.float32)
+        ids_R = np.array([entry[1] for entry in entries], np.int64)
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
+        raise RouteError(f"the log-probabilities cannot be read: {error}") from error
+    check_log_probs(log_probs_R, len(response_ids_R))
+    if (ids_R != response_ids_R).any():
+        raise RouteError(
+            f"log-probabilities belong to other tokens than the response: {ids_R[:8].tolist()} ... against "
+            f"{response_ids_R[:8].tolist()} ..."
+        )
+    return np.minimum(log_probs_R, np.float32(0))
+
+
+def _routes(ids_RLK: npt.NDArray[np.integer], num_rows: int, facts: ModelFacts) -> RoutedExperts:
+    return compact_routes(
+        ids_RLK,
+        num_rows=num_rows,
+        num_layers=facts.num_layers,
+        moe_layers=facts.moe_layers,
+        num_experts=facts.num_experts,
+        top_k=facts.top_k,
+    )

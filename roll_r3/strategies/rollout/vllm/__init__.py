@@ -1,0 +1,1 @@
+"""Rollout by vLLM servers."""

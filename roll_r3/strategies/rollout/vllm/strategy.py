@@ -1,0 +1,99 @@
+"""Rollout by one vLLM server."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.strategies import VllmConfig
+from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.facts import ModelFacts
+from roll_r3.models.size import Shape, shape_of
+from roll_r3.strategies.rollout.answers import Asked
+from roll_r3.strategies.rollout.client import ServerClient
+from roll_r3.strategies.rollout.server import ServerRollout
+from roll_r3.strategies.rollout.vllm.payload import read_sample
+from roll_r3.strategies.rollout.vllm.server import (
+    args_that_lose_routes,
+    cpu_lacks_a_kernel,
+    refused_server_args,
+    server_arguments,
+    server_command,
+    server_environment,
+)
+from roll_r3.strategies.rollout.vllm.version import check_version
+
+_CALL_S = 60.0
+
+
+class VllmRollout(ServerRollout[VllmConfig]):
+    """One engine. A sample's seed decides its tokens, given the weights and what shares its batches."""
+
+    engine = "vLLM"
+    package = "vllm"
+    generate_path = "/inference/v1/generate"
+    keyed_path = "/weight_info"
+
+    @property
+    def python(self) -> str:
+        return self._config.python
+
+    def problems(self, facts: ModelFacts) -> list[str]:
+        problems = args_that_lose_routes(self._config) + refused_server_args(self._config)
+        if self._device == "cpu" and (lack := cpu_lacks_a_kernel(self._shape())):
+            problems.append(f"on a CPU vLLM cannot run this model: {lack}")
+        return problems
+
+    def _shape(self) -> Shape:
+        return shape_of(json.loads((resolve_checkpoint(self._model_path) / "config.json").read_text()))
+
+    def check_version(self, text: str) -> str | None:
+        return check_version(text, device=self._device)
+
+    def command(self, checkpoint: str, facts: ModelFacts, port: int) -> list[str]:
+        arguments = server_arguments(
+            self._config,
+            model_path=checkpoint,
+            trust_remote_code=self._model_args.trust_remote_code,
+            device=self._device,
+            port=port,
+            seed=self._seed,
+            temperature=self._generating.temperature,
+            context_length=min(self._wanted_context, facts.context_length),
+            record_routes=self._record_routes,
+            shape=self._shape(),
+        )
+        return server_command(self._config, arguments)
+
+    def environment(self) -> dict[str, str]:
+        return server_environment(self._config, os.environ, device=self._device, gpu_ids=self._gpu_ids, key=self._key)
+
+    async def prepare(self, client: ServerClient) -> None:
+        """vLLM calls the weights that it loaded "default"."""
+        await client.post("/update_weight_version", {"new_version": str(self._weight_version)}, _CALL_S)
+
+    async def why_closed(self, client: ServerClient) -> str:
+        """While an update is open, or after one that failed, requests would wait for an engine that is paused."""
+        version = json.loads(await client.get("/weight_info", _CALL_S))["weight_version"]
+        if version != str(self._weight_version):
+            return f"the answer would come from weights of version {version}, not {self._weight_version}"
+        return ""
+
+    def request(self, prompt_ids: tuple[int, ...], seed: int, max_new_tokens: int) -> dict[str, Any]:
+        return {
+            "token_ids": list(prompt_ids),
+            "sampling_params": {
+                "max_tokens": max_new_tokens,
+                "temperature": self._generating.temperature,
+                "top_p": self._generating.top_p,
+                "top_k": self._generating.top_k,
+                "seed": seed,
+                "logprobs": 0,  # of the sampled token alone
+                "detokenize": False,
+            },
+        }
+
+    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
+        return read_sample(body, asked, facts)

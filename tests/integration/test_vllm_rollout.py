@@ -1,0 +1,392 @@
+"""A real vLLM server: what it says of log-probabilities and routes is what transformers computes, however it came
+about; and its weights are those of the trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sglang_cases import Reference, group_members, requests, trajectories
+from test_rlvr_run import START_TIMEOUT, Run, few_steps
+from vllm_cases import HEAD_DIM, PYTHON, Engine, configuration, require_environment
+
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.data.tiny_task import addition_mod10
+from roll_r3.errors import ConfigError, EngineError
+from roll_r3.models.facts import read_facts
+from roll_r3.models.tiny import make_tiny_checkpoint
+from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.strategies.rollout.vllm.payload import read_npy
+from roll_r3.strategies.rollout.vllm.strategy import VllmRollout
+from roll_r3.strategies.rollout.vllm.weights import VllmWeightChannel
+
+pytestmark = [pytest.mark.integration, pytest.mark.vllm, pytest.mark.timeout(900)]
+
+TEMPERATURE = 0.8
+END = 258
+"""The end-of-sequence token of the tiny tokenizer."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> None:
+    require_environment()
+
+
+def tiny(path: Path, name: str = "qwen3_moe", seed: int = 0) -> Path:
+    heads = {"head_dim": HEAD_DIM} if name.startswith("qwen3") else {"hidden_size": 4 * HEAD_DIM}
+    return make_tiny_checkpoint(path, name, seed=seed, **heads)
+
+
+@pytest.fixture(scope="module")
+def old_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("old"))
+
+
+@pytest.fixture(scope="module")
+def new_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("new"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """With prefill in chunks of 64 tokens, and a cache of 40 blocks, less than 64 samples need."""
+    config = configuration(
+        old_weights,
+        generating={"temperature": TEMPERATURE},
+        max_retries=2,
+        response_length=48,
+        max_total_tokens=40 * 32,
+        server_args={"max_num_batched_tokens": 64},
+    )
+    engine = Engine(config, tmp_path_factory.mktemp("log") / "server.log")
+    try:
+        engine.run(engine.rollout.start())
+        yield engine
+    finally:
+        engine.close()
+
+
+class Plain(Reference):
+    """Any architecture: what the router of each MoE layer says in one fp32 forward without cache or batch."""
+
+    def __init__(self, checkpoint: Path, temperature: float = TEMPERATURE) -> None:
+        super().__init__(checkpoint, temperature)
+        self._chosen: list[torch.Tensor] = []
+        for layer in read_facts(checkpoint).moe_layers:
+            gate = self._model.model.layers[layer].mlp.gate
+            gate.register_forward_hook(lambda module, args, output: self._chosen.append(output[2]))
+
+    def log_probs_and_experts(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+        self._chosen.clear()
+        log_probs_R = self.log_probs(trajectory)
+        return log_probs_R, torch.stack(self._chosen)[:, :-1].numpy()
+
+
+def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpoint: Path, version: int = 0) -> float:
+    """The largest difference of a log-probability."""
+    reference, differences = Plain(checkpoint), []
+    for t in trajectories(results).values():
+        log_probs_R, ids_MRK = reference.log_probs_and_experts(t)
+        assert t.routes.num_rows == len(t.prompt_ids_P) + len(t.response_ids_R) - 1
+        np.testing.assert_array_equal(t.routes.ids_MRK, ids_MRK, "in the router's order")
+        np.testing.assert_allclose(t.log_probs_R, log_probs_R, atol=1e-4, rtol=0)
+        differences.append(np.abs(t.log_probs_R - log_probs_R).max())
+        assert t.weight_versions == (version,)
+        stopped = t.response_ids_R[-1] == END
+        assert END not in t.response_ids_R[:-1]
+        assert t.finish_reason == ("stop" if stopped else "length")
+    return max(differences)
+
+
+def long_requests(num: int, samples: int = 1, length: int = 150, first_seed: int = 1) -> list[GenerateRequest]:
+    draw = np.random.default_rng(length)
+    return [
+        GenerateRequest(
+            tuple(int(token) for token in draw.integers(0, 256, size=length)),
+            tuple(f"long{prompt}/s{sample}" for sample in range(samples)),
+            tuple(first_seed + prompt * samples + sample for sample in range(samples)),
+        )
+        for prompt in range(num)
+    ]
+
+
+def send(channel: VllmWeightChannel, checkpoint: Path, version: int, size: int = 100_000) -> None:
+    channel.begin(version)
+    for bucket in channel.buckets(load_file(checkpoint / "model.safetensors").items(), size):
+        channel.send(bucket)
+    channel.end()
+
+
+def channel_to(*engines: Engine) -> VllmWeightChannel:
+    return VllmWeightChannel([e.rollout.weight_target() for e in engines], device="cpu", timeout_s=60.0)
+
+
+def test_routes_and_log_probs_are_those_of_a_plain_forward(engine, old_weights):
+    asked = requests(6, 3)
+    results = engine.generate(asked)
+    for request, result in zip(asked, results, strict=True):
+        assert tuple(t.sample_id for t in result.trajectories) == request.sample_ids
+        assert {tuple(t.prompt_ids_P) for t in result.trajectories} == {request.prompt_ids}
+    print("largest difference", assert_is_what_the_model_computes(results, old_weights))
+
+
+def test_chunked_prefill_and_a_prefix_hit_lose_no_row(engine, old_weights):
+    """The second time 4 blocks of 32 tokens come from the cache, the rows with them."""
+    assert_is_what_the_model_computes(engine.generate(long_requests(1, length=192)), old_weights)  # no room is left
+    first = engine.generate(long_requests(1))
+    before = engine.metric("vllm:prefix_cache_hits_total")
+    second = engine.generate(long_requests(1, first_seed=9))
+    assert engine.metric("vllm:prefix_cache_hits_total") - before >= 128
+    assert_is_what_the_model_computes([*first, *second], old_weights)
+
+
+def test_samples_of_a_prompt_differ_and_preemption_loses_no_row(engine, old_weights):
+    before = engine.metric("vllm:num_preemptions_total")
+    results = engine.generate(long_requests(4, 16, length=60))
+    assert len({t.response_ids_R.tobytes() for t in trajectories(results).values()}) == 64
+    assert_is_what_the_model_computes(results, old_weights)
+    results = engine.generate(long_requests(24, 1, length=28))  # all start in one block and need a third
+    print("preemptions", engine.metric("vllm:num_preemptions_total") - before)
+    assert engine.metric("vllm:num_preemptions_total") > before
+    assert_is_what_the_model_computes(results, old_weights)
+
+
+def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
+    """The strategy refuses such an answer; what vLLM says in it is exact all the same."""
+    client, facts = engine.rollout._client, read_facts(old_weights)
+    request = engine.rollout.request((1, 2, 3), 1, 180)
+    request["sampling_params"]["ignore_eos"] = True
+
+    async def aborted(after_s: float) -> dict[str, Any]:
+        asking = asyncio.create_task(client.post("/inference/v1/generate", request, 60.0))
+        await asyncio.sleep(after_s)
+        await client.post("/abort_requests", {}, 60.0)
+        (choice,) = json.loads(await asking)["choices"]
+        return choice
+
+    for attempt in range(20):  # how soon depends on how busy the machine is
+        choice = engine.run(aborted(0.1 + 0.1 * attempt))
+        if choice["finish_reason"] == "abort" and choice["token_ids"]:
+            break
+    assert choice["finish_reason"] == "abort"
+    num = len(choice["token_ids"])
+    print("tokens before the abort", num)
+    assert 0 < num < 180
+    ids_RLK = read_npy(choice["routed_experts"], 3 + num - 1, facts)
+    t = Trajectory(
+        "x", np.array([1, 2, 3]), np.array(choice["token_ids"]), np.zeros(num, np.float32), "abort", (0,), None
+    )
+    np.testing.assert_array_equal(ids_RLK.transpose(1, 0, 2), Plain(old_weights).log_probs_and_experts(t)[1])
+
+
+def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine):
+    too_long = GenerateRequest(tuple([7] * 300), ("long",), (1,))
+    bad, good = engine.generate([too_long, requests(1, 2)[0]])
+    assert bad.trajectories == ()
+    assert "400" in bad.dropped["long"]
+    assert bad.retries == 2
+    assert len(good.trajectories) == 2
+
+
+def test_nobody_gets_in_without_the_key(engine):
+    target = engine.rollout.weight_target()
+    guarded = ("/inference/v1/generate", "/pause", "/update_weights", "/collective_rpc", "/health", "/v1/models", "/x")
+
+    async def statuses() -> list[int]:
+        found = []
+        async with aiohttp.ClientSession() as session:
+            for path in guarded:
+                for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": target.api_key}):
+                    url = f"http://{target.host}:{target.port}{path}"
+                    async with session.post(url, json={}, headers=headers) as response:
+                        found.append(response.status)
+        return found
+
+    assert engine.run(statuses()) == [401] * 3 * len(guarded)
+
+
+def test_the_key_shows_nowhere(engine):
+    key = engine.rollout.weight_target().api_key
+    listing = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert "vllm/launcher.py" in listing
+    assert key not in listing
+    assert key not in engine.log_path.read_text()
+    assert key not in repr(engine.rollout.weight_target()) + repr(engine.rollout)
+
+
+def test_new_weights_arrive_and_stale_answers_are_refused(engine, old_weights, new_weights):
+    channel = channel_to(engine)
+    try:
+        for version, checkpoint in ((1, new_weights), (2, old_weights)):
+            before = old_weights if version == 1 else new_weights
+            assert_is_what_the_model_computes(engine.generate(long_requests(2)), before, version - 1)
+            started = time.monotonic()
+            send(channel, checkpoint, version)
+            print("update", time.monotonic() - started)
+            (stale,) = engine.generate(requests(1, 1))
+            assert f"version {version}, not {version - 1}" in stale.dropped["p0/s0"]
+            engine.run(engine.rollout.on_weights_updated(version))
+            difference = assert_is_what_the_model_computes(
+                engine.generate([*requests(6, 3), *long_requests(2)]), checkpoint, version
+            )
+            print("largest difference after an update", difference)
+    finally:
+        channel.close()
+
+
+def test_a_request_in_flight_over_an_update_is_refused_and_asked_for_again(engine, new_weights):
+    """vLLM aborts it, holds the second attempt until the update is over, and answers it from the new weights."""
+    version = engine.rollout._weight_version + 1
+    channel = channel_to(engine)
+
+    async def scenario() -> list[GenerateResult]:
+        asking = asyncio.create_task(engine.rollout.generate(long_requests(32, 2, length=120)))
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(channel.begin, version)
+        await asyncio.to_thread(send_rest, channel, new_weights)
+        await engine.rollout.on_weights_updated(version)
+        return await asking
+
+    try:
+        results = engine.run(scenario())
+    finally:
+        channel.close()
+    late = [t for t in trajectories(results).values() if t.weight_versions == (version,)]
+    print("retries", sum(result.retries for result in results), "answered afterwards", len(late), "of 64")
+    assert sum(result.retries for result in results) >= len(late) > 0
+    assert_is_what_the_model_computes([GenerateResult(trajectories=tuple(late))], new_weights, version)
+
+
+def send_rest(channel: VllmWeightChannel, checkpoint: Path) -> None:
+    for bucket in channel.buckets(load_file(checkpoint / "model.safetensors").items(), 1_000_000):
+        channel.send(bucket)
+    channel.end()
+
+
+def test_an_update_that_is_not_whole_leaves_an_engine_that_answers_nothing(engine, new_weights):
+    """Nothing can be sampled from this engine afterwards."""
+    version = engine.rollout._weight_version + 1
+    weights = load_file(new_weights / "model.safetensors")
+    del weights["model.layers.2.mlp.experts.3.up_proj.weight"]
+    channel = channel_to(engine)
+    try:
+        channel.begin(version)
+        for bucket in channel.buckets(weights.items(), 1 << 20):
+            channel.send(bucket)
+        with pytest.raises(
+            EngineError, match=r"engine 0 \(vLLM\) refused /finish_weight_update.*layers\.2\.mlp\.experts"
+        ):
+            channel.end()
+        started = time.monotonic()
+        for expected in (version - 1, version):
+            engine.run(engine.rollout.on_weights_updated(expected))
+            (result,) = engine.generate(requests(1, 1))
+            assert f"version {version}-incomplete, not {expected}" in result.dropped["p0/s0"]
+        assert time.monotonic() - started < 10.0, "requests do not wait for an engine that stays paused"
+        with pytest.raises(EngineError, match="earlier weight update failed"):
+            channel.begin(version + 1)
+    finally:
+        channel.close()
+
+
+def test_stop_leaves_nothing(engine):
+    """The last test that uses this engine."""
+    assert len(group_members(engine.rollout._process)) >= 3
+    engine.run(engine.rollout.stop())
+    assert group_members(engine.rollout._process) == []
+    engine.run(engine.rollout.stop())
+    with pytest.raises(EngineError, match="not running"):
+        engine.generate(requests(1, 1))
+
+
+def test_bf16_two_ranks_and_the_death_of_the_server(old_weights, new_weights, tmp_path):
+    """In bf16 routes differ from fp32 transformers' here and there; replayed they are what was sampled with. A server
+    that is killed takes its processes with it, and the rollout says so at once."""
+    engine = Engine(configuration(old_weights, "bfloat16", tp_size=2), tmp_path / "server.log")
+    try:
+        engine.run(engine.rollout.start())
+        differ, entries = 0, 0
+        channel = channel_to(engine)
+        send(channel, new_weights, 1, size=50_000)
+        channel.close()
+        engine.run(engine.rollout.on_weights_updated(1))
+        for t in trajectories(engine.generate(requests(8, 4))).values():
+            log_probs_R, ids_MRK = Plain(new_weights, 1.0).log_probs_and_experts(t)
+            differ += int((np.sort(t.routes.ids_MRK) != np.sort(ids_MRK)).any(-1).sum())
+            entries += ids_MRK.shape[0] * ids_MRK.shape[1]
+            assert np.abs(t.log_probs_R - log_probs_R).mean() < 0.1
+        print("entries that differ", differ, "of", entries)
+        assert differ < 0.1 * entries
+        assert len(group_members(engine.rollout._process)) >= 4
+        os.kill(engine.rollout._process.pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(EngineError, match=r"engine 0 \(vLLM\) died.*was killed by SIGKILL"):
+            engine.generate(requests(1, 1))
+        while left := group_members(engine.rollout._process):
+            assert time.monotonic() - started < 20.0, left
+            time.sleep(0.1)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_mixed", "olmoe", "qwen2_moe"])
+def test_other_architectures_before_and_after_an_update(tmp_path, name):
+    """`qwen3_moe_mixed` has a dense layer among those that route: it is left out of the routes."""
+    old, new = tiny(tmp_path / "old", name), tiny(tmp_path / "new", name, seed=1)
+    engine = Engine(configuration(old, generating={"temperature": TEMPERATURE}), tmp_path / "server.log")
+    try:
+        engine.run(engine.rollout.start())
+        assert_is_what_the_model_computes(engine.generate(requests(4, 2)), old)
+        channel = channel_to(engine)
+        send(channel, new, 1)
+        channel.close()
+        engine.run(engine.rollout.on_weights_updated(1))
+        print(name, assert_is_what_the_model_computes(engine.generate(requests(4, 2)), new, 1))
+    finally:
+        engine.close()
+
+
+def try_to_start(config: Any, tmp_path: Path) -> None:
+    log_path = tmp_path / "server.log"
+    asyncio.run(VllmRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=log_path).start())
+
+
+def test_what_cannot_be_stops_the_start(old_weights, tmp_path):
+    with pytest.raises(ConfigError, match=r"server_args\.speculative_config: draft tokens"):
+        try_to_start(configuration(old_weights, server_args={"speculative_config": "{}"}), tmp_path)
+    with pytest.raises(ConfigError, match=r"attention heads of 32, .* and the model's 16"):
+        try_to_start(configuration(make_tiny_checkpoint(tmp_path / "narrow")), tmp_path)
+    with pytest.raises(EngineError, match=r"cannot run strategy_config\.python"):
+        try_to_start(configuration(old_weights, python="/no/such/python"), tmp_path)
+    with pytest.raises(EngineError, match=r"did not start: .* exited with code 2; .*(?s:.*)no-such-argument"):
+        try_to_start(configuration(old_weights, server_args={"no_such_argument": 1}), tmp_path)
+
+
+def test_the_program_replays_what_vllm_routed(tmp_path):
+    """Megatron on two pipeline stages, R3; the engine gets new weights after every step."""
+    checkpoint = make_tiny_checkpoint(
+        tmp_path / "tiny", examples=addition_mod10(), warm_start_steps=60, head_dim=HEAD_DIM
+    )
+    engine = f"actor_infer.strategy_args={{strategy_name: vllm, strategy_config: {{python: {PYTHON}}}}}"
+    run = Run(tmp_path, checkpoint, *few_steps(2, engine))
+    try:
+        assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+        metrics = run.metrics()
+    finally:
+        run.end()
+    print([{k: v for k, v in m.items() if "replay" in k or "diff" in k} for m in metrics])
+    assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0]
+    assert [m["rollout/dropped_samples"] for m in metrics] == [0, 0]
+    assert max(m["actor/rollout_train_logprobs_abs_diff_mean"] for m in metrics) < 0.1, "new weights arrive"

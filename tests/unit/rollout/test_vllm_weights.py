@@ -1,0 +1,95 @@
+"""The channel's calls against a small HTTP server that refuses in the ways a real one will not on demand."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+
+from roll_r3.errors import EngineError
+from roll_r3.strategies.rollout.target import ServerTarget
+from roll_r3.strategies.rollout.vllm.weights import VllmWeightChannel
+
+KEY = "a-very-secret-key"
+
+
+@contextmanager
+def serving(refusing: str = "") -> Iterator[tuple[list[tuple[str, Any]], ServerTarget]]:
+    """Yields the calls as they come, and a target; `refusing` is the path of the call that is refused."""
+    calls: list[tuple[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.headers["Authorization"] == f"Bearer {KEY}"
+            calls.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            refused = self.path == refusing
+            payload = json.dumps({"error": {"message": "no memory"}} if refused else {"message": "ok"}).encode()
+            self.send_response(500 if refused else 200)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield calls, ServerTarget("engine 0", "127.0.0.1", server.server_port, KEY, tp_size=1, dtype="bfloat16")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def without_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VllmWeightChannel, "_join", lambda self: None)
+
+
+OPENED = [
+    ("/pause?mode=abort", {}),
+    ("/update_weight_version", {"new_version": "7-incomplete"}),
+    ("/start_weight_update", {}),
+]
+CLOSED = [("/finish_weight_update", {"weight_version": "7"}), ("/resume", {})]
+
+
+def test_an_engine_is_paused_and_marked_before_the_first_tensor_and_goes_on_after_the_last():
+    with serving() as (calls, target):
+        channel = VllmWeightChannel([target], device="cpu")
+        channel.begin(7)
+        assert calls == OPENED
+        channel.end()
+    assert calls == OPENED + CLOSED
+
+
+def update_nothing(channel: VllmWeightChannel) -> None:
+    channel.begin(7)
+    channel.end()
+
+
+@pytest.mark.parametrize("path", [path for path, _ in OPENED + CLOSED])
+def test_a_refusal_is_an_error_that_quotes_it_and_the_engine_stays_paused(path):
+    with serving(path) as (calls, target):
+        channel = VllmWeightChannel([target], device="cpu")
+        with pytest.raises(EngineError, match=rf"engine 0 refused {re.escape(path)} \(500\).*no memory") as caught:
+            update_nothing(channel)
+        assert KEY not in str(caught.value)
+        assert calls[-1][0] == path, "nothing is called afterwards, /resume least of all"
+        with pytest.raises(EngineError, match="earlier weight update failed"):
+            channel.begin(8)
+
+
+def test_weights_are_sent_as_they_come():
+    weights = [(name, torch.zeros(2, dtype=torch.bfloat16)) for name in ("kv_a_proj_with_mqa", "b", "q_a_proj")]
+    buckets = VllmWeightChannel([], device="cpu").buckets(weights, 8)
+    assert [[name for name, _ in bucket] for bucket in buckets] == [["kv_a_proj_with_mqa", "b"], ["q_a_proj"]]
