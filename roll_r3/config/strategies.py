@@ -81,7 +81,7 @@ class HfInferConfig(Config):
 
 class Fsdp2Config(Config):
     """How PyTorch's FSDP2 runs a transformers model: every device is a data-parallel rank that holds its part of each
-    weight."""
+    weight. Samples are not split over devices: there is no sequence, context, tensor or expert parallelism."""
 
     recompute: bool = False
     """Recompute each decoder layer's activations in backward instead of storing them."""

@@ -43,8 +43,8 @@ class RouterReplayConfig(Config):
     trainer replays those of its own old-log-prob pass. Gate weights always come from live logits, so the router
     learns."""
     audit: bool = False
-    """Check, in the first step and every `audit_every` steps after it, that the experts which the dispatcher really
-    used are the recorded ones; actor_train only."""
+    """Check, in the first step and every `audit_every` steps after it, that the experts which the trainer really used
+    are the recorded ones; actor_train only."""
     audit_every: PositiveInt = 10
     """Steps from one audit to the next."""
 

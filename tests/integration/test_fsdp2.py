@@ -16,6 +16,7 @@ from distributed import Gang, RankFailed
 from megatron_cases import (
     LAYERS,
     SAMPLES,
+    TOP_K,
     Case,
     Reference,
     at_rest,
@@ -213,9 +214,19 @@ def test_r2_replays_what_the_pass_before_recorded(packed: bool, size: int, gang:
     assert largest_difference(gradients(read_weights(tiny_moe), outcome.weights), wanted) < 1e-6
     counts = outcome.train_counts
     assert counts.trainable == counts.trainable_replayed == batch.loss_mask_N.sum() * LAYERS
-    assert (
-        gang(size).run(_first_ratios, replace(case, infer_batch_size=case.micro_batch_size), batch) == [(1, 1)] * size
-    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "mixtral"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_first_ratio_under_r2_is_exactly_one(
+    packed: bool, name: str, dtype: str, gang: Gangs, models: dict[str, Path]
+) -> None:
+    """Where both passes are cut alike: the pass without gradients computes every bit as the one with them does."""
+    batch = replace(make_batch(checkpoint=models[name]), routes=None)
+    case = fsdp2(models[name], mode="R2", packed=packed, dtype=dtype, layout=RECOMPUTE)
+    case = replace(case, infer_batch_size=case.micro_batch_size, role={"sequence_length_round": 3})
+    assert gang(2).run(_first_ratios, case, batch) == [(1, 1)] * 2
 
 
 def _first_ratios(process: ProcessInfo, case: Case, batch: Batch) -> tuple[float, float]:
@@ -248,6 +259,95 @@ def _recorded_then_trained(process: ProcessInfo, case: Case, batch: Batch, moved
     weights = dict(exported(strategy))
     strategy.close()
     return weights
+
+
+# The audit
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "name", "fields", "passes"),
+    [
+        (1, "R3", "qwen3_moe", {}, 1),
+        (2, "R3", "deepseek_v3", {"packed": True, "layout": RECOMPUTE}, 2),
+        (2, "R2", "mixtral", {"layout": RECOMPUTE, "role": {"sequence_length_round": 3}}, 2),
+    ],
+)
+def test_every_token_went_where_its_row_says(
+    size: int, mode: str, name: str, fields: dict[str, Any], passes: int, gang: Gangs, models: dict[str, Path]
+) -> None:
+    """Steps 1 and 3, two mini-batches each, and rows that the engine never saw left out."""
+    batch = make_batch(unknown=0.3 if mode == "R3" else 0, checkpoint=models[name])
+    role = {**fields.pop("role", {}), "router_replay": {"mode": mode, "audit": True, "audit_every": 2}}
+    case = fsdp2(models[name], mode=mode, micro_batch_size=1, mini_batches=2, role=role, **fields)
+    audited, hooks = gang(size).run(_audited_steps, case, batch)[0]
+    known = int(batch.lengths_n.sum()) if mode == "R2" else sum(int(r.known_R.sum()) for r in batch.routes)
+    wanted = known * len(read_facts(models[name]).moe_layers) * passes
+    assert audited == [(wanted, wanted), (0, 0), (wanted, wanted)]
+    assert hooks == 0
+
+
+def _audited_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[list[tuple[int, int]], int]:
+    strategy = open_strategy(process, case)
+    part = shard(batch, process.rank, process.world_size)
+    audited = []
+    for step in (1, 2, 3):
+        if case.mode == "R2":
+            strategy.compute_log_probs(part)
+        counts = strategy.train_step(part, step=step).replay
+        audited.append((counts.audited, counts.audit_equal))
+    hooks = _hooks_on_experts(strategy)
+    strategy.close()
+    return audited, hooks
+
+
+def _hooks_on_experts(strategy: Any) -> int:
+    layers = strategy.model.module.model.layers
+    return sum(len(layers[router.layer].mlp.experts._forward_pre_hooks) for router in strategy.model.routers)
+
+
+def test_the_audit_names_what_went_wrong(gang: Gangs, tiny_moe: Path) -> None:
+    role = {"router_replay": {"mode": "R3", "audit": True}}
+    first, second = gang(2).run(_audited_mistakes, fsdp2(tiny_moe, layout=RECOMPUTE, role=role), make_batch())
+    assert first == second, "every rank raises, and says the same"
+
+
+def _audited_mistakes(process: ProcessInfo, case: Case, batch: Batch) -> list[str]:
+    from roll_r3.strategies.train.fsdp2.audit import ExpertsAudit
+    from roll_r3.strategies.train.replay import ReplaySession
+    from roll_r3.strategies.train.routed_layer import LayerReplay
+
+    strategy = open_strategy(process, case)
+    part = shard(batch, process.rank, process.world_size)
+    before = dict(exported(strategy))
+    joined, recompute, enter = ReplaySession._joined_routes, LayerReplay._recompute, ExpertsAudit.__enter__
+    found = []
+
+    def shifted(session: Any, batch: Batch, rows: Any) -> Any:
+        ids_NLK, known_N = joined(session, batch, rows)
+        return np.roll(ids_NLK, 1, axis=0), known_N
+
+    def shifted_in_backward(layer: Any) -> torch.Tensor:
+        return recompute(layer).roll(1, 0)
+
+    def overlook_layer_2(audit: Any) -> Any:
+        audit._experts.pop(2)
+        return enter(audit)
+
+    for owner, name, wrong, said in (
+        (ReplaySession, "_joined_routes", shifted, r"position \d+ \(forward\): recorded experts"),
+        (LayerReplay, "_recompute", shifted_in_backward, r"position \d+ \(recomputed in backward\): recorded"),
+        (ReplaySession, "_padding_rows", lambda session, n: np.zeros((n, TOP_K), np.int64), r"no row, to 1 distinct"),
+        (ExpertsAudit, "__enter__", overlook_layer_2, "layer 2 dispatched 0 times instead of 4"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, wrong)
+            with pytest.raises(ReplayError, match=said) as error:
+                strategy.train_step(part, step=1)
+        found.append(str(error.value))
+    assert _hooks_on_experts(strategy) == 0
+    assert largest_difference(before, dict(exported(strategy))) == 0, "no weight learns from a wrong route"
+    strategy.close()
+    return found
 
 
 # Log-probabilities

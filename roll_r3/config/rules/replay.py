@@ -105,15 +105,6 @@ RULES: tuple[AnyRule, ...] = (
         violates=lambda c: c.actor_train.router_replay.audit and c.actor_train.router_replay.mode == "disable",
     ),
     Rule(
-        id="audit-needs-a-dispatcher",
-        fields=("actor_train.router_replay.audit", "actor_train.strategy_args.strategy_name"),
-        why="the audit reads Megatron's token dispatchers; under FSDP2 there are none, tokens stay on their rank",
-        fix="write audit: false, or strategy_name: megatron_train",
-        wrong=("actor_train.router_replay.audit=true", "actor_train.strategy_args.strategy_name=fsdp2_train"),
-        right=("actor_train.router_replay.audit=true", "actor_train.strategy_args.strategy_name=megatron_train"),
-        violates=lambda c: c.actor_train.router_replay.audit and not runs_megatron(c.actor_train),
-    ),
-    Rule(
         id="audit-every-unread",
         fields=("*.router_replay.audit_every", "*.router_replay.audit"),
         why="as things stand, nothing would read this setting",

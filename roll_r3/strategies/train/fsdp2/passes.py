@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from roll_r3.errors import RollError
 from roll_r3.strategies.train.fsdp2.model import Fsdp2Model
 from roll_r3.strategies.train.micro_batch import MicroBatch
 from roll_r3.strategies.train.objective import Objective, TokenValues
+from roll_r3.strategies.train.observer import Observer
 from roll_r3.strategies.train.replay import RoutingSession
 
 
@@ -22,12 +23,14 @@ def run_micro_batches(
     session: RoutingSession[Any] | None,
     *,
     forward_only: bool,
+    observers: Sequence[Observer] = (),
 ) -> list[TokenValues]:
     """Run every micro-batch through the model, and back unless `forward_only`; collective.
 
     Args:
         micro_batches: as many on every rank, since ranks gather each layer's weights together.
         session: routes these micro-batches; None: routers choose by themselves.
+        observers: watch every forward and backward.
 
     Returns:
         What the objective returned for each.
@@ -41,12 +44,19 @@ def run_micro_batches(
     model.module.train(not forward_only)
     with ExitStack() as stack:
         stack.callback(model.reshard)
-        if session:
-            stack.enter_context(session)
+        for context in (session, *observers):
+            if context:
+                stack.enter_context(context)
         stack.enter_context(torch.set_grad_enabled(not forward_only))
         for micro in micro_batches:
-            with session.micro_batch(0, micro) if session else nullcontext():
+            with ExitStack() as forward:
+                if session:
+                    forward.enter_context(session.micro_batch(0, micro))
+                for observer in observers:
+                    forward.enter_context(observer.forward(0, micro))
                 logits_BSV = model.module(**_inputs(micro, model.device)).logits
+            for observer in observers:
+                observer.await_backward(0, micro, logits_BSV)
             loss, values = objective(micro, logits_BSV)
             if not forward_only:
                 model.in_backward = True

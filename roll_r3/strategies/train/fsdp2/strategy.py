@@ -25,9 +25,11 @@ from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
 from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
 from roll_r3.strategies.train import world
+from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
 from roll_r3.strategies.train.fsdp2 import checkpoint
+from roll_r3.strategies.train.fsdp2.audit import ExpertsAudit
 from roll_r3.strategies.train.fsdp2.model import build_model
 from roll_r3.strategies.train.fsdp2.optimizer import Optimizer
 from roll_r3.strategies.train.fsdp2.passes import run_micro_batches
@@ -161,9 +163,13 @@ class Fsdp2Infer:
             [self.model.routers],
             num_micro_batches,
             **self._routing(),
-            layer_rows={layer: row for row, layer in enumerate(self.facts.moe_layers)},
+            layer_rows=self._layer_rows(),
             forward_only=forward_only,
         )
+
+    def _layer_rows(self) -> dict[int, int]:
+        """Global layer -> its row in a sample's routes."""
+        return {layer: row for row, layer in enumerate(self.facts.moe_layers)}
 
     def _routing(self) -> dict[str, Any]:
         """What every routing session of this rank needs."""
@@ -194,7 +200,8 @@ class Fsdp2Train(Fsdp2Infer):
         """All optimizer steps on this rank's shard of step `step`; collective.
 
         Raises:
-            ReplayError: R3 without routes, R2 without a recording pass, or a row that was not used exactly once.
+            ReplayError: R3 without routes, R2 without a recording pass, a row that was not used exactly once, or a
+                token that the audit found at other experts than recorded.
             RollError: a gradient norm that is not finite.
         """
         attaching = Stopwatch()
@@ -213,15 +220,19 @@ class Fsdp2Train(Fsdp2Infer):
                 size=self.training_args.per_device_train_batch_size,
                 max_tokens=self.section.max_tokens_per_microbatch_in_train,
             )
-            session = None
+            session = audit = None
             if self.replay_mode != "disable":
                 session = self._replay_session(mini_batch, len(micro_batches), forward_only=False)
+                audit = self._audit(len(micro_batches), step)
             objective = policy_objective(self._token_values, self.model.device, self.config, denominator, stats)
             self.optimizer.zero_grad()
-            run_micro_batches(self.model, micro_batches, objective, session, forward_only=False)
+            observers = [audit] if audit else []
+            run_micro_batches(self.model, micro_batches, objective, session, forward_only=False, observers=observers)
+            if audit:  # before the weights learn from a wrong route
+                audit.verify()
             figures.append(self.optimizer.step())
             if session:
-                counts.append(session.counts)
+                counts.append(session.counts if audit is None else audit.added_to(session.counts))
                 seconds += session.stopwatch.seconds
         return TrainResult(
             metrics=stats.reduce(self.data_parallel.reduce) | step_metrics(figures),
@@ -260,6 +271,12 @@ class Fsdp2Train(Fsdp2Infer):
         state = self._state()
         checkpoint.load(state, path)
         self.optimizer.resume(int(state["optimizer.done"]))
+
+    def _audit(self, num_micro_batches: int, step: int) -> ExpertsAudit | None:
+        """For one optimizer step of a training step that is audited."""
+        if not is_audited(self.section.router_replay, step):
+            return None
+        return ExpertsAudit(self.model, num_micro_batches, layer_rows=self._layer_rows(), top_k=self.facts.top_k)
 
     def _state(self) -> dict[str, torch.Tensor]:
         """This rank's memory of all that a checkpoint holds."""

@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils.hooks import RemovableHandle
 
 from roll_r3.batch.token_map import PADDING
-from roll_r3.strategies.train.megatron.observer import Observer
+from roll_r3.strategies.train.observer import Observer
 
 
 class RealTokenCounts(Observer):

@@ -13,9 +13,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from roll_r3.strategies.train.megatron.model import MegatronModel
-from roll_r3.strategies.train.megatron.observer import Observer
 from roll_r3.strategies.train.micro_batch import MicroBatch
 from roll_r3.strategies.train.objective import Objective, TokenValues
+from roll_r3.strategies.train.observer import Observer
 from roll_r3.strategies.train.replay import RoutingSession
 
 

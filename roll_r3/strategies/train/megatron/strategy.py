@@ -29,6 +29,7 @@ from roll_r3.models.facts import read_facts
 from roll_r3.models.layer_map import chunk_layers
 from roll_r3.platform import megatron_cpu
 from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
+from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
 from roll_r3.strategies.train.hf_checkpoint import write_checkpoint
@@ -298,8 +299,7 @@ class MegatronTrain(MegatronInfer):
                 audit.verify()
             figures.append(self.optimizer.step())
             if session:
-                audited = {"audited": audit.audited, "audit_equal": audit.audit_equal} if audit else {}
-                counts.append(replace(session.counts, **audited))
+                counts.append(session.counts if audit is None else audit.added_to(session.counts))
                 seconds += session.stopwatch.seconds
         return TrainResult(
             metrics=self._reduced(stats) | step_metrics(figures),
@@ -326,8 +326,7 @@ class MegatronTrain(MegatronInfer):
 
     def _audit(self, num_micro_batches: int, step: int) -> DispatchAudit | None:
         """For one optimizer step of a training step that is audited."""
-        replay = self.section.router_replay
-        if not replay.audit or (step - 1) % replay.audit_every:
+        if not is_audited(self.section.router_replay, step):
             return None
         return DispatchAudit(self.model, num_micro_batches, layer_rows=self._layer_rows(), top_k=self.facts.top_k)
 

@@ -1,4 +1,4 @@
-"""What watches a schedule without changing it, and knows which micro-batch a chunk works on.
+"""What watches a schedule without changing it, and knows which micro-batch a chunk of the model works on.
 
 In forward the schedule says it. In backward autograd does: a gradient that reaches a micro-batch's output announces
 that micro-batch's backward, whatever order the schedule chose.
