@@ -122,6 +122,14 @@ def long_requests(num: int, samples: int = 1, length: int = 150, first_seed: int
     ]
 
 
+def assert_nothing_is_left(engine: Engine) -> None:
+    """A process that is killed is gone a little later, on a busy machine."""
+    deadline = time.monotonic() + 20.0
+    while left := group_members(engine.rollout._process):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 def send(channel: VllmWeightChannel, checkpoint: Path, version: int, size: int = 100_000) -> None:
     channel.begin(version)
     for bucket in channel.buckets(load_file(checkpoint / "model.safetensors").items(), size):
@@ -305,7 +313,7 @@ def test_stop_leaves_nothing(engine):
     """The last test that uses this engine."""
     assert len(group_members(engine.rollout._process)) >= 3
     engine.run(engine.rollout.stop())
-    assert group_members(engine.rollout._process) == []
+    assert_nothing_is_left(engine)
     engine.run(engine.rollout.stop())
     with pytest.raises(EngineError, match="not running"):
         engine.generate(requests(1, 1))
@@ -331,12 +339,9 @@ def test_bf16_two_ranks_and_the_death_of_the_server(old_weights, new_weights, tm
         assert differ < 0.1 * entries
         assert len(group_members(engine.rollout._process)) >= 4
         os.kill(engine.rollout._process.pid, signal.SIGKILL)
-        started = time.monotonic()
         with pytest.raises(EngineError, match=r"engine 0 \(vLLM\) died.*was killed by SIGKILL"):
             engine.generate(requests(1, 1))
-        while left := group_members(engine.rollout._process):
-            assert time.monotonic() - started < 20.0, left
-            time.sleep(0.1)
+        assert_nothing_is_left(engine)
     finally:
         engine.close()
 

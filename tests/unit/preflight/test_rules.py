@@ -241,3 +241,17 @@ def test_checking_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config = configured("output_dir=runs")
     check_config(config, look_around(config))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_that_was_not_made_is_an_engine_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configured("actor_infer.strategy_args={strategy_name: vllm}")
+    assert find_versions(config)["vllm"] is None
+    rules = {finding.rule: finding for finding in check_config(config, look_around(config))}
+    assert "make vllm-env" in rules["vllm-installed"].fix
+    assert "engine-python-exists" not in rules
+    python = "{strategy_name: vllm, strategy_config: {python: no/such/python}}"
+    named = configured(f"actor_infer.strategy_args={python}")
+    rules = {finding.rule: finding for finding in check_config(named, look_around(named))}
+    assert "engine-python-exists" in rules
+    assert "vllm-installed" not in rules
