@@ -19,11 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sglang_cases import Reference, group_members, requests, trajectories
-from test_rlvr_run import START_TIMEOUT, Run, few_steps
-from vllm_cases import HEAD_DIM, PYTHON, Engine, configuration, require_environment
+from vllm_cases import HEAD_DIM, Engine, configuration, require_environment
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -377,21 +375,3 @@ def test_what_cannot_be_stops_the_start(old_weights, tmp_path):
         try_to_start(configuration(old_weights, python="/no/such/python"), tmp_path)
     with pytest.raises(EngineError, match=r"did not start: .* exited with code 2; .*(?s:.*)no-such-argument"):
         try_to_start(configuration(old_weights, server_args={"no_such_argument": 1}), tmp_path)
-
-
-def test_the_program_replays_what_vllm_routed(tmp_path):
-    """Megatron on two pipeline stages, R3; the engine gets new weights after every step."""
-    checkpoint = make_tiny_checkpoint(
-        tmp_path / "tiny", examples=addition_mod10(), warm_start_steps=60, head_dim=HEAD_DIM
-    )
-    engine = f"actor_infer.strategy_args={{strategy_name: vllm, strategy_config: {{python: {PYTHON}}}}}"
-    run = Run(tmp_path, checkpoint, *few_steps(2, engine))
-    try:
-        assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
-        metrics = run.metrics()
-    finally:
-        run.end()
-    print([{k: v for k, v in m.items() if "replay" in k or "diff" in k} for m in metrics])
-    assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0]
-    assert [m["rollout/dropped_samples"] for m in metrics] == [0, 0]
-    assert max(m["actor/rollout_train_logprobs_abs_diff_mean"] for m in metrics) < 0.1, "new weights arrive"
