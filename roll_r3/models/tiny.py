@@ -74,6 +74,9 @@ def make_tiny_checkpoint(
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):  # zeros would leave it untested
                 buffer.normal_(std=0.1)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms of ones and biases of zeros could be mixed up, or kept, unseen
+                parameter.data.add_(torch.randn_like(parameter.data), alpha=0.1)
         if warm_start_steps:
             _warm_start(model, tokenizer, examples, warm_start_steps)
     for parameter in model.parameters():  # buffers, such as an expert bias, stay fp32 as in published checkpoints
