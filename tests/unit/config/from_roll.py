@@ -22,8 +22,18 @@ KEYS = sorted({key for row in ALL_ROWS for key in row.keys})
 ENGINE = "actor_infer.strategy_args.strategy_config"
 LAYOUT = "actor_train.strategy_args.strategy_config"
 MATH = "roll.pipeline.rlvr.rewards.math_rule_reward_worker.MathRuleRewardWorker"
-ROLE_NAMES = {"<role>": "actor_train", "<trainer>": "reference", "<engine>": "actor_infer", "*": "math_rule"}
+NAMES = {
+    "<role>": "actor_train",
+    "<trainer>": "reference",
+    "<fsdp2>": "actor_train",
+    "<engine>": "actor_infer",
+    "<sglang>": "actor_infer",
+    "<vllm>": "actor_infer",
+    "*": "math_rule",
+}
 """Part of a pattern -> one name that it stands for."""
+STRATEGIES = {"<trainer>": "megatron_infer", "<fsdp2>": "fsdp2_train", "<sglang>": "sglang", "<vllm>": "vllm"}
+"""Part of a pattern -> the strategy that must run that role."""
 
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
 trees = st.recursive(
@@ -95,4 +105,11 @@ def run(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[str, ...]
 
 
 def concrete(pattern: str) -> str:
-    return ".".join(ROLE_NAMES.get(part, part) for part in pattern.split("."))
+    """One path that a row's pattern names."""
+    return ".".join(NAMES.get(part, part) for part in pattern.split("."))
+
+
+def for_pattern(data: dict[str, Any], pattern: str) -> dict[str, Any]:
+    """`data` with the strategy under which a row's pattern names `concrete(pattern)`."""
+    first = pattern.partition(".")[0]
+    return put(data, f"{NAMES[first]}.strategy_args.strategy_name", STRATEGIES[first]) if first in STRATEGIES else data

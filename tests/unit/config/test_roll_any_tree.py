@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 
 from roll_r3.config.report import ABSENT
 from roll_r3.config.roll_yaml import translate
-from tests.unit.config.from_roll import ENGINE, KEYS, LAYOUT, ROLL, at, concrete, of_roll, put, read, run, trees
+from tests.unit.config.from_roll import (
+    ENGINE,
+    KEYS,
+    LAYOUT,
+    ROLL,
+    at,
+    concrete,
+    for_pattern,
+    of_roll,
+    put,
+    read,
+    run,
+    trees,
+)
 
 KNOWN = {key.partition(".")[0] for key in KEYS} | {"actor_train", "actor_infer", "reference"}
 
@@ -37,7 +50,7 @@ def test_any_value_of_any_key_passes(values, is_rolls):
     data: dict[str, Any] = of_roll() if is_rolls else {}
     for key, value in values.items():
         try:
-            data = put(data, concrete(key), value)
+            data = put(for_pattern(data, key), concrete(key), value)
         except (AttributeError, TypeError):
             continue  # something else than a section stands above the key
     before = copy.deepcopy(data)

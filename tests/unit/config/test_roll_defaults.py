@@ -7,7 +7,7 @@ import pytest
 from roll_r3.config.explain import annotations_at
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import ABSENT
-from roll_r3.config.roll_yaml.defaults import DEFAULTS, DOMAIN, KL_LOSS_COEF
+from roll_r3.config.roll_yaml.defaults import DEFAULTS, DOMAIN, KL_LOSS_COEF, RECOMPUTE
 from tests.unit.config.from_roll import at, of_roll, put, run
 
 
@@ -34,6 +34,6 @@ def test_every_default_is_a_field_and_differs_from_ours():
     ours = RLVRConfig.model_validate(
         {"exp_name": "x", "pretrain": "x", "actor_train": {}, "actor_infer": {}}
     ).model_dump()
-    for path, value in (DEFAULTS | KL_LOSS_COEF | DOMAIN).items():
+    for path, value in (DEFAULTS | KL_LOSS_COEF | DOMAIN | RECOMPUTE).items():
         assert annotations_at(path), path
         assert at(ours, path) != value, path

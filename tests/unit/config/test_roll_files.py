@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import pytest
 
+from roll_r3.config.load import load
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import ABSENT, Origins, render
 from roll_r3.config.roll_yaml import translate
 from roll_r3.config.rules import check_rules
-from tests.unit.config.from_roll import FILES, ROLL, ROOT, at, of_roll, put, read, run
+from roll_r3.config.strategies import Fsdp2Config, VllmConfig
+from tests.unit.config.from_roll import FILES, MATH, ROLL, ROOT, at, of_roll, put, read, run
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_whole_file_becomes_a_configuration(path):
     data, places = read(path)
     translated, _, findings = translate(data, places)
-    if path.stem == "vllm":  # whether there is such a strategy is for the models to say
-        assert at(translated, "actor_infer.strategy_args") == data["actor_infer"]["strategy_args"]
-        translated = put(translated, "actor_infer.strategy_args", ABSENT)
     config = RLVRConfig.model_validate(translated)
-    assert not [f for f in check_rules(config) if f.severity == "error"]
-    assert sum(f.rule == "roll-unsupported" for f in findings) == (path.stem != "sglang")
+    # what ROLL samples by default, vLLM cannot tell the trainer the log-probabilities of
+    expected = ["vllm-truncates-before-log-probs"] if path.stem == "vllm" else []
+    assert [f.rule for f in check_rules(config) if f.severity == "error"] == expected
+    assert sum(f.rule == "roll-unsupported" for f in findings) == (path.stem in ("deepspeed", "vllm"))
     assert sum(f.rule == "roll-unread" for f in findings) == 1
     assert {f.severity for f in findings if f.rule in ("roll-translated", "roll-defaults")} == {"note"}
 
@@ -66,6 +67,10 @@ def test_the_vllm_file_names_what_is_missing_all_at_once():
         "rewards.code_sandbox.worker_cls",
     }
     assert all(path in refused.fix for path, _ in refused.found)
+    assert at(translated, "actor_infer.strategy_args") == {
+        "strategy_name": "vllm",
+        "strategy_config": {"gpu_memory_utilization": 0.85, "tp_size": 2, "weight_bucket_mb": 2048},
+    }
     assert translated["response_length"] == 4096
     assert "reference" not in translated
     assert list(translated["rewards"]) == ["math_rule"]
@@ -74,6 +79,35 @@ def test_the_vllm_file_names_what_is_missing_all_at_once():
     text = render(findings, Origins("vllm.yaml", places))
     assert "vllm.yaml:25" in text
     assert "secret-of-the-user" not in text
+
+
+def test_the_vllm_file_loads_without_what_is_missing():
+    data, places = read(ROLL / "vllm.yaml")
+    (refused,) = [f for f in translate(data, places)[2] if f.rule == "roll-unsupported"]
+    instead = {
+        "track_with": "tensorboard",
+        "adv_estimator": "grpo",
+        "rewards.code_sandbox.worker_cls": MATH,
+        "actor_infer.generating_args.temperature": "1",
+    }
+    answered = dict.fromkeys((path for path, _ in refused.found), "null") | instead
+    loaded = load(ROLL / "vllm.yaml", [f"{path}={value}" for path, value in answered.items()])
+    assert {f.severity for f in loaded.findings} == {"note", "warning"}
+    assert not [f for f in check_rules(loaded.config) if f.severity == "error"]
+    engine = loaded.config.actor_infer.strategy_args.strategy_config
+    assert (type(engine), engine.tp_size, engine.gpu_memory_utilization) == (VllmConfig, 2, 0.85)
+
+
+def test_the_fsdp2_file_means_what_it_meant():
+    config = load(ROLL / "fsdp2.yaml").config
+    assert config.actor_train.strategy_args.strategy_config == Fsdp2Config(recompute=True)
+    assert config.actor_train.model_args.dtype == "bf16"
+    assert config.reference is not None
+    assert config.reference.strategy_args.strategy_name == "fsdp2_infer"
+    engine = config.actor_infer.strategy_args.strategy_config
+    assert (engine.tp_size, engine.context_length, engine.max_running_requests) == (4, 4096, 128)
+    assert engine.server_args == {"max_num_batched_tokens": 8192, "enforce_eager": False}
+    assert engine.weight_bucket_mb == 1024
 
 
 def test_the_deepspeed_file_is_refused_for_deepspeed_and_lora_only():

@@ -11,7 +11,7 @@ from roll_r3.config.report import ABSENT
 from roll_r3.config.roll_yaml import render_from_roll
 from roll_r3.config.roll_yaml.draft import SIGNS
 from roll_r3.config.roll_yaml.rows import Moved, Off, Row, Same, Unread
-from tests.unit.config.from_roll import ALL_ROWS, KEYS, ROOT, at, concrete, of_roll, put, run
+from tests.unit.config.from_roll import ALL_ROWS, KEYS, ROOT, at, concrete, for_pattern, of_roll, put, run
 
 
 def test_no_key_is_listed_twice():
@@ -24,7 +24,8 @@ def fields(pattern: str) -> list[str]:
     roles = {"<role>": ["actor_train", "actor_infer", "reference"], "<trainer>": ["actor_train", "reference"]}
     first, _, rest = pattern.partition(".")
     paths = [f"{role}.{rest}" if rest else role for role in roles.get(first, [concrete(first)])]
-    return [path for path in paths if annotations_at(path.replace("*", "x"))]
+    named = for_pattern({}, pattern) or None
+    return [path for path in paths if annotations_at(path.replace("*", "x"), named)]
 
 
 ROLLS_OWN = [key for key in KEYS if not fields(key) and key != "defaults"]
@@ -34,7 +35,7 @@ ROLLS_OWN = [key for key in KEYS if not fields(key) and key != "defaults"]
 def test_null_is_as_if_the_key_were_not_there(key):
     path = concrete(key)
     data = of_roll(use_kl_loss=True, reference={}) if path.startswith("reference") else of_roll()
-    translated, named = run(put(data, path, None))
+    translated, named = run(put(for_pattern(data, key), path, None))
     assert at(translated, path) is ABSENT
     assert "roll-unread" not in named
     assert "roll-unsupported" not in named
