@@ -23,6 +23,9 @@ KL_LOSS_COEF = {"kl_loss_coef": 0}
 DOMAIN = {"actor_train.data_args.domain": "tag"}
 """Read where a reward has tags only."""
 
+RECOMPUTE = {"actor_train.strategy_args.strategy_config.recompute": True}
+"""Read where FSDP2 trains only: Megatron has recompute_granularity, in ROLL too."""
+
 
 def fill_in_defaults(draft: Draft) -> None:
     """What a file that was written for ROLL means by what it leaves out."""
@@ -30,4 +33,6 @@ def fill_in_defaults(draft: Draft) -> None:
         return
     tags = [draft.get(keys) for keys in draft.expand("rewards.*.tag_included")]
     kl = KL_LOSS_COEF if draft.get("use_kl_loss") is True else {}
-    draft.fill_in(DEFAULTS | kl | (DOMAIN if any(tag not in (ABSENT, None, []) for tag in tags) else {}))
+    domain = DOMAIN if any(tag not in (ABSENT, None, []) for tag in tags) else {}
+    recompute = RECOMPUTE if draft.strategy("actor_train") == "fsdp2_train" else {}
+    draft.fill_in(DEFAULTS | kl | domain | recompute)

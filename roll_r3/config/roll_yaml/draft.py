@@ -16,6 +16,15 @@ have but read differently, mean what ROLL takes them for."""
 ROLLS_DEFAULT = "ROLL's default"
 """The place of a value that nobody wrote."""
 
+_MODEL_ROLES = ("actor_train", "reference")
+_RUN_BY = {
+    "<trainer>": (_MODEL_ROLES, ("megatron_train", "megatron_infer")),
+    "<fsdp2>": (_MODEL_ROLES, ("fsdp2_train", "fsdp2_infer")),
+    "<engine>": (("actor_infer",), ("sglang", "vllm")),
+    "<sglang>": (("actor_infer",), ("sglang",)),
+    "<vllm>": (("actor_infer",), ("vllm",)),
+}
+"""Part of a pattern -> the roles that it may stand for, and the strategies of which one must run them."""
 _SECRETS = ("judge_api_key", "api_key")
 _MAX_KEYS = 6
 """Keys of a section that are named where it stands for its values."""
@@ -49,8 +58,8 @@ class Draft:
     def expand(self, pattern: str) -> list[Keys]:
         """What a row's pattern names in this tree.
 
-        `<role>` is every role, `<trainer>` every role that Megatron runs, `<engine>` the rollout if SGLang runs it, `*`
-        every key of a section.
+        `<role>` is every role, `<trainer>` every role that Megatron runs, `<fsdp2>` every role that FSDP2 runs,
+        `<sglang>` or `<vllm>` the rollout if that runs it, `<engine>` if either does, `*` every key of a section.
         """
         found: list[Keys] = [()]
         for segment in pattern.split("."):
@@ -66,10 +75,9 @@ class Draft:
     def _names(self, segment: str, node: dict[str, Any]) -> Iterator[str]:
         if segment == "<role>":
             yield from ROLES
-        elif segment == "<trainer>":
-            yield from (role for role in ROLES if role != "actor_infer" and self.strategy(role).startswith("megatron"))
-        elif segment == "<engine>":
-            yield from ("actor_infer" for _ in range(self.strategy("actor_infer") == "sglang"))
+        elif segment in _RUN_BY:
+            roles, strategies = _RUN_BY[segment]
+            yield from (role for role in roles if self.strategy(role) in strategies)
         else:
             yield from list(node) if segment == "*" else [segment]
 

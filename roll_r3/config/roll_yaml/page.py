@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from roll_r3.config.report import show_value
-from roll_r3.config.roll_yaml.defaults import DEFAULTS, DOMAIN, KL_LOSS_COEF
+from roll_r3.config.roll_yaml.defaults import DEFAULTS, DOMAIN, KL_LOSS_COEF, RECOMPUTE
 from roll_r3.config.roll_yaml.rows import Row
 from roll_r3.config.roll_yaml.translate import TABLES
 
@@ -60,17 +60,21 @@ _DIFFERENCES = """
   `temperature`; ROLL's are those of the plain logits.
 - Checkpoints. ROLL saves every 50 steps, and at the end, without being told; roll_r3 saves nothing yet.
 - Models. ROLL runs Python code that comes with a checkpoint; here `model_args.trust_remote_code: true` allows it, to
-  the tokenizer and to SGLang. Where ROLL lets `pretrain` win over `model_args.model_name_or_path` unless every role
-  names one, here each role's own name wins.
+  the tokenizer, to SGLang and to vLLM. Where ROLL lets `pretrain` win over `model_args.model_name_or_path` unless every
+  role names one, here each role's own name wins.
 - Devices. `actor_infer` and `actor_train` need GPUs of their own; most of ROLL's examples share them.
-- Engines. `strategy_args` of vLLM and FSDP2 are not looked into; whether there is such a strategy, and what it takes,
-  is in [configuration.md](configuration.md).
+- vLLM. It gives log-probabilities before temperature and truncation or after both, so a run that has both is refused
+  with it. ROLL's defaults are both: write `temperature: 1`, or `top_p: 1` and `top_k: -1`, or let SGLang sample.
+- FSDP2. ROLL can split a sample over devices, and keep a copy of the weights for every `fsdp_size` devices; here every
+  device is a data-parallel rank with its part of each weight.
+- `hf_infer`. ROLL's has no settings; [roll_r3's](configuration.md#actor_inferstrategy_argsstrategy_config-hf_infer)
+  are all its own.
 
 ## Key by key
 
-`<role>` is each of `actor_train`, `actor_infer` and `reference`, `<trainer>` a role that Megatron runs, `<engine>` an
-`actor_infer` that SGLang runs, `*` any name. "Not supported, unless" names the values that mean off; `null` always
-does.
+`<role>` is each of `actor_train`, `actor_infer` and `reference`, `<trainer>` one that Megatron runs, `<fsdp2>` one that
+FSDP2 runs, `<engine>` an `actor_infer` that SGLang or vLLM runs, `<sglang>` and `<vllm>` one that the one or the other
+runs, `*` any name. "Not supported, unless" names the values that mean off; `null` always does.
 """
 
 
@@ -80,6 +84,7 @@ def render_from_roll() -> str:
     lines += [f"| `{path}` | `{show_value(value)}` | |" for path, value in DEFAULTS.items()]
     lines += [f"| `{path}` | `{show_value(value)}` | with `use_kl_loss` |" for path, value in KL_LOSS_COEF.items()]
     lines += [f"| `{path}` | `{show_value(value)}` | where a reward has tags |" for path, value in DOMAIN.items()]
+    lines += [f"| `{path}` | `{show_value(value)}` | where FSDP2 trains |" for path, value in RECOMPUTE.items()]
     tables = [_table(title, rows) for title, (_, rows) in TABLES.items()]
     return "\n".join([_HEADER + "\n".join(lines), _DIFFERENCES, *tables])
 

@@ -11,9 +11,9 @@ from roll_r3.config.tree import Keys
 
 _CONFIG = "strategy_args.strategy_config"
 _GONE = {
-    "actor_train": "write strategy_name: megatron_train, and its layout",
+    "actor_train": "write strategy_name: megatron_train, and its layout, or fsdp2_train",
     "actor_infer": "write strategy_name: sglang, vllm or hf_infer",
-    "reference": "write strategy_name: megatron_infer, and its layout",
+    "reference": "write strategy_name: megatron_infer, and its layout, or fsdp2_infer",
 }
 _STRANGERS = (
     "deepspeed_train",
@@ -36,6 +36,18 @@ _WORKERS = (
     "roll.pipeline.base_worker.InferWorker",
 )
 
+_FOR_TRANSFORMERS = (
+    "disable_gradient_checkpointing",
+    "gradient_checkpointing_use_reentrant",
+    "attn_implementation",
+    "flash_attn",
+    "device_map",
+    "model_config_kwargs",
+    "ulysses_size",
+    "vision_dp",
+)
+"""What ROLL reads for models of transformers; under FSDP2 they have rows of their own."""
+
 
 def _strangers(draft: Draft) -> None:
     """Strategies that roll_r3 does not have go with their settings, which no other strategy could read."""
@@ -43,10 +55,13 @@ def _strangers(draft: Draft) -> None:
         role, name = str(keys[0]), draft.get(keys)
         if (role, name) == ("actor_infer", "hf_infer"):
             continue
-        if isinstance(name, str) and (name in _STRANGERS or name.startswith("deepspeed")):
+        if (role, name) == ("reference", "hf_infer"):
+            why = "transformers computes its log-probabilities, and its weights are shared out over the devices"
+            draft.translate(keys, {keys: "fsdp2_infer"}, why)
+        elif isinstance(name, str) and (name in _STRANGERS or name.startswith("deepspeed")):
             draft.refuse(keys, _GONE[role])
             draft.drop((role, "strategy_args"))
-    for keys in [k for start in ("<trainer>", "<engine>") for k in draft.expand(f"{start}.{_CONFIG}")]:
+    for keys in draft.expand(f"<role>.{_CONFIG}"):
         if draft.is_rolls and draft.get(keys) is None:
             draft.drop(keys)
 
@@ -127,8 +142,8 @@ ROWS = (
     Row(
         under("<role>.strategy_args", "strategy_name"),
         Joint(
-            "`megatron_train`, `megatron_infer`, `sglang` are the same; for the rollout `vllm`, with settings of its "
-            "own, and `hf_infer`; not DeepSpeed"
+            "`megatron_train`, `megatron_infer`, `fsdp2_train`, `fsdp2_infer`, `sglang`, `vllm` are the same, and for "
+            "the rollout `hf_infer`, with settings of its own; for the reference that is `fsdp2_infer`; not DeepSpeed"
         ),
     ),
     Row(under("<role>", "device_mapping", "router_replay", "use_sequence_packing"), Same()),
@@ -193,26 +208,22 @@ ROWS = (
         Off((), "all weights are trained; there is no LoRA"),
     ),
     Row(
+        under("<trainer>.model_args", *_FOR_TRANSFORMERS) + under("actor_infer.model_args", *_FOR_TRANSFORMERS),
+        Unread(
+            "ROLL reads them for models of transformers, not for Megatron's; recomputation is recompute_granularity"
+        ),
+    ),
+    Row(
         under(
             "<role>.model_args",
-            "disable_gradient_checkpointing",
-            "gradient_checkpointing_use_reentrant",
-            "attn_implementation",
-            "flash_attn",
-            "device_map",
             "model_type",
             "num_labels",
-            "model_config_kwargs",
-            "ulysses_size",
-            "vision_dp",
             "lora_rank",
             "lora_alpha",
             "lora_dropout",
             "additional_target",
             "autocast_adapter_dtype",
         ),
-        Unread(
-            "ROLL reads them for models of transformers, not for Megatron's; recomputation is recompute_granularity"
-        ),
+        Unread("they are read for LoRA and for models that judge only"),
     ),
 )

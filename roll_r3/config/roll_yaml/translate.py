@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from roll_r3.config.report import Finding
-from roll_r3.config.roll_yaml import algorithm, learning, megatron, rewards, roles, run, sglang
+from roll_r3.config.roll_yaml import algorithm, engines, fsdp2, learning, megatron, rewards, roles, run, sglang, vllm
 from roll_r3.config.roll_yaml.defaults import fill_in_defaults
 from roll_r3.config.roll_yaml.draft import Draft
 from roll_r3.config.roll_yaml.rows import Row, Step
@@ -17,7 +17,10 @@ TABLES: dict[str, tuple[tuple[Step, ...], tuple[Row, ...]]] = {
     "Roles": (roles.STEPS, roles.ROWS),
     "Training, sampling and data": (learning.STEPS, learning.ROWS),
     "Megatron": (megatron.STEPS, megatron.ROWS),
+    "FSDP2": (fsdp2.STEPS, fsdp2.ROWS),
+    "Rollout engines": (engines.STEPS, engines.ROWS),
     "SGLang": (sglang.STEPS, sglang.ROWS),
+    "vLLM": (vllm.STEPS, vllm.ROWS),
 }
 """Title -> steps over several keys, then rows. The order matters: which rewards and roles are left is known first."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from roll_r3.config.load import LoadedConfig, load
-from roll_r3.config.report import InvalidConfigError, has_errors
+from roll_r3.config.report import Finding, InvalidConfigError, has_errors
 from roll_r3.config.rules.example import MINIMAL
 
 LoadText = Callable[..., LoadedConfig]
@@ -25,3 +25,15 @@ def load_text(tmp_path: Path) -> LoadText:
         return loaded
 
     return run
+
+
+def findings_of(load_text: LoadText, text: str, *overrides: str) -> list[Finding]:
+    with pytest.raises(InvalidConfigError) as caught:
+        load_text(text, *overrides)
+    return list(caught.value.findings)
+
+
+def only(load_text: LoadText, text: str, *overrides: str) -> Finding:
+    findings = findings_of(load_text, text, *overrides)
+    assert len(findings) == 1, findings
+    return findings[0]
