@@ -5,6 +5,8 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+# cpu or gpu: which build of vLLM
+VLLM_KIND ?= cpu
 PYTHON := $(VENV)/bin/python
 TINY := output/tiny/qwen3_moe
 # Overrides for the quickstart, as in: make quickstart ARGS="seed=7 max_steps=5"
@@ -16,8 +18,8 @@ help: ## show the targets
 install: ## make or update .venv (CPU)
 	@docker/install.sh cpu $(VENV)
 
-vllm-env: ## make or update .venv-vllm, the environment of the vLLM rollout (CPU; 2.5 GB, some minutes)
-	@docker/install-vllm.sh cpu $(VLLM_VENV)
+vllm-env: ## make or update .venv-vllm, the environment of the vLLM rollout (on GPUs VLLM_KIND=gpu; minutes)
+	@docker/install-vllm.sh $(VLLM_KIND) $(VLLM_VENV)
 
 quickstart: install ## train a tiny MoE model with router replay on this machine
 	@if [[ ! -f $(TINY)/config.json ]]; then \

@@ -24,6 +24,11 @@ if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
 fi
 
+# pip takes one build for the other where the release is the same
+if [[ -f $venv/.roll_r3-kind && $(<"$venv/.roll_r3-kind") != "$kind" ]]; then
+    echo "[install-vllm] $venv is of the kind $(<"$venv/.roll_r3-kind"), not $kind: remove it, or name another folder" >&2
+    exit 1
+fi
 if [[ ! -x $venv/bin/python ]]; then
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -32,6 +37,7 @@ if [[ ! -x $venv/bin/python ]]; then
     "$python" -m venv "$venv"
 fi
 rm -f "$stamp"
+echo "$kind" > "$venv/.roll_r3-kind"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 quiet=(install -qq --no-input)  # errors only
 

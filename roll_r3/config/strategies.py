@@ -37,7 +37,7 @@ class ServerConfig(Config):
     """Size of the KV cache in tokens; default: what the device's memory allows, on a CPU room for as many of the
     longest samples as the engine decodes at once."""
     context_length: PositiveInt | None = None
-    """Context of the engine in tokens; default: prompt_length + response_length and the few that SGLang keeps back."""
+    """Context of the engine in tokens; default: prompt_length + response_length and the few that engines keep."""
     server_args: dict[str, str | int | float | bool] = {}
     """Further arguments of the engine's server, by the names of its command line with underscores. Those that the
     strategy owns (model, address, key, routed experts, ...) and those that lose routes are refused."""
@@ -61,8 +61,9 @@ class VllmConfig(ServerConfig):
     """The vLLM server that one rollout engine runs."""
 
     python: str = ".venv-vllm/bin/python"
-    """Interpreter that has vLLM installed: `make vllm-env` makes this one. vLLM's pins clash with SGLang's, so it has
-    an environment of its own. Relative to where the run starts; on several nodes, a path that all of them have."""
+    """Interpreter that has vLLM installed: `make vllm-env` makes this one, for GPUs `make vllm-env VLLM_KIND=gpu`.
+    vLLM's pins clash with SGLang's, so it has an environment of its own. Relative to where the run starts; on several
+    nodes, a path that all of them have."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of device memory for weights, activations and KV cache; default: vLLM's choice. Without meaning on a
     CPU."""

@@ -58,8 +58,8 @@ class ModelArgs(Config):
     """Precision of weights and activations in the trainer; with bf16 the optimizer keeps fp32 master weights."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint: its tokenizer's, and under actor_infer its model's where SGLang
-    runs it. Megatron, FSDP2 and hf_infer build models by classes of their libraries alone. Leave it off unless you
-    trust that code."""
+    or vLLM runs it. Megatron, FSDP2 and hf_infer build models by classes of their libraries alone. Leave it off unless
+    you trust that code."""
 
 
 class TrainingArgs(Config):

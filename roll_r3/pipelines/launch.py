@@ -17,7 +17,7 @@ from typing import Any
 from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.logs import FORMAT
 from roll_r3.cluster.placement import place, ray_cluster
-from roll_r3.config.derived import checkpoint_of, workers
+from roll_r3.config.derived import checkpoint_of, sglang, vllm, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Origins
 from roll_r3.config.yaml_file import to_yaml
@@ -52,7 +52,7 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
         RollError: what stopped the run, in words for the person who started it.
     """
     started = time.monotonic()
-    config = with_absolute_checkpoints(config)
+    config = with_absolute_paths(config)
     run_dir = RunDir.create(config.output_dir, config.exp_name, datetime.now())
     _log_driver(run_dir)
     (run_dir.path / "config.yaml").write_text(to_yaml(config))
@@ -87,18 +87,30 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
     return 0
 
 
-def with_absolute_checkpoints(config: RLVRConfig) -> RLVRConfig:
-    """Checkpoints that are directories here, by their absolute path: workers may start in another directory."""
+def with_absolute_paths(config: RLVRConfig) -> RLVRConfig:
+    """Checkpoints that are directories here, and the engine's interpreter where it is a file here, by their absolute
+    paths: workers may start in another directory."""
 
     def absolute(name: str) -> str:
         return str(Path(name).absolute()) if Path(name).is_dir() else name
 
-    changes: dict[str, object] = {"pretrain": absolute(config.pretrain)}
+    changes: dict[str, Any] = {"pretrain": absolute(config.pretrain)}
     for role, section in workers(config).items():
         if section.model_args.model_name_or_path:
             name = absolute(section.model_args.model_name_or_path)
             args = section.model_args.model_copy(update={"model_name_or_path": name})
             changes[role] = section.model_copy(update={"model_args": args})
+    engine = sglang(config) or vllm(config)
+    if (
+        engine is not None
+        and engine.python
+        and Path(engine.python).name != engine.python
+        and Path(engine.python).is_file()
+    ):
+        settings = engine.model_copy(update={"python": str(Path(engine.python).absolute())})
+        role = changes.get("actor_infer", config.actor_infer)
+        chosen = role.strategy_args.model_copy(update={"strategy_config": settings})
+        changes["actor_infer"] = role.model_copy(update={"strategy_args": chosen})
     return config.model_copy(update=changes)
 
 

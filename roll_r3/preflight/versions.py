@@ -30,28 +30,29 @@ def find_versions(config: RLVRConfig) -> dict[str, str | None]:
     cannot be told."""
     found: dict[str, str | None] = {}
     if (on_sglang := sglang(config)) is not None:
-        found |= _versions_for(on_sglang.python, "sglang")
+        found |= _versions_for(on_sglang.python, "sglang", os.environ.get("PYTHONPATH", ""))
     if (on_vllm := vllm(config)) is not None:
         nowhere = {} if changed(config, f"{ENGINE}.python") else {"vllm": None}
-        found |= _versions_for(on_vllm.python, "vllm") or nowhere
+        found |= _versions_for(on_vllm.python, "vllm", "") or nowhere  # its server inherits no path
     if megatron_workers(config):
         found["megatron-core"] = _installed("megatron-core")
     return found
 
 
-def _versions_for(python: str | None, package: str) -> dict[str, str | None]:
+def _versions_for(python: str | None, package: str, path: str) -> dict[str, str | None]:
     """What `find_versions` says of one package.
 
     Args:
         python: the interpreter that is to have it; None: this one.
+        path: the PYTHONPATH that it starts with.
     """
     if python is None:
         return {package: _installed(package)}
     interpreter = find_interpreter(python)
     if interpreter is None:
         return {}
-    release = installed_for(interpreter, package)
-    return {package: release} if release is not None or is_isolated(interpreter) else {}
+    release = installed_for(interpreter, package, path)
+    return {package: release} if release is not None or is_isolated(interpreter, path) else {}
 
 
 def _installed(package: str) -> str | None:
@@ -61,21 +62,29 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def installed_for(python: Path, package: str) -> str | None:
-    """The release that another interpreter would import; None: none is found where its packages usually are."""
-    folders = [str(folder) for folder in _package_folders(python)]
+def installed_for(python: Path, package: str, path: str = "") -> str | None:
+    """The release that another interpreter would import; None: none is found where its packages usually are.
+
+    Args:
+        path: the PYTHONPATH that it starts with.
+    """
+    folders = [str(folder) for folder in _package_folders(python, path)]
     return next((found.version for found in distributions(name=package, path=folders)), None)
 
 
-def is_isolated(python: Path) -> bool:
-    """Whether an interpreter sees the packages of its own environment and no others."""
+def is_isolated(python: Path, path: str = "") -> bool:
+    """Whether an interpreter sees the packages of its own environment and no others.
+
+    Args:
+        path: the PYTHONPATH that it starts with.
+    """
     settings = _environment_settings(python)
-    return settings is not None and not _sees_system(settings) and "PYTHONPATH" not in os.environ
+    return settings is not None and not _sees_system(settings) and not path
 
 
-def _package_folders(python: Path) -> list[Path]:
+def _package_folders(python: Path, path: str) -> list[Path]:
     """Where `python` looks for packages, as far as the layout of its installation says, the nearest first."""
-    named = [Path(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    named = [Path(folder) for folder in path.split(os.pathsep) if folder]
     settings = _environment_settings(python)
     if settings is None:
         return named + _system_folders(python)

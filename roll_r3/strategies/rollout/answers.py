@@ -89,7 +89,8 @@ def checked_trajectory(
     if answer.finish_reason == "length" and len(response_ids_R) != asked.max_new_tokens:
         raise SampleError(
             f"the engine cut the response after {len(response_ids_R)} of {asked.max_new_tokens} tokens: "
-            "strategy_config.context_length or max_total_tokens is too small for the prompt and the response"
+            "its context or its cache is too small for the prompt and the response (of a server: "
+            "strategy_config.context_length, max_total_tokens)"
         )
     log_probs_R = _log_probs(answer.log_prob_entries, response_ids_R)
     routes = None

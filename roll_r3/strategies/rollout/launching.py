@@ -8,6 +8,12 @@ import signal
 import sys
 
 
+def leave_folder(program: str) -> None:
+    """Take a program's folder off the import path: its modules must not shadow others."""
+    folder = os.path.dirname(os.path.abspath(program))
+    sys.path[:] = [entry for entry in sys.path if entry != folder]
+
+
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when the one that started it dies.
 

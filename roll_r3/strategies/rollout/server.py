@@ -143,14 +143,15 @@ class ServerRollout(ABC, Generic[ConfigT]):
             raise ConfigError("; ".join(problems))
         if self._device == "cuda" and len(self._gpu_ids) != self._config.tp_size:
             raise ConfigError(f"{self._name}: tp_size is {self._config.tp_size}, but it was given GPUs {self._gpu_ids}")
-        version = await self._installed_version()
+        environment = self.environment()
+        version = await self._installed_version(environment)
         if warning := self.check_version(version):
             logger.warning("%s: %s", self._name, warning)
         logger.info("%s: starting %s %s, its log is %s", self._name, self.engine, version, self._process.log_path)
         started = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._config.startup_timeout):
-                client = await self._launch(str(checkpoint), self._facts)
+                client = await self._launch(str(checkpoint), self._facts, environment)
                 await self._warm_up(client)
         except TimeoutError as error:
             text = f"did not answer within {self._config.startup_timeout:g} s (strategy_config.startup_timeout)"
@@ -163,12 +164,17 @@ class ServerRollout(ABC, Generic[ConfigT]):
         seconds = asyncio.get_running_loop().time() - started
         logger.info("%s: up on port %d after %.1f s", self._name, self._port, seconds)
 
-    async def _installed_version(self) -> str:
+    async def _installed_version(self, environment: dict[str, str]) -> str:
         """The release of the interpreter that will run the server, which may not be this one."""
         code = f"from importlib.metadata import version; print(version({self.package!r}))"
         try:
             process = await asyncio.create_subprocess_exec(
-                self.python, "-c", code, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+                self.python,
+                "-c",
+                code,
+                env=environment,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
             )
         except OSError as error:
             raise EngineError(f"{self._name}: cannot run strategy_config.python {self.python!r}: {error}") from error
@@ -181,8 +187,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
             )
         return output.decode().strip()
 
-    async def _launch(self, checkpoint: str, facts: ModelFacts) -> ServerClient:
-        environment = self.environment()
+    async def _launch(self, checkpoint: str, facts: ModelFacts, environment: dict[str, str]) -> ServerClient:
         for attempt in range(1, _LAUNCHES + 1):
             self._port = free_port(self._config.host)
             self._process.launch(self.command(checkpoint, facts, self._port), environment)

@@ -132,6 +132,10 @@ class ServerWeightChannel(ABC):
     def _leave(self, target: ServerTarget) -> None:
         """Have an engine's ranks leave the group."""
 
+    def _succeeded(self, answer: str) -> bool:
+        """Whether an answer with status 200 says so too. A subclass whose engine may say otherwise reads it."""
+        return True
+
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Send (Hugging Face name, whole tensor) pairs.
 
@@ -273,10 +277,10 @@ class ServerWeightChannel(ABC):
         timeout_s: float | None = None,
         may_be_missing: bool = False,
     ) -> None:
-        """One call, checked: SGLang reports a failed update in its answer, whatever the status.
+        """One call, checked.
 
         Args:
-            may_be_missing: releases that update without a session do not have the endpoint.
+            may_be_missing: an engine without the endpoint does not need the call.
         """
         connection = http.client.HTTPConnection(target.host, target.port, timeout=timeout_s or self._timeout_s)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {target.api_key}"}
@@ -291,22 +295,13 @@ class ServerWeightChannel(ABC):
             connection.close()
         if response.status == 404 and may_be_missing:
             return
-        if response.status != 200 or not _succeeded(text):
+        if response.status != 200 or not self._succeeded(text):
             raise EngineError(f"{target.name} refused {path} ({response.status}): {text[:1000]}")
 
 
 def incomplete(version: int) -> str:
     """The weight version of an engine whose update is not over; no rollout accepts it."""
     return f"{version}-incomplete"
-
-
-def _succeeded(text: str) -> bool:
-    """Whether an answer with status 200 says so too; /flush_cache answers in prose."""
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return True
-    return not isinstance(answer, dict) or answer.get("success", True) is True
 
 
 def _address_towards(target: ServerTarget) -> str:

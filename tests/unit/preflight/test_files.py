@@ -338,10 +338,10 @@ def interpreter(folder: Path, settings: str | None = None) -> Path:
     return python
 
 
-def install(folder: Path, release: str) -> None:
-    info = folder / f"sglang-{release}.dist-info"
+def install(folder: Path, release: str, package: str = "sglang") -> None:
+    info = folder / f"{package}-{release}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Name: sglang\nVersion: {release}\n")
+    (info / "METADATA").write_text(f"Name: {package}\nVersion: {release}\n")
 
 
 @pytest.mark.parametrize(
@@ -372,8 +372,19 @@ def test_an_environment_sees_the_systems_packages_where_it_says_so(machine, monk
     install(machine / "opened/lib/python3.12/site-packages", "0.5.2")
     assert installed_for(opened, "sglang") == "0.5.2", "its own come first"
     install(machine / "named", "0.5.3")
+    path = str(machine / "named")
+    assert (installed_for(closed, "sglang", path), is_isolated(closed, path)) == ("0.5.3", False)
+
+
+def test_an_engine_is_found_on_the_path_that_its_server_starts_with(machine, monkeypatch):
+    """A vLLM server does not inherit PYTHONPATH."""
+    python = interpreter(machine / "closed", "include-system-site-packages = false\n")
+    install(machine / "named", "0.5.3")
+    install(machine / "named", "0.32.0", "vllm")
     monkeypatch.setenv("PYTHONPATH", str(machine / "named"))
-    assert (installed_for(closed, "sglang"), is_isolated(closed)) == ("0.5.3", False)
+    for engine, release in (("sglang", "0.5.3"), ("vllm", None)):
+        chosen = f"actor_infer.strategy_args={{strategy_name: {engine}, strategy_config: {{python: {python}}}}}"
+        assert find_versions(load_text(MINIMAL, "run.yaml", [chosen]).config)[engine] == release
 
 
 def test_nothing_is_claimed_of_an_interpreter_whose_packages_are_not_found(machine, monkeypatch):

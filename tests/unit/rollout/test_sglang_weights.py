@@ -16,7 +16,6 @@ import torch
 from roll_r3.errors import EngineError
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 from roll_r3.strategies.rollout.target import ServerTarget
-from roll_r3.strategies.rollout.weights import _succeeded
 
 KEY = "a-very-secret-key"
 GOOD = (200, {"success": True, "message": "ok"})
@@ -144,10 +143,11 @@ def test_tensors_are_sent_in_the_engines_precision_but_for_those_it_keeps_in_fp3
 
 
 def test_only_a_plain_success_counts() -> None:
-    assert _succeeded('{"success": true}')
-    assert _succeeded("Cache flushed.")
-    assert not _succeeded('{"success": false}')
-    assert not _succeeded('{"success": null}')
+    channel = SglangWeightChannel([], device="cpu")
+    assert channel._succeeded('{"success": true}')
+    assert channel._succeeded("Cache flushed.")
+    assert not channel._succeeded('{"success": false}')
+    assert not channel._succeeded('{"success": null}')
 
 
 def test_a_target_travels_but_does_not_show_its_key() -> None:

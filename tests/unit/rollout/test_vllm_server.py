@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from importlib.metadata import distributions
 
 import pytest
@@ -22,6 +24,7 @@ from roll_r3.strategies.rollout.vllm.server import (
     server_arguments,
     server_command,
     server_environment,
+    settings_left_out,
 )
 from roll_r3.strategies.rollout.vllm.version import check_version
 
@@ -134,6 +137,11 @@ def test_server_args_come_last_and_false_is_said():
         ("prefill_context_parallel_size", 2, "context-parallel"),
         ("kv_transfer_config", "{}", "from elsewhere"),
         ("enable_eplb", True, "not verified"),
+        ("worker_cls", "x.Y", "own classes"),
+        ("worker_extension_cls", "x.Y", "own classes"),
+        ("scheduler_cls", "x.Y", "own classes"),
+        ("model_impl", "transformers", "own classes"),
+        ("model_class_overrides", "{}", "own classes"),
     ],
 )
 def test_arguments_that_lose_routes_are_refused(name, value, reason):
@@ -161,6 +169,22 @@ def test_arguments_that_lose_routes_are_refused(name, value, reason):
         ("--dtype", "half", "underscores"),
         ("quantization", "fp8", "would not fit"),
         ("hf_overrides", "{}", "trainer's model"),
+        ("tokenizer", "x", "checkpoint's directory"),
+        ("tokenizer_revision", "x", "checkpoint's directory"),
+        ("tokenizer_mode", "slow", "checkpoint's directory"),
+        ("revision", "x", "checkpoint's directory"),
+        ("code_revision", "x", "checkpoint's directory"),
+        ("hf_config_path", "x", "checkpoint's directory"),
+        ("hf_token", "x", "read by anybody"),
+        ("logits_processors", "x", "sampled"),
+        ("watermark_config", "{}", "sampled"),
+        ("offload_group_size", 2, "where the engine computes"),
+        ("offload_params", "x", "where the engine computes"),
+        ("root_path", "/x", "paths as they are"),
+        ("device_ids", "0", "device_mapping"),
+        ("device_memory_utilization", 0.5, "strategy_config.gpu_memory_utilization"),
+        ("data_parallel_external_lb", True, "one replica"),
+        ("runner", "pooling", "generate"),
         ("speculative_conf", "{}", "takes it for speculative_config"),
         ("pipeline_par", 2, "takes it for pipeline_parallel_size"),
     ],
@@ -171,10 +195,8 @@ def test_owned_arguments_are_refused(name, value, reason):
     assert reason in problem
 
 
-def test_the_key_is_in_the_environment_and_not_on_the_line():
-    config = VllmConfig()
-    assert not any(KEY in word for word in server_command(config, arguments(config)))
-    assert environment(config, {})[launcher.KEY_VARIABLE] == KEY
+def test_the_key_is_in_the_environment():
+    assert environment(VllmConfig(), {})[launcher.KEY_VARIABLE] == KEY
     assert server_command(VllmConfig(python="/opt/vllm/bin/python"), [])[:2] == [
         "/opt/vllm/bin/python",
         launcher.__file__,
@@ -182,22 +204,42 @@ def test_the_key_is_in_the_environment_and_not_on_the_line():
 
 
 def test_neither_a_trainers_rank_nor_a_setting_that_nobody_wrote_reaches_the_server():
-    inherited = {"PATH": "/bin", "RANK": "3", "TORCHELASTIC_X": "1", "VLLM_BATCH_INVARIANT": "1", "VLLM_PLUGINS": "x"}
+    inherited = {"PATH": "/bin", "RANK": "3", "TORCHELASTIC_X": "1", "VLLM_PLUGINS": "x", "VLLM_BATCH_INVARIANT": "1"}
     variables = environment(VllmConfig(), inherited)
+    assert settings_left_out(inherited) == ["VLLM_BATCH_INVARIANT", "VLLM_PLUGINS"]
     assert variables["PATH"] == "/bin"
     assert not {"RANK", "TORCHELASTIC_X", "VLLM_BATCH_INVARIANT"} & set(variables)
     assert variables[launcher.PARENT_VARIABLE] == str(os.getpid())
 
 
 def test_what_a_cpu_needs_is_for_a_cpu_only():
-    on_cpu, on_gpu = environment(VllmConfig(), {"PYTHONPATH": "/mine"}), environment(VllmConfig(), {}, device="cuda")
-    assert on_cpu["PYTHONPATH"].split(os.pathsep) == [str(PLUGIN_PATH), str(CPU_PATH), "/mine"]
+    on_cpu, on_gpu = environment(VllmConfig(), {}), environment(VllmConfig(), {}, device="cuda")
+    assert on_cpu["PYTHONPATH"].split(os.pathsep) == [str(PLUGIN_PATH), str(CPU_PATH)]
     assert on_cpu["VLLM_PLUGINS"] == "roll_r3_vllm,roll_r3_vllm_cpu"
     assert on_gpu["PYTHONPATH"] == str(PLUGIN_PATH)
     assert on_gpu["VLLM_PLUGINS"] == "roll_r3_vllm"
     assert on_gpu["CUDA_VISIBLE_DEVICES"] == "2,5"
     assert on_gpu["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     assert not {"TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"} & set(on_gpu)
+
+
+def test_the_packages_of_this_interpreter_do_not_reach_the_server():
+    variables = environment(VllmConfig(), {"PYTHONPATH": "/mine", "PYTHONHOME": "/mine"}, device="cuda")
+    assert variables["PYTHONPATH"] == str(PLUGIN_PATH)
+    assert "PYTHONHOME" not in variables
+
+
+def test_the_launchers_folder_is_not_on_the_servers_import_path(tmp_path):
+    """Up to the first module that it imports, here one of our own."""
+    package = tmp_path / "roll_r3_vllm"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "access.py").write_text("import sys\nprint(sys.path)\nsys.exit()\n")
+    line = server_command(VllmConfig(python=sys.executable), [])
+    variables = {"PYTHONPATH": str(tmp_path), launcher.KEY_VARIABLE: KEY, launcher.PARENT_VARIABLE: str(os.getpid())}
+    done = subprocess.run(line, env=variables, capture_output=True, text=True, check=True)
+    assert str(tmp_path) in done.stdout
+    assert os.path.dirname(launcher.__file__) not in done.stdout
 
 
 @pytest.mark.parametrize(("path", "name"), [(PLUGIN_PATH, "roll_r3_vllm"), (CPU_PATH, "roll_r3_vllm_cpu")])
@@ -216,8 +258,16 @@ def test_a_cpu_runs_one_release_only(text):
 def test_a_gpu_runs_that_release_and_later_ones_with_a_warning():
     assert check_version("0.32.0+cpu", device="cpu") is None
     assert check_version("0.32.0", device="cuda") is None
+    assert check_version("0.32.0+cu130", device="cuda") is None
+    assert check_version("0.32.0+cpu", device="auto") is None
     assert "newer than 0.32.0" in str(check_version("0.33.0", device="cuda"))
     with pytest.raises(EngineError, match=r"too old.*vllm==0\.32\.0"):
         check_version("0.31.0", device="cuda")
     with pytest.raises(EngineError, match="cannot be read"):
         check_version("main", device="cuda")
+
+
+@pytest.mark.parametrize("text", ["0.32.0+cpu", "0.33.0+cpu"])
+def test_a_gpu_does_not_run_a_build_for_cpus(text):
+    with pytest.raises(EngineError, match=r"built for CPUs.*make vllm-env VLLM_KIND=gpu"):
+        check_version(text, device="cuda")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import runpy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,10 @@ import pytest
 import torch
 
 from roll_r3.errors import EngineError
+from roll_r3.strategies.rollout.sampling import SampleError
 from roll_r3.strategies.rollout.target import ServerTarget
+from roll_r3.strategies.rollout.vllm.server import PLUGIN_PATH
+from roll_r3.strategies.rollout.vllm.strategy import VllmRollout
 from roll_r3.strategies.rollout.vllm.weights import VllmWeightChannel
 
 KEY = "a-very-secret-key"
@@ -93,3 +98,41 @@ def test_weights_are_sent_as_they_come():
     weights = [(name, torch.zeros(2, dtype=torch.bfloat16)) for name in ("kv_a_proj_with_mqa", "b", "q_a_proj")]
     buckets = VllmWeightChannel([], device="cpu").buckets(weights, 8)
     assert [[name for name, _ in bucket] for bucket in buckets] == [["kv_a_proj_with_mqa", "b"], ["q_a_proj"]]
+
+
+ReceivedNames = runpy.run_path(str(PLUGIN_PATH / "roll_r3_vllm" / "received.py"))["ReceivedNames"]
+
+
+def test_a_tensor_that_comes_twice_is_refused():
+    names = ReceivedNames()
+    names.begin()
+    names.add(["a", "b"])
+    with pytest.raises(ValueError, match="b came twice"):
+        names.add(["c", "b"])
+    names.begin()
+    names.add(["b"])
+
+
+def test_every_update_brings_what_the_first_whole_one_brought():
+    names = ReceivedNames()
+    names.begin()
+    names.add(["x"])  # never finished
+    names.begin()
+    names.add(["a.bias", "b.bias", "c"])
+    assert (names.missing(), names.ending_in(".bias")) == ([], 2)
+    names.finish()
+    for _ in range(2):
+        names.begin()
+        names.add(["c", "d"])
+        assert (names.missing(), names.ending_in(".bias")) == (["a.bias", "b.bias"], 0)
+        names.finish()
+
+
+@pytest.mark.parametrize("text", [b"x", b"{}", b"[]", b"null", b"\xff"])
+def test_an_answer_without_a_version_is_a_failed_sample(text):
+    class Client:
+        async def get(self, path: str, timeout_s: float) -> bytes:
+            return text
+
+    with pytest.raises(SampleError, match="does not say which weights"):
+        asyncio.run(VllmRollout.why_closed(object.__new__(VllmRollout), Client()))

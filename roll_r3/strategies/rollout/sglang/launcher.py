@@ -34,7 +34,7 @@ def main() -> None:
     shared = runpy.run_path(os.path.join(os.path.dirname(here), "launching.py"))
     shared["die_with_parent"](int(os.environ.pop(PARENT_VARIABLE)))  # SGLang's own children do the same
     key = HiddenKey(os.environ.pop(KEY_VARIABLE))
-    sys.path[:] = [entry for entry in sys.path if entry != here]  # this folder's modules must not shadow others
+    shared["leave_folder"](__file__)
 
     # By name, because only the interpreter that runs this has SGLang; spawned processes do not come this far.
     launch = import_module("sglang.launch_server")

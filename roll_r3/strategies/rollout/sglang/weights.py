@@ -5,6 +5,7 @@ hf_infer answers the same calls.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -38,7 +39,16 @@ class SglangWeightChannel(ServerWeightChannel):
         }
         self._post(target, "/init_weights_update_group", request, timeout_s=self._join_timeout_s)
 
+    def _succeeded(self, answer: str) -> bool:
+        """SGLang reports a failed update in its answer, whatever the status; /flush_cache answers in prose."""
+        try:
+            said = json.loads(answer)
+        except ValueError:
+            return True
+        return not isinstance(said, dict) or said.get("success", True) is True
+
     def _open(self, target: ServerTarget, version: str) -> None:
+        # releases that update without a session do not have the endpoint
         self._post(target, "/begin_weight_update", {}, may_be_missing=True)
         self._take(target, _NOTHING, version)
 

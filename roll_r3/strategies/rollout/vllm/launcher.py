@@ -18,6 +18,7 @@ PARENT_VARIABLE = "ROLL_R3_VLLM_PARENT"
 def main() -> None:
     shared = runpy.run_path(str(Path(__file__).parents[1] / "launching.py"))
     shared["die_with_parent"](int(os.environ.pop(PARENT_VARIABLE)))
+    shared["leave_folder"](__file__)
     # By name, because only the interpreter that runs this has them.
     access = import_module("roll_r3_vllm.access")
     access.KEY = os.environ.pop(KEY_VARIABLE).encode()

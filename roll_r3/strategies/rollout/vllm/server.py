@@ -24,10 +24,17 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _CPU_SAMPLES = 64
 """Samples decoded at once on a CPU, and room for as many in the cache, unless the configuration says."""
 
+_PYTHON_VARIABLES = ("PYTHONPATH", "PYTHONHOME")
+"""They are about the interpreter that runs roll_r3: its packages would stand in for those that vLLM pins."""
+
 _OWNED = "this strategy sets it itself"
 _NO_REPLICAS = "weights are sent to one replica; give actor_infer more devices instead"
 _ONE_NODE = "an engine lives on one node"
 _OTHER_WEIGHTS = "the trainer's weights would not fit an engine that holds others"
+_ONE_DIRECTORY = "everything is read from the checkpoint's directory, where the trainer reads it"
+_OTHER_SAMPLING = "it would change what is sampled after log-probabilities are taken"
+_OTHER_CODE = "routes are recorded by vLLM's own classes"
+_OFFLOADED = "the trainer's weights are written where the engine computes"
 _SPECULATION = "draft tokens are not recorded with theirs"
 _CONTEXT_PARALLEL = "vLLM does not gather routes over context-parallel ranks"
 _TRANSFER = "prefixes that come from elsewhere carry no routes"
@@ -42,16 +49,23 @@ _LOSE_ROUTES: dict[str, str] = {
     "speculative_model": _SPECULATION,
     "spec_method": _SPECULATION,
     "spec_model": _SPECULATION,
+    "spec_tokens": _SPECULATION,
     "decode_context_parallel_size": _CONTEXT_PARALLEL,
     "dcp": _CONTEXT_PARALLEL,
     "prefill_context_parallel_size": _CONTEXT_PARALLEL,
     "pcp": _CONTEXT_PARALLEL,
     "kv_transfer_config": _TRANSFER,
     "kv_offloading_size": _TRANSFER,
+    "kv_offloading_backend": _TRANSFER,
     "aux_output_config": "it belongs to the recording of routes, which the strategy sets up",
     "enable_eplb": _MOVED,
     "eplb_config": _MOVED,
     "enable_elastic_ep": _MOVED,
+    "worker_cls": _OTHER_CODE,
+    "worker_extension_cls": _OTHER_CODE,
+    "scheduler_cls": _OTHER_CODE,
+    "model_impl": _OTHER_CODE,
+    "model_class_overrides": _OTHER_CODE,
 }
 """Features with which routed experts would be missing or wrong."""
 
@@ -59,7 +73,15 @@ _REFUSED: dict[str, str] = {
     "enable_return_routed_experts": "it follows actor_infer.router_replay.mode",
     "data_parallel_size": _NO_REPLICAS,
     "dp": _NO_REPLICAS,
+    "data_parallel_size_local": _NO_REPLICAS,
     "data_parallel_rank": _NO_REPLICAS,
+    "data_parallel_start_rank": _NO_REPLICAS,
+    "data_parallel_address": _NO_REPLICAS,
+    "data_parallel_rpc_port": _NO_REPLICAS,
+    "data_parallel_backend": _NO_REPLICAS,
+    "data_parallel_hybrid_lb": _NO_REPLICAS,
+    "data_parallel_external_lb": _NO_REPLICAS,
+    "data_parallel_multi_port_external_lb": _NO_REPLICAS,
     "api_server_count": "the strategy speaks to one server process",
     "nnodes": _ONE_NODE,
     "node_rank": _ONE_NODE,
@@ -67,16 +89,29 @@ _REFUSED: dict[str, str] = {
     "headless": _ONE_NODE,
     "distributed_executor_backend": "the engine's processes must end with its server",
     "model": f"{_OWNED}, from pretrain or actor_infer.model_args.model_name_or_path",
+    "revision": _ONE_DIRECTORY,
+    "code_revision": _ONE_DIRECTORY,
+    "hf_config_path": _ONE_DIRECTORY,
+    "hf_token": f"{_ONE_DIRECTORY}, and a command line can be read by anybody",
+    "config_format": _ONE_DIRECTORY,
+    "tokenizer": _ONE_DIRECTORY,
+    "tokenizer_revision": _ONE_DIRECTORY,
+    "tokenizer_mode": _ONE_DIRECTORY,
+    "runner": "the server must generate",
+    "convert": "the server must generate",
+    "device_ids": f"{_OWNED}, from actor_infer.device_mapping",
     "trust_remote_code": f"{_OWNED}, from actor_infer.model_args.trust_remote_code",
     "port": f"{_OWNED}: a free one is taken",
     "uds": f"{_OWNED}: a free port is taken",
     "api_key": f"{_OWNED}: a fresh one for every start, which never shows on a command line",
     "middleware": f"{_OWNED}: it asks for the key",
+    "root_path": "the client asks for paths as they are",
     "seed": f"{_OWNED}, from seed",
     "max_model_len": "write strategy_config.context_length instead",
     "max_num_seqs": "write strategy_config.max_running_requests instead",
     "tensor_parallel_size": "write strategy_config.tp_size instead",
     "tp": "write strategy_config.tp_size instead",
+    "device_memory_utilization": "write strategy_config.gpu_memory_utilization instead",
     "num_gpu_blocks_override": "write strategy_config.max_total_tokens instead",
     "kv_cache_memory_bytes": "write strategy_config.max_total_tokens instead",
     "block_size": f"{_OWNED} where it matters, on a CPU",
@@ -84,6 +119,8 @@ _REFUSED: dict[str, str] = {
     "enable_scale_out": f"{_OWNED}: it asks for tokens, not for text",
     "logprobs_mode": f"{_OWNED}, from generating_args.temperature",
     "max_logprobs": "the strategy asks for those of the sampled tokens",
+    "logits_processors": _OTHER_SAMPLING,
+    "watermark_config": _OTHER_SAMPLING,
     "generation_config": "it would change what generating_args says",
     "override_generation_config": "it would change what generating_args says",
     "skip_tokenizer_init": "the server must know where a sequence ends",
@@ -92,7 +129,13 @@ _REFUSED: dict[str, str] = {
     "ssl_keyfile": "the client speaks plain HTTP",
     "ssl_certfile": "the client speaks plain HTTP",
     "enable_sleep_mode": "nothing would wake the engine; it keeps its memory between steps",
-    "cpu_offload_gb": "the trainer's weights are written where the engine computes",
+    "offload_backend": _OFFLOADED,
+    "cpu_offload_gb": _OFFLOADED,
+    "cpu_offload_params": _OFFLOADED,
+    "offload_group_size": _OFFLOADED,
+    "offload_num_in_group": _OFFLOADED,
+    "offload_prefetch_step": _OFFLOADED,
+    "offload_params": _OFFLOADED,
     "quantization": _OTHER_WEIGHTS,
     "quantization_config": _OTHER_WEIGHTS,
     "enable_lora": _OTHER_WEIGHTS,
@@ -191,6 +234,11 @@ def server_command(config: VllmConfig, arguments: list[str]) -> list[str]:
     return [config.python, launcher.__file__, *arguments]
 
 
+def settings_left_out(inherited: Mapping[str, str]) -> list[str]:
+    """Names of vLLM's own settings, which a server does not inherit: nobody wrote them into the file."""
+    return sorted(name for name in inherited if name.startswith("VLLM_"))
+
+
 def server_environment(
     config: VllmConfig,
     inherited: Mapping[str, str],
@@ -200,8 +248,8 @@ def server_environment(
     key: str,
 ) -> dict[str, str]:
     """The environment that a server starts with; `inherited` is this process's own."""
-    # A setting of vLLM's that nobody wrote into the file would change what runs.
-    environment = {n: v for n, v in without_rank(inherited).items() if not n.startswith("VLLM_")}
+    left_out = {*_PYTHON_VARIABLES, *settings_left_out(inherited)}
+    environment = {name: value for name, value in without_rank(inherited).items() if name not in left_out}
     plugins, path = ["roll_r3_vllm"], [str(PLUGIN_PATH)]
     environment |= {
         launcher.KEY_VARIABLE: key,
@@ -228,7 +276,6 @@ def server_environment(
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "TORCHDYNAMO_DISABLE": "1",  # compiling needs a C++ compiler and Triton
         }
-    inherited_path = [inherited["PYTHONPATH"]] if inherited.get("PYTHONPATH") else []
     environment["VLLM_PLUGINS"] = ",".join(plugins)
-    environment["PYTHONPATH"] = os.pathsep.join([*path, *inherited_path])
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     return environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from typing import Any
 
@@ -13,6 +14,7 @@ from roll_r3.models.facts import ModelFacts
 from roll_r3.models.size import Shape, shape_of
 from roll_r3.strategies.rollout.answers import Asked
 from roll_r3.strategies.rollout.client import ServerClient
+from roll_r3.strategies.rollout.sampling import SampleError
 from roll_r3.strategies.rollout.server import ServerRollout
 from roll_r3.strategies.rollout.vllm.payload import read_sample
 from roll_r3.strategies.rollout.vllm.server import (
@@ -22,8 +24,11 @@ from roll_r3.strategies.rollout.vllm.server import (
     server_arguments,
     server_command,
     server_environment,
+    settings_left_out,
 )
 from roll_r3.strategies.rollout.vllm.version import check_version
+
+logger = logging.getLogger(__name__)
 
 _CALL_S = 60.0
 
@@ -68,6 +73,8 @@ class VllmRollout(ServerRollout[VllmConfig]):
         return server_command(self._config, arguments)
 
     def environment(self) -> dict[str, str]:
+        if names := settings_left_out(os.environ):
+            logger.warning("%s: its server does not inherit %s", self._name, ", ".join(names))
         return server_environment(self._config, os.environ, device=self._device, gpu_ids=self._gpu_ids, key=self._key)
 
     async def prepare(self, client: ServerClient) -> None:
@@ -76,7 +83,11 @@ class VllmRollout(ServerRollout[VllmConfig]):
 
     async def why_closed(self, client: ServerClient) -> str:
         """While an update is open, or after one that failed, requests would wait for an engine that is paused."""
-        version = json.loads(await client.get("/weight_info", _CALL_S))["weight_version"]
+        text = await client.get("/weight_info", _CALL_S)
+        try:
+            version = json.loads(text)["weight_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SampleError(f"/weight_info does not say which weights the engine has: {text[:200]!r}") from error
         if version != str(self._weight_version):
             return f"the answer would come from weights of version {version}, not {self._weight_version}"
         return ""

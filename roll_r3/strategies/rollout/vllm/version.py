@@ -14,15 +14,20 @@ def check_version(text: str, *, device: str) -> str | None:
 
     Args:
         text: the installed release, with or without a local part such as `+cpu`.
-        device: "cpu", where only the release that was tested runs, or another.
+        device: "cpu", where only the release that was tested runs; "cuda", where no build for CPUs does; or another.
 
     Raises:
-        EngineError: a release outside the window, or text that is no version.
+        EngineError: a release outside the window, a build for CPUs that is to run on GPUs, or text that is no version.
     """
     try:
         version = Version(text)
     except InvalidVersion as error:
         raise EngineError(f"vLLM calls its version {text!r}, which cannot be read: {error}") from error
+    if device == "cuda" and "cpu" in (version.local or "").split("."):
+        raise EngineError(
+            f"vLLM {version} is built for CPUs and sees no GPU. Take the environment away and run "
+            "`make vllm-env VLLM_KIND=gpu`, or name an interpreter that has vLLM for GPUs in strategy_config.python"
+        )
     release = Version(version.public)
     if release == TESTED:
         return None

@@ -22,12 +22,16 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from roll_r3_vllm.received import ReceivedNames
+
 JOIN_TIMEOUT = 120.0
 """Seconds."""
+_EXPERT_BIAS = "e_score_correction_bias"
+"""A parameter that vLLM leaves out when it counts what a layer has received."""
 
 
 # The module that the trainer joins with, by path: this interpreter need not have roll_r3.
@@ -70,10 +74,12 @@ class GroupWeights(WeightTransferEngine[JoinInfo, TensorsInfo]):
     init_info_cls, update_info_cls = JoinInfo, TensorsInfo
 
     _group: dist.ProcessGroup | None = None
+    _names: ReceivedNames
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         """Join the group; the trainer of an earlier run is left behind."""
         self.shutdown()
+        self._names = ReceivedNames()
         store = TCPStore(
             init_info.master_address,
             init_info.master_port,
@@ -91,16 +97,18 @@ class GroupWeights(WeightTransferEngine[JoinInfo, TensorsInfo]):
         )
 
     def start_weight_update(self) -> None:
+        self._names.begin()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: TensorsInfo) -> None:
         """Receive the named tensors and hand them to the model's own loader.
 
         Raises:
-            ValueError: a name that the model has not.
+            ValueError: a name that the model has not, or that this update has brought already.
         """
         if self._group is None:
             raise RuntimeError("this rank has not joined the group")
+        self._names.add(update_info.names)
         named = zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True)
         received = [
             (name, torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)) for name, dtype, shape in named
@@ -115,11 +123,22 @@ class GroupWeights(WeightTransferEngine[JoinInfo, TensorsInfo]):
         """Write what was left unfinished.
 
         Raises:
-            ValueError: some layer lacks tensors; vLLM would go on with what its memory held.
+            ValueError: tensors are missing; vLLM would go on with what its memory held.
         """
+        if missing := self._names.missing():
+            raise ValueError(
+                f"{len(missing)} tensors that the first update brought never came: {', '.join(missing[:5])} ..."
+            )
         if lacking := unfinished_layers(self.model):
             raise ValueError(f"weights of {len(lacking)} layers never came whole: {', '.join(lacking[:5])} ...")
+        biases = sum(name.endswith(_EXPERT_BIAS) for name, _ in self.model.named_parameters())
+        if (came := self._names.ending_in(_EXPERT_BIAS)) < biases:
+            raise ValueError(f"{came} tensors {_EXPERT_BIAS} came, the model has {biases}")
         finalize_layerwise_reload(self.model, self.model_config)
+        for layer in self.model.modules():
+            if _is_tied(self.model, layer):  # a CPU's kernel holds a copy of its own, of the weights before
+                layer.quant_method.process_weights_after_loading(layer)
+        self._names.finish()
 
     def shutdown(self) -> None:
         group, self._group = self._group, None
@@ -130,9 +149,8 @@ class GroupWeights(WeightTransferEngine[JoinInfo, TensorsInfo]):
 def unfinished_layers(model: torch.nn.Module) -> list[str]:
     """Names of the modules that an update has not filled.
 
-    Where the vocabulary is padded, or is the other end's by tying, less than the whole is all there is.
+    Where the vocabulary is padded less than the whole is all there is, and a tied output layer has nothing of its own.
     """
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     lacking = []
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
@@ -140,10 +158,17 @@ def unfinished_layers(model: torch.nn.Module) -> list[str]:
             continue
         if is_deferred_attention_layer(layer):  # its only parameters are scales that checkpoints seldom have
             continue
+        if _is_tied(model, layer):
+            continue
         if isinstance(layer, VocabParallelEmbedding):
-            complete = info.load_numel > 0 or tied
+            complete = info.load_numel > 0
         else:
             complete = info.load_numel >= info.load_numel_total
         if not complete:
             lacking.append(name)
     return lacking
+
+
+def _is_tied(model: torch.nn.Module, layer: torch.nn.Module) -> bool:
+    """Whether a layer is the output layer of a model whose embedding has its weights."""
+    return isinstance(layer, ParallelLMHead) and bool(getattr(model.config, "tie_word_embeddings", False))
