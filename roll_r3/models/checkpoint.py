@@ -36,6 +36,18 @@ def resolve_checkpoint(name: str) -> Path:
         raise ConfigError(f"checkpoint {name!r} is no directory here, and the hub does not give it: {error}") from error
 
 
+def safetensors_files(directory: Path) -> list[Path]:
+    """The files of a checkpoint's weights, in the order of their names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{directory} holds no *.safetensors: convert the checkpoint first")
+    return files
+
+
 def is_hub_name(name: str) -> bool:
     """Whether `name` has the form of a repository on the Hugging Face hub, owner/model."""
     return (

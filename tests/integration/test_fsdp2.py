@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -30,6 +31,7 @@ from megatron_cases import (
     shard,
 )
 from own_code import with_code_of_its_own
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from roll_r3.batch.batch import Batch
@@ -38,6 +40,7 @@ from roll_r3.errors import ConfigError, ReplayError, RollError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
 from roll_r3.strategies.base import ProcessInfo
+from roll_r3.strategies.train import world
 
 pytestmark = pytest.mark.integration
 Gangs = Callable[[int], Gang]
@@ -710,15 +713,118 @@ def test_a_checkpoint_that_cannot_be_loaded_says_so(gang: Gangs, models: dict[st
     saved = tmp_path / "qwen3"
     gang(2).run(_save, fsdp2(models["qwen3_moe"]), saved)
     said = gang(2).run(_refused_checkpoint, fsdp2(models["mixtral"]), saved)
-    assert all("is no checkpoint of this model: rank " in text for text in said)
+    assert all("is no checkpoint of this model: rank 0: it holds model." in text for text in said)
     for number in (1, 2):
         part = saved / f"shard-0000{number}-model-00001-of-00001.safetensors"
         part.rename(tmp_path / part.name)
         said = gang(2).run(_refused_checkpoint, fsdp2(models["qwen3_moe"]), saved)
-        assert all("is not whole: a file" in text or "is no checkpoint of this model" in text for text in said)
+        assert all("it is not whole: a file" in text or "has shape" in text for text in said)
+        part.write_bytes((tmp_path / part.name).read_bytes()[:-1000])
+        said = gang(2).run(_refused_checkpoint, fsdp2(models["qwen3_moe"]), saved)
+        assert all("this model: rank 0: SafetensorError" in text for text in said)
         (tmp_path / part.name).rename(part)
     said = gang(2).run(_refused_checkpoint, fsdp2(models["qwen3_moe"]), tmp_path / "nowhere")
-    assert all("nowhere is no checkpoint: there is no such directory" in text for text in said)
+    assert all("nowhere is no checkpoint of this model: rank 0: there is no such directory" in text for text in said)
+
+
+@pytest.mark.parametrize("change", ["one more", "one less", "another shape", "unreadable on one rank"])
+def test_a_checkpoint_of_another_model_is_not_written_into_this_one(
+    change: str, gang: Gangs, tiny_moe: Path, tmp_path: Path
+) -> None:
+    """In one tensor, and every rank learns of it, also of what one rank alone has met."""
+    first, second = gang(2).run(_changed_checkpoint, fsdp2(tiny_moe), tmp_path / "saved", change)
+    assert first == second
+    said = {
+        "one more": r"rank 0: it holds model\.other, which this model has not",
+        "one less": r"rank 0: it has no model\.model\.norm\.weight",
+        "another shape": r"rank 0: model\.model\.norm\.weight has shape \[5\], in this model \[64\]",
+        "unreadable on one rank": r"this model: rank 1: OSError: stale file handle$",
+    }
+    assert re.search(said[change], first), first
+
+
+def _changed_checkpoint(process: ProcessInfo, case: Case, path: Path, change: str) -> str:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    from roll_r3.strategies.train.fsdp2 import checkpoint
+
+    strategy = open_strategy(process, case)
+    saved, name = strategy._state(), "model.model.norm.weight"
+    if change == "one more":
+        saved["model.other"] = torch.ones(3)
+    elif change == "one less":
+        del saved[name]
+    elif change == "another shape":
+        saved[name] = torch.ones(5)
+    checkpoint.save(saved, path)
+    with torch.no_grad():
+        for tensor in strategy._state().values():
+            tensor.fill_(7)
+    with pytest.MonkeyPatch.context() as patch:
+        if change == "unreadable on one rank" and process.rank == 1:
+
+            def unreadable(reader: Any) -> None:
+                raise OSError("stale file handle")
+
+            patch.setattr(HuggingFaceStorageReader, "read_metadata", unreadable)
+        with pytest.raises(ConfigError) as refused:
+            strategy.load_checkpoint(path)
+    kept = {n: t for n, t in strategy._state().items() if n != "optimizer.done"}  # of which each call makes another
+    assert all(((t.to_local() if isinstance(t, DTensor) else t) == 7).all() for t in kept.values())
+    strategy.close()
+    return str(refused.value)
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so_on_every_rank(gang: Gangs, tiny_moe: Path, tmp_path: Path) -> None:
+    """Making the directory and giving it its name are rank 0's alone."""
+    (tmp_path / "file").touch()
+    for said in gang(2).run(_unwritten, fsdp2(tiny_moe), tmp_path):
+        assert re.search(r"checkpoint .*/file/saved was not written: rank 0: NotADirectoryError: ", said[0]), said[0]
+        assert re.search(r"checkpoint .*/saved was not written: rank 0: OSError: no space$", said[1]), said[1]
+    assert not (tmp_path / "saved").exists()
+
+
+def _unwritten(process: ProcessInfo, case: Case, path: Path) -> list[str]:
+    from roll_r3.strategies.train.fsdp2 import checkpoint
+
+    strategy = open_strategy(process, case)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        with pytest.raises(RollError) as refused:
+            strategy.save_checkpoint(path / "file" / "saved")
+        found.append(str(refused.value))
+
+        def no_space(*names: Path) -> None:
+            raise OSError("no space")
+
+        patch.setattr(checkpoint.os, "rename", no_space)
+        with pytest.raises(RollError) as refused:
+            strategy.save_checkpoint(path / "saved")
+        found.append(str(refused.value))
+    strategy.close()
+    return found
+
+
+@pytest.mark.parametrize("lost", ["model.layers.2.mlp.experts.3.up_proj.weight", "model.norm.weight", "index"])
+def test_weights_that_a_checkpoint_lacks_stop_every_rank(lost: str, gang: Gangs, tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
+    if lost == "index":
+        (checkpoint / "model.safetensors.index.json").write_text("no JSON")
+        wanted = "the model was not built: rank 0: JSONDecodeError"
+    else:
+        weights = load_file(checkpoint / "model.safetensors")
+        del weights[lost]
+        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        wanted = f"the model was not built: rank 0: {checkpoint} has no tensor {lost}, which"
+    for said in gang(2).run(_not_built, fsdp2(checkpoint)):
+        assert said.startswith(wanted), said
+
+
+def _not_built(process: ProcessInfo, case: Case) -> str:
+    with pytest.raises(ConfigError) as refused:
+        open_strategy(process, case)
+    world.leave()
+    return str(refused.value)
 
 
 def _save(process: ProcessInfo, case: Case, path: Path) -> None:

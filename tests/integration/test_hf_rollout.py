@@ -292,6 +292,23 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path, lost):
         Engine(checkpoint)
 
 
+def test_weights_that_are_pickled_are_never_read(tmp_path):
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", seed=1)
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"tiny holds no \*\.safetensors: convert the checkpoint first"):
+        Engine(checkpoint)
+
+
+def test_a_forward_that_failed_leaves_no_routes_to_the_next(tiny_moe, start):
+    engine = start(tiny_moe)
+    failing = engine.rollout._model.model.layers[2].register_forward_pre_hook(lambda *args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(requests(1, 1))
+    failing.remove()
+    assert_is_what_the_model_computes(engine.generate(requests(2, 2)), tiny_moe)
+
+
 def test_nothing_is_sampled_before_the_start_and_after_the_end(tiny_moe):
     engine = Engine(tiny_moe)
     engine.run(engine.rollout.stop())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -16,7 +17,23 @@ SHARD_BYTES = 5 << 30
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
 
 
-def write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> None:
+def save_hf(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> None:
+    """Write the weights, config and tokenizer as a Hugging Face checkpoint, on rank 0; collective.
+
+    Args:
+        weights: (name, whole tensor) pairs, the same on every rank; to draw one may be collective, so all ranks draw.
+        source: the checkpoint that the weights began as.
+        path: a directory, made if it is not there.
+    """
+    if dist.get_rank() == 0:
+        _write_checkpoint(weights, source, path)
+    else:
+        for _ in weights:
+            pass
+    dist.barrier()
+
+
+def _write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> None:
     """Write weights as safetensors with an index, and everything else of the source checkpoint beside them.
 
     Tensors of the source that the trainer does not hold (multi-token-prediction layers) are copied as they are.

@@ -116,6 +116,22 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
             checkpoint.fill(torch.zeros(2, 4, 3), "model.layers.0.mlp.experts.gate_up_proj", architecture)
 
 
+def test_a_buffer_that_no_checkpoint_holds_is_refused(tmp_path: Path) -> None:
+    """Not left to whatever the memory held: it is no longer meta, so nothing else would tell."""
+    from roll_r3.strategies.train.fsdp2.model import _fill
+    from roll_r3.strategies.train.fsdp2.weights import CheckpointReader
+
+    with torch.device("meta"):
+        layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        layer[0].register_buffer("scale", torch.ones(2), persistent=False)
+    save_file({"model.layers.4.0.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with (
+        CheckpointReader(tmp_path) as checkpoint,
+        pytest.raises(ConfigError, match=r"how to fill model\.layers\.4\.0\.scale, which no checkpoint holds"),
+    ):
+        _fill([("model.layers.4.", layer)], checkpoint, ARCHITECTURES["qwen3_moe"], torch.device("cpu"))
+
+
 def test_log_probs_and_entropy_are_those_of_a_softmax() -> None:
     from roll_r3.strategies.train.fsdp2.token_values import label_log_probs_and_entropy
 

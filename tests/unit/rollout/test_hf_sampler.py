@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from roll_r3.errors import RouteError
 from roll_r3.strategies.rollout.hf.routers import RouteRecorder
 from roll_r3.strategies.rollout.hf.sampler import choose
 
@@ -44,7 +45,7 @@ def test_a_forward_is_recorded_once_by_every_router_in_their_order():
     first, last = (Recorded(), Recorded())
     recorder = RouteRecorder([first, last])
     last(torch.ones(3, 2))
-    with pytest.raises(AssertionError, match="every router once"):
+    with pytest.raises(RouteError, match=r"ran \[0, 1\] times, where each runs once"):
         recorder.take()
     first(torch.zeros(3, 2))
     assert recorder.take()[:, 0].tolist() == [[0, 0], [1, 1]]

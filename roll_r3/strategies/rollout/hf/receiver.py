@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
 JOIN_TIMEOUT, BROADCAST_TIMEOUT = 120.0, 600.0
-"""Seconds."""
+REQUEST_TIMEOUT = 30.0
+"""Seconds of silence on a connection while a request is read."""
+MAX_BODY = 16 << 20
+"""Bytes of a request: the names, dtypes and shapes of one bucket of weights take less."""
 
 
 class WeightReceiver:
@@ -67,18 +70,21 @@ class WeightReceiver:
         self._server.server_close()
         self._leave({})
 
-    def answer(self, path: str, key: str, request: Answer) -> tuple[int, Answer]:
-        """(HTTP status, answer) of one call."""
-        if not hmac.compare_digest(key.encode(), f"Bearer {self.key}".encode()):
-            return 401, {"success": False, "message": "wrong key"}
+    def admits(self, authorization: str) -> bool:
+        """Whether a caller has the key."""
+        return hmac.compare_digest(authorization.encode(), f"Bearer {self.key}".encode())
+
+    def answer(self, path: str, request: Answer) -> tuple[int, Answer]:
+        """(HTTP status, answer) of one call by a caller that is admitted."""
         if path not in self._calls:
-            return 404, {"success": False, "message": "no such call"}
+            return _refused(404, "no such call")
         try:
             with self._lock:
                 self._calls[path](request)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except Exception as error:
+            # whatever it is, the trainer is told: without an answer it would know only of a connection that broke
             logger.exception("%s failed", path)
-            return 400, {"success": False, "message": f"{type(error).__name__}: {error}"}
+            return _refused(400, f"{type(error).__name__}: {error}")
         return 200, {"success": True}
 
     def _nothing(self, request: Answer) -> None:
@@ -108,9 +114,11 @@ class WeightReceiver:
         """Receive the tensors that are named, in their order; then the version is the one given.
 
         Raises:
-            ValueError: a name or a shape that the model has not, or the version would be a whole one too early.
+            ValueError: no group was joined, a name or a shape that the model has not, or the version would be a whole
+                one too early.
         """
-        assert self._group is not None, "the group is joined first"
+        if self._group is None:
+            raise ValueError("no group was joined: /init_weights_update_group comes first")
         device = next(iter(self._tensors.values())).device
         self._check(request)
         self.version = request["weight_version"]
@@ -134,20 +142,38 @@ class WeightReceiver:
             raise ValueError(f"{len(names)} of {len(self._tensors)} weights never came: {', '.join(names[:5])} ...")
 
 
+def _refused(status: int, message: str) -> tuple[int, Answer]:
+    return status, {"success": False, "message": message}
+
+
 def _handler(receiver: WeightReceiver) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        timeout = REQUEST_TIMEOUT
+
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            try:
-                request = json.loads(body or "{}")
-            except ValueError:
-                request = {}
-            status, answer = receiver.answer(self.path, self.headers.get("Authorization", ""), request)
+            status, answer = self._answered()
             text = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
+
+        def _answered(self) -> tuple[int, Answer]:
+            """(HTTP status, answer); of a caller without the key nothing is read but the headers."""
+            if not receiver.admits(self.headers.get("Authorization", "")):
+                return _refused(401, "wrong key")
+            length = self.headers.get("Content-Length", "0")
+            if not (length.isascii() and length.isdecimal()):
+                return _refused(400, f"Content-Length is {length!r}, which is no number of bytes")
+            if len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:
+                return _refused(413, f"a request of {length} bytes; {MAX_BODY} are the most")
+            try:
+                request = json.loads(self.rfile.read(int(length)) or "{}")
+            except ValueError as error:
+                return _refused(400, f"the request is no JSON: {error}")
+            if not isinstance(request, dict):
+                return _refused(400, "the request is no JSON object")
+            return receiver.answer(self.path, request)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Nothing: the calls are logged by whoever makes them."""

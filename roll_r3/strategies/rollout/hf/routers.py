@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from roll_r3.errors import RouteError
 from roll_r3.models.hf.routers import RouterOutput
 
 
 class RouteRecorder:
-    """What the routers chose since `take` was called last."""
+    """What the routers chose since `take` or `clear` was called last."""
 
     def __init__(self, routers: Sequence[torch.nn.Module]) -> None:
         self._chosen: list[list[torch.Tensor]] = [[] for _ in routers]
@@ -27,8 +28,19 @@ class RouteRecorder:
 
         return record
 
+    def clear(self) -> None:
+        """Forget what a forward that failed has left."""
+        for forwards in self._chosen:
+            forwards.clear()
+
     def take(self) -> torch.Tensor:
-        """Expert ids of the one forward since. [M, N, K] on the CPU"""
-        assert {len(forwards) for forwards in self._chosen} == {1}, "one forward, every router once"
+        """Expert ids of the one forward since. [M, N, K] on the CPU
+
+        Raises:
+            RouteError: there was none or more than one, or a router had no part in it or more than one.
+        """
+        calls = [len(forwards) for forwards in self._chosen]
+        if set(calls) != {1}:
+            raise RouteError(f"the routers of the MoE layers ran {calls} times, where each runs once in a forward")
         ids_MNK = torch.stack([forwards.pop() for forwards in self._chosen])
         return ids_MNK.cpu()

@@ -52,7 +52,12 @@ def sample(
 
     A sample's tokens follow from its seed and its own probabilities. What shares the batch reaches those by rounding
     alone: another batch shape is another order of sums.
+
+    Raises:
+        RouteError: a router did not run exactly once in a forward.
     """
+    if recorder is not None:
+        recorder.clear()
     ids_BS, mask_BS = _padded([job.prompt_ids for job in jobs], model.device)
     positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
     inputs_BS, real_BS = ids_BS, mask_BS.bool().cpu()

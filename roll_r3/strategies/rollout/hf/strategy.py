@@ -20,7 +20,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import HfInferConfig
 from roll_r3.errors import ConfigError, EngineError, RouteError
 from roll_r3.models.architectures import ARCHITECTURES
-from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.checkpoint import resolve_checkpoint, safetensors_files
 from roll_r3.models.facts import ModelFacts, read_facts
 from roll_r3.models.hf.config import read_hf_config
 from roll_r3.models.hf.routers import find_routers
@@ -225,14 +225,16 @@ def _read_model(checkpoint: Path, dtype: torch.dtype) -> Any:
     """transformers' own ...ForCausalLM with the checkpoint's weights, on the CPU.
 
     Raises:
-        ConfigError: as `read_hf_config`, or weights that are not there, in whose place transformers would put random
-            ones.
+        ConfigError: as `read_hf_config`, no safetensors (files of pickles are never read), or weights that are not
+            there, in whose place transformers would put random ones.
     """
+    safetensors_files(checkpoint)
     model, loaded = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         config=read_hf_config(checkpoint),
         dtype=dtype,
         trust_remote_code=False,
+        use_safetensors=True,
         output_loading_info=True,
     )
     if lacking := sorted(loaded["missing_keys"]):

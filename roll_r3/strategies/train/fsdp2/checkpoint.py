@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from roll_r3.errors import ConfigError, RollError
+from roll_r3.strategies.train.fsdp2.together import together
 
 State = dict[str, torch.Tensor]
 
@@ -32,50 +33,58 @@ def save(state: State, path: Path) -> None:
     Raises:
         RollError: there is something at `path`, or a rank could not write; on every rank.
     """
-    if _anywhere(path.exists()):
-        raise RollError(f"{path} is there already: a checkpoint never overwrites one")
+    failing = f"the checkpoint {path} was not written"
+    with together(RollError, failing):
+        if path.exists():
+            raise RollError(f"{path} is there already: a checkpoint never overwrites one")
     partial = path.with_name(f"{path.name}.partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    with together(RollError, failing):
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     try:
         state_dict_saver.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
     except CheckpointException as error:
-        raise RollError(f"the checkpoint {path} was not written: {_reasons(error)}") from error
-    if dist.get_rank() == 0:
-        os.rename(partial, path)
-    dist.barrier()
+        raise RollError(f"{failing}: {_reasons(error)}") from error
+    with together(RollError, failing):
+        if dist.get_rank() == 0:
+            os.rename(partial, path)
 
 
 def load(state: State, path: Path) -> None:
     """Read a checkpoint into the tensors of `state`; collective.
 
+    Nothing is written into them before every header was found to be right.
+
     Raises:
-        ConfigError: no checkpoint at `path`, or one of another model; on every rank.
+        ConfigError: no checkpoint at `path`, one of another model, or one that cannot be read; on every rank. Where
+            what fails is reading past the headers, some tensors of `state` are the checkpoint's by then.
     """
-    if _anywhere(not path.is_dir()):
-        raise ConfigError(f"{path} is no checkpoint: there is no such directory")
+    failing = f"{path} is no checkpoint of this model"
     reader = HuggingFaceStorageReader(str(path))
-    if lacking := _lacking(reader.read_metadata()):
-        raise ConfigError(f"{path} is not whole: a file that holds a part of {lacking[0]} is not there")
+    with together(ConfigError, failing):
+        if not path.is_dir():
+            raise ConfigError("there is no such directory")
+        _check(state, reader.read_metadata())
     try:
         state_dict_loader.load(state, storage_reader=reader)
     except CheckpointException as error:
-        raise ConfigError(f"{path} is no checkpoint of this model: {_reasons(error)}") from error
+        raise ConfigError(f"{path} cannot be read: {_reasons(error)}") from error
 
 
-def _lacking(metadata: Metadata) -> list[str]:
-    """Tensors of which parts are not there, as far as those show that are."""
-    tensors = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
-    return [name for name, m in tensors.items() if sum(prod(chunk.sizes) for chunk in m.chunks) != prod(m.size)]
-
-
-def _anywhere(found: bool) -> bool:
-    """Whether a rank found it; collective."""
-    answers: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(answers, found)
-    return any(answers)
+def _check(state: State, metadata: Metadata) -> None:
+    """Raises ConfigError: the files hold other tensors than `state`, or not all parts of one."""
+    held = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
+    for name, m in held.items():
+        if name not in state:
+            raise ConfigError(f"it holds {name}, which this model has not")
+        if sum(prod(chunk.sizes) for chunk in m.chunks) != prod(m.size):
+            raise ConfigError(f"it is not whole: a file that holds a part of {name} is not there")
+    for name, tensor in state.items():
+        if name not in held:
+            raise ConfigError(f"it has no {name}")
+        if tensor.shape != held[name].size:
+            raise ConfigError(f"{name} has shape {list(held[name].size)}, in this model {list(tensor.shape)}")
 
 
 def _reasons(error: CheckpointException) -> str:

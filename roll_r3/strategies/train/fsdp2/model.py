@@ -24,6 +24,7 @@ from roll_r3.models.hf.config import read_hf_config
 from roll_r3.models.hf.parts import parts_of
 from roll_r3.models.hf.routers import find_routers
 from roll_r3.strategies.train.fsdp2.routers import HookedRouter
+from roll_r3.strategies.train.fsdp2.together import together
 from roll_r3.strategies.train.fsdp2.weights import CheckpointReader
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -87,7 +88,8 @@ def build_model(
     No rank holds more than its part of the weights and one layer. Only rank 0 reads the checkpoint.
 
     Raises:
-        ConfigError: an architecture or a router that is not known, quantized weights, or tensors that are not there.
+        ConfigError: an architecture or a router that is not known, quantized weights, a buffer that no checkpoint
+            holds, or tensors that are not there or cannot be read; on every rank.
     """
     facts, config = read_facts(model_path), read_hf_config(model_path)
     architecture = ARCHITECTURES[facts.model_type]
@@ -122,7 +124,9 @@ def _fill_and_share_out(
     compute = DTYPES[args.dtype] if args.dtype != "fp32" else None
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     inner = model.model
-    with CheckpointReader(path) as checkpoint:
+    with together(ConfigError, "the model was not built"):
+        reader = CheckpointReader(path)
+    with reader as checkpoint:
         for index, layer in enumerate(inner.layers):
             _fill([(f"model.layers.{index}.", layer)], checkpoint, architecture, device)
             fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=settings.reshard_after_forward)
@@ -155,14 +159,24 @@ def _fill(
 
     Args:
         modules: with the prefix of their parameters' names in the model.
+
+    Raises:
+        ConfigError: a buffer that no checkpoint holds, or a tensor that rank 0 did not find or could not read; on
+            every rank.
     """
     for prefix, module in modules:
+        kept = dict(persistent_buffers(module))
+        # to_empty would leave in it whatever the memory held, and nothing would tell
+        if unknown := [prefix + name for name, _ in module.named_buffers() if name not in kept]:
+            raise ConfigError(f"fsdp2 does not know how to fill {', '.join(unknown)}, which no checkpoint holds")
         module.to_empty(device=device)
-        for name, tensor in (*module.named_parameters(), *persistent_buffers(module)):
-            with torch.no_grad():
-                if dist.get_rank() == 0:
+        tensors = [*module.named_parameters(), *persistent_buffers(module)]
+        with together(ConfigError, "the model was not built"), torch.no_grad():
+            if dist.get_rank() == 0:
+                for name, tensor in tensors:
                     checkpoint.fill(tensor, prefix + name, architecture)
-                dist.broadcast(tensor, src=0)
+        for _, tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def persistent_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

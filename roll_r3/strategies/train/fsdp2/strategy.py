@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
@@ -34,7 +33,7 @@ from roll_r3.strategies.train.fsdp2.model import build_model
 from roll_r3.strategies.train.fsdp2.optimizer import Optimizer
 from roll_r3.strategies.train.fsdp2.passes import run_micro_batches
 from roll_r3.strategies.train.fsdp2.token_values import label_log_probs_and_entropy
-from roll_r3.strategies.train.hf_checkpoint import write_checkpoint
+from roll_r3.strategies.train.hf_checkpoint import save_hf
 from roll_r3.strategies.train.micro_batch import MicroBatch, cut, fill_up, groups_within, most
 from roll_r3.strategies.train.objective import TokenValues, log_prob_objective, placed, policy_objective
 from roll_r3.strategies.train.recorded import RecordedRoutes
@@ -285,10 +284,4 @@ class Fsdp2Train(Fsdp2Infer):
 
     def save_hf(self, path: Path) -> None:
         """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
-        weights = self.export_weights()
-        if self.process.rank == 0:
-            write_checkpoint(weights, Path(self.model_path), path)
-        else:
-            for _ in weights:
-                pass
-        dist.barrier()
+        save_hf(self.export_weights(), Path(self.model_path), path)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import Architecture
+from roll_r3.models.checkpoint import safetensors_files
 from roll_r3.models.hf.parts import parts_of
 
 
@@ -32,11 +33,8 @@ class CheckpointReader:
         if index.is_file():
             self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
             return
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ConfigError(f"{path} holds no *.safetensors: convert the checkpoint first")
         self._files = {}
-        for file in files:
+        for file in safetensors_files(path):
             with safe_open(file, framework="pt") as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file.name)
 

@@ -32,7 +32,7 @@ from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Tr
 from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
-from roll_r3.strategies.train.hf_checkpoint import write_checkpoint
+from roll_r3.strategies.train.hf_checkpoint import save_hf
 from roll_r3.strategies.train.megatron import parallel
 from roll_r3.strategies.train.megatron.audit import DispatchAudit
 from roll_r3.strategies.train.megatron.expert_bias import RealTokenCounts
@@ -316,13 +316,7 @@ class MegatronTrain(MegatronInfer):
 
     def save_hf(self, path: Path) -> None:
         """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
-        weights = self.export_weights()
-        if self.process.rank == 0:
-            write_checkpoint(weights, Path(self.model_path), path)
-        else:
-            for _ in weights:
-                pass
-        dist.barrier()
+        save_hf(self.export_weights(), Path(self.model_path), path)
 
     def _audit(self, num_micro_batches: int, step: int) -> DispatchAudit | None:
         """For one optimizer step of a training step that is audited."""
