@@ -49,6 +49,7 @@ def make_tiny_checkpoint(
     examples: Sequence[tuple[str, str]] = (),
     warm_start_steps: int = 0,
     dtype: torch.dtype = torch.float32,
+    norm_noise: float = 0.02,
     **overrides: Any,
 ) -> Path:
     """Write a seeded checkpoint of about half a million parameters.
@@ -61,6 +62,7 @@ def make_tiny_checkpoint(
         warm_start_steps: supervised steps on random batches of 64 `examples` (Adam, learning rate 3e-3): enough of a
             start that some samples of a group are right, so that a group has something to compare.
         dtype: of the saved weights.
+        norm_noise: standard deviation of what is added to norms and biases, which begin as ones and zeros.
         overrides: fields of the model's configuration that differ from its tiny one.
     """
     tokenizer = byte_tokenizer()
@@ -76,7 +78,7 @@ def make_tiny_checkpoint(
                 buffer.normal_(std=0.1)
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms of ones and biases of zeros could be mixed up, or kept, unseen
-                parameter.data.add_(torch.randn_like(parameter.data), alpha=0.1)
+                parameter.data.add_(torch.randn_like(parameter.data), alpha=norm_noise)
         if warm_start_steps:
             _warm_start(model, tokenizer, examples, warm_start_steps)
     for parameter in model.parameters():  # buffers, such as an expert bias, stay fp32 as in published checkpoints

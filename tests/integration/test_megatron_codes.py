@@ -211,7 +211,7 @@ def _prediction_layers(patch: pytest.MonkeyPatch, layers: int) -> None:
             router.predicts_further_tokens = True
         return model
 
-    init = bridge._PlainNames.__init__
+    init = bridge.PlainNames.__init__
 
     def without_the_block(self: Any, chunk: Any) -> None:
         init(self, chunk)
@@ -219,7 +219,7 @@ def _prediction_layers(patch: pytest.MonkeyPatch, layers: int) -> None:
         self._state = {name: value for name, value in self._state.items() if not name.startswith("mtp")}
 
     patch.setattr(llm_bridge, "GPTModel", build)
-    patch.setattr(bridge._PlainNames, "__init__", without_the_block)
+    patch.setattr(bridge.PlainNames, "__init__", without_the_block)
 
 
 @pytest.mark.parametrize("size", [1, 2])
