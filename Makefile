@@ -67,7 +67,7 @@ docs: install ## write what is generated: the configuration's pages and the sche
 compatibility: install ## run the matrix of layouts and write docs/compatibility.md from it (minutes)
 	@$(PYTHON) -m pytest tests/integration/test_megatron_matrix.py --write-compatibility
 
-engines: install vllm-env ## run every rollout with every trainer and write docs/engines.md from it (half an hour)
+engines: install vllm-env ## run every rollout with every trainer and write docs/engines.md from it (an hour)
 	@VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTHON) -m pytest -s -k for_the_page tests/integration/test_pairs.py --write-engines
 
 format: install ## format the code and mend what ruff can

@@ -51,7 +51,7 @@ def metrics_of(pair: Pair, where: Path, checkpoint: Path, *overrides: str) -> li
         overrides += (f"actor_infer.strategy_args.strategy_config.python={PYTHON}",)
     run = Run(where, checkpoint, *pair.overrides, *overrides, config="quickstart_engines")
     try:
-        assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+        assert run.finish(3 * START_TIMEOUT) == 0, run.stderr.read_text()
         return run.metrics()
     finally:
         run.end()
@@ -133,7 +133,7 @@ the first step's own optimizer steps moved some log-probability: an engine with 
 ## What replay takes away
 
 48 samples of up to 96 tokens for 24 prompts, from a model of random weights, bf16 on both sides: the same samples, with
-the rollout's routes and without.
+the server's routes and without.
 
 | rollout | trainer | mean \\|d\\| | with R3 | times smaller | max \\|d\\| | with R3 | k3 | with R3 |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -74,7 +74,8 @@ LONG = (
 )
 
 
-@pytest.mark.parametrize("rollout", [pytest.param("vllm", marks=pytest.mark.vllm), "sglang"])
+@pytest.mark.vllm  # SGLang's too: minutes, and what either shows the page shows of every pair
+@pytest.mark.parametrize("rollout", ["vllm", "sglang"])
 def test_replay_takes_most_of_the_mismatch_away(rollout, tmp_path, random_weights):
     figures = {}
     for mode in ("disable", "R3"):
@@ -100,7 +101,7 @@ def test_all_pairs_for_the_page(request, tmp_path, checkpoint, random_weights):
         if pair.mode == "R3":
             synced[pair] = metrics_of(pair, where / "fp32", checkpoint, *few_steps(2), *FP32)
             check_new_weights_arrive(synced[pair])
-        if pair.mode != "R2":
+        if pair.mode != "R2" and pair.rollout != "hf_infer":
             [step] = metrics_of(pair, where / "long", random_weights, *LONG)
             mismatches[pair] = Mismatch.of(step)
         print(pair, "ran")
