@@ -7,6 +7,8 @@ dispatcher's counts (verl#4986).
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 
 
@@ -25,5 +27,6 @@ def padding_rows(num_rows: int, num_experts: int, top_k: int, *, ep_size: int = 
     if top_k > num_experts or num_experts % ep_size:
         raise ValueError(f"cannot choose {top_k} of {num_experts} experts on {ep_size} expert-parallel ranks")
     walk = torch.arange(num_experts).view(ep_size, -1).T.reshape(-1)
-    entries = torch.arange(num_rows * top_k) % num_experts
-    return walk[entries].view(num_rows, top_k)
+    period = num_experts // gcd(num_experts, top_k)  # rows after which the walk begins anew
+    entries = torch.arange(min(num_rows, period) * top_k) % num_experts
+    return walk[entries].view(-1, top_k).repeat(-(-num_rows // period), 1)[:num_rows]
