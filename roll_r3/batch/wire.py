@@ -29,8 +29,8 @@ MAGIC = b"R3ROUTES"
 VERSION = 1
 HAS_UNKNOWN_ROWS = 1
 """Flag: the mask of known rows is there."""
-FIXED = struct.Struct("<8s5H2xIQI4x")
-"""Magic, version, flags, M, K, n, number of experts, length of the whole, sum of everything before the ids."""
+FIXED = struct.Struct("<8s6HIQII")
+"""Magic, version, flags, M, K, n, 0, number of experts, length of the whole, sum of everything before the ids, 0."""
 SUM_AT = 32
 """Where the last of these lies; its own four bytes are not summed."""
 ALIGNMENT = 64
@@ -89,7 +89,7 @@ def encode(samples: Sequence[RoutedExperts], num_experts: int) -> npt.NDArray[np
         ids_MTK[:, start:end] = sample.ids_MRK[:, shared:]
     sums = [[zlib.crc32(ids_TK[end - n : end].data) for n, end in zip(rows, ends, strict=True)] for ids_TK in ids_MTK]
     flags = HAS_UNKNOWN_ROWS if len(mask) else 0
-    fixed = FIXED.pack(MAGIC, VERSION, flags, layers, top_k, len(samples), num_experts, len(out), 0)
+    fixed = FIXED.pack(MAGIC, VERSION, flags, layers, top_k, len(samples), 0, num_experts, len(out), 0, 0)
     head = b"".join([fixed, np.array(rows, "<u4").tobytes(), np.array(sums, "<u4").tobytes(), mask.tobytes()])
     head = head.ljust(ids_at, b"\0")
     out[:ids_at] = np.frombuffer(head, np.uint8)
@@ -141,7 +141,9 @@ class EncodedGroup:
         data.flags.writeable = False
         if len(data) < FIXED.size:
             raise RouteError(f"encoded routes are cut short: {len(data)} bytes, but the head alone takes {FIXED.size}")
-        magic, version, flags, layers, top_k, samples, experts, length, head_sum = FIXED.unpack_from(data.data)
+        magic, version, flags, layers, top_k, samples, zero, experts, length, head_sum, zeros = FIXED.unpack_from(
+            data.data
+        )
         if magic != MAGIC:
             raise RouteError("these bytes are no encoded routes: they do not begin with R3ROUTES")
         if version != VERSION:
@@ -169,6 +171,10 @@ class EncodedGroup:
             )
         if _head_sum(data[:ids_at].data) != head_sum:
             raise RouteError("encoded routes are damaged: the check sum of their head is wrong")
+        mask = data[mask_at : mask_at + mask_bytes]
+        spare_bits = int(mask[-1]) >> (sum(rows) % 8 or 8) if mask_bytes else 0
+        if zero or zeros or spare_bits or data[mask_at + mask_bytes : ids_at].any():
+            raise RouteError("encoded routes carry something where there are to be zeros")
         self.num_layers, self.top_k, self.num_samples, self.num_experts = layers, top_k, samples, experts
         self.stored_rows = rows
         self._ends = np.cumsum(rows).tolist()
@@ -176,7 +182,7 @@ class EncodedGroup:
         self._ids_MTK: RouteArray = data[ids_at:].view(self._dtype).reshape(layers, sum(rows), top_k)
         self._known_T: npt.NDArray[np.bool_] | None = None
         if mask_bytes:
-            bits = np.unpackbits(data[mask_at : mask_at + mask_bytes], count=sum(rows), bitorder="little")
+            bits = np.unpackbits(mask, count=sum(rows), bitorder="little")
             self._known_T = bits.view(np.bool_)
 
     @property

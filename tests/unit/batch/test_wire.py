@@ -322,6 +322,17 @@ def test_a_hostile_head_says_what_is_wrong() -> None:
     broken(sealed(good, two, b"\2"), "name expert 2 in sample 0, but there are 2")
 
 
+@pytest.mark.parametrize(("place", "value"), [(18, 1), (19, 1), (36, 1), (39, 1), (56, 0b10), (57, 1), (63, 1)])
+def test_what_is_to_be_zero_is(place: int, value: int) -> None:
+    """Reserved bytes, bits of the mask beyond the last row, and the gap before the ids."""
+    rest = struct.pack("<2I", 0, 1) + struct.pack("<2I", 0, zlib.crc32(b"\0"))
+    data = bytearray(sealed((1, 1, 1, 1, 1, 2, 65), rest, b"\0"))
+    assert wire.decode(data)[0].known_R.tolist() == [False]
+    data[place] |= value
+    data[32:36] = struct.pack("<I", zlib.crc32(data[36:64], zlib.crc32(data[:32])))
+    broken(data, "where there are to be zeros")
+
+
 def test_shared_rows_do_not_blow_up_what_is_decoded() -> None:
     samples = group([0] * 500, shared=1000, layers=1, top_k=1)
     encoded = wire.encode(samples, EXPERTS)
