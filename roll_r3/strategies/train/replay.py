@@ -24,7 +24,7 @@ import torch
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts, route_dtype
-from roll_r3.batch.token_map import PADDING, gather_slots
+from roll_r3.batch.token_map import PADDING
 from roll_r3.errors import ReplayError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.padding import padding_rows
@@ -178,9 +178,9 @@ class ReplaySession(RoutingSession[LayerReplay]):
         needed_N[slots_t[real_t]] = True
         sources = self._sources(micro.batch, needed_N)
         dtype = route_dtype(self.facts.num_experts)
-        padding_PK = self._padding_rows(int((~real_t).sum())).astype(dtype)
-        num_needed = int(needed_N.sum())
-        places_t = (np.cumsum(needed_N) - 1)[slots_t]
+        padding_PK = self._padding_rows(np.count_nonzero(~real_t)).astype(dtype)
+        num_needed = np.count_nonzero(needed_N)
+        places_t = np.cumsum(needed_N)[slots_t] - 1
         places_t[~real_t] = np.arange(num_needed, num_needed + len(padding_PK))
         ids_LtK = np.empty((len(layers), len(slots_t), self.facts.top_k), dtype)
         for layer, ids_tK in zip(layers, ids_LtK, strict=True):
@@ -195,7 +195,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
         for layer, ids_tK in zip(layers, self._to_device(ids_LtK), strict=True):
             layer.hand_over(RouterRows(ids_tK, known, compared))
         if micro.counted:
-            trained_t = gather_slots(micro.batch.loss_mask_N, slots_t, False)
+            trained_t = real_t & micro.batch.loss_mask_N[slots_t]
             tokens = {
                 "trainable": trained_t,
                 "trainable_replayed": trained_t & known_t,
@@ -203,7 +203,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
                 "padded": ~real_t,
                 "compared": known_t & self.forward_only,
             }
-            self._tally.update({name: int(which_t.sum()) * len(layers) for name, which_t in tokens.items()})
+            self._tally.update({name: np.count_nonzero(which_t) * len(layers) for name, which_t in tokens.items()})
 
     def close(self) -> None:
         agreed = []
