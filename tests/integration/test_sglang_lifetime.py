@@ -30,8 +30,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Norms of ones round nothing. With others the last bit of SGLang's bf16 on a CPU depends on what shares a batch, and
-    # some samples on that bit: see test_seeds_and_weights_decide_the_tokens.
+    # Norms of ones round nothing. With others the last bit of SGLang's bf16 on a CPU depends on what shares a batch,
+    # and some samples on that bit: see test_seeds_and_weights_decide_the_tokens.
     return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), seed=0, norm_noise=0.0)
 
 
