@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 import torch
 from own_code import with_code_of_its_own
+from rollout_cases import Reference, Rollout, requests, rollout_config, trajectories
 from safetensors.torch import load_file, save_file
-from sglang_cases import Reference, requests, trajectories
 
-from roll_r3.batch.trajectory import Trajectory
-from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import ConfigError, EngineError
-from roll_r3.models.facts import read_facts
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, ProcessInfo, WeightTarget
 from roll_r3.strategies.registry import STRATEGIES, load_attribute
@@ -33,7 +30,7 @@ END = 258
 """The end-of-sequence token of the tiny tokenizer."""
 
 
-class Engine:
+class Engine(Rollout[HfRollout]):
     """A strategy on a loop of its own."""
 
     def __init__(
@@ -44,34 +41,17 @@ class Engine:
         trust: bool = False,
         **settings: Any,
     ) -> None:
-        config = RLVRConfig.model_validate(
-            {
-                "exp_name": "test",
-                "pretrain": str(checkpoint),
-                "prompt_length": 64,
-                "response_length": LONGEST,
-                "actor_train": {},
-                "actor_infer": {
-                    "router_replay": {"mode": mode},
-                    "model_args": {"trust_remote_code": trust},
-                    "generating_args": {"temperature": TEMPERATURE, **(generating or {})},
-                    "strategy_args": {"strategy_name": "hf_infer", "strategy_config": {"dtype": "float32", **settings}},
-                },
-            }
+        config = rollout_config(
+            checkpoint,
+            "hf_infer",
+            {"dtype": "float32", **settings},
+            mode=mode,
+            generating={"temperature": TEMPERATURE, **(generating or {})},
+            model_args={"trust_remote_code": trust},
+            response_length=LONGEST,
         )
-        self.rollout = HfRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=Path("unused"))
-        self.loop = asyncio.new_event_loop()
+        super().__init__(HfRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=Path("unused")))
         self.run(self.rollout.start())
-
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
-
-    def generate(self, asked: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        return self.run(self.rollout.generate(asked))
-
-    def close(self) -> None:
-        self.run(self.rollout.stop())
-        self.loop.close()
 
 
 @pytest.fixture
@@ -87,25 +67,9 @@ def start() -> Iterator[Callable[..., Engine]]:
         engine.close()
 
 
-class Plain(Reference):
-    """Any architecture: what the router of each MoE layer says in one forward without cache or batch."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(checkpoint, TEMPERATURE)
-        self._chosen: list[torch.Tensor] = []
-        for layer in read_facts(checkpoint).moe_layers:
-            gate = self._model.model.layers[layer].mlp.gate
-            gate.register_forward_hook(lambda module, args, output: self._chosen.append(output[2]))
-
-    def log_probs_and_experts(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
-        self._chosen.clear()
-        log_probs_R = self.log_probs(trajectory)
-        return log_probs_R, torch.stack(self._chosen)[:, :-1].numpy()
-
-
 def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpoint: Path, version: int = 0) -> float:
     """The largest difference of a log-probability."""
-    reference, differences = Plain(checkpoint), []
+    reference, differences = Reference(checkpoint, TEMPERATURE), []
     for t in trajectories(results).values():
         log_probs_R, ids_MRK = reference.log_probs_and_experts(t)
         assert t.routes.ids_MRK.dtype == np.uint8
@@ -168,7 +132,7 @@ def test_short_prompts_long_prompts_and_samples_that_stop(tiny_moe, tmp_path, st
 def test_a_truncated_distribution_is_sampled_from_and_log_probs_are_of_the_whole(tiny_moe, start):
     greedy = trajectories(start(tiny_moe, generating={"top_k": 1}).generate(requests(3, 2)))
     for t in greedy.values():
-        np.testing.assert_allclose(t.log_probs_R, Plain(tiny_moe).log_probs(t), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(t.log_probs_R, Reference(tiny_moe, TEMPERATURE).log_probs(t), atol=1e-5, rtol=0)
     assert all((greedy[f"p{p}/s0"].response_ids_R == greedy[f"p{p}/s1"].response_ids_R).all() for p in range(3))
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rollout_cases import Reference, requests, trajectories
 from safetensors.torch import load_file
-from sglang_cases import Engine, Reference, configuration, requests, trajectories
+from sglang_cases import Engine, configuration
 
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel

@@ -15,8 +15,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from rollout_cases import group_members, requests, trajectories
 from safetensors.torch import load_file
-from sglang_cases import Engine, configuration, group_members, requests, trajectories
+from sglang_cases import Engine, configuration
 
 from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint

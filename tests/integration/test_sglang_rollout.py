@@ -11,16 +11,9 @@ import aiohttp
 import numpy as np
 import pytest
 import torch.distributed as dist
+from rollout_cases import RESPONSE_LENGTH, Reference, group_members, requests, trajectories
 from safetensors.torch import load_file
-from sglang_cases import (
-    RESPONSE_LENGTH,
-    Engine,
-    Reference,
-    configuration,
-    group_members,
-    requests,
-    trajectories,
-)
+from sglang_cases import Engine, configuration
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError, EngineError

@@ -16,9 +16,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-import torch
+from rollout_cases import Reference, group_members, requests, trajectories
 from safetensors.torch import load_file
-from sglang_cases import Reference, group_members, requests, trajectories
 from vllm_cases import HEAD_DIM, Engine, configuration, require_environment
 
 from roll_r3.batch.trajectory import Trajectory
@@ -76,25 +75,9 @@ def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         engine.close()
 
 
-class Plain(Reference):
-    """Any architecture: what the router of each MoE layer says in one fp32 forward without cache or batch."""
-
-    def __init__(self, checkpoint: Path, temperature: float = TEMPERATURE) -> None:
-        super().__init__(checkpoint, temperature)
-        self._chosen: list[torch.Tensor] = []
-        for layer in read_facts(checkpoint).moe_layers:
-            gate = self._model.model.layers[layer].mlp.gate
-            gate.register_forward_hook(lambda module, args, output: self._chosen.append(output[2]))
-
-    def log_probs_and_experts(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
-        self._chosen.clear()
-        log_probs_R = self.log_probs(trajectory)
-        return log_probs_R, torch.stack(self._chosen)[:, :-1].numpy()
-
-
 def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpoint: Path, version: int = 0) -> float:
     """The largest difference of a log-probability."""
-    reference, differences = Plain(checkpoint), []
+    reference, differences = Reference(checkpoint, TEMPERATURE), []
     for t in trajectories(results).values():
         log_probs_R, ids_MRK = reference.log_probs_and_experts(t)
         assert t.routes.num_rows == len(t.prompt_ids_P) + len(t.response_ids_R) - 1
@@ -194,7 +177,9 @@ def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
     t = Trajectory(
         "x", np.array([1, 2, 3]), np.array(choice["token_ids"]), np.zeros(num, np.float32), "abort", (0,), None
     )
-    np.testing.assert_array_equal(ids_RLK.transpose(1, 0, 2), Plain(old_weights).log_probs_and_experts(t)[1])
+    np.testing.assert_array_equal(
+        ids_RLK.transpose(1, 0, 2), Reference(old_weights, TEMPERATURE).log_probs_and_experts(t)[1]
+    )
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine):
@@ -345,7 +330,7 @@ def test_bf16_two_ranks_and_the_death_of_the_server(old_weights, new_weights, tm
         channel.close()
         engine.run(engine.rollout.on_weights_updated(1))
         for t in trajectories(engine.generate(requests(8, 4))).values():
-            log_probs_R, ids_MRK = Plain(new_weights, 1.0).log_probs_and_experts(t)
+            log_probs_R, ids_MRK = Reference(new_weights, 1.0).log_probs_and_experts(t)
             differ += int((np.sort(t.routes.ids_MRK) != np.sort(ids_MRK)).any(-1).sum())
             entries += ids_MRK.shape[0] * ids_MRK.shape[1]
             assert np.abs(t.log_probs_R - log_probs_R).mean() < 0.1

@@ -1,22 +1,17 @@
-"""What the vLLM tests share: where its environment is, a strategy on a loop of its own, and new weights for it."""
+"""What the vLLM tests share: where its environment is, and a strategy on a loop of its own."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
+from rollout_cases import RESPONSE_LENGTH, SMALL_SERVER, Rollout, rollout_config
 
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout.vllm.strategy import VllmRollout
 
-T = TypeVar("T")
-
-RESPONSE_LENGTH = 12
 HEAD_DIM = 32
 """The smallest attention head that vLLM's kernel for CPUs takes; the tiny models' own are of 16."""
 PYTHON = Path(os.environ.get("VLLM_PYTHON", ".venv-vllm/bin/python")).absolute()
@@ -38,54 +33,26 @@ def configuration(
     response_length: int = RESPONSE_LENGTH,
     **settings: Any,
 ) -> RLVRConfig:
-    return RLVRConfig.model_validate(
-        {
-            "exp_name": "test",
-            "pretrain": str(checkpoint),
-            "prompt_length": 192,
-            "response_length": response_length,
-            "actor_train": {},
-            "actor_infer": {
-                "router_replay": {"mode": mode},
-                "generating_args": generating or {},
-                "strategy_args": {
-                    "strategy_name": "vllm",
-                    "strategy_config": {
-                        "python": str(PYTHON),
-                        "dtype": dtype,
-                        "max_total_tokens": 8192,
-                        "max_running_requests": 64,
-                        "startup_timeout": 400,
-                        **settings,
-                    },
-                },
-            },
-        }
+    return rollout_config(
+        checkpoint,
+        "vllm",
+        {"python": str(PYTHON), "dtype": dtype, **SMALL_SERVER, **settings},
+        mode=mode,
+        generating=generating,
+        prompt_length=192,
+        response_length=response_length,
     )
 
 
-class Engine:
-    """A strategy and the event loop that it lives in."""
-
+class Engine(Rollout[VllmRollout]):
     def __init__(self, config: RLVRConfig, log_path: Path, engine_index: int = 0) -> None:
         self.log_path = log_path
-        self.loop = asyncio.new_event_loop()
-        self.rollout = VllmRollout(
-            config=config, engine_index=engine_index, device="cpu", gpu_ids=(), log_path=log_path
+        super().__init__(
+            VllmRollout(config=config, engine_index=engine_index, device="cpu", gpu_ids=(), log_path=log_path)
         )
-
-    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 600.0) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(work, timeout_s))
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        return self.run(self.rollout.generate(requests))
 
     def metric(self, name: str) -> float:
         """The sum of a counter of vLLM's own over its labels."""
         assert self.rollout._client is not None
         text = self.run(self.rollout._client.get("/metrics", 60.0)).decode()
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + "{"))
-
-    def close(self) -> None:
-        self.run(self.rollout.stop())
-        self.loop.close()

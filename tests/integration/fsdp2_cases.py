@@ -1,0 +1,51 @@
+"""What the tests of the FSDP2 trainer share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from distributed import Gang
+from megatron_cases import (
+    Case,
+    open_strategy,
+    shard,
+)
+
+from roll_r3.batch.batch import Batch
+from roll_r3.strategies.base import ProcessInfo
+
+Gangs = Callable[[int], Gang]
+
+RECOMPUTE = {"recompute": True}
+
+BUDGET = {"use_dynamic_batching_in_train": True, "max_tokens_per_microbatch_in_train": 30}
+"""Of two ranks one then needs a micro-batch more than the other, which runs one that does not count."""
+
+
+def fsdp2(checkpoint: Path, **fields: Any) -> Case:
+    return Case(str(checkpoint), engine="fsdp2", **fields)
+
+
+def raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.ndarray]:
+    """This rank's part of what the optimizer would step on."""
+    strategy = open_strategy(process, case)
+    part = shard(batch, process.rank, process.world_size)
+    if case.mode == "R2":
+        strategy.compute_log_probs(part)
+    found = {}
+    step = strategy.optimizer.step
+
+    def keep_then_step() -> Any:
+        for name, parameter in strategy.model.module.named_parameters():
+            assert parameter.grad.dtype is torch.float32
+            found[name] = parameter.grad.to_local().numpy().copy()
+        return step()
+
+    strategy.optimizer.step = keep_then_step
+    strategy.train_step(part, step=1)
+    strategy.close()
+    return found

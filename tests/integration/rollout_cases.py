@@ -1,0 +1,146 @@
+"""What the tests of all rollouts share: a configuration, an event loop, requests, and transformers as the reference."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.models.facts import read_facts
+from roll_r3.strategies.base import GenerateRequest, GenerateResult, RolloutStrategy
+from roll_r3.strategies.rollout.process import ServerProcess
+
+T = TypeVar("T")
+RolloutT = TypeVar("RolloutT", bound=RolloutStrategy)
+
+RESPONSE_LENGTH = 12
+
+
+def rollout_config(
+    checkpoint: Path,
+    strategy_name: str,
+    settings: dict[str, Any],
+    *,
+    mode: str = "R3",
+    generating: dict[str, Any] | None = None,
+    model_args: dict[str, Any] | None = None,
+    prompt_length: int = 64,
+    response_length: int = RESPONSE_LENGTH,
+) -> RLVRConfig:
+    return RLVRConfig.model_validate(
+        {
+            "exp_name": "test",
+            "pretrain": str(checkpoint),
+            "prompt_length": prompt_length,
+            "response_length": response_length,
+            "actor_train": {},
+            "actor_infer": {
+                "router_replay": {"mode": mode},
+                "model_args": model_args or {},
+                "generating_args": generating or {},
+                "strategy_args": {"strategy_name": strategy_name, "strategy_config": settings},
+            },
+        }
+    )
+
+
+SMALL_SERVER = {"max_total_tokens": 8192, "max_running_requests": 64, "startup_timeout": 400}
+"""Settings that both servers have."""
+
+
+class Rollout(Generic[RolloutT]):
+    """A strategy and the event loop that it lives in."""
+
+    def __init__(self, rollout: RolloutT) -> None:
+        self.rollout = rollout
+        self.loop = asyncio.new_event_loop()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 900.0) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(work, timeout_s))
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+        return self.run(self.rollout.generate(requests))
+
+    def close(self) -> None:
+        self.run(self.rollout.stop())
+        self.loop.close()
+
+
+def group_members(server: ServerProcess) -> list[psutil.Process]:
+    """Live processes of the server's group; a zombie is dead and only waits for its parent."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == server.pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def requests(num_prompts: int, samples: int, *, first_seed: int = 100) -> list[GenerateRequest]:
+    """Prompts of different lengths over the byte vocabulary; every sample has a seed of its own."""
+    draw = np.random.default_rng(0)
+    made = []
+    for prompt in range(num_prompts):
+        ids = tuple(int(token) for token in draw.integers(0, 256, size=3 + prompt % 7))
+        seeds = tuple(first_seed + prompt * samples + sample for sample in range(samples))
+        made.append(GenerateRequest(ids, tuple(f"p{prompt}/s{sample}" for sample in range(samples)), seeds))
+    return made
+
+
+def trajectories(results: Sequence[GenerateResult]) -> dict[str, Trajectory]:
+    assert all(not result.dropped for result in results), [result.dropped for result in results]
+    return {t.sample_id: t for result in results for t in result.trajectories}
+
+
+class Reference:
+    """One transformers forward in fp32 over a whole sequence: no cache, no batching, no code of ours."""
+
+    def __init__(self, checkpoint: Path, temperature: float = 1.0) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self._temperature = temperature
+        self._chosen: list[torch.Tensor] = []
+        for layer in read_facts(checkpoint).moe_layers:
+            gate = self._model.model.layers[layer].mlp.gate
+            gate.register_forward_hook(lambda module, args, output: self._chosen.append(output[2]))
+
+    def log_probs(self, trajectory: Trajectory) -> np.ndarray:
+        """Of the response tokens. [R]"""
+        return self._of_response(trajectory, self._forward(trajectory).logits)
+
+    def log_probs_and_routes(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+        """([R] of the response tokens, top-k ids [layers, T - 1, k] of the logits, in the router's order).
+
+        Where routers choose by their logits alone, and nothing that a hook sees is asked.
+        """
+        output = self._forward(trajectory, output_router_logits=True)
+        top_k = self._model.config.num_experts_per_tok
+        routes = torch.stack([torch.topk(logits, top_k, -1).indices for logits in output.router_logits])
+        return self._of_response(trajectory, output.logits), routes[:, :-1].numpy()
+
+    def log_probs_and_experts(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+        """As `log_probs_and_routes`, for any architecture: what the router of each MoE layer says."""
+        self._chosen.clear()
+        log_probs_R = self.log_probs(trajectory)
+        return log_probs_R, torch.stack(self._chosen)[:, :-1].numpy()
+
+    @torch.no_grad()
+    def _forward(self, trajectory: Trajectory, **options: Any) -> Any:
+        ids = torch.tensor(np.concatenate([trajectory.prompt_ids_P, trajectory.response_ids_R])).long()
+        return self._model(ids[None], **options)
+
+    def _of_response(self, trajectory: Trajectory, logits_1TV: torch.Tensor) -> np.ndarray:
+        labels_R = torch.tensor(trajectory.response_ids_R).long()
+        log_probs_TV = torch.log_softmax(logits_1TV[0].double() / self._temperature, -1)
+        first = len(trajectory.prompt_ids_P) - 1
+        return log_probs_TV[first:-1].gather(-1, labels_R[:, None])[:, 0].numpy()
