@@ -7,6 +7,9 @@ dispatcher's counts (verl#4986).
 
 from __future__ import annotations
 
+from functools import cache
+from math import lcm
+
 import torch
 
 
@@ -24,6 +27,13 @@ def padding_rows(num_rows: int, num_experts: int, top_k: int, *, ep_size: int = 
     """
     if top_k > num_experts or num_experts % ep_size:
         raise ValueError(f"cannot choose {top_k} of {num_experts} experts on {ep_size} expert-parallel ranks")
+    period_PK = _period(num_experts, top_k, ep_size)
+    return period_PK.repeat(-(-num_rows // len(period_PK)), 1)[:num_rows]
+
+
+@cache
+def _period(num_experts: int, top_k: int, ep_size: int) -> torch.Tensor:
+    """The rows after which the walk begins anew. [P, K]"""
     walk = torch.arange(num_experts).view(ep_size, -1).T.reshape(-1)
-    entries = torch.arange(num_rows * top_k) % num_experts
-    return walk[entries].view(num_rows, top_k)
+    entries = torch.arange(lcm(num_experts, top_k)) % num_experts
+    return walk[entries].view(-1, top_k)

@@ -188,12 +188,11 @@ def _audited_mistakes(process: ProcessInfo, case: Case, batch: Batch) -> list[st
     strategy = open_strategy(process, case)
     part = shard(batch, process.rank, process.world_size)
     before = dict(exported(strategy))
-    joined, recompute, enter = ReplaySession._joined_routes, LayerReplay._recompute, ExpertsAudit.__enter__
+    joined, recompute, enter = ReplaySession._joined_rows, LayerReplay._recompute, ExpertsAudit.__enter__
     found = []
 
-    def shifted(session: Any, batch: Batch, rows: Any) -> Any:
-        ids_NLK, known_N = joined(session, batch, rows)
-        return np.roll(ids_NLK, 1, axis=0), known_N
+    def shifted(*args: Any) -> Any:
+        return np.roll(joined(*args), 1, axis=0)
 
     def shifted_in_backward(layer: Any) -> torch.Tensor:
         return recompute(layer).roll(1, 0)
@@ -203,7 +202,7 @@ def _audited_mistakes(process: ProcessInfo, case: Case, batch: Batch) -> list[st
         return enter(audit)
 
     for owner, name, wrong, said in (
-        (ReplaySession, "_joined_routes", shifted, r"position \d+ \(forward\): recorded experts"),
+        (ReplaySession, "_joined_rows", shifted, r"position \d+ \(forward\): recorded experts"),
         (LayerReplay, "_recompute", shifted_in_backward, r"position \d+ \(recomputed in backward\): recorded"),
         (ReplaySession, "_padding_rows", lambda session, n: np.zeros((n, TOP_K), np.int64), r"no row, to 1 distinct"),
         (ExpertsAudit, "__enter__", overlook_layer_2, "layer 2 dispatched 0 times instead of 4"),

@@ -97,20 +97,15 @@ def _mistake(name: str) -> Iterator[None]:
     from roll_r3.strategies.train import replay
     from roll_r3.strategies.train.routed_layer import LayerReplay
 
-    session, joined = replay.ReplaySession, replay.ReplaySession._joined_routes
+    session, joined = replay.ReplaySession, replay.ReplaySession._joined_rows
     with pytest.MonkeyPatch.context() as patch:
         if name == "shifted by one token":
-
-            def shifted(self, batch, rows):
-                ids_NLK, known_N = joined(self, batch, rows)
-                return np.roll(ids_NLK, 1, axis=0), known_N
-
-            patch.setattr(session, "_joined_routes", shifted)
+            patch.setattr(session, "_joined_rows", lambda *args: np.roll(joined(*args), 1, axis=0))
         elif name == "rows of the next layer":
             patch.setattr(
                 session,
-                "_joined_routes",
-                lambda self, batch, rows: joined(self, batch, [(r + 1) % LAYERS for r in rows]),
+                "_joined_rows",
+                lambda self, sources, row, padding: joined(self, sources, (row + 1) % LAYERS, padding),
             )
         elif name == "newest first":
             patch.setattr(LayerReplay, "_recompute", lambda layer: layer.queue.pop())

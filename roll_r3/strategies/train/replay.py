@@ -6,7 +6,7 @@ every micro-batch exactly once, and leaves the routers as they were, also when t
 routers choose by themselves.
 
 Shape legend: t tokens that this rank's routers see, L routing layers of a chunk, K experts per token, N inputs of a
-micro-batch, M rows of a sample's routes on the layer axis.
+micro-batch, P padding slots, s rows that a router is given, M rows of a sample's routes on the layer axis.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.routes import RoutedExperts
-from roll_r3.batch.token_map import PADDING, gather_slots
+from roll_r3.batch.routes import RoutedExperts, route_dtype
+from roll_r3.batch.token_map import PADDING
 from roll_r3.errors import ReplayError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.padding import padding_rows
@@ -40,6 +40,8 @@ from roll_r3.strategies.train.routed_layer import (
 )
 
 Layer = TypeVar("Layer", bound=RoutedLayer)
+Source = tuple[RoutedExperts, int, int]
+"""A run of rows of one sample: its routes, the first row, the row after the last."""
 
 
 class RoutingSession(ABC, Generic[Layer]):
@@ -170,20 +172,30 @@ class ReplaySession(RoutingSession[LayerReplay]):
         layers = self.layers[chunk]
         if not layers:
             return
-        ids_NLK, known_N = self._joined_routes(micro.batch, [self.layer_rows[layer.layer] for layer in layers])
         slots_t = micro.tokens.router_slots_t
         real_t = slots_t != PADDING
-        ids_tLK = gather_slots(ids_NLK, slots_t, 0)
-        ids_tLK[~real_t] = self._padding_rows(int((~real_t).sum()))[:, None]
-        known_t = real_t if known_N is None else real_t & gather_slots(known_N, slots_t, False)
-        ids_LtK = self._to_device(ids_tLK).long().permute(1, 0, 2).contiguous()
+        needed_N = np.zeros(micro.tokens.num_inputs, np.bool_)
+        needed_N[slots_t[real_t]] = True
+        sources = self._sources(micro.batch, needed_N)
+        dtype = route_dtype(self.facts.num_experts)
+        padding_PK = self._padding_rows(np.count_nonzero(~real_t)).astype(dtype)
+        num_needed = np.count_nonzero(needed_N)
+        places_t = np.cumsum(needed_N)[slots_t] - 1
+        places_t[~real_t] = np.arange(num_needed, num_needed + len(padding_PK))
+        ids_LtK = np.empty((len(layers), len(slots_t), self.facts.top_k), dtype)
+        for layer, ids_tK in zip(layers, ids_LtK, strict=True):
+            joined_sK = self._joined_rows(sources, self.layer_rows[layer.layer], padding_PK)
+            np.take(joined_sK, places_t, axis=0, out=ids_tK, mode="clip")  # "raise" would go through a copy
+        known_t = real_t.copy()
+        if any(routes.known_R is not None for routes, _, _ in sources):
+            known_t[real_t] = np.concatenate([_known(*source) for source in sources])[places_t[real_t]]
         fall_back = bool((real_t & ~known_t).any())
         known = self._to_device(known_t | ~real_t) if fall_back else None
         compared = self._to_device(known_t) if self.forward_only and micro.counted else None
-        for layer, ids_tK in zip(layers, ids_LtK, strict=True):
+        for layer, ids_tK in zip(layers, self._to_device(ids_LtK), strict=True):
             layer.hand_over(RouterRows(ids_tK, known, compared))
         if micro.counted:
-            trained_t = gather_slots(micro.batch.loss_mask_N, slots_t, False)
+            trained_t = real_t & micro.batch.loss_mask_N[slots_t]
             tokens = {
                 "trainable": trained_t,
                 "trainable_replayed": trained_t & known_t,
@@ -191,7 +203,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
                 "padded": ~real_t,
                 "compared": known_t & self.forward_only,
             }
-            self._tally.update({name: int(which_t.sum()) * len(layers) for name, which_t in tokens.items()})
+            self._tally.update({name: np.count_nonzero(which_t) * len(layers) for name, which_t in tokens.items()})
 
     def close(self) -> None:
         agreed = []
@@ -206,33 +218,64 @@ class ReplaySession(RoutingSession[LayerReplay]):
         total = int(torch.stack(agreed).sum()) if agreed else 0
         self.counts = ReplayCounts(**self._tally, agreed=total)
 
-    def _joined_routes(
-        self, batch: Batch, rows: Sequence[int]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
-        """The samples' routes end to end: ids [N, L, K] of the given rows of axis M, and which inputs they know [N].
+    def _joined_rows(
+        self, sources: Sequence[Source], row: int, padding_PK: npt.NDArray[np.unsignedinteger]
+    ) -> npt.NDArray[np.unsignedinteger]:
+        """What one layer is given, each row once: the samples' rows in their order, then padding. [s, K]
+
+        One layer at a time, so that what is joined stays in the processor's cache.
+
+        Args:
+            row: the layer's, on axis M.
+        """
+        return np.concatenate([*(routes.ids_MRK[row, start:end] for routes, start, end in sources), padding_PK])
+
+    def _sources(self, batch: Batch, needed_N: npt.NDArray[np.bool_]) -> list[Source]:
+        """Where the needed inputs' rows lie, in the order of the inputs; no other's are read.
 
         Raises:
-            ReplayError: no routes, routes that were not fetched, or routes of another shape than the samples'.
+            ReplayError: no routes, routes that were not fetched, or routes of another shape or dtype than the samples
+                and the model need.
         """
         if batch.routes is None:
             raise ReplayError("the batch carries no routes")
-        ids, known = [], []
-        for sample_id, length, routes in zip(batch.sample_ids, batch.lengths_n, batch.routes, strict=True):
+        dtype = route_dtype(self.facts.num_experts)
+        fetched = []
+        for sample_id, length, routes in zip(batch.sample_ids, batch.lengths_n.tolist(), batch.routes, strict=True):
             if not isinstance(routes, RoutedExperts):
                 raise ReplayError(f"sample {sample_id} carries a {type(routes).__name__}: fetch its routes first")
-            expected = (len(self.layer_rows), int(length), self.facts.top_k)
+            expected = (len(self.layer_rows), length, self.facts.top_k)
             if routes.ids_MRK.shape != expected:
                 raise ReplayError(
                     f"the routes of sample {sample_id} are {list(routes.ids_MRK.shape)} [MoE layers, rows, experts per "
                     f"token], but its {length} inputs and this model need {list(expected)}"
                 )
-            ids.append(routes.ids_MRK[list(rows)])
-            known.append(routes.known_R)
-        ids_NLK = np.concatenate(ids, axis=1).transpose(1, 0, 2)
-        if all(k is None for k in known):
-            return ids_NLK, None
-        pairs = zip(batch.lengths_n, known, strict=True)
-        return ids_NLK, np.concatenate([np.ones(n, np.bool_) if k is None else k for n, k in pairs])
+            if routes.ids_MRK.dtype != dtype:
+                raise ReplayError(
+                    f"the routes of sample {sample_id} are {routes.ids_MRK.dtype}, but ids of {self.facts.num_experts} "
+                    f"experts are kept as {dtype}"
+                )
+            fetched.append(routes)
+        return [(fetched[sample], start, end) for sample, start, end in _runs(needed_N, batch.offsets)]
+
+
+def _known(routes: RoutedExperts, start: int, end: int) -> npt.NDArray[np.bool_]:
+    """Which of a source's rows the engine knew."""
+    return np.ones(end - start, np.bool_) if routes.known_R is None else routes.known_R[start:end]
+
+
+def _runs(needed_N: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    """The runs of needed inputs, cut where a sample ends: (sample, its first row, the row after the last)."""
+    begins_N = np.ones(len(needed_N), np.bool_)
+    begins_N[1:] = needed_N[1:] != needed_N[:-1]
+    begins_N[offsets[:-1]] = True
+    begins = np.flatnonzero(begins_N)
+    ends = np.append(begins[1:], len(needed_N))
+    wanted = needed_N[begins]
+    begins, ends = begins[wanted], ends[wanted]
+    samples = np.searchsorted(offsets, begins, side="right") - 1
+    shift = offsets[samples]
+    return list(zip(samples.tolist(), (begins - shift).tolist(), (ends - shift).tolist(), strict=True))
 
 
 class RecordSession(RoutingSession[LayerRecord]):

@@ -64,7 +64,7 @@ class RouterRows:
     """What one router is to choose for one micro-batch."""
 
     ids_tK: torch.Tensor
-    """int64; padding slots hold balanced rows of their own."""
+    """Any integer type; padding slots hold balanced rows of their own."""
     known_t: torch.Tensor | None
     """bool; False where the live router decides. None: nowhere."""
     compared_t: torch.Tensor | None
@@ -124,6 +124,8 @@ class LayerReplay(RoutedLayer):
     In forward it takes the rows of the micro-batch that runs, and queues what it chose where backward will recompute
     the layer. A call outside a forward is that recompute: it takes the oldest choice, since every chunk runs its
     backwards in the order of its forwards.
+
+    Rows wait in the type in which they came, in the queue too; int64 exists for one layer at a time.
     """
 
     def __init__(self, layer: int, stopwatch: Stopwatch, *, recomputed: bool) -> None:
@@ -146,7 +148,7 @@ class LayerReplay(RoutedLayer):
                 f"layer {self.layer} routes {num_tokens} tokens to {topk} experts each, but the rows it was "
                 f"given are {list(ids_tK.shape)}"
             )
-        return ids_tK
+        return ids_tK.long()
 
     def _forward(self, live: LiveChoice) -> torch.Tensor:
         self._consume()
@@ -158,10 +160,10 @@ class LayerReplay(RoutedLayer):
                 live_tK = live()
             if live_tK.shape == ids_tK.shape:  # otherwise the caller says what is wrong
                 if rows.compared_t is not None:
-                    same_t = (live_tK.sort(-1).values == ids_tK.sort(-1).values).all(-1) & rows.compared_t
+                    same_t = (live_tK.sort(-1).values == ids_tK.long().sort(-1).values).all(-1) & rows.compared_t
                     self.agreed = same_t.sum() + (0 if self.agreed is None else self.agreed)
                 if rows.known_t is not None:
-                    ids_tK = torch.where(rows.known_t[:, None], ids_tK, live_tK)
+                    ids_tK = torch.where(rows.known_t[:, None], ids_tK, live_tK.to(ids_tK.dtype))
         if self.recomputed:
             self.queue.append(ids_tK)
         return ids_tK

@@ -321,6 +321,7 @@ def _forward_once(world: World, session: Any, scores: torch.Tensor) -> None:
         ((RoutedExperts(np.zeros((3, 2, 2), np.uint8)), RoutedExperts(np.zeros((3, 5, 2), np.uint8))), "sample a are"),
         ((RoutedExperts(np.zeros((3, 3, 2), np.uint8)), RoutedExperts(np.zeros((6, 5, 2), np.uint8))), "sample b are"),
         ((RoutedExperts(np.zeros((3, 3, 4), np.uint8)), RoutedExperts(np.zeros((3, 5, 2), np.uint8))), "sample a are"),
+        ((RoutedExperts(np.zeros((3, 3, 2), np.uint8)), RoutedExperts(np.zeros((3, 5, 2), np.uint16))), "b are uint16"),
         ((SimpleNamespace(num_rows=3, nbytes=1), None), "fetch its routes first"),
     ],
 )
