@@ -19,10 +19,11 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor
+from megatron.core.parallel_state import get_tensor_model_parallel_world_size
 
 from roll_r3.strategies.train import checkpoint
 from roll_r3.strategies.train.checkpoint import State
-from roll_r3.strategies.train.megatron.bridge import unwrap
+from roll_r3.strategies.train.megatron.bridge import plain_norms, unwrap
 from roll_r3.strategies.train.megatron.model import MegatronModel
 from roll_r3.strategies.train.megatron.optimizer import MOMENTS, Optimizer, Slot
 
@@ -78,6 +79,14 @@ class _Held:
     tensor: torch.Tensor
     described: ShardedTensor | ShardedTensorFactory
 
+    def check(self) -> None:
+        """Megatron takes a module that does not describe its parameters for one that has copies of them."""
+        is_split = getattr(self.tensor, "tensor_model_parallel", False) and get_tensor_model_parallel_world_size() > 1
+        for part, _ in self.parts(""):
+            assert not is_split or ".experts." in part.key or part.local_shape != part.global_shape, (
+                f"{part.key} is split over tensor-parallel ranks, and described as whole"
+            )
+
     def parts(self, prefix: str, suffix: str = "") -> Iterator[tuple[ShardedTensor, int]]:
         """Its parts of whole tensors, and the row of `tensor` that each begins with.
 
@@ -89,7 +98,7 @@ class _Held:
             built = [self.described]
         for part in built:
             before = part.data.storage_offset() - self.tensor.storage_offset()
-            yield replace(part, key=f"{prefix}{part.key}{suffix}"), before // self.tensor.stride(0)
+            yield replace(part, key=f"{prefix}{plain_norms(part.key)}{suffix}"), before // self.tensor.stride(0)
 
 
 class _Parts:
@@ -104,6 +113,8 @@ class _Parts:
             if isinstance(described, ShardedTensor | ShardedTensorFactory)
         ]
         self._by_id = {id(held.tensor): held for held in self._held}
+        for held in self._held:
+            held.check()
 
     def weights(self) -> State:
         """The model's own memory: parameters and buffers."""
