@@ -142,7 +142,6 @@ def prepare(args: argparse.Namespace, local: int, micro: MicroBatch) -> tuple[fl
         facts=ModelFacts("benchmark", args.layers, tuple(range(args.layers)), args.experts, args.top_k, 1, 1, 32, 64),
         ep_size=1,
         device=torch.device("cpu"),
-        layer_rows={layer: layer for layer in range(args.layers)},
         forward_only=False,
     )
     with session:

@@ -94,7 +94,7 @@ def _audited_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[list
 
 @contextmanager
 def _mistake(name: str) -> Iterator[None]:
-    from roll_r3.strategies.train import replay
+    from roll_r3.strategies.train import delivery, replay
     from roll_r3.strategies.train.routed_layer import LayerReplay
 
     session, joined = replay.ReplaySession, replay.ReplaySession._joined_rows
@@ -105,8 +105,16 @@ def _mistake(name: str) -> Iterator[None]:
             patch.setattr(
                 session,
                 "_joined_rows",
-                lambda self, sources, row, padding: joined(self, sources, (row + 1) % LAYERS, padding),
+                lambda self, pieces, layer, padding: joined(self, pieces, (layer + 1) % LAYERS, padding),
             )
+        elif name == "other rows delivered":
+            needed = delivery._needed
+
+            def one_later(tokens, offsets):
+                runs = needed(tokens, offsets)
+                return {sample: [(start + 1, end + 1) for start, end in r] for sample, r in runs.items()}
+
+            patch.setattr(delivery, "_needed", one_later)
         elif name == "newest first":
             patch.setattr(LayerReplay, "_recompute", lambda layer: layer.queue.pop())
         elif name == "the forward's own":
@@ -128,6 +136,7 @@ def _mistake(name: str) -> Iterator[None]:
         ("shifted by one token", 1, FULL_RECOMPUTE, r"\(forward\)"),
         ("shifted by one token", 2, {"tensor_model_parallel_size": 2}, r"\(forward\)"),
         ("rows of the next layer", 1, {}, r"\(forward\)"),
+        ("other rows delivered", 2, {"context_parallel_size": 2}, r"\(forward\)"),
         ("rows of the next layer", 2, EXPERT_PARALLEL, r"\(forward\)"),
         ("newest first", 2, TWO_STAGES, r"\(recomputed in backward\)"),
         ("the forward's own", 2, {**INTERLEAVED, **FULL_RECOMPUTE}, r"\(recomputed in backward\)"),

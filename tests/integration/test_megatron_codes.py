@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -237,23 +238,20 @@ def test_layers_that_predict_further_tokens_route_by_themselves(
 
 
 def _rows_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
-    from roll_r3.strategies.train import replay
-
-    gather = replay.gather_slots
-    patch.setattr(
-        replay, "gather_slots", lambda values, *args: np.roll(gather(values, *args), 1 if values.ndim == 3 else 0, 0)
-    )
+    _joined_rows_changed(patch, lambda join, pieces, layer, padding: np.roll(join(pieces, layer, padding), 1, axis=0))
 
 
 def _layers_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
+    _joined_rows_changed(
+        patch, lambda join, pieces, layer, padding: join(pieces, (layer + 1) % len(pieces[0].ids_LRK), padding)
+    )
+
+
+def _joined_rows_changed(patch: pytest.MonkeyPatch, wrong: Callable[..., Any]) -> None:
     from roll_r3.strategies.train.replay import ReplaySession
 
-    original = ReplaySession.__init__
-
-    def init(self: Any, *args: Any, layer_rows: dict[int, int], **kwargs: Any) -> None:
-        original(self, *args, layer_rows={m: (row + 1) % layers for m, row in layer_rows.items()}, **kwargs)
-
-    patch.setattr(ReplaySession, "__init__", init)
+    join = ReplaySession._joined_rows
+    patch.setattr(ReplaySession, "_joined_rows", lambda self, *args: wrong(partial(join, self), *args))
 
 
 def _cp_order_not_applied(patch: pytest.MonkeyPatch, layers: int) -> None:
@@ -281,15 +279,10 @@ def _routes_laid_out(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> 
 
 
 def _counted_layers_of_a_chunk(patch: pytest.MonkeyPatch, layers: int) -> None:
-    """Layers by their count in the list of routers, as if no layer were dense."""
-    from roll_r3.strategies.train.replay import ReplaySession
-
-    original = ReplaySession.__init__
-
-    def init(self: Any, *args: Any, layer_rows: dict[int, int], **kwargs: Any) -> None:
-        original(self, *args, layer_rows={m: min(m, layers - 1) for m in layer_rows}, **kwargs)
-
-    patch.setattr(ReplaySession, "__init__", init)
+    """Layers by their count in the model, as if its first were not dense."""
+    _joined_rows_changed(
+        patch, lambda join, pieces, layer, padding: join(pieces, min(layer + 1, len(pieces[0].ids_LRK) - 1), padding)
+    )
 
 
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
