@@ -156,14 +156,11 @@ def _routes(plan: Plan) -> Iterator[str]:
 
 
 def _where_routes_are(routes: RoutesPlan) -> str:
+    sizes = sorted(set(routes.rank))
+    some = _size(sizes[0]) if len(sizes) == 1 else f"{_size(sizes[0])} to {_size(sizes[-1])}"
     if routes.mode == "R2":
-        held = sorted(set(routes.rank))
-        some = _size(held[0]) if len(held) == 1 else f"{_size(held[0])} to {_size(held[-1])}"
         return f"a trainer's rank keeps {some} on its host: its samples, its stage's layers"
-    return (
-        f"a trainer's rank reads {_size(routes.rank[0])} (its samples, all layers), a node takes in at most "
-        f"{_size(routes.node)}"
-    )
+    return f"a trainer's rank reads {some} a pass (its samples, layers and tokens), a node's ranks {_size(routes.node)}"
 
 
 def _sync(plan: Plan) -> Iterator[str]:
