@@ -160,7 +160,7 @@ def _where_routes_are(routes: RoutesPlan) -> str:
     some = _size(sizes[0]) if len(sizes) == 1 else f"{_size(sizes[0])} to {_size(sizes[-1])}"
     if routes.mode == "R2":
         return f"a trainer's rank keeps {some} on its host: its samples, its stage's layers"
-    return f"a trainer's rank reads {some} a pass (its samples, layers and tokens), a node's ranks {_size(routes.node)}"
+    return f"a pass brings a rank {some} (its samples, layers and tokens), a node {_size(routes.node)}"
 
 
 def _sync(plan: Plan) -> Iterator[str]:

@@ -110,11 +110,11 @@ def _mistake(name: str) -> Iterator[None]:
         elif name == "other rows delivered":
             needed = delivery._needed
 
-            def one_later(tokens, offsets):
+            def one_earlier(tokens, offsets):
                 runs = needed(tokens, offsets)
-                return {sample: [(start + 1, end + 1) for start, end in r] for sample, r in runs.items()}
+                return {sample: [(a - 1, b - 1) if a else (a, b) for a, b in r] for sample, r in runs.items()}
 
-            patch.setattr(delivery, "_needed", one_later)
+            patch.setattr(delivery, "_needed", one_earlier)
         elif name == "newest first":
             patch.setattr(LayerReplay, "_recompute", lambda layer: layer.queue.pop())
         elif name == "the forward's own":
