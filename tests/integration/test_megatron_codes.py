@@ -280,9 +280,15 @@ def _routes_laid_out(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> 
 
 def _counted_layers_of_a_chunk(patch: pytest.MonkeyPatch, layers: int) -> None:
     """Layers by their count in the model, as if its first were not dense."""
-    _joined_rows_changed(
-        patch, lambda join, pieces, layer, padding: join(pieces, min(layer + 1, len(pieces[0].ids_LRK) - 1), padding)
-    )
+    from roll_r3.strategies.train import replay
+
+    right = replay.chunk_rows
+
+    def wrong(*args: Any) -> list[range]:
+        firsts = [(min(rows.start + 1, layers - len(rows)), len(rows)) for rows in right(*args)]
+        return [range(first, first + size) for first, size in firsts]
+
+    patch.setattr(replay, "chunk_rows", wrong)
 
 
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
