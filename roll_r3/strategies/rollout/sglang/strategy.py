@@ -23,8 +23,11 @@ from roll_r3.strategies.rollout.sglang.version import check_version
 
 
 class SglangRollout(ServerRollout[SglangConfig]):
-    """One engine. On a CPU a sample's seed decides its tokens, given the weights and, in the last bits of bf16, what else
-    is in its batches. On a GPU SGLang looks at the seed only with `server_args: {enable_deterministic_inference: true}`."""
+    """One engine.
+
+    On a CPU a sample's seed decides its tokens, given the weights and, in the last bits of bf16, what else is in its
+    batches. On a GPU SGLang looks at it only with `server_args: {enable_deterministic_inference: true}`.
+    """
 
     engine = "SGLang"
     package = "sglang"
