@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,11 @@ class RoutePiece:
     def num_rows(self) -> int:
         return int(self.ids_LRK.shape[1])
 
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Which rows the engine knew. [R]"""
+        return np.ones(self.num_rows, np.bool_) if self.known_R is None else self.known_R
+
 
 Pieces = list[RoutePiece]
 """Of one request, in the order of their rows, and together exactly the rows that it asked for."""
@@ -92,30 +98,46 @@ def read_encoded(group: EncodedGroup, samples: Sequence[int], requests: Sequence
         RouteError: the ids do not match their check sums.
         IndexError: layers or samples that are not in the group.
     """
-    by_layers: dict[range, dict[int, RouteView]] = defaultdict(dict)
     for sample, request in zip(samples, requests, strict=True):
-        by_layers[request.layers][sample] = _UNREAD
-    for layers, views in by_layers.items():
-        views.update(zip(views, group.view(layers, list(views)), strict=True))
+        _check_is(group, sample, request)
+    by_layers: dict[range, list[int]] = defaultdict(list)
+    for sample, request in zip(samples, requests, strict=True):
+        by_layers[request.layers].append(sample)
+    views = {
+        (layers, sample): view
+        for layers, asked in by_layers.items()
+        for sample, view in zip(asked, group.view(layers, asked), strict=True)
+    }
     return [
-        [piece for run in request.runs for piece in _parts(by_layers[request.layers][sample], run)]
+        [piece for run in request.runs for piece in _parts(views[request.layers, sample], run)]
         for sample, request in zip(samples, requests, strict=True)
     ]
 
 
-_UNREAD = RouteView(np.empty((0, 0, 0), np.uint8), np.empty((0, 0, 0), np.uint8), None)
+def _check_is(group: EncodedGroup, sample: int, request: RouteRequest) -> None:
+    """The wire form holds what the request's handle says."""
+    held = (group.num_layers, group.num_rows(sample), group.top_k, group.dtype)
+    routes = request.routes
+    said = (routes.num_layers, routes.num_rows, routes.top_k, routes.dtype)
+    if held != said:
+        raise RouteError(
+            f"encoded routes are not those that were asked for: sample {sample} is {held[3]} {list(held[:3])} [MoE "
+            f"layers, rows, experts per token] there, not {said[3]} {list(said[:3])}"
+        )
+    if request.runs and request.runs[-1][1] > routes.num_rows:
+        raise RouteError(f"rows up to {request.runs[-1][1]} were asked for, but sample {sample} has {routes.num_rows}")
 
 
 def _parts(view: RouteView, run: Run) -> Iterator[RoutePiece]:
     """A run of a sample's rows: those shared with its group, and its own."""
     start, end = run
     shared = view.shared_LPK.shape[1]
-    for first, last, ids_LRK in (
-        (start, min(end, shared), view.shared_LPK[:, start:end]),
-        (max(start, shared), end, view.own_LQK[:, max(start - shared, 0) : max(end - shared, 0)]),
-    ):
-        if first < last:
-            yield RoutePiece(first, ids_LRK, None if view.known_R is None else view.known_R[first:last])
+    if start < shared:
+        known = view.shared_known_P
+        yield RoutePiece(start, view.shared_LPK[:, start:end], None if known is None else known[start:end])
+    if end > shared:
+        own, known = slice(max(start - shared, 0), end - shared), view.own_known_Q
+        yield RoutePiece(max(start, shared), view.own_LQK[:, own], None if known is None else known[own])
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,23 +158,15 @@ def pack(requests: Sequence[RouteRequest], answers: Sequence[Pieces]) -> Parcel:
     """Copy what was asked for, and nothing else, into one buffer."""
     ids = np.empty(sum(request.nbytes for request in requests), np.uint8)
     known = np.ones(sum(request.num_rows for request in requests), np.bool_)
-    at = row = 0
-    for request, pieces in zip(requests, answers, strict=True):
-        waiting = iter(pieces)
-        for start, end in request.runs:
-            shape = (len(request.layers), end - start, request.routes.top_k)
-            size = int(np.prod(shape)) * request.routes.dtype.itemsize
-            out_LRK = ids[at : at + size].view(request.routes.dtype).reshape(shape)
-            done = start
-            while done < end:
-                piece = next(waiting)
-                rows = slice(done - start, done - start + piece.num_rows)
-                out_LRK[:, rows] = piece.ids_LRK
-                if piece.known_R is not None:
-                    known[row + rows.start : row + rows.stop] = piece.known_R
-                done += piece.num_rows
-            at += size
-            row += end - start
+    waiting = [iter(pieces) for pieces in answers]
+    for number, (start, end), ids_LRK, known_R in _places(requests, ids, known):
+        done = start
+        while done < end:
+            piece = next(waiting[number])
+            rows = slice(done - start, done - start + piece.num_rows)
+            np.copyto(ids_LRK[:, rows], piece.ids_LRK, casting="no")
+            known_R[rows] = piece.known
+            done += piece.num_rows
     return Parcel(ids, None if known.all() else known)
 
 
@@ -163,20 +177,28 @@ def unpack(requests: Sequence[RouteRequest], parcel: Parcel) -> list[Pieces]:
         RouteError: the parcel holds another number of bytes or rows than the requests ask for.
     """
     wanted = (sum(request.nbytes for request in requests), sum(request.num_rows for request in requests))
-    rows = wanted[1] if parcel.known is None else len(parcel.known)
-    if (len(parcel.ids), rows) != wanted:
-        raise RouteError(f"{len(parcel.ids)} bytes of routes came for {rows} rows, but {wanted} were asked for")
-    answers: list[Pieces] = []
+    known = np.ones(wanted[1], np.bool_) if parcel.known is None else parcel.known
+    if (len(parcel.ids), len(known)) != wanted:
+        raise RouteError(
+            f"{len(parcel.ids)} bytes of routes came for {len(known)} rows, but {wanted[0]} for {wanted[1]} were asked "
+            "for"
+        )
+    answers: list[Pieces] = [[] for _ in requests]
+    for number, (start, _), ids_LRK, known_R in _places(requests, parcel.ids, known):
+        answers[number].append(RoutePiece(start, ids_LRK, None if parcel.known is None else known_R))
+    return answers
+
+
+def _places(
+    requests: Sequence[RouteRequest], ids: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_]
+) -> Iterator[tuple[int, Run, RouteArray, npt.NDArray[np.bool_]]]:
+    """Where each run of each request lies in a parcel: (request's number, run, ids [L, R, K], known [R])."""
     at = row = 0
-    for request in requests:
-        pieces: Pieces = []
+    for number, request in enumerate(requests):
         for start, end in request.runs:
             shape = (len(request.layers), end - start, request.routes.top_k)
-            size = int(np.prod(shape)) * request.routes.dtype.itemsize
-            ids_LRK = parcel.ids[at : at + size].view(request.routes.dtype).reshape(shape)
-            known_R = None if parcel.known is None else parcel.known[row : row + end - start]
-            pieces.append(RoutePiece(start, ids_LRK, known_R))
+            size = prod(shape) * request.routes.dtype.itemsize
+            ids_LRK = ids[at : at + size].view(request.routes.dtype).reshape(shape)
+            yield number, (start, end), ids_LRK, known[row : row + end - start]
             at += size
             row += end - start
-        answers.append(pieces)
-    return answers

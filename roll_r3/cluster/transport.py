@@ -1,26 +1,26 @@
 """How routes travel: into the object store by the rollout's process, out of it by the ranks that train on them.
 
 The routes of a prompt's samples are one object in their wire form, on the node of the engine. A rank on that node reads
-views of it. For a rank elsewhere a task on that node cuts out the rows and layers that it asks for, and only these
-travel. The driver passes handles along and never holds the arrays.
+views of it. For a rank elsewhere the process that stored them cuts out the rows and layers that it asks for, and only
+these travel. The driver passes handles along and never holds the arrays.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from roll_r3.batch.delivery import Parcel, Pieces, RouteRequest, pack, read_encoded, read_held, unpack
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.batch.wire import EncodedGroup, encode
-from roll_r3.errors import RouteError
+from roll_r3.errors import RollError, RouteError
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class StoredRoutes:
     """The sample's place in the group."""
     node_id: str
     """Where the object lies."""
+    keeper: str
+    """Name of the actor that stored it: its method `cut_routes` is `cut`."""
     num_layers: int
     num_rows: int
     top_k: int
@@ -44,6 +46,8 @@ class StoredRoutes:
 def store_routes(trajectories: Sequence[Trajectory], num_experts: int) -> tuple[Trajectory, ...]:
     """Put the trajectories' routes into the object store as one object; trajectories with handles come back.
 
+    An actor calls it that has a name and a method `cut_routes`.
+
     Raises:
         RouteError: routes that the wire form cannot hold (see `wire.encode`).
     """
@@ -52,7 +56,8 @@ def store_routes(trajectories: Sequence[Trajectory], num_experts: int) -> tuple[
         return tuple(trajectories)
     assert len(arrays) == len(trajectories), "routes of all samples of a prompt, or of none"
     encoded = encode(arrays, num_experts)
-    ref, node_id = ray.put(encoded), ray.get_runtime_context().get_node_id()
+    context, ref = ray.get_runtime_context(), ray.put(encoded)
+    node_id, keeper = context.get_node_id(), context.get_actor_name()
     ends = [len(encoded) * i // len(arrays) for i in range(len(arrays) + 1)]
     return tuple(
         replace(
@@ -61,6 +66,7 @@ def store_routes(trajectories: Sequence[Trajectory], num_experts: int) -> tuple[
                 ref,
                 i,
                 node_id,
+                keeper,
                 num_layers=routes.num_layers,
                 num_rows=routes.num_rows,
                 top_k=routes.top_k,
@@ -79,40 +85,51 @@ def read_routes(requests: Sequence[RouteRequest]) -> list[Pieces]:
         RouteError: routes that are damaged, or that the object store has lost.
     """
     here = ray.get_runtime_context().get_node_id()
-    by_node: dict[str, list[int]] = defaultdict(list)
+    near: list[int] = []
+    far: dict[str, list[int]] = defaultdict(list)
     answers: list[Pieces] = [[] for _ in requests]
     for i, request in enumerate(requests):
-        if isinstance(request.routes, StoredRoutes):
-            by_node[request.routes.node_id].append(i)
-        else:
+        if not isinstance(request.routes, StoredRoutes):
             [answers[i]] = read_held([request])
-    parcels = {  # begun first: other nodes cut while this one reads its own
-        node_id: _cut.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
-            [requests[i] for i in asked]
-        )
-        for node_id, asked in by_node.items()
-        if node_id != here
-    }
-    for node_id, asked in by_node.items():
-        wanted = [requests[i] for i in asked]
-        try:
-            found = _read_here(wanted) if node_id == here else unpack(wanted, ray.get(parcels[node_id]))
-        except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
-        except ray.exceptions.RayError as error:
-            raise RouteError(f"routes are lost: they lay on node {node_id}: {error}") from error
-        for i, pieces in zip(asked, found, strict=True):
+        elif request.routes.node_id == here:
+            near.append(i)
+        else:
+            far[request.routes.keeper].append(i)
+    with _told_if_lost():
+        # begun first: others cut while this process reads what is near
+        parcels = {
+            keeper: ray.get_actor(keeper).cut_routes.remote([requests[i] for i in asked])
+            for keeper, asked in far.items()
+        }
+        found = [(near, _read_near([requests[i] for i in near]))]
+        found += [
+            (asked, unpack([requests[i] for i in asked], ray.get(parcels[keeper]))) for keeper, asked in far.items()
+        ]
+    for asked, read in found:
+        for i, pieces in zip(asked, read, strict=True):
             answers[i] = pieces
     return answers
 
 
-@ray.remote(num_cpus=0)  # the training ranks and engines may have taken all of a node's
-def _cut(requests: Sequence[RouteRequest]) -> Parcel:
-    """On the node where the routes lie: what was asked for, and nothing else."""
-    return pack(requests, _read_here(requests))
+def cut(requests: Sequence[RouteRequest]) -> Parcel:
+    """On the node where the routes lie: what was asked for, and nothing else. Raises as `read_routes` does."""
+    with _told_if_lost():
+        return pack(requests, _read_near(requests))
 
 
-def _read_here(requests: Sequence[RouteRequest]) -> list[Pieces]:
+@contextmanager
+def _told_if_lost() -> Iterator[None]:
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:  # of the process that cut
+        if isinstance(error.cause, RollError):
+            raise error.cause from None
+        raise
+    except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no actor has that name any more
+        raise RouteError(f"routes are lost, since the process that stored them ended: {error}") from error
+
+
+def _read_near(requests: Sequence[RouteRequest]) -> list[Pieces]:
     """Views of objects in this node's store."""
     handles = [request.routes for request in requests if isinstance(request.routes, StoredRoutes)]
     by_ref: dict[ray.ObjectRef, list[int]] = defaultdict(list)
@@ -120,7 +137,7 @@ def _read_here(requests: Sequence[RouteRequest]) -> list[Pieces]:
         by_ref[handle.ref].append(i)
     answers: list[Pieces] = [[] for _ in requests]
     for (_, asked), encoded in zip(by_ref.items(), ray.get(list(by_ref)), strict=True):
-        found = read_encoded(EncodedGroup(encoded), [handles[i].index for i in asked], [requests[i] for i in asked])
-        for i, pieces in zip(asked, found, strict=True):
+        read = read_encoded(EncodedGroup(encoded), [handles[i].index for i in asked], [requests[i] for i in asked])
+        for i, pieces in zip(asked, read, strict=True):
             answers[i] = pieces
     return answers

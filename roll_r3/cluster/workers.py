@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -15,8 +16,9 @@ import ray
 import torch
 
 from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import Parcel, RouteRequest
 from roll_r3.cluster.logs import log_to_file
-from roll_r3.cluster.transport import read_routes, store_routes
+from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.checkpoint import resolve_checkpoint
@@ -64,7 +66,14 @@ class RolloutWorker:
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         """As `RolloutStrategy.generate`, with handles in place of routes."""
         results = await self._strategy.generate(requests)
-        return [replace(r, trajectories=store_routes(r.trajectories, self._num_experts)) for r in results]
+        for i, result in enumerate(results):  # one by one: the arrays go as their wire forms come
+            stored = await asyncio.to_thread(store_routes, result.trajectories, self._num_experts)
+            results[i] = replace(result, trajectories=stored)
+        return results
+
+    async def cut_routes(self, requests: Sequence[RouteRequest]) -> Parcel:
+        """For a rank on another node: what it asks for of the routes that `generate` stored."""
+        return await asyncio.to_thread(cut, requests)
 
     async def weight_target(self) -> WeightTarget:
         return self._strategy.weight_target()

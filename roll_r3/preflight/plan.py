@@ -156,6 +156,8 @@ class RoutesPlan:
     node: int
     """R3: what the ranks of one trainer's node read in a pass, at most, all of which comes from other nodes where no
     engine is on theirs. 0 under R2, whose routes stay on their ranks."""
+    passes: int
+    """R3: how often a step reads them: for the old log-probabilities, and in each epoch of the update."""
 
 
 @dataclass(frozen=True)
@@ -343,18 +345,18 @@ def _routes(config: RLVRConfig, size: ModelSize, trainer: RolePlan, nodes: _Node
     step = sample * config.samples_per_step
     token = len(shape.moe_layers) * layer
     if mode == "disable":
-        return RoutesPlan(mode, 0, 0, 0, (0,) * trainer.grid.pp, 0)
+        return RoutesPlan(mode, 0, 0, 0, (0,) * trainer.grid.pp, 0, 0)
     own = [sum(len(chunk.moe_layers) for chunk in stage.chunks) for stage in trainer.stages]
     own = own or [len(shape.moe_layers)]
     held = [layers * layer * inputs * trainer.passes.samples for layers in own]
     if mode == "R2":
-        return RoutesPlan(mode, token, sample, step, tuple(held), 0)
+        return RoutesPlan(mode, token, sample, step, tuple(held), 0, 0)
     parts = sequence_parts(config.actor_train)
     read = tuple(-(-size // parts) for size in held)
     per_node: Counter[int] = Counter()
     for rank in trainer.ranks:
         per_node[nodes.of([rank.device])[0]] += read[rank.place.pp]
-    return RoutesPlan(mode, token, sample, step, read, max(per_node.values()))
+    return RoutesPlan(mode, token, sample, step, read, max(per_node.values()), 1 + config.ppo_epochs)
 
 
 def _weight_sync(config: RLVRConfig, size: ModelSize, engines: Sequence[EnginePlan], nodes: _Nodes) -> WeightSyncPlan:

@@ -147,7 +147,8 @@ def _routes(plan: Plan) -> Iterator[str]:
     if routes.mode == "disable":
         yield "routes: none are recorded"
         return
-    yield f"routes ({routes.mode}), at full length"
+    passes = f", read in {routes.passes} passes a step" if routes.passes else ""
+    yield f"routes ({routes.mode}), at full length{passes}"
     yield (
         f"  {_size(routes.token)} a token ({len(plan.model.moe_layers)} layers x {plan.model.top_k} experts), "
         f"{_size(routes.sample)} a sample, {_size(routes.step)} a step"

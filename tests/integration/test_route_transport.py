@@ -6,6 +6,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -51,6 +52,9 @@ class Engine:
     def store(self) -> Any:
         return store_routes(trajectories(), EXPERTS)
 
+    def cut_routes(self, requests: Any) -> Any:
+        return transport.cut(requests)
+
     def store_damaged(self) -> Any:
         stored = store_routes(trajectories(), EXPERTS)
         damaged = np.array(ray.get(stored[0].routes.ref))
@@ -92,7 +96,7 @@ def nodes():
 
 def on(node: Any, kind: type) -> Any:
     where = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-    return ray.remote(kind).options(num_cpus=1, scheduling_strategy=where).remote()
+    return ray.remote(kind).options(num_cpus=1, scheduling_strategy=where, name=uuid4().hex).remote()
 
 
 RUNS, LAYER_RUN = ((0, 300), (900, 1100), (3500, 4000)), range(2, 6)
@@ -140,7 +144,9 @@ def test_routes_on_the_own_node_are_read_in_place(nodes):
     batch = Batch.from_trajectories(ray.get(engine.store.remote()))
     answers = read_routes([RouteRequest(r, LAYER_RUN, RUNS) for r in batch.routes])  # this process is on that node
     assert_same(answers)
-    assert not any(p.ids_LRK.flags.owndata or p.ids_LRK.flags.writeable for pieces in answers for p in pieces)
+    encoded = ray.get(batch.routes[0].ref)
+    assert all(np.shares_memory(piece.ids_LRK, encoded) for pieces in answers for piece in pieces)
+    assert not any(piece.ids_LRK.flags.writeable for pieces in answers for piece in pieces)
     ray.kill(engine)
 
 
@@ -170,5 +176,14 @@ def test_routes_of_a_node_that_went_are_said_to_be_lost(nodes):
     cluster.wait_for_nodes()
     stored = ray.get(on(third, Engine).store.remote())
     cluster.remove_node(third, allow_graceful=False)
-    with pytest.raises(RouteError, match=f"routes are lost: they lay on node {third.node_id}"):
+    with pytest.raises(RouteError, match="routes are lost, since the process that stored them ended"):
+        read_routes([RouteRequest(t.routes, LAYER_RUN, RUNS) for t in stored])
+
+
+def test_routes_of_an_engine_that_died_are_said_to_be_lost(nodes):
+    _, _, second = nodes
+    engine = on(second, Engine)
+    stored = ray.get(engine.store.remote())
+    ray.kill(engine)
+    with pytest.raises(RouteError, match="routes are lost, since the process that stored them ended"):
         read_routes([RouteRequest(t.routes, LAYER_RUN, RUNS) for t in stored])

@@ -1,8 +1,9 @@
 """The audit: the experts that every layer really used, against the rows recorded for the same tokens.
 
-It shares nothing with what the routing session stages. What was used is read from the engine after it decided, in
-forward and again where backward recomputes the layer; what should have been used comes from each token's sample and
-position; which micro-batch runs comes from the schedule and from autograd (see `Observer`).
+It shares nothing with what the routing session asks for and stages, only the way in which routes are read. What was
+used is read from the engine after it decided, in forward and again where backward recomputes the layer; what should
+have been used comes from each token's sample and position; which micro-batch runs comes from the schedule and from
+autograd (see `Observer`).
 
 Shape legend: t tokens that this rank's routers see, E experts, K experts per token, L layers of a chunk, M rows of a
 sample's routes on the layer axis, R rows of a sample.
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from roll_r3.batch.batch import Batch
 from roll_r3.batch.delivery import Pieces, ReadRoutes, RouteRequest
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.token_map import PADDING
@@ -69,8 +71,8 @@ class Audit(Observer):
         self._num_micro_batches = num_micro_batches
         self._layer_rows = layer_rows
         self._read = read
-        self._whole: dict[tuple[int, int], list[RoutedExperts]] = {}
-        """(micro-batch's batch, chunk) -> each sample's routes in the chunk's layers."""
+        self._whole: dict[int, tuple[Batch, list[RoutedExperts]]] = {}
+        """Chunk -> the samples that it worked on last, and their routes in its layers."""
         self._top_k = top_k
         self._device = device
         self._seen: Counter[int] = Counter()
@@ -142,8 +144,8 @@ class Audit(Observer):
         self, micro: MicroBatch, chunk: int, layer: int, num_experts: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the routes say of each slot: experts as bool [t, E], and where they say anything [t]."""
-        samples = self._samples(micro, chunk)
-        row = [router.layer for router in self._routers[chunk]].index(layer)
+        samples = self._samples(micro.batch, chunk)
+        row = self._layer_rows[layer] - self._rows(chunk).start
         offsets, slots_t = micro.batch.offsets, micro.tokens.router_slots_t
         sample_t = np.searchsorted(offsets, slots_t, side="right") - 1
         expected_tE = np.zeros((len(slots_t), num_experts), np.bool_)
@@ -156,16 +158,19 @@ class Audit(Observer):
                 known_t[at] = routes.known_R[positions]
         return torch.from_numpy(expected_tE), torch.from_numpy(known_t)
 
-    def _samples(self, micro: MicroBatch, chunk: int) -> list[RoutedExperts]:
+    def _samples(self, batch: Batch, chunk: int) -> list[RoutedExperts]:
         """Every sample's routes, all rows of them, in the layers of a chunk."""
-        key = (id(micro.batch), chunk)
-        if key not in self._whole:
-            assert micro.batch.routes is not None
-            rows = [self._layer_rows[router.layer] for router in self._routers[chunk]]
-            layers = range(min(rows), max(rows) + 1)
-            answers = self._read([RouteRequest(r, layers, ((0, r.num_rows),)) for r in micro.batch.routes])
-            self._whole[key] = [_joined(pieces) for pieces in answers]
-        return self._whole[key]
+        held = self._whole.get(chunk)
+        if held is None or held[0] is not batch:
+            assert batch.routes is not None
+            layers = self._rows(chunk)
+            answers = self._read([RouteRequest(r, layers, ((0, r.num_rows),)) for r in batch.routes])
+            held = self._whole[chunk] = (batch, [_joined(pieces) for pieces in answers])
+        return held[1]
+
+    def _rows(self, chunk: int) -> range:
+        rows = [self._layer_rows[router.layer] for router in self._routers[chunk]]
+        return range(min(rows), max(rows) + 1)
 
     def _check_complete(self) -> None:
         """Every layer was seen in every forward and every recomputation."""
@@ -176,9 +181,10 @@ class Audit(Observer):
 
 
 def _joined(pieces: Pieces) -> RoutedExperts:
+    if len(pieces) == 1:
+        return RoutedExperts(pieces[0].ids_LRK, pieces[0].known_R)
     ids_LRK = np.concatenate([piece.ids_LRK for piece in pieces], axis=1)
-    known = [np.ones(piece.num_rows, np.bool_) if piece.known_R is None else piece.known_R for piece in pieces]
-    return RoutedExperts(ids_LRK, np.concatenate(known))
+    return RoutedExperts(ids_LRK, np.concatenate([piece.known for piece in pieces]))
 
 
 def _mismatch(layer: int, current: Pass, token: int, used_tE: torch.Tensor, expected_tE: torch.Tensor) -> str:

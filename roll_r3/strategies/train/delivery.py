@@ -52,13 +52,13 @@ def deliver(
         RouteError: routes that are damaged or cannot be reached.
     """
     requests: list[RouteRequest] = []
-    ranges: dict[int, list[slice]] = {}
+    ranges: dict[Batch, list[slice]] = {}
     for micro in micro_batches:
-        if id(micro.batch) in ranges:  # a repeat that fills the schedule
+        if micro.batch in ranges:  # a repeat that fills the schedule
             continue
         routes = _checked(micro.batch, num_layers, facts)
         runs = _needed(micro.tokens, micro.batch.offsets)
-        slices = ranges[id(micro.batch)] = []
+        slices = ranges[micro.batch] = []
         for layers in rows_of_chunks:
             first = len(requests)
             if layers:
@@ -70,7 +70,7 @@ def deliver(
         return tuple(piece for answer in answers[asked] for piece in answer)
 
     delivered = {batch: tuple(pieces(asked) for asked in slices) for batch, slices in ranges.items()}
-    return [replace(micro, routes=delivered[id(micro.batch)]) for micro in micro_batches]
+    return [replace(micro, routes=delivered[micro.batch]) for micro in micro_batches]
 
 
 def _checked(batch: Batch, num_layers: int, facts: ModelFacts) -> Sequence[Routes]:

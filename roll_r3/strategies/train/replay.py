@@ -29,9 +29,11 @@ from roll_r3.errors import ReplayError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.padding import padding_rows
 from roll_r3.strategies.base import ReplayCounts
+from roll_r3.strategies.train.carrier import Carrier
 from roll_r3.strategies.train.delivery import chunk_rows, deliver
 from roll_r3.strategies.train.micro_batch import MicroBatch
 from roll_r3.strategies.train.routed_layer import (
+    WAITING,
     LayerRecord,
     LayerReplay,
     RoutedLayer,
@@ -72,7 +74,7 @@ class RoutingSession(ABC, Generic[Layer]):
         self.num_micro_batches = num_micro_batches
         self.facts = facts
         self.ep_size = ep_size
-        self.device = device
+        self.carrier = Carrier(device)
         self.stopwatch = Stopwatch()
         self.layers: list[list[Layer]] = []
         """Of each chunk; empty outside the session."""
@@ -132,13 +134,11 @@ class RoutingSession(ABC, Generic[Layer]):
         """Balanced rows for so many padding slots. [count, K]"""
         return padding_rows(count, self.facts.num_experts, self.facts.top_k, ep_size=self.ep_size).numpy()
 
-    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        if array.dtype == np.uint16:  # torch has few kernels for it
-            array = array.astype(np.int32)
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":  # from other memory the copy would wait for what the GPU computes
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+    def _carried(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """A copy on the device."""
+        host = self.carrier.empty(array.shape, torch.from_numpy(array[:0]).dtype)
+        host.copy_(torch.from_numpy(array))
+        return self.carrier.carry(host)
 
 
 class ReplaySession(RoutingSession[LayerReplay]):
@@ -174,23 +174,23 @@ class ReplaySession(RoutingSession[LayerReplay]):
         slots_t = micro.tokens.router_slots_t
         real_t = slots_t != PADDING
         seen_N = micro.tokens.seen
-        pieces = _delivered(micro, chunk, len(layers), np.count_nonzero(seen_N))
+        num_seen = np.count_nonzero(seen_N)
+        pieces = _delivered(micro, chunk, len(layers), num_seen)
         dtype = route_dtype(self.facts.num_experts)
         padding_PK = self._padding_rows(np.count_nonzero(~real_t)).astype(dtype)
-        num_seen = np.count_nonzero(seen_N)
         places_t = np.cumsum(seen_N)[slots_t] - 1
         places_t[~real_t] = np.arange(num_seen, num_seen + len(padding_PK))
-        ids_LtK = np.empty((len(layers), len(slots_t), self.facts.top_k), dtype)
-        for layer, ids_tK in enumerate(ids_LtK):
+        ids_LtK = self.carrier.empty((len(layers), len(slots_t), self.facts.top_k), WAITING[dtype])
+        for layer, ids_tK in enumerate(ids_LtK.numpy().view(dtype)):
             joined_sK = self._joined_rows(pieces, layer, padding_PK)
             np.take(joined_sK, places_t, axis=0, out=ids_tK, mode="clip")  # "raise" would go through a copy
         known_t = real_t.copy()
         if any(piece.known_R is not None for piece in pieces):
-            known_t[real_t] = np.concatenate([_known(piece) for piece in pieces])[places_t[real_t]]
+            known_t[real_t] = np.concatenate([piece.known for piece in pieces])[places_t[real_t]]
         fall_back = bool((real_t & ~known_t).any())
-        known = self._to_device(known_t | ~real_t) if fall_back else None
-        compared = self._to_device(known_t) if self.forward_only and micro.counted else None
-        for layer, ids_tK in zip(layers, self._to_device(ids_LtK), strict=True):
+        known = self._carried(known_t | ~real_t) if fall_back else None
+        compared = self._carried(known_t) if self.forward_only and micro.counted else None
+        for layer, ids_tK in zip(layers, self.carrier.carry(ids_LtK), strict=True):
             layer.hand_over(RouterRows(ids_tK, known, compared))
         if micro.counted:
             trained_t = real_t & micro.batch.loss_mask_N[slots_t]
@@ -276,27 +276,29 @@ def _delivered(micro: MicroBatch, chunk: int, num_layers: int, num_rows: int) ->
     return pieces
 
 
-def _known(piece: RoutePiece) -> npt.NDArray[np.bool_]:
-    """Which of its rows the engine knew."""
-    return np.ones(piece.num_rows, np.bool_) if piece.known_R is None else piece.known_R
-
-
 class RecordSession(RoutingSession[LayerRecord]):
     """Native routing, written down. Its `chosen` is there once it has closed."""
 
     chosen: list[torch.Tensor]
     """Of each micro-batch, int64 [L, t, K] over the layers of all chunks, in `local_layers` order."""
 
+    def __enter__(self) -> Self:
+        self._num_tokens: list[int] = []
+        """That the routers of each micro-batch would see."""
+        return super().__enter__()
+
     def make_layer(self, router: Router) -> LayerRecord:
         return LayerRecord(router.layer, self.stopwatch)
 
     def stage(self, chunk: int, micro: MicroBatch) -> None:
         padding_t = micro.tokens.router_slots_t == PADDING
+        if chunk == 0:
+            self._num_tokens.append(len(padding_t))
         padding = None
         if padding_t.any():
             ids_tK = np.zeros((len(padding_t), self.facts.top_k), np.int64)
             ids_tK[padding_t] = self._padding_rows(int(padding_t.sum()))
-            padding = RouterRows(self._to_device(ids_tK), known_t=self._to_device(padding_t), compared_t=None)
+            padding = RouterRows(self._carried(ids_tK), known_t=self._carried(padding_t), compared_t=None)
         for layer in self.layers[chunk]:
             layer.hand_over(padding)
 
@@ -305,4 +307,4 @@ class RecordSession(RoutingSession[LayerRecord]):
         if layers:
             self.chosen = [torch.stack(chosen) for chosen in zip(*(x.chosen for x in layers), strict=True)]
         else:  # a pipeline stage of dense layers only
-            self.chosen = [torch.empty(0, 0, 0, dtype=torch.int64)] * self.num_micro_batches
+            self.chosen = [torch.empty(0, t, self.facts.top_k, dtype=torch.int64) for t in self._num_tokens]

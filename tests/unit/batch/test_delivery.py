@@ -111,6 +111,27 @@ def test_a_parcel_of_another_size_is_refused() -> None:
         unpack(other, parcel)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        RoutedExperts(np.zeros((2, 5, 2), np.uint16)),
+        RoutedExperts(np.zeros((2, 5, 4), np.uint8)),
+        RoutedExperts(np.zeros((2, 6, 2), np.uint8)),
+        RoutedExperts(np.zeros((3, 5, 2), np.uint8)),
+    ],
+)
+def test_a_wire_form_of_other_routes_is_refused(other: RoutedExperts) -> None:
+    encoded = encode([RoutedExperts(np.zeros((2, 5, 2), np.uint8))], 16)
+    with pytest.raises(RouteError, match=r"are not those that were asked for: sample 0 is uint8 \[2, 5, 2\]"):
+        read_encoded(EncodedGroup(encoded), [0], [RouteRequest(other, range(1), ((0, 1),))])
+
+
+def test_rows_beyond_the_sample_are_refused() -> None:
+    routes = RoutedExperts(np.zeros((2, 5, 2), np.uint8))
+    with pytest.raises(RouteError, match="rows up to 6 were asked for, but sample 0 has 5"):
+        read_encoded(EncodedGroup(encode([routes], 16)), [0], [RouteRequest(routes, range(1), ((0, 6),))])
+
+
 def test_a_damaged_wire_form_is_refused() -> None:
     routes = RoutedExperts(np.zeros((2, 5, 2), np.uint8))
     encoded = encode([routes], 16)

@@ -244,6 +244,35 @@ def test_recording_keeps_the_live_choice_and_places_padding_as_replay_does() -> 
         assert torch.equal(chosen[row][~real], torch.tensor([[0, 1], [2, 3]]))
 
 
+def test_a_stage_of_dense_layers_records_and_replays_nothing() -> None:
+    """Its rows have no layers, but are rows of the model's shape, as those of its peers are."""
+    from roll_r3.strategies.train.recorded import RecordedRoutes
+    from roll_r3.strategies.train.replay import RecordSession, replaying
+
+    alone = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), reduce=lambda *args: None)
+    world = _world(num_micro_batches=1)
+    (micro,) = world.micro_batches
+    session = RecordSession([[]], 1, facts=FACTS, ep_size=1, device=torch.device("cpu"))
+    with session, session.micro_batch(0, micro):
+        pass
+    recorded = RecordedRoutes(alone, lambda ids: [(Layout(), ids)], EXPERTS)
+    recorded.store([micro], session.chosen)
+    batch = recorded.attach(replace(micro.batch, routes=None))
+    again, [delivered] = replaying(
+        [replace(micro, batch=batch)],
+        [[]],
+        facts=FACTS,
+        ep_size=1,
+        device=torch.device("cpu"),
+        layer_rows={},
+        read=read_held,
+        forward_only=False,
+    )
+    with again, again.micro_batch(0, delivered):
+        pass
+    assert again.counts.trainable == 0
+
+
 def test_sessions_do_not_nest_and_leave_routers_at_rest() -> None:
     world = _world()
     everything = [router.module for chunk in world.routers for router in chunk]

@@ -203,7 +203,8 @@ def test_recorded_routes_stay_with_their_layers():
     assert found.routes.rank == (3 * layer, 3 * layer)
     uneven = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|t*7L"}
     assert plan(uneven, 4, mode="R2").routes.rank == (0, 6 * layer)
-    assert found.routes.node == 0
+    assert (found.routes.node, found.routes.passes) == (0, 0)
+    assert plan({}, 4, ppo_epochs=3).routes.passes == 4, "the old log-probabilities, and each epoch"
     off = plan({}, 4, mode="disable").routes
     assert (off.token, off.step, off.rank) == (0, 0, (0,))
 

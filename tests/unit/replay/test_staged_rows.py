@@ -88,7 +88,7 @@ def run(session: ReplaySession, micro: MicroBatch, live_tK: torch.Tensor) -> lis
             waiting = [ids.dtype for layer in session.layers[0] for ids in layer.queue]
         if session.forward_only:
             return [forward]
-        dtype = torch.uint8 if session.facts.num_experts <= 256 else torch.int32
+        dtype = torch.uint8 if session.facts.num_experts <= 256 else torch.int16
         assert waiting == [dtype] * len(forward), "int64 is for one layer at a time"
         again = [layer.route(tokens, TOP_K, lambda: 1 - live_tK) for layer in session.layers[0]]
     return [forward, again]
@@ -109,7 +109,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("layers", [[1, 3, 5, 7], [3, 5], [7]], ids=str)
-@pytest.mark.parametrize(("experts", "unknown"), [(16, 0.0), (16, 0.4), (256, 0.4), (300, 0.4)])
+@pytest.mark.parametrize(("experts", "unknown"), [(16, 0.0), (16, 0.4), (256, 0.4), (300, 0.4), (60_000, 0.4)])
 def test_each_router_gets_its_tokens_rows(layout: Layout, layers: list[int], experts: int, unknown: float) -> None:
     batch = batch_of(experts, unknown)
     micro = cut(batch, [np.arange(len(LENGTHS))], layout)[0]

@@ -71,6 +71,7 @@ class DispatchAudit(Audit):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        super().__exit__(kind, error, trace)
         for layer in self._all_layers():
             for name in _WRAPPED:
                 vars(layer.token_dispatcher).pop(name, None)
