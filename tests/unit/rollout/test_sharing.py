@@ -149,6 +149,7 @@ def test_a_leader_that_comes_late_is_waited_for() -> None:
     engine.answers = {"b": False}
     (came,) = engine.share(GenerateRequest(PROMPT, GROUP.sample_ids, (13, 10, 11, 12)))
     assert set(came) == {"a"}
+    assert [name for kind, name in engine.log if kind == "answer"] == ["b", "a"], "those in doubt are ended at once"
 
 
 @pytest.mark.parametrize("error", [SampleError("HTTP 500"), RouteError("infinite")])
@@ -185,6 +186,24 @@ def test_samples_of_a_prompt_in_the_cache_go_before_other_prompts() -> None:
     for group, prime in enumerate(primes):
         begun = sum(kind == "ask" for kind, _ in starts[:prime])
         assert begun >= 3 * group - 2, "at most the last sample or two of the group before are still to begin"
+
+
+def test_samples_of_a_prompt_in_the_cache_go_before_those_that_fetch_their_own() -> None:
+    engine = Engine(slots=1)
+
+    async def alone(number: int) -> None:
+        async with engine.sharing._slots.hold():
+            engine.log.append(("alone", str(number)))
+            await asyncio.sleep(0.001)
+
+    async def work() -> None:
+        sharing = asyncio.create_task(engine.sharing.share(GenerateRequest(PROMPT, ("a", "b"), (10, 11)), ROWS))
+        await asyncio.sleep(0.002)
+        await asyncio.gather(sharing, *(alone(number) for number in range(3)))
+
+    asyncio.run(work())
+    begun = [name for kind, name in engine.log if kind != "answer"]
+    assert begun == ["a", "0", "a", "b", "1", "2"], "the prompt, one who found the slot free, the samples, the others"
 
 
 def test_only_groups_with_something_to_share_share() -> None:
