@@ -9,9 +9,10 @@ asks, one after another and in an order that turns, for
     each       the server with recording; every sample fetches all its rows
     shared     the same server; one sample of a group fetches the prompt's rows
 
-with prompts that no server has seen. Prints one JSON object: the median of response tokens a second over the rounds,
-the medians of the rounds' ratios, the bytes that a sample's answers hold (the group's first request counted in), and
-what decoding one long answer takes: how long, and how long it keeps an event loop from turning.
+with prompts that no server has seen. Prints one JSON object: medians over the rounds of response tokens a second, of
+the processor time that server and client spend on a token (steadier on a busy machine) and of the bytes that a sample's
+answers hold, the group's first request counted in; medians of the rounds' ratios; and what decoding one long answer
+takes: how long, and how long it keeps an event loop from turning.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.facts import ModelFacts
@@ -44,6 +46,8 @@ from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
 class Round:
     tokens_per_s: float
     bytes_per_sample: float
+    cpu_us_per_token: float
+    """Of the server's processes and of this one."""
 
 
 def make_engine(args: argparse.Namespace, checkpoint: Path, folder: Path, mode: str) -> SglangRollout:
@@ -61,6 +65,9 @@ def make_engine(args: argparse.Namespace, checkpoint: Path, folder: Path, mode: 
                     "strategy_config": {
                         "dtype": "bfloat16",
                         "max_running_requests": args.groups * args.samples,
+                        "server_args": {
+                            "sleep_on_idle": True
+                        },  # else the server that waits takes a core from the other
                         "max_total_tokens": 2 * args.groups * args.samples * (args.prompt + args.response),
                     },
                 },
@@ -94,14 +101,21 @@ async def one_round(engine: SglangRollout, page: int, requests: list[GenerateReq
         return body
 
     client.post = counted  # type: ignore[method-assign]
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), cpu_seconds(engine)
     results = await engine.generate(requests)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_seconds(engine) - cpu_start
     client.post = post  # type: ignore[method-assign]
     samples = [trajectory for result in results for trajectory in result.trajectories]
     if any(result.retries or result.dropped for result in results):
         raise SystemExit("a sample had to be asked for again: the figures would not be those of one round")
-    return Round(sum(len(t.response_ids_R) for t in samples) / seconds, num_bytes / len(samples))
+    tokens = sum(len(t.response_ids_R) for t in samples)
+    return Round(tokens / seconds, num_bytes / len(samples), 1e6 * cpu / tokens)
+
+
+def cpu_seconds(engine: SglangRollout) -> float:
+    server = psutil.Process(engine._process.pid)
+    processes = [psutil.Process(), server, *server.children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 async def rounds_of(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, list[Round]]:
@@ -193,19 +207,20 @@ def main() -> None:
         checkpoint = make_tiny_checkpoint(Path(folder) / "model", seed=0)
         rounds = asyncio.run(rounds_of(args, checkpoint, Path(folder)))
 
-    def ratio(kind: str, to: str) -> float:
+    def medians(of: str) -> dict[str, float]:
+        return {kind: round(statistics.median(getattr(r, of) for r in found)) for kind, found in rounds.items()}
+
+    def ratio(kind: str, to: str, of: str) -> float:
         pairs = zip(rounds[kind], rounds[to], strict=True)
-        return round(statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in pairs), 3)
+        return round(statistics.median(getattr(a, of) / getattr(b, of) for a, b in pairs), 3)
 
     report = {
         "shape": vars(args),
-        "tokens_per_s": {k: round(statistics.median(r.tokens_per_s for r in found)) for k, found in rounds.items()},
-        "bytes_per_sample": {
-            kind: round(statistics.median(r.bytes_per_sample for r in found)) for kind, found in rounds.items()
+        **{of: medians(of) for of in ("tokens_per_s", "cpu_us_per_token", "bytes_per_sample")},
+        "ratios": {
+            f"{kind} over {to}": {of: ratio(kind, to, of) for of in ("tokens_per_s", "cpu_us_per_token")}
+            for kind, to in (("each", "none"), ("shared", "none"), ("shared", "each"))
         },
-        "each_over_none": ratio("each", "none"),
-        "shared_over_none": ratio("shared", "none"),
-        "shared_over_each": ratio("shared", "each"),
         "decoding": asyncio.run(decoding(args)),
     }
     json.dump(report, sys.stdout, indent=2)
