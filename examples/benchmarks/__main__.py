@@ -19,7 +19,14 @@ from pathlib import Path
 from examples.benchmarks import page
 from examples.benchmarks.measuring import Report, machine
 
-BENCHMARKS = ("route_wire", "wire_alternatives", "route_delivery", "route_preparation", "replay_step_time")
+BENCHMARKS = (
+    "route_wire",
+    "wire_alternatives",
+    "route_delivery",
+    "route_preparation",
+    "replay_step_time",
+    "rollout_routes",
+)
 """Modules beside this one; `measure(rounds)` of each makes its part of the report."""
 
 logger = logging.getLogger("benchmarks")

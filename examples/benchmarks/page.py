@@ -38,6 +38,7 @@ def render(report: Report) -> str:
         _large(report["route_delivery"]),
         _preparation(report["route_preparation"]),
         _memory(report["route_preparation"]),
+        _recording(report["rollout_routes"]),
     ]
     return "\n".join(line for section in sections for line in section)
 
@@ -235,6 +236,36 @@ def _memory(report: Report) -> list[str]:
         "once what is freed; by default glibc's keeps some for later.",
         "",
         *_table(["tokens", "TP with SP", "CP", "PP", "peak / rows"], rows),
+    ]
+
+
+def _recording(report: Report) -> list[str]:
+    shape, decoding = report["shape"], report["decoding"]
+    means = {
+        "each over none": "recording, every sample with all rows / not recording",
+        "shared over none": "recording, the prompt's rows once for its group / not recording",
+        "shared over each": "the prompt's rows once / with every sample",
+    }
+    rows = [
+        [means[name], _spread(case["tokens_per_s"], 3), _spread(case["cpu_us_per_token"], 3)]
+        for name, case in report["over"].items()
+    ]
+    sizes = report["bytes_per_sample"]
+    return [
+        "## What recording costs the rollout",
+        "",
+        f"A real SGLang server of a tiny model on a CPU: {shape['groups']} prompts of {shape['prompt']} tokens, "
+        f"{shape['samples']} samples of up to {shape['response']} tokens",
+        f"each. A sample's answer takes {sizes['none']:,} bytes without routes, {sizes['each']:,} with all rows, "
+        f"{sizes['shared']:,} where the group",
+        "fetches its prompt's rows once.",
+        "",
+        *_table(["", "tokens/s (wall)", "processor time a token"], rows),
+        f"An answer of {decoding['rows']:,} rows of {shape['layers']} layers, top-{shape['top_k']} "
+        f"({decoding['megabytes']:.1f} MB), is decoded in a thread; the event loop's longest pause meanwhile is "
+        f"{decoding['longest_pause_over_decoding']:.2f}",
+        "of that time.",
+        "",
     ]
 
 

@@ -1,6 +1,6 @@
 """What recording routes costs a rollout, and what fetching a prompt's rows once for its group saves; SGLang on a CPU.
 
-    .venv/bin/python examples/benchmarks/rollout_routes.py
+    .venv/bin/python -m examples.benchmarks rollout_routes
 
 Two servers of one tiny model stand side by side, with recording and without, their flags otherwise the same. Each round
 asks, one after another and in an order that turns, for
@@ -9,29 +9,27 @@ asks, one after another and in an order that turns, for
     each       the server with recording; every sample fetches all its rows
     shared     the same server; one sample of a group fetches the prompt's rows
 
-with prompts that no server has seen. Prints one JSON object: medians over the rounds of response tokens a second, of
-the processor time that server and client spend on a token (steadier on a busy machine) and of the bytes that a sample's
-answers hold, the group's first request counted in; medians of the rounds' ratios; and what decoding one long answer
-takes: how long, and how long it keeps an event loop from turning.
+with prompts that no server has seen: response tokens a second, the processor time that server and client spend on a
+token (steadier on a busy machine) and the bytes that a sample's answers hold, the group's first request counted in. And
+what decoding one long answer takes, and how long it keeps an event loop from turning.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import json
 import statistics
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 
+from examples.benchmarks.measuring import Report, ratio
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.facts import ModelFacts
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -42,6 +40,25 @@ from roll_r3.strategies.rollout.sglang.payload import read_sample
 from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What is asked for."""
+
+    rounds: int
+    prompt: int = 256
+    """Tokens."""
+    response: int = 64
+    """Tokens at most."""
+    groups: int = 4
+    samples: int = 8
+    """Of a group."""
+    rows: int = 8192
+    """Of the answer that is decoded."""
+    layers: int = 48
+    experts: int = 128
+    top_k: int = 8
+
+
 @dataclass
 class Round:
     tokens_per_s: float
@@ -50,13 +67,13 @@ class Round:
     """Of the server's processes and of this one."""
 
 
-def make_engine(args: argparse.Namespace, checkpoint: Path, folder: Path, mode: str) -> SglangRollout:
+def make_engine(shape: Shape, checkpoint: Path, folder: Path, mode: str) -> SglangRollout:
     config = RLVRConfig.model_validate(
         {
             "exp_name": "benchmark",
             "pretrain": str(checkpoint),
-            "prompt_length": args.prompt,
-            "response_length": args.response,
+            "prompt_length": shape.prompt,
+            "response_length": shape.response,
             "actor_train": {},
             "actor_infer": {
                 "router_replay": {"mode": mode},
@@ -64,11 +81,10 @@ def make_engine(args: argparse.Namespace, checkpoint: Path, folder: Path, mode: 
                     "strategy_name": "sglang",
                     "strategy_config": {
                         "dtype": "bfloat16",
-                        "max_running_requests": args.groups * args.samples,
-                        "server_args": {
-                            "sleep_on_idle": True
-                        },  # else the server that waits takes a core from the other
-                        "max_total_tokens": 2 * args.groups * args.samples * (args.prompt + args.response),
+                        "max_running_requests": shape.groups * shape.samples,
+                        # else the server that waits takes a core from the other
+                        "server_args": {"sleep_on_idle": True},
+                        "max_total_tokens": 2 * shape.groups * shape.samples * (shape.prompt + shape.response),
                     },
                 },
             },
@@ -77,14 +93,14 @@ def make_engine(args: argparse.Namespace, checkpoint: Path, folder: Path, mode: 
     return SglangRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=folder / f"{mode}.log")
 
 
-def draw(args: argparse.Namespace, rng: np.random.Generator) -> list[GenerateRequest]:
+def draw(shape: Shape, rng: np.random.Generator) -> list[GenerateRequest]:
     return [
         GenerateRequest(
-            prompt_ids=tuple(int(token) for token in rng.integers(0, 256, args.prompt)),
-            sample_ids=tuple(f"p{group}/s{sample}" for sample in range(args.samples)),
-            seeds=tuple(int(seed) for seed in rng.integers(1 << 31, size=args.samples)),
+            prompt_ids=tuple(int(token) for token in rng.integers(0, 256, shape.prompt)),
+            sample_ids=tuple(f"p{group}/s{sample}" for sample in range(shape.samples)),
+            seeds=tuple(int(seed) for seed in rng.integers(1 << 31, size=shape.samples)),
         )
-        for group in range(args.groups)
+        for group in range(shape.groups)
     ]
 
 
@@ -115,22 +131,22 @@ async def one_round(engine: SglangRollout, page: int, requests: list[GenerateReq
 def cpu_seconds(engine: SglangRollout) -> float:
     server = psutil.Process(engine._process.pid)
     processes = [psutil.Process(), server, *server.children(recursive=True)]
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
+    return float(sum(sum(process.cpu_times()[:2]) for process in processes))
 
 
-async def rounds_of(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict[str, list[Round]]:
-    plain, recording = (make_engine(args, checkpoint, folder, mode) for mode in ("disable", "R3"))
+async def rounds_of(shape: Shape, checkpoint: Path, folder: Path) -> dict[str, list[Round]]:
+    plain, recording = (make_engine(shape, checkpoint, folder, mode) for mode in ("disable", "R3"))
     rng = np.random.default_rng(0)
     kinds = {"none": (plain, 0), "each": (recording, 0), "shared": (recording, 1)}
     rounds: dict[str, list[Round]] = {kind: [] for kind in kinds}
     try:
         await asyncio.gather(plain.start(), recording.start())
-        for number in range(-1, args.rounds):
+        for number in range(-1, shape.rounds):
             order = list(kinds)
             turn = number % len(order)
             for kind in order[turn:] + order[:turn]:
                 engine, page = kinds[kind]
-                found = await one_round(engine, page, draw(args, rng))
+                found = await one_round(engine, page, draw(shape, rng))
                 if number >= 0:  # the first is to warm up
                     rounds[kind].append(found)
     finally:
@@ -158,8 +174,8 @@ def long_answer(rows: int, layers: int, experts: int, top_k: int) -> tuple[bytes
     return body, Asked(SampleRequest((0,), "s", 0), rows, 0, record_routes=True), facts
 
 
-async def decoding(args: argparse.Namespace) -> dict[str, float]:
-    body, asked, facts = long_answer(args.rows, args.layers, args.experts, args.top_k)
+async def decoding(shape: Shape) -> dict[str, float]:
+    body, asked, facts = long_answer(shape.rows, shape.layers, shape.experts, shape.top_k)
     times, pauses, done = [], [], False
 
     async def tick() -> None:
@@ -182,50 +198,31 @@ async def decoding(args: argparse.Namespace) -> dict[str, float]:
     done = True
     await ticking
     return {
-        "rows": args.rows,
+        "rows": shape.rows,
         "megabytes": round(len(body) / 1e6, 2),
         "ms": round(1e3 * statistics.median(times), 2),
-        "us_per_row": round(1e6 * statistics.median(times) / args.rows, 2),
-        "longest_pause_of_the_loop_ms": round(1e3 * statistics.median(longest), 2),
+        "longest_pause_over_decoding": round(statistics.median(longest) / statistics.median(times), 3),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--response", type=int, default=64, help="tokens of a response at most")
-    parser.add_argument("--groups", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=8, help="of a group")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=8192, help="of the answer that is decoded")
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    args = parser.parse_args()
-
+def measure(rounds: int) -> Report:
+    """Everything of this page."""
+    shape = Shape(rounds=rounds)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_tiny_checkpoint(Path(folder) / "model", seed=0)
-        rounds = asyncio.run(rounds_of(args, checkpoint, Path(folder)))
+        found = asyncio.run(rounds_of(shape, checkpoint, Path(folder)))
 
-    def medians(of: str) -> dict[str, float]:
-        return {kind: round(statistics.median(getattr(r, of) for r in found)) for kind, found in rounds.items()}
+    def of(kind: str, figure: str) -> list[float]:
+        return [getattr(one, figure) for one in found[kind]]
 
-    def ratio(kind: str, to: str, of: str) -> float:
-        pairs = zip(rounds[kind], rounds[to], strict=True)
-        return round(statistics.median(getattr(a, of) / getattr(b, of) for a, b in pairs), 3)
-
-    report = {
-        "shape": vars(args),
-        **{of: medians(of) for of in ("tokens_per_s", "cpu_us_per_token", "bytes_per_sample")},
-        "ratios": {
-            f"{kind} over {to}": {of: ratio(kind, to, of) for of in ("tokens_per_s", "cpu_us_per_token")}
+    return {
+        "shape": asdict(shape),
+        "bytes_per_sample": {kind: round(statistics.median(of(kind, "bytes_per_sample"))) for kind in found},
+        "over": {
+            f"{kind} over {to}": {
+                figure: ratio(of(kind, figure), of(to, figure)) for figure in ("tokens_per_s", "cpu_us_per_token")
+            }
             for kind, to in (("each", "none"), ("shared", "none"), ("shared", "each"))
         },
-        "decoding": asyncio.run(decoding(args)),
+        "decoding": asyncio.run(decoding(shape)),
     }
-    json.dump(report, sys.stdout, indent=2)
-    sys.stdout.write("\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,14 +6,15 @@ bounds lie at about three times what was measured (docs/performance.md).
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from examples.benchmarks import page, replay_step_time, route_delivery, route_preparation, route_wire
-from examples.benchmarks.measuring import Report, facts, machine
+from examples.benchmarks.measuring import Report, facts, machine, ratio
 from examples.benchmarks.replay_step_time import RECOMPUTED, TINY
+from examples.benchmarks.rollout_routes import Shape
 from examples.benchmarks.route_delivery import Split
 from examples.benchmarks.route_preparation import MEMORY_FROM, Rank
 from examples.benchmarks.route_wire import SPEED_OF
@@ -163,13 +164,22 @@ def test_the_page_has_every_figure(
                 "memory": [memory],
             },
             "replay_step_time": {"machine": machine(), "cases": [step]},
+            "rollout_routes": {  # its servers take minutes; here is only its form
+                "shape": asdict(Shape(rounds=1)),
+                "bytes_per_sample": {"none": 1, "each": 3, "shared": 2},
+                "over": {
+                    name: {"tokens_per_s": ratio([1.0], [1.0]), "cpu_us_per_token": ratio([1.0], [1.0])}
+                    for name in ("each over none", "shared over none", "shared over each")
+                },
+                "decoding": {"rows": 1, "megabytes": 1.0, "ms": 1.0, "longest_pause_over_decoding": 0.5},
+            },
         }
     )
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
-    assert len(tables) == 10
+    assert len(tables) == 11
     for table in tables:
         assert len({line.count(" | ") for line in table}) == 1, table
-    assert sum(len(table) - 2 for table in tables) == 15 + len(sizes)
+    assert sum(len(table) - 2 for table in tables) == 18 + len(sizes)
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     committed = (ROOT / page.OUTPUT).read_text()
     assert [heading for heading in headings if heading not in committed] == [], "run make benchmarks ARGS=--write"
