@@ -92,21 +92,23 @@ def _audited_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[list
 # Mistakes that it is there to find
 
 
+def rolled(laid_out, axis):
+    """Tokens or layers shifted by one."""
+    ids_LtK, known_t = laid_out
+    return ids_LtK.roll(-1, axis), known_t
+
+
 @contextmanager
 def _mistake(name: str) -> Iterator[None]:
     from roll_r3.strategies.train import delivery, replay
     from roll_r3.strategies.train.routed_layer import LayerReplay
 
-    session, joined = replay.ReplaySession, replay.ReplaySession._joined_rows
+    session, laid_out = replay.ReplaySession, replay.ReplaySession._laid_out
     with pytest.MonkeyPatch.context() as patch:
         if name == "shifted by one token":
-            patch.setattr(session, "_joined_rows", lambda *args: np.roll(joined(*args), 1, axis=0))
+            patch.setattr(session, "_laid_out", lambda *args: rolled(laid_out(*args), 1))
         elif name == "rows of the next layer":
-            patch.setattr(
-                session,
-                "_joined_rows",
-                lambda self, pieces, layer, padding: joined(self, pieces, (layer + 1) % LAYERS, padding),
-            )
+            patch.setattr(session, "_laid_out", lambda *args: rolled(laid_out(*args), 0))
         elif name == "other rows delivered":
             needed = delivery._needed
 

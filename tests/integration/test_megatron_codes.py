@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -238,20 +237,23 @@ def test_layers_that_predict_further_tokens_route_by_themselves(
 
 
 def _rows_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
-    _joined_rows_changed(patch, lambda join, pieces, layer, padding: np.roll(join(pieces, layer, padding), 1, axis=0))
+    _rolled(patch, axis=1)
 
 
 def _layers_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
-    _joined_rows_changed(
-        patch, lambda join, pieces, layer, padding: join(pieces, (layer + 1) % len(pieces[0].ids_LRK), padding)
-    )
+    _rolled(patch, axis=0)
 
 
-def _joined_rows_changed(patch: pytest.MonkeyPatch, wrong: Callable[..., Any]) -> None:
+def _rolled(patch: pytest.MonkeyPatch, axis: int) -> None:
     from roll_r3.strategies.train.replay import ReplaySession
 
-    join = ReplaySession._joined_rows
-    patch.setattr(ReplaySession, "_joined_rows", lambda self, *args: wrong(partial(join, self), *args))
+    right = ReplaySession._laid_out
+
+    def wrong(*args: Any) -> Any:
+        ids_LtK, known_t = right(*args)
+        return ids_LtK.roll(1, axis), known_t
+
+    patch.setattr(ReplaySession, "_laid_out", wrong)
 
 
 def _cp_order_not_applied(patch: pytest.MonkeyPatch, layers: int) -> None:

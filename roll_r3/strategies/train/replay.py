@@ -173,20 +173,8 @@ class ReplaySession(RoutingSession[LayerReplay]):
             return
         slots_t = micro.tokens.router_slots_t
         real_t = slots_t != PADDING
-        seen_N = micro.tokens.seen
-        num_seen = np.count_nonzero(seen_N)
-        pieces = _delivered(micro, chunk, len(layers), num_seen)
-        dtype = route_dtype(self.facts.num_experts)
-        padding_PK = self._padding_rows(np.count_nonzero(~real_t)).astype(dtype)
-        places_t = np.cumsum(seen_N)[slots_t] - 1
-        places_t[~real_t] = np.arange(num_seen, num_seen + len(padding_PK))
-        ids_LtK = self.carrier.empty((len(layers), len(slots_t), self.facts.top_k), WAITING[dtype])
-        for layer, ids_tK in enumerate(ids_LtK.numpy().view(dtype)):
-            joined_sK = self._joined_rows(pieces, layer, padding_PK)
-            np.take(joined_sK, places_t, axis=0, out=ids_tK, mode="clip")  # "raise" would go through a copy
-        known_t = real_t.copy()
-        if any(piece.known_R is not None for piece in pieces):
-            known_t[real_t] = np.concatenate([piece.known for piece in pieces])[places_t[real_t]]
+        pieces = _delivered(micro, chunk, len(layers), np.count_nonzero(real_t))
+        ids_LtK, known_t = self._laid_out(pieces, len(layers), slots_t)
         fall_back = bool((real_t & ~known_t).any())
         known = self._carried(known_t | ~real_t) if fall_back else None
         compared = self._carried(known_t) if self.forward_only and micro.counted else None
@@ -216,17 +204,52 @@ class ReplaySession(RoutingSession[LayerReplay]):
         total = int(torch.stack(agreed).sum()) if agreed else 0
         self.counts = ReplayCounts(**self._tally, agreed=total)
 
-    def _joined_rows(
-        self, pieces: Sequence[RoutePiece], layer: int, padding_PK: npt.NDArray[np.unsignedinteger]
-    ) -> npt.NDArray[np.unsignedinteger]:
-        """What one layer is given, each row once: the samples' rows in their order, then padding. [s, K]
+    def _laid_out(
+        self, pieces: Sequence[RoutePiece], num_layers: int, slots_t: npt.NDArray[np.int64]
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """What each of a chunk's layers is given, in host memory [L, t, K], and which slots hold a known row [t]."""
+        dtype = route_dtype(self.facts.num_experts)
+        host = self.carrier.empty((num_layers, len(slots_t), self.facts.top_k), WAITING[dtype])
+        ids_LtK = host.numpy().view(dtype)
+        known_t = slots_t != PADDING
+        (real,) = np.nonzero(known_t)
+        padding_PK = self._padding_rows(len(slots_t) - len(real)).astype(dtype)
+        if (firsts := _in_order(pieces, real, slots_t[real])) is not None:
+            for piece, first in zip(pieces, firsts, strict=True):
+                rows = slice(first, first + piece.num_rows)
+                ids_LtK[:, rows] = piece.ids_LRK
+                if piece.known_R is not None:
+                    known_t[rows] = piece.known_R
+            if len(padding_PK):
+                ids_LtK[:, slots_t == PADDING] = padding_PK
+            return host, known_t
+        places_t = np.empty(len(slots_t), np.int64)
+        places_t[real[slots_t[real].argsort()]] = np.arange(len(real))
+        places_t[slots_t == PADDING] = np.arange(len(real), len(slots_t))
+        for layer, ids_tK in enumerate(ids_LtK):  # what is joined for one layer stays in the processor's cache
+            joined_sK = np.concatenate([*(piece.ids_LRK[layer] for piece in pieces), padding_PK])
+            np.take(joined_sK, places_t, axis=0, out=ids_tK, mode="clip")  # "raise" would go through a copy
+        if any(piece.known_R is not None for piece in pieces):
+            known_t[real] = np.concatenate([piece.known for piece in pieces])[places_t[real]]
+        return host, known_t
 
-        One layer at a time, so that what is joined stays in the processor's cache.
 
-        Args:
-            layer: its place in the chunk.
-        """
-        return np.concatenate([*(piece.ids_LRK[layer] for piece in pieces), padding_PK])
+def _in_order(
+    pieces: Sequence[RoutePiece], real: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]
+) -> list[int] | None:
+    """Where each piece begins among the tokens, if tokens lie as the pieces' rows do: packed, or one row of samples.
+
+    Args:
+        real: tokens that are not padding, ascending.
+        slots: the input that each of them holds.
+    """
+    if not len(slots) or (np.diff(slots) < 0).any():
+        return None
+    ends = np.cumsum([piece.num_rows for piece in pieces])
+    firsts, lasts = real[ends - [piece.num_rows for piece in pieces]], real[ends - 1]
+    if (lasts - firsts + 1 != [piece.num_rows for piece in pieces]).any():
+        return None
+    return [int(first) for first in firsts]
 
 
 def replaying(
