@@ -15,6 +15,7 @@ the slowest rank spends on anything that touches routes, over that of its step.
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import statistics
 import tempfile
@@ -39,6 +40,8 @@ from roll_r3.strategies.base import ProcessInfo
 
 if TYPE_CHECKING:
     from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+
+logger = logging.getLogger(__name__)
 
 MODES = ("R3", "disable")
 MICRO_BATCHES = 2
@@ -114,7 +117,7 @@ def compare(checkpoint: Path, model: Model, layout: Layout, pairs: int) -> Repor
     )
     shares = [max(each) for each in zip(*(rank["share"] for rank in ranks), strict=True)]
     facts = read_facts(checkpoint)
-    return {
+    report = {
         "model": model.name,
         "layout": layout.name,
         "hidden_size": model.fields.get("hidden_size", 64),
@@ -129,6 +132,8 @@ def compare(checkpoint: Path, model: Model, layout: Layout, pairs: int) -> Repor
         "rows_as_the_live_router": rounded(min(rank["agreement"] for rank in ranks)),
         "median_step_s": rounded(statistics.median(wall["disable"])),
     }
+    logger.info("%s", report)  # the next one takes minutes
+    return report
 
 
 def batch_of(checkpoint: Path, model: Model) -> Batch:
