@@ -1,7 +1,7 @@
 """What replay may cost: bounds that a loss of tenfold breaks, and a busy machine does not.
 
 Each figure is the median of several ratios to a floor that is measured in turn with it, in the processor's time. The
-bounds lie at about three times what was measured (docs/performance.md).
+bounds are in examples/benchmarks/budgets.py, what was measured in docs/performance.md.
 """
 
 from __future__ import annotations
