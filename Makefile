@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env quickstart test test-vllm check lint unit docs compatibility engines format clean
+.PHONY: help install vllm-env quickstart test test-vllm check lint unit docs compatibility engines benchmarks format clean
 
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -9,7 +9,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_KIND ?= cpu
 PYTHON := $(VENV)/bin/python
 TINY := output/tiny/qwen3_moe
-# Overrides for the quickstart, as in: make quickstart ARGS="seed=7 max_steps=5"
+# Overrides for the quickstart, as in: make quickstart ARGS="seed=7 max_steps=5"; which benchmarks, and --write
 ARGS ?=
 
 help: ## show the targets
@@ -69,6 +69,9 @@ compatibility: install ## run the matrix of layouts and write docs/compatibility
 
 engines: install vllm-env ## run every rollout with every trainer and write docs/engines.md from it (an hour)
 	@VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTHON) -m pytest -s -k for_the_page tests/integration/test_pairs.py --write-engines
+
+benchmarks: install ## measure what replay costs; ARGS=--write writes docs/performance.md (half an hour)
+	@$(PYTHON) -m examples.benchmarks $(ARGS)
 
 format: install ## format the code and mend what ruff can
 	@$(PYTHON) -m ruff check --fix --exit-zero .

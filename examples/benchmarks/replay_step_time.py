@@ -1,113 +1,242 @@
-"""What replay costs a training step: the same batch with R3 and without, in turn, in one process.
+"""What replay costs a training step: the same batch with R3 and without, in turn, in the same processes.
 
-    .venv/bin/python examples/benchmarks/replay_step_time.py --checkpoint output/tiny/qwen3_moe
+    .venv/bin/python -m examples.benchmarks replay_step_time
 
-Prints one JSON object: median seconds of each, the median of the pairwise ratios, and the share of the R3 step that the
-trainer's own clock gives to routes. Pairs run back to back, so a machine that drifts moves both.
+Megatron runs whole training steps, optimizer included, one thread a process. The rows that R3 replays are those that
+the live router chooses (transformers' model of the same weights said which, and the weights hardly move: the learning
+rate is 1e-12), so the experts do the same work with and without, and what differs is replay.
+
+Each pair of steps gives two ratios: of the time on the wall, and of the processor's time over all ranks, which other
+programs on the same cores disturb less, though they still slow it (shared caches). They only ever add to it, so the
+fastest step of each kind is compared too. `share_on_routes` is what the trainer's own clock says: the wall time that
+the slowest rank spends on anything that touches routes, over that of its step.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
+import socket
 import statistics
-import sys
+import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.spawn import spawn
+from transformers import AutoModelForCausalLM
 
+from examples.benchmarks.measuring import Report, ratio, rounded, routes_of
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.routes import RoutedExperts, route_dtype
+from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.facts import ModelFacts, read_facts
+from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import ProcessInfo
-from roll_r3.strategies.train.megatron.strategy import MegatronTrain
 
-PORT = 29555
+if TYPE_CHECKING:
+    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+
+logger = logging.getLogger(__name__)
+
+MODES = ("R3", "disable")
+MICRO_BATCHES = 2
+"""Of a step."""
 
 
-def random_batch(facts: ModelFacts, samples: int, tokens: int) -> Batch:
-    """Samples of random tokens and random distinct experts."""
+@dataclass(frozen=True)
+class Model:
+    """A Qwen3-MoE model of random weights, and the step that it takes."""
+
+    name: str
+    samples: int
+    tokens: int
+    """Of each sample."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Of its config.json, where it is not the tiny one."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    processes: int
+    settings: dict[str, Any]
+    packed: bool
+
+
+TINY = Model("tiny", samples=32, tokens=129)
+LARGER = Model(
+    "larger",
+    samples=8,
+    tokens=257,
+    fields={
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 128,
+    },
+)
+RECOMPUTED = Layout(
+    "one process, full recompute",
+    1,
+    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    packed=False,
+)
+SPLIT = Layout("TP 2 with SP, packed", 2, {"tensor_model_parallel_size": 2}, packed=True)
+
+
+def measure(rounds: int) -> Report:
+    """Everything of this page. The tiny model's steps are short and noisy: it takes three times the pairs."""
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model, pairs in ((TINY, 3 * rounds), (LARGER, rounds)):
+            checkpoint = make_tiny_checkpoint(Path(folder) / model.name, **model.fields)
+            cases += [compare(checkpoint, model, layout, pairs) for layout in (RECOMPUTED, SPLIT)]
+    return {"cases": cases}
+
+
+def compare(checkpoint: Path, model: Model, layout: Layout, pairs: int) -> Report:
+    """Steps of both kinds in turn, in as many processes as the layout takes."""
+    batch = batch_of(checkpoint, model)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (layout, str(checkpoint), batch, pairs, _free_port(), folder)
+        # a rank that fails ends the others
+        spawn(_run_rank, arguments, nprocs=layout.processes)  # type: ignore[no-untyped-call]
+        ranks = [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(layout.processes)]
+    wall, cpu = (
+        {mode: [reduce(each) for each in zip(*(rank[clock][mode] for rank in ranks), strict=True)] for mode in MODES}
+        for clock, reduce in (("wall", max), ("cpu", sum))
+    )
+    shares = [max(each) for each in zip(*(rank["share"] for rank in ranks), strict=True)]
+    facts = read_facts(checkpoint)
+    report = {
+        "model": model.name,
+        "layout": layout.name,
+        "hidden_size": model.fields.get("hidden_size", 64),
+        "moe_layers": len(facts.moe_layers),
+        "experts": facts.num_experts,
+        "top_k": facts.top_k,
+        "tokens_per_step": int(batch.lengths_n.sum()),
+        "wall": ratio(wall["R3"], wall["disable"]),
+        "cpu": ratio(cpu["R3"], cpu["disable"]),
+        "cpu_of_the_fastest": rounded(min(cpu["R3"]) / min(cpu["disable"])),
+        "share_on_routes": rounded(statistics.median(shares)),
+        "rows_as_the_live_router": rounded(min(rank["agreement"] for rank in ranks)),
+        "median_step_s": rounded(statistics.median(wall["disable"])),
+    }
+    logger.info("%s", report)  # the next one takes minutes
+    return report
+
+
+def batch_of(checkpoint: Path, model: Model) -> Batch:
+    """Samples of random tokens, with the routes that the live model chooses for them."""
     rng = np.random.default_rng(0)
-    shape = (len(facts.moe_layers), tokens - 1, facts.num_experts)
+    facts = read_facts(checkpoint)
+    ids = rng.integers(0, 256, (model.samples, model.tokens)).astype(np.int32)
+    half = model.tokens // 2
     trajectories = [
         Trajectory(
             sample_id=str(i),
-            prompt_ids_P=rng.integers(0, 256, tokens // 2).astype(np.int32),
-            response_ids_R=rng.integers(0, 256, tokens - tokens // 2).astype(np.int32),
-            log_probs_R=np.full(tokens - tokens // 2, -5.0, np.float32),
+            prompt_ids_P=ids[i, :half],
+            response_ids_R=ids[i, half:],
+            log_probs_R=np.full(model.tokens - half, -5.0, np.float32),
             finish_reason="length",
             weight_versions=(0,),
-            routes=RoutedExperts(
-                rng.random(shape).argsort(-1)[..., : facts.top_k].astype(route_dtype(facts.num_experts))
-            ),
+            routes=routes,
         )
-        for i in range(samples)
+        for i, routes in enumerate(live_routes(checkpoint, facts, ids[:, :-1]))
     ]
     batch = Batch.from_trajectories(trajectories)
     advantages_N = np.where(batch.loss_mask_N, 1.0, 0.0).astype(np.float32)
     return replace(batch, advantages_N=advantages_N, old_log_probs_N=batch.rollout_log_probs_N)
 
 
-def trainer(checkpoint: str, mode: str, samples: int, tokens: int) -> MegatronTrain:
-    layout = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    config = RLVRConfig(
-        exp_name="benchmark",
-        pretrain=checkpoint,
-        rollout_batch_size=1,
-        num_return_sequences_in_group=samples,
-        prompt_length=tokens,
-        response_length=tokens,
-        actor_train={
-            "model_args": {"dtype": "fp32"},
-            "router_replay": {"mode": mode},
-            "data_args": {"file_name": "bundled:addition_mod10"},
-            "training_args": {"per_device_train_batch_size": samples // 2, "gradient_accumulation_steps": 2},
-            "strategy_args": {"strategy_config": layout},
-        },
-        actor_infer={"router_replay": {"mode": mode}},
+def live_routes(
+    checkpoint: Path, facts: ModelFacts, ids_nR: np.ndarray[Any, np.dtype[np.int32]]
+) -> list[RoutedExperts]:
+    """What the routers of transformers' model choose, every decoder layer being MoE."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    routes = []
+    for ids_R in ids_nR:
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(ids_R[None].astype(np.int64)), output_router_logits=True)
+        chosen_MRK = torch.stack([scores_RE.topk(facts.top_k).indices for scores_RE in logits.router_logits])
+        routes.append(RoutedExperts(routes_of(chosen_MRK.numpy(), facts)))
+    return routes
+
+
+def trainer(checkpoint: str, mode: str, layout: Layout, batch: Batch, process: ProcessInfo) -> MegatronTrain:
+    """One rank, ready to train."""
+    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+
+    tokens = int(batch.lengths_n.max()) + 1
+    config = RLVRConfig.model_validate(
+        {
+            "exp_name": "benchmark",
+            "pretrain": checkpoint,
+            "rollout_batch_size": 1,
+            "num_return_sequences_in_group": batch.num_samples,
+            "prompt_length": tokens,
+            "response_length": tokens,
+            "actor_train": {
+                "model_args": {"dtype": "fp32"},
+                "router_replay": {"mode": mode},
+                "data_args": {"file_name": "bundled:addition_mod10"},
+                "device_mapping": list(range(layout.processes)),
+                "use_sequence_packing": layout.packed,
+                "training_args": {
+                    "learning_rate": 1e-12,
+                    "per_device_train_batch_size": batch.num_samples // MICRO_BATCHES,
+                    "gradient_accumulation_steps": MICRO_BATCHES,
+                },
+                "strategy_args": {"strategy_config": layout.settings},
+            },
+            "actor_infer": {"router_replay": {"mode": mode}},
+        }
     )
-    strategy = MegatronTrain(config, "actor_train", ProcessInfo(master_port=PORT))
+    strategy = MegatronTrain(config, "actor_train", process)
     strategy.initialize()
     return strategy
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=128, help="of each sample")
-    parser.add_argument("--pairs", type=int, default=15)
-    args = parser.parse_args()
+def _run_rank(rank: int, layout: Layout, checkpoint: str, batch: Batch, pairs: int, port: int, folder: str) -> None:
+    """One process: both trainers, step by step in turn; every other pair begins with the other one."""
     torch.set_num_threads(1)
-    facts = read_facts(args.checkpoint)
-    batch = random_batch(facts, args.samples, args.tokens)
-    with_replay, without = (trainer(args.checkpoint, mode, args.samples, args.tokens) for mode in ("R3", "disable"))
-    plain = replace(batch, routes=None)
-    seconds: dict[str, list[float]] = {"R3": [], "disable": []}
+    process = ProcessInfo(rank, layout.processes, rank, "127.0.0.1", port)
+    strategies = {mode: trainer(checkpoint, mode, layout, batch, process) for mode in MODES}
+    batches = {"R3": batch, "disable": replace(batch, routes=None)}
+    replayed = strategies["R3"].compute_log_probs(batch).replay
+    assert replayed is not None
+    wall: dict[str, list[float]] = {mode: [] for mode in MODES}
+    cpu: dict[str, list[float]] = {mode: [] for mode in MODES}
     shares = []
-    for step in range(1, args.pairs + 2):
-        for mode, strategy, data in (("R3", with_replay, batch), ("disable", without, plain)):
-            start = time.perf_counter()
-            result = strategy.train_step(data, step)
-            seconds[mode].append(time.perf_counter() - start)
+    for pair in range(pairs + 1):
+        for mode in MODES if pair % 2 else reversed(MODES):
+            wall_start, cpu_start = time.perf_counter(), time.process_time()
+            result = strategies[mode].train_step(batches[mode], pair + 1)
+            wall_taken, cpu_taken = time.perf_counter() - wall_start, time.process_time() - cpu_start
+            if not pair:  # it warms up
+                continue
+            wall[mode].append(wall_taken)
+            cpu[mode].append(cpu_taken)
             if mode == "R3":
-                shares.append(result.seconds_in_routes / seconds[mode][-1])
-    pairs = list(zip(seconds["R3"][1:], seconds["disable"][1:], strict=True))  # the first pair warms up
-    report = {
-        "tokens_per_step": args.samples * (args.tokens - 1),
-        "pairs": len(pairs),
-        "median_s_R3": round(statistics.median(a for a, _ in pairs), 4),
-        "median_s_disable": round(statistics.median(b for _, b in pairs), 4),
-        "median_ratio": round(statistics.median(a / b for a, b in pairs), 4),
-        "median_share_on_routes": round(statistics.median(shares[1:]), 4),
-    }
-    json.dump(report, sys.stdout, indent=2)
-    sys.stdout.write("\n")
+                shares.append(result.seconds_in_routes / wall_taken)
+    for strategy in strategies.values():
+        strategy.close()
+    agreement = replayed.agreed / replayed.compared
+    report = {"wall": wall, "cpu": cpu, "share": shares, "agreement": agreement}
+    (Path(folder) / str(rank)).write_text(json.dumps(report))
 
 
-if __name__ == "__main__":
-    main()
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

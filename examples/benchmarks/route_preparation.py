@@ -1,34 +1,71 @@
-"""What it takes to get from routes as delivered to the index tensors of a micro-batch's routers.
+"""From routes as delivered to the index tensors of a micro-batch's routers.
 
-    .venv/bin/python examples/benchmarks/route_preparation.py
+    .venv/bin/python -m examples.benchmarks route_preparation
 
-By default one packed micro-batch of 72,951 inputs of Qwen3-30B-A3B's shape (48 MoE layers, top-8 of 128), on the second
-of two tensor-parallel ranks (sequence parallelism) of the first of two pipeline stages. Prints one JSON object: the
-shortest times of `staged` (the compact rows of all local layers lie ready) and `routed` (each layer has had its int64
-indices too), and of what they are held against, made in turn with them:
+One packed micro-batch of Qwen3-30B-A3B's shape (48 MoE layers, top-8 of 128), prepared as one rank of a layout would.
+Nothing else of the layout runs: a rank's token map and session are made in this process. Two clocks, each against the
+least that could do the same:
 
-    gather   one numpy `take` of the same compact bytes from one array of this stage's layers
-    widened  that, and each layer's rows converted to int64 once
+    staged   the compact rows of all of the rank's layers lie ready. Against one numpy `take` of the same rows
+    routed   each layer has had its int64 indices too. Against that `take`, and each layer converted to int64 once
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from examples.benchmarks.measuring import (
+    Clock,
+    Report,
+    facts,
+    in_fresh_process,
+    in_turn,
+    peak_bytes,
+    random_routes,
+    ratio,
+    rounded,
+    timed,
+)
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.routes import RoutedExperts, route_dtype
+from roll_r3.batch.delivery import ReadRoutes, read_held
+from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.token_map import Layout
 from roll_r3.models.facts import ModelFacts
 from roll_r3.strategies.train.micro_batch import MicroBatch, cut
-from roll_r3.strategies.train.replay import ReplaySession
+from roll_r3.strategies.train.replay import ReplaySession, replaying
+
+MODEL = "Qwen/Qwen3-30B-A3B"
+SAMPLES = 8
+TOKENS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
+RANKS = (1, 2, 4, 8)
+MEMORY_FROM = 1 << 18
+"""Tokens of a micro-batch from which on the memory of its preparation is told apart from that of the interpreter."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The last rank of a layout, and what its micro-batch holds."""
+
+    tokens: int
+    """Inputs of the micro-batch over all ranks that share it."""
+    sp: int = 1
+    """Ranks that split the sequence between blocks (tensor parallelism)."""
+    cp: int = 1
+    stages: int = 1
+    packed: bool = True
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(packed=self.packed, cp_size=self.cp, cp_rank=self.cp - 1, sp_size=self.sp, sp_rank=self.sp - 1)
+
+    def layers(self, model: ModelFacts) -> range:
+        return range(len(model.moe_layers) // self.stages)
 
 
 class StubRouter:
@@ -51,115 +88,154 @@ class StubRouter:
         self.held = None
 
 
-def random_batch(layers: int, experts: int, top_k: int, lengths: list[int]) -> Batch:
+def measure(rounds: int) -> Report:
+    """Everything of this page."""
+    tokens = 1 << 16
+    layouts = {
+        "TP with SP": [Rank(tokens, sp=size) for size in RANKS],
+        "CP": [Rank(tokens, cp=size) for size in RANKS],
+        "PP": [Rank(tokens, stages=size) for size in RANKS],
+    }
+    return {
+        "model": MODEL,
+        "growth": [cost(Rank(tokens, sp=2, stages=2), rounds) for tokens in TOKENS],
+        "ranks": {name: [cost(rank, rounds) for rank in ranks] for name, ranks in layouts.items()},
+        "memory": [
+            memory(rank)
+            for rank in (
+                Rank(MEMORY_FROM),
+                Rank(MEMORY_FROM, stages=2),
+                Rank(MEMORY_FROM, sp=2, stages=2),
+                Rank(MEMORY_FROM, cp=2, stages=2),
+                Rank(1 << 20, sp=2, stages=2),
+            )
+        ],
+    }
+
+
+def delivered(model: ModelFacts, lengths: list[int]) -> tuple[RoutedExperts, ...]:
+    """Each sample's routes in the form in which a rank is given them; `Batch.routes` takes them as they are."""
     rng = np.random.default_rng(0)
-    total = sum(lengths)
-    return Batch(
-        sample_ids=tuple(str(i) for i in range(len(lengths))),
-        lengths_n=np.array(lengths),
-        input_ids_N=np.zeros(total, np.int64),
-        labels_N=np.zeros(total, np.int64),
-        loss_mask_N=np.ones(total, np.bool_),
-        rollout_log_probs_N=np.zeros(total, np.float32),
-        routes=tuple(
-            RoutedExperts(rng.integers(0, experts, (layers, n, top_k)).astype(route_dtype(experts))) for n in lengths
-        ),
-    )
+    return tuple(RoutedExperts(random_routes(rng, model, length)) for length in lengths)
 
 
-def shortest(calls: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Seconds that each call reports, the least of the repeats; they run in turn."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeats):
-        for name, call in calls.items():
-            best[name] = min(best[name], call())
-    return best
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--inputs", type=int, default=72_951)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--stages", type=int, default=2, help="pipeline stages")
-    parser.add_argument("--sp", type=int, default=2, help="ranks that split the sequence between blocks")
-    parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
-    parser.add_argument("--padded", action="store_true", help="one padded row per sample instead of a packed row")
-    parser.add_argument("--repeats", type=int, default=15)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-
+def micro_batch(model: ModelFacts, rank: Rank) -> MicroBatch:
+    """Samples of uneven lengths in one micro-batch, as the rank sees it."""
     rng = np.random.default_rng(1)
-    cuts = np.sort(rng.choice(np.arange(1, args.inputs), args.samples - 1, replace=False))
-    lengths = np.diff(np.concatenate([[0], cuts, [args.inputs]])).tolist()
-    batch = random_batch(args.layers, args.experts, args.top_k, lengths)
-    layout = Layout(packed=not args.padded, cp_size=args.cp, sp_size=args.sp, sp_rank=args.sp - 1)
-    micro = cut(batch, [np.arange(args.samples)], layout)[0]
-    local = args.layers // args.stages
+    ends = np.sort(rng.choice(np.arange(1, rank.tokens), SAMPLES - 1, replace=False))
+    lengths = np.diff(np.concatenate([[0], ends, [rank.tokens]]))
+    batch = Batch(
+        sample_ids=tuple(str(i) for i in range(SAMPLES)),
+        lengths_n=lengths,
+        input_ids_N=np.zeros(rank.tokens, np.int64),
+        labels_N=np.zeros(rank.tokens, np.int64),
+        loss_mask_N=np.ones(rank.tokens, np.bool_),
+        rollout_log_probs_N=np.zeros(rank.tokens, np.float32),
+        routes=delivered(model, lengths.tolist()),
+    )
+    return cut(batch, [np.arange(SAMPLES)], rank.layout)[0]
+
+
+def cost(rank: Rank, rounds: int) -> Report:
+    """Both clocks against their floors, and this rank's share of the rows."""
+    torch.set_num_threads(1)
+    model = facts(MODEL)
+    micro = micro_batch(model, rank)
+    layers = rank.layers(model)
     slots_t = np.maximum(micro.tokens.router_slots_t, 0)
-    routes = [r for r in batch.routes or () if isinstance(r, RoutedExperts)]
-    ids_LNK = np.concatenate([r.ids_MRK[:local] for r in routes], axis=1)
+    routes = [sample for sample in micro.batch.routes or () if isinstance(sample, RoutedExperts)]
+    ids_LNK = np.concatenate([sample.ids_MRK[layers.start : layers.stop] for sample in routes], axis=1)
 
-    def gather() -> float:
-        start = time.perf_counter()
-        np.take(ids_LNK, slots_t, axis=1)
-        return time.perf_counter() - start
-
-    def widened() -> float:
-        start = time.perf_counter()
-        for ids_tK in torch.from_numpy(np.take(ids_LNK, slots_t, axis=1).astype(np.uint8, copy=False)):
+    def widened() -> None:
+        for ids_tK in torch.from_numpy(np.take(ids_LNK, slots_t, axis=1)):
             ids_tK.long()
-        return time.perf_counter() - start
 
-    calls = {
-        "gather": gather,
-        "staged": lambda: prepare(args, local, micro)[0],
-        "widened": widened,
-        "routed": lambda: prepare(args, local, micro)[1],
+    seconds = in_turn(
+        {
+            "gather": timed(lambda: np.take(ids_LNK, slots_t, axis=1)),
+            "staged": preparation(model, micro, layers, routed=False),
+            "widened": timed(widened),
+            "routed": preparation(model, micro, layers, routed=True),
+        },
+        rounds,
+    )
+    return {
+        "tokens": rank.tokens,
+        "sp": rank.sp,
+        "cp": rank.cp,
+        "stages": rank.stages,
+        "rows_of_the_rank_over_an_even_share": rounded(len(slots_t) * rank.sp * rank.cp / rank.tokens),
+        "staged_over_gather": ratio(seconds["staged"], seconds["gather"]),
+        "routed_over_widened": ratio(seconds["routed"], seconds["widened"]),
+        "routed_over_gather": ratio(seconds["routed"], seconds["gather"]),
     }
-    best = shortest(calls, args.repeats)
-    report = {
-        "shape": {k: v for k, v in vars(args).items() if k != "repeats"},
-        "rows_of_this_rank": len(slots_t),
-        "compact_bytes_of_this_rank": local * len(slots_t) * args.top_k * ids_LNK.itemsize,
-        "ms": {name: round(1e3 * taken, 3) for name, taken in best.items()},
-        "staged_over_gather": round(best["staged"] / best["gather"], 2),
-        "routed_over_gather": round(best["routed"] / best["gather"], 2),
-        "routed_over_widened": round(best["routed"] / best["widened"], 2),
+
+
+def memory(rank: Rank) -> Report:
+    """The highest mark of preparation above its inputs, in a process of its own, over the compact rows of the rank."""
+    peak, rows = in_fresh_process(_peak, rank)
+    return {
+        "tokens": rank.tokens,
+        "sp": rank.sp,
+        "cp": rank.cp,
+        "stages": rank.stages,
+        "peak_over_rows": rounded(peak / rows),
     }
-    json.dump(report, sys.stdout, indent=2)
-    sys.stdout.write("\n")
 
 
-def prepare(args: argparse.Namespace, local: int, micro: MicroBatch) -> tuple[float, float]:
-    """Seconds until the rows lie ready, and until every layer has had its indices."""
+def _peak(rank: Rank) -> tuple[int, int]:
+    """Bytes: the highest mark, and the compact rows."""
+    torch.set_num_threads(1)
+    model = facts(MODEL)
+    layers = rank.layers(model)
+    # what torch and numpy set up with their first call is no part of it
+    preparation(model, micro_batch(model, replace(rank, tokens=256)), layers, routed=True)()
+    micro = micro_batch(model, rank)
+    clock = preparation(model, micro, layers, routed=True)
+    rows = len(layers) * len(micro.tokens.router_slots_t) * model.top_k
+    return peak_bytes(clock), rows
+
+
+def preparation(model: ModelFacts, micro: MicroBatch, layers: range, *, routed: bool) -> Clock:
+    """A clock that runs until the rows lie ready, or until every layer has had its indices."""
     num_tokens = len(micro.tokens.router_slots_t)
-    session = ReplaySession(
-        [[StubRouter(layer) for layer in range(local)]],
-        1,
-        facts=ModelFacts("benchmark", args.layers, tuple(range(args.layers)), args.experts, args.top_k, 1, 1, 32, 64),
+
+    def clock() -> float:
+        session, [delivered] = replayed(model, [micro], [layers], read_held)
+        with session:
+            start = time.process_time()
+            with session.micro_batch(0, delivered):
+                taken = time.process_time() - start
+                for layer in session.layers[0]:
+                    layer.route(num_tokens, model.top_k, no_live_choice)
+                if routed:
+                    taken = time.process_time() - start
+            for layer in session.layers[0]:
+                layer.route(num_tokens, model.top_k, no_live_choice)  # backward's recompute
+        return taken
+
+    return clock
+
+
+def replayed(
+    model: ModelFacts, micro_batches: Sequence[MicroBatch], chunks: Sequence[range], read: ReadRoutes
+) -> tuple[ReplaySession, list[MicroBatch]]:
+    """A session over routers without a model, and its micro-batches with what they were handed.
+
+    Args:
+        chunks: MoE layers of each, counted from the model's first.
+    """
+    return replaying(
+        micro_batches,
+        [[StubRouter(model.moe_layers[row]) for row in layers] for layers in chunks],
+        facts=model,
         ep_size=1,
         device=torch.device("cpu"),
-        layer_rows={layer: layer for layer in range(args.layers)},
+        layer_rows={layer: row for row, layer in enumerate(model.moe_layers)},
+        read=read,
         forward_only=False,
     )
-    with session:
-        start = time.perf_counter()
-        with session.micro_batch(0, micro):
-            staged = time.perf_counter() - start
-            for layer in session.layers[0]:
-                layer.route(num_tokens, args.top_k, _no_live_choice)
-            routed = time.perf_counter() - start
-        for layer in session.layers[0]:
-            layer.route(num_tokens, args.top_k, _no_live_choice)  # backward's recompute
-    return staged, routed
 
 
-def _no_live_choice() -> torch.Tensor:
+def no_live_choice() -> torch.Tensor:
     raise AssertionError("every row is known")
-
-
-if __name__ == "__main__":
-    main()

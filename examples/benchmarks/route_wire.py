@@ -1,158 +1,159 @@
-"""What the wire form of routes costs and weighs, and what compression would give.
+"""Routes on their way to the trainer: bytes per token against the least there could be, and speed against a plain copy.
 
-    .venv/bin/python examples/benchmarks/route_wire.py
+    .venv/bin/python -m examples.benchmarks route_wire
 
-Prints one JSON object. Speeds are GB of uint8 MoE-only routes a second, the best of the repeats, and `share_of_copy` is
-that speed over that of a plain copy, made in turn with it: the machine cancels out. Routes are drawn uniformly over the
-experts, and skewed: each layer has a popularity of experts of its own, log-normal, by which each row's are drawn
-without return.
+The least: a router that is uniform over its experts says log2 C(E, K) bits per token and layer, and log2 E!/(E-K)! with
+the order of the K, which the format keeps. No coding of such routes takes less on average (Shannon, 1948).
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import statistics
-import sys
-import time
-import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+import base64
+from math import comb, log2, perm
 
 import numpy as np
-import numpy.typing as npt
 
+from examples.benchmarks.measuring import Report, bytes_of, facts, in_turn, random_group, ratio, rounded, timed
 from roll_r3.batch import wire
-from roll_r3.batch.routes import RoutedExperts, route_dtype
+from roll_r3.batch.routes import RoutedExperts
+from roll_r3.models.facts import ModelFacts
+from roll_r3.replay.checks import compact_routes
 
-GB = 1e9
-
-
-def draw(
-    rng: np.random.Generator, layers: int, rows: int, experts: int, top_k: int, skew: float
-) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
-    """Distinct experts per row, most popular first as a router would put them. [M, R, K]"""
-    out = np.empty((layers, rows, top_k), route_dtype(experts))
-    for layer in range(layers):
-        popularity = rng.normal(0, skew, experts).astype(np.float32)
-        scores = rng.gumbel(size=(rows, experts)).astype(np.float32) + popularity
-        best = np.argpartition(-scores, top_k, axis=1)[:, :top_k]
-        order = np.take_along_axis(-scores, best, axis=1).argsort(1)
-        out[layer] = np.take_along_axis(best, order, axis=1)
-    return out
-
-
-def seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """The shortest time of each; they run in turn."""
-    best = [float("inf")] * len(calls)
-    for _ in range(repeats):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
+MODELS = (
+    "Qwen/Qwen3-30B-A3B",
+    "deepseek-ai/DeepSeek-V3",
+    "moonshotai/Moonlight-16B-A3B",
+    "mistralai/Mixtral-8x7B-v0.1",
+)
+SPEED_OF = MODELS[0]
+SAMPLES = 8
+"""Of a group. A quarter of each one's rows is the prompt that all of them share."""
+TOKENS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
+"""Rows of all samples of a group together, the shared ones counted with each."""
+STAGES = (1, 2, 4, 8)
 
 
-def pack_bits(ids: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
-    """The lowest `bits` of each id, end to end; eight ids (one row of top-8) become `bits` bytes."""
-    words = ids.reshape(-1, 8).astype(np.uint64)
-    joined = (words << (np.arange(8, dtype=np.uint64) * np.uint64(bits))).sum(1, dtype=np.uint64)
-    return np.ascontiguousarray(joined.view(np.uint8).reshape(-1, 8)[:, :bits])
-
-
-def unpack_bits(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    words = np.zeros((len(packed), 8), np.uint8)
-    words[:, :bits] = packed
-    shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    return ((words.view(np.uint64) >> shifts) & np.uint64((1 << bits) - 1)).astype(np.uint8)
-
-
-def entropy(ids_MRK: npt.NDArray[Any], experts: int) -> float:
-    """Bits of an id, each layer's frequencies known: what a coder of single ids can reach at best."""
-    per_layer = []
-    for ids_RK in ids_MRK:
-        share = np.bincount(ids_RK.reshape(-1), minlength=experts) / ids_RK.size
-        share = share[share > 0]
-        per_layer.append(float(-(share * np.log2(share)).sum()))
-    return statistics.mean(per_layer)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8, choices=[8], help="the packed form is measured for 8 alone")
-    parser.add_argument("--samples", type=int, default=8, help="of the group")
-    parser.add_argument("--prompt", type=int, default=2048, help="rows that all samples share")
-    parser.add_argument("--response", type=int, default=7071, help="rows of each sample's own")
-    parser.add_argument("--skew", type=float, default=1.5, help="standard deviation of the log of popularity")
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
-    if args.experts > 256:
-        parser.error("--experts: at most 256, since the figures are relative to uint8")
-    report: dict[str, Any] = {"shape": {k: v for k, v in vars(args).items() if k != "repeats"}}
-    rng = np.random.default_rng(0)
-    for name, skew in (("uniform", 0.0), ("skewed", args.skew)):
-        shape = (args.experts, args.top_k, skew)
-        prompt = draw(rng, args.layers, args.prompt, *shape)
-        samples = []
-        for _ in range(args.samples):
-            own = draw(rng, args.layers, args.response, *shape)
-            samples.append(RoutedExperts(np.concatenate([prompt, own], axis=1)))
-        report[name] = measure(samples, args.experts, args.repeats)
-    json.dump(report, sys.stdout, indent=2)
-    sys.stdout.write("\n")
-
-
-def measure(samples: list[RoutedExperts], experts: int, repeats: int) -> dict[str, Any]:
-    plain = np.concatenate([sample.ids_MRK.reshape(-1) for sample in samples])
-    encoded = wire.encode(samples, experts)
-    opened = wire.EncodedGroup(encoded)
-    stored = encoded[-opened.num_layers * opened.row_bytes * sum(opened.stored_rows) :]
-    stage = range(opened.num_layers // 2)
-    everyone = range(len(samples))
-
-    def speed(call: Callable[[], Any], nbytes: int) -> dict[str, float]:
-        taken, copied = seconds([call, stored.copy], repeats)
-        per_second, copy = nbytes / taken, stored.nbytes / copied
-        return {"GB_per_s": round(per_second / GB, 3), "share_of_copy": round(per_second / copy, 4)}
-
-    bits = max(1, (experts - 1).bit_length())
-    packed = pack_bits(stored, bits)
-    assert np.array_equal(unpack_bits(packed, bits).reshape(-1), stored)
-    sample_bytes = stored[: 4 << 20]  # zlib is slow
-    squeezed = zlib.compress(sample_bytes, 1)
+def measure(rounds: int) -> Report:
+    """Everything of this page."""
+    model = facts(SPEED_OF)
     return {
-        "bytes_uint8": plain.nbytes,
-        "bytes_needed": stored.nbytes,
-        "bytes_encoded": encoded.nbytes,
-        "encoded_over_uint8": round(encoded.nbytes / plain.nbytes, 4),
-        "encoded_over_needed": round(encoded.nbytes / stored.nbytes, 5),
-        "encode": speed(lambda: wire.encode(samples, experts), plain.nbytes),
-        "open_us": round(1e6 * seconds([lambda: wire.EncodedGroup(encoded)], repeats)[0], 1),
-        "view_of_a_stage_checked": speed(lambda: opened.view(stage, everyone), stored.nbytes // 2),
-        "decode": speed(lambda: wire.decode(encoded), plain.nbytes),
-        "sums": {
-            "crc32": speed(lambda: zlib.crc32(stored), stored.nbytes),
-            "adler32": speed(lambda: zlib.adler32(stored), stored.nbytes),
-            "sha256": speed(lambda: hashlib.sha256(stored).digest(), stored.nbytes),
-            "blake2b": speed(lambda: hashlib.blake2b(stored).digest(), stored.nbytes),
-            "largest_id": speed(lambda: stored.max(), stored.nbytes),
+        "sizes": [sizes(name) for name in MODELS],
+        "answer": answer_speed(model, rows=4096, rounds=rounds),
+        "speeds_of": SPEED_OF,
+        "growth": [speeds(model, tokens, stages=2, rounds=rounds) for tokens in TOKENS],
+        "stages": [speeds(model, 1 << 16, stages, rounds) for stages in STAGES],
+    }
+
+
+def least_bits(model: ModelFacts) -> tuple[float, float]:
+    """Bits per token of uniform routes over all MoE layers: of the sets alone, and with the order in each."""
+    layers, experts, top_k = len(model.moe_layers), model.num_experts, model.top_k
+    return layers * log2(comb(experts, top_k)), layers * log2(perm(experts, top_k))
+
+
+def sizes(name: str) -> Report:
+    """Bytes per token: of the encoding, of what engines send, of the least."""
+    model = facts(name)
+    samples = group(model, 8 * 4096)
+    alone, together = wire.encode(samples[:1], model.num_experts), wire.encode(samples, model.num_experts)
+    rows = samples[0].num_rows
+    stored = sum(wire.EncodedGroup(together).stored_rows)
+    set_bytes, ordered_bytes = (bits / 8 for bits in least_bits(model))
+    int32 = 4 * model.num_layers * model.top_k
+    return {
+        "model": name,
+        "moe_layers": len(model.moe_layers),
+        "experts": model.num_experts,
+        "top_k": model.top_k,
+        "bytes_per_token": rounded(len(alone) / rows),
+        "bytes_per_token_of_a_group": rounded(len(together) / (rows * SAMPLES)),
+        "engine_int32_bytes_per_token": int32,
+        "engine_base64_bytes_per_token": rounded(int32 * 4 / 3),
+        "least_bytes_ordered": rounded(ordered_bytes),
+        "least_bytes_of_sets": rounded(set_bytes),
+        "over_least_ordered": rounded(len(together) / stored / ordered_bytes),
+        "over_least_of_sets": rounded(len(together) / stored / set_bytes),
+    }
+
+
+def answer_speed(model: ModelFacts, rows: int, rounds: int) -> Report:
+    """An engine's answer to one sample: checked and made compact, against a plain conversion of the same ids."""
+    (sample,) = random_group(model, 1, 0, rows)
+    ids_RLK = np.zeros((rows, model.num_layers, model.top_k), np.int32)
+    ids_RLK[:, list(model.moe_layers)] = sample.ids_MRK.transpose(1, 0, 2)
+    text = base64.b64encode(ids_RLK.data).decode()
+
+    def compact() -> RoutedExperts:
+        return compact_routes(
+            ids_RLK,
+            num_rows=rows,
+            num_layers=model.num_layers,
+            moe_layers=model.moe_layers,
+            num_experts=model.num_experts,
+            top_k=model.top_k,
+        )
+
+    seconds = in_turn(
+        {
+            "compact": timed(compact),
+            "convert": timed(lambda: ids_RLK.astype(np.uint8)),
+            "base64": timed(lambda: base64.b64decode(text, validate=True)),
         },
-        "entropy_over_8_bits": round(entropy(samples[0].ids_MRK, experts) / 8, 4),
-        "packed_bits": {
-            "size": round(packed.nbytes / stored.nbytes, 4),
-            "in": speed(lambda: pack_bits(stored, bits), stored.nbytes),
-            "out": speed(lambda: unpack_bits(packed, bits), stored.nbytes),
+        rounds,
+    )
+    return {
+        "rows": rows,
+        "compact_over_convert": ratio(seconds["compact"], seconds["convert"]),
+        "compact_over_base64": ratio(seconds["compact"], seconds["base64"]),
+    }
+
+
+def group(model: ModelFacts, tokens: int) -> list[RoutedExperts]:
+    each = tokens // SAMPLES
+    return random_group(model, SAMPLES, each // 4, each - each // 4)
+
+
+def speeds(model: ModelFacts, tokens: int, stages: int, rounds: int) -> Report:
+    """Writing a group, reading all of it, and a stage's checked view, each against a copy of as many bytes.
+
+    Args:
+        tokens: of all samples together.
+        stages: pipeline stages; the view is that of the first.
+    """
+    samples = group(model, tokens)
+    encoded = wire.encode(samples, model.num_experts)
+    opened = wire.EncodedGroup(encoded)
+    ids = encoded[-opened.num_layers * opened.row_bytes * sum(opened.stored_rows) :]
+    layers, everyone = range(opened.num_layers // stages), range(SAMPLES)
+    of_stage = ids[: len(layers) * len(ids) // opened.num_layers]
+    # what comes out of `decode`: the shared rows once for each sample
+    whole = bytes_of(np.concatenate([sample.ids_MRK.reshape(-1) for sample in samples]))
+    seconds = in_turn(
+        {
+            "encode": timed(lambda: wire.encode(samples, model.num_experts)),
+            "copy": timed(ids.copy),
+            "decode": timed(lambda: wire.decode(encoded)),
+            "copy_whole": timed(whole.copy),
+            "view": timed(lambda: wire.EncodedGroup(encoded).view(layers, everyone)),
+            "copy_stage": timed(of_stage.copy),
         },
-        "zlib_1": {
-            "size": round(len(squeezed) / sample_bytes.nbytes, 4),
-            "in": speed(lambda: zlib.compress(sample_bytes, 1), sample_bytes.nbytes),
-            "out": speed(lambda: zlib.decompress(squeezed), sample_bytes.nbytes),
+        rounds,
+    )
+    return {
+        "tokens": tokens,
+        "stages": stages,
+        "bytes_over_rows": rounded(len(encoded) / len(ids)),
+        "encode_over_copy": ratio(seconds["encode"], seconds["copy"]),
+        "decode_over_copy": ratio(seconds["decode"], seconds["copy_whole"]),
+        "view_over_copy": ratio(seconds["view"], seconds["copy_stage"]),
+        "GB_per_s": {
+            "copy": _speed(len(ids), seconds["copy"]),
+            "encode": _speed(len(ids), seconds["encode"]),
+            "decode": _speed(len(whole), seconds["decode"]),
+            "view": _speed(len(of_stage), seconds["view"]),
         },
     }
 
 
-if __name__ == "__main__":
-    main()
+def _speed(nbytes: int, seconds: list[float]) -> float:
+    return rounded(nbytes / float(np.median(seconds)) / 1e9)

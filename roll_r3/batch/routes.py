@@ -6,7 +6,7 @@ Shape legend: M MoE layers, R rows (tokens that were processed), K experts per t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,10 @@ class RoutedExperts:
         return int(self.ids_MRK.shape[2])
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.ids_MRK.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, the mask of known rows included."""
         return self.ids_MRK.nbytes + (0 if self.known_R is None else self.known_R.nbytes)
@@ -80,10 +84,21 @@ class RouteHandle(Protocol):
     """Where a sample's routes lie, for a process that schedules them but never needs to hold them."""
 
     @property
+    def num_layers(self) -> int: ...
+
+    @property
     def num_rows(self) -> int: ...
 
     @property
-    def nbytes(self) -> int: ...
+    def top_k(self) -> int: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of the sample, where it lies; what samples share is counted once over all of them."""
+        ...
 
 
 Routes = RoutedExperts | RouteHandle

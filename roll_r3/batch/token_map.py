@@ -77,6 +77,13 @@ class TokenMap:
     num_inputs: int
     """N, over all ranks."""
 
+    @property
+    def seen(self) -> npt.NDArray[np.bool_]:
+        """Which inputs this rank's routers see. [N]"""
+        seen_N = np.zeros(self.num_inputs, np.bool_)
+        seen_N[self.router_slots_t[self.router_slots_t != PADDING]] = True
+        return seen_N
+
     def gather(self, values_N: npt.NDArray[Scalar], fill: float | int | bool) -> npt.NDArray[Scalar]:
         """Local view of a jagged array: [N, ...] -> [B, S, ...], `fill` in padding slots."""
         return gather_slots(values_N, self.slots_BS, fill)

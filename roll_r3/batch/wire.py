@@ -50,8 +50,9 @@ class RouteView:
     shared_LPK: RouteArray
     """Rows that the sample has in common with its group; they come first."""
     own_LQK: RouteArray
-    known_R: npt.NDArray[np.bool_] | None
-    """As in `RoutedExperts`: None when every row is known."""
+    shared_known_P: npt.NDArray[np.bool_] | None
+    """False where the engine never processed the token; None when every row of the group is known."""
+    own_known_Q: npt.NDArray[np.bool_] | None
 
 
 def encode(samples: Sequence[RoutedExperts], num_experts: int) -> npt.NDArray[np.uint8]:
@@ -113,7 +114,14 @@ def decode(buffer: Buffer, *, max_bytes: int = DECODE_LIMIT) -> tuple[RoutedExpe
     if needed > max_bytes:
         raise RouteError(f"the routes take {needed} bytes when decoded, but at most {max_bytes} are allowed")
     views = group.view(range(group.num_layers), range(group.num_samples))
-    return tuple(RoutedExperts(np.concatenate([v.shared_LPK, v.own_LQK], axis=1), v.known_R) for v in views)
+    return tuple(RoutedExperts(np.concatenate([v.shared_LPK, v.own_LQK], axis=1), _whole_known(v)) for v in views)
+
+
+def _whole_known(view: RouteView) -> npt.NDArray[np.bool_] | None:
+    if view.shared_known_P is None or view.own_known_Q is None:
+        return None
+    known_R = np.concatenate([view.shared_known_P, view.own_known_Q])
+    return None if known_R.all() else known_R
 
 
 class EncodedGroup:
@@ -129,6 +137,7 @@ class EncodedGroup:
     num_layers: int
     top_k: int
     num_samples: int
+    dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
     stored_rows: list[int]
     """How many rows all samples begin with (P), then each sample's own (Q)."""
 
@@ -137,7 +146,10 @@ class EncodedGroup:
         Raises:
             RouteError: no encoding of a version that this reads, or one whose head is damaged or whose length is wrong.
         """
-        data = np.frombuffer(buffer, np.uint8)
+        try:
+            data = np.frombuffer(buffer, np.uint8)
+        except ValueError as error:  # not one run of memory
+            raise RouteError(f"these bytes are no encoded routes: {error}") from error
         data.flags.writeable = False
         if len(data) < FIXED.size:
             raise RouteError(f"encoded routes are cut short: {len(data)} bytes, but the head alone takes {FIXED.size}")
@@ -154,7 +166,7 @@ class EncodedGroup:
             raise RouteError(
                 f"encoded routes of {layers} layers, {samples} samples, {top_k} of {experts} experts each cannot be"
             )
-        self._dtype = route_dtype(experts)
+        self.dtype = route_dtype(experts)
         # Python's integers: no product of hostile counts wraps around
         sums_at = FIXED.size + 4 * (samples + 1)
         mask_at = sums_at + 4 * (samples + 1) * layers
@@ -163,7 +175,7 @@ class EncodedGroup:
         rows = data[FIXED.size : sums_at].view("<u4").tolist()
         mask_bytes = -(-sum(rows) // 8) if flags & HAS_UNKNOWN_ROWS else 0
         ids_at = round_up(mask_at + mask_bytes, ALIGNMENT)
-        expected = ids_at + layers * sum(rows) * top_k * self._dtype.itemsize
+        expected = ids_at + layers * sum(rows) * top_k * self.dtype.itemsize
         if not expected == length == len(data):
             raise RouteError(
                 f"encoded routes are {len(data)} bytes long, but say that they are {length}, and their counts make it "
@@ -179,7 +191,7 @@ class EncodedGroup:
         self.stored_rows = rows
         self._ends = np.cumsum(rows).tolist()
         self._sums = data[sums_at:mask_at].view("<u4").reshape(layers, samples + 1)
-        self._ids_MTK: RouteArray = data[ids_at:].view(self._dtype).reshape(layers, sum(rows), top_k)
+        self._ids_MTK: RouteArray = data[ids_at:].view(self.dtype).reshape(layers, sum(rows), top_k)
         self._known_T: npt.NDArray[np.bool_] | None = None
         if mask_bytes:
             bits = np.unpackbits(mask, count=sum(rows), bitorder="little")
@@ -188,7 +200,7 @@ class EncodedGroup:
     @property
     def row_bytes(self) -> int:
         """Of one row in one layer."""
-        return self.top_k * self._dtype.itemsize
+        return self.top_k * self.dtype.itemsize
 
     def num_rows(self, sample: int) -> int:
         """R, the shared rows included."""
@@ -211,8 +223,10 @@ class EncodedGroup:
             raise IndexError(f"samples {list(samples)} are not all in a group of {self.num_samples}")
         if not samples:
             return ()
-        shared_LPK = self._segment(layers, 0)
-        return tuple(RouteView(shared_LPK, self._segment(layers, i + 1), self._known(i)) for i in samples)
+        shared_LPK, shared_known_P = self._segment(layers, 0), self._known(0)
+        return tuple(
+            RouteView(shared_LPK, self._segment(layers, i + 1), shared_known_P, self._known(i + 1)) for i in samples
+        )
 
     def _segment(self, layers: range, segment: int) -> RouteArray:
         """Checked ids of the shared rows (segment 0) or of sample `segment - 1`. [L, P | Q, K]"""
@@ -226,13 +240,11 @@ class EncodedGroup:
             raise RouteError(f"encoded routes name expert {largest} in {what}, but there are {self.num_experts}")
         return ids_LQK
 
-    def _known(self, sample: int) -> npt.NDArray[np.bool_] | None:
+    def _known(self, segment: int) -> npt.NDArray[np.bool_] | None:
         if self._known_T is None:
             return None
-        end = self._ends[sample + 1]
-        own_Q = self._known_T[end - self.stored_rows[sample + 1] : end]
-        known_R = np.concatenate([self._known_T[: self.stored_rows[0]], own_Q])
-        return None if known_R.all() else known_R
+        end = self._ends[segment]
+        return self._known_T[end - self.stored_rows[segment] : end]
 
 
 def _check_encodable(samples: Sequence[RoutedExperts], num_experts: int) -> None:
@@ -244,6 +256,8 @@ def _check_encodable(samples: Sequence[RoutedExperts], num_experts: int) -> None
         if not 1 <= count <= COUNT_LIMIT:
             raise RouteError(f"routes of {count} {name} cannot be encoded: 1 to {COUNT_LIMIT} can")
     wanted = (route_dtype(num_experts), first.num_layers, first.top_k)
+    if first.top_k > num_experts:
+        raise RouteError(f"routes of {first.top_k} experts per token cannot be encoded: there are {num_experts}")
     for place, sample in enumerate(samples):
         ids_MRK = sample.ids_MRK
         if (ids_MRK.dtype, sample.num_layers, sample.top_k) != wanted:

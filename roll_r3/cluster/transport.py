@@ -1,51 +1,143 @@
 """How routes travel: into the object store by the rollout's process, out of it by the ranks that train on them.
 
-The driver passes handles along and never holds the arrays.
+The routes of a prompt's samples are one object in their wire form, on the node of the engine. A rank on that node reads
+views of it. For a rank elsewhere the process that stored them cuts out the rows and layers that it asks for, and only
+these travel. The driver passes handles along and never holds the arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import ray
 
-from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import Parcel, Pieces, RouteRequest, pack, read_encoded, read_held, unpack
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.batch.wire import EncodedGroup, encode
+from roll_r3.errors import RollError, RouteError
 
 
 @dataclass(frozen=True)
 class StoredRoutes:
-    """A `RouteHandle` to one of the arrays that were put into the object store together."""
+    """A `RouteHandle` to one sample of a wire form that lies in the object store."""
 
     ref: ray.ObjectRef
-    """Of a list of RoutedExperts."""
+    """Of a uint8 array."""
     index: int
+    """The sample's place in the group."""
+    node_id: str
+    """Where the object lies."""
+    keeper: str
+    """Name of the actor that stored it: its method `cut_routes` is `cut`."""
+    num_layers: int
     num_rows: int
+    top_k: int
+    dtype: np.dtype[Any]
     nbytes: int
+    """The sample's share of the object."""
 
 
-def store_routes(trajectories: Sequence[Trajectory]) -> tuple[Trajectory, ...]:
-    """Put the trajectories' routes into the object store as one object; trajectories with handles come back."""
+def store_routes(trajectories: Sequence[Trajectory], num_experts: int) -> tuple[Trajectory, ...]:
+    """Put the trajectories' routes into the object store as one object; trajectories with handles come back.
+
+    An actor calls it that has a name and a method `cut_routes`.
+
+    Raises:
+        RouteError: routes that the wire form cannot hold (see `wire.encode`).
+    """
     arrays = [t.routes for t in trajectories if isinstance(t.routes, RoutedExperts)]
     if not arrays:
         return tuple(trajectories)
     assert len(arrays) == len(trajectories), "routes of all samples of a prompt, or of none"
-    ref = ray.put(arrays)
+    encoded = encode(arrays, num_experts)
+    context, ref = ray.get_runtime_context(), ray.put(encoded)
+    node_id, keeper = context.get_node_id(), context.get_actor_name()
+    ends = [len(encoded) * i // len(arrays) for i in range(len(arrays) + 1)]
     return tuple(
-        replace(t, routes=StoredRoutes(ref, i, routes.num_rows, routes.nbytes))
+        replace(
+            t,
+            routes=StoredRoutes(
+                ref,
+                i,
+                node_id,
+                keeper,
+                num_layers=routes.num_layers,
+                num_rows=routes.num_rows,
+                top_k=routes.top_k,
+                dtype=routes.dtype,
+                nbytes=ends[i + 1] - ends[i],
+            ),
+        )
         for i, (t, routes) in enumerate(zip(trajectories, arrays, strict=True))
     )
 
 
-def fetch_routes(batch: Batch) -> Batch:
-    """The batch with its route arrays: zero-copy views where the object store is on this node."""
-    if batch.routes is None:
-        return batch
-    handles = [r for r in batch.routes if isinstance(r, StoredRoutes)]
-    refs = list({h.ref: None for h in handles})
-    objects = dict(zip(refs, ray.get(refs), strict=True))
-    return replace(
-        batch, routes=tuple(objects[r.ref][r.index] if isinstance(r, StoredRoutes) else r for r in batch.routes)
-    )
+def read_routes(requests: Sequence[RouteRequest]) -> list[Pieces]:
+    """A `ReadRoutes` for handles, and for routes that this process holds.
+
+    Raises:
+        RouteError: routes that are damaged, or that the object store has lost.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    near: list[int] = []
+    far: dict[str, list[int]] = defaultdict(list)
+    answers: list[Pieces] = [[] for _ in requests]
+    for i, request in enumerate(requests):
+        if not isinstance(request.routes, StoredRoutes):
+            [answers[i]] = read_held([request])
+        elif request.routes.node_id == here:
+            near.append(i)
+        else:
+            far[request.routes.keeper].append(i)
+    with _told_if_lost():
+        # begun first: others cut while this process reads what is near
+        parcels = {
+            keeper: ray.get_actor(keeper).cut_routes.remote([requests[i] for i in asked])
+            for keeper, asked in far.items()
+        }
+        found = [(near, _read_near([requests[i] for i in near]))]
+        found += [
+            (asked, unpack([requests[i] for i in asked], ray.get(parcels[keeper]))) for keeper, asked in far.items()
+        ]
+    for asked, read in found:
+        for i, pieces in zip(asked, read, strict=True):
+            answers[i] = pieces
+    return answers
+
+
+def cut(requests: Sequence[RouteRequest]) -> Parcel:
+    """On the node where the routes lie: what was asked for, and nothing else. Raises as `read_routes` does."""
+    with _told_if_lost():
+        return pack(requests, _read_near(requests))
+
+
+@contextmanager
+def _told_if_lost() -> Iterator[None]:
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:  # of the process that cut
+        if isinstance(error.cause, RollError):
+            raise error.cause from None
+        raise
+    except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no actor has that name any more
+        raise RouteError(f"routes are lost, since the process that stored them ended: {error}") from error
+
+
+def _read_near(requests: Sequence[RouteRequest]) -> list[Pieces]:
+    """Views of objects in this node's store."""
+    handles = [request.routes for request in requests if isinstance(request.routes, StoredRoutes)]
+    by_ref: dict[ray.ObjectRef, list[int]] = defaultdict(list)
+    for i, handle in enumerate(handles):
+        by_ref[handle.ref].append(i)
+    answers: list[Pieces] = [[] for _ in requests]
+    for (_, asked), encoded in zip(by_ref.items(), ray.get(list(by_ref)), strict=True):
+        read = read_encoded(EncodedGroup(encoded), [handles[i].index for i in asked], [requests[i] for i in asked])
+        for i, pieces in zip(asked, read, strict=True):
+            answers[i] = pieces
+    return answers

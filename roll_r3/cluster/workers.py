@@ -1,7 +1,8 @@
-"""What runs inside the actors, one strategy each. Routes are stored and fetched here, so strategies see arrays."""
+"""What runs inside the actors, one strategy each. Rollouts store their routes here, ranks are told how to read them."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -15,11 +16,13 @@ import ray
 import torch
 
 from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import Parcel, RouteRequest
 from roll_r3.cluster.logs import log_to_file
-from roll_r3.cluster.transport import fetch_routes, store_routes
+from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.facts import read_facts
 from roll_r3.saving.manifest import FileSum, file_sum, files_below
 from roll_r3.strategies.base import (
     GenerateRequest,
@@ -45,6 +48,8 @@ class RolloutWorker:
     ) -> None:
         log_to_file(log_path)
         entry = STRATEGIES[config.actor_infer.strategy_args.strategy_name]
+        self._model_path = checkpoint_of(config, "actor_infer")
+        self._num_experts = 0
         server_log = log_path.with_name(f"{log_path.stem}-server.log")
         self._strategy = entry.load()(
             config=config,
@@ -56,12 +61,20 @@ class RolloutWorker:
         )
 
     async def start(self) -> None:
+        self._num_experts = read_facts(resolve_checkpoint(self._model_path)).num_experts
         await self._strategy.start()
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         """As `RolloutStrategy.generate`, with handles in place of routes."""
         results = await self._strategy.generate(requests)
-        return [replace(r, trajectories=store_routes(r.trajectories)) for r in results]
+        for i, result in enumerate(results):  # one by one: the arrays go as their wire forms come
+            stored = await asyncio.to_thread(store_routes, result.trajectories, self._num_experts)
+            results[i] = replace(result, trajectories=stored)
+        return results
+
+    async def cut_routes(self, requests: Sequence[RouteRequest]) -> Parcel:
+        """For a rank on another node: what it asks for of the routes that `generate` stored."""
+        return await asyncio.to_thread(cut, requests)
 
     async def weight_target(self) -> WeightTarget:
         return self._strategy.weight_target()
@@ -109,16 +122,18 @@ class ModelWorker:
         entry = STRATEGIES[worker.strategy_args.strategy_name]
         process = replace(self._process, master_addr=master[0], master_port=master[1])
         checkpoint = resolve_checkpoint(checkpoint_of(self._config, self._role))
-        self._strategy = entry.load()(self._config, self._role, process, model_path=str(checkpoint))
+        self._strategy = entry.load()(
+            self._config, self._role, process, model_path=str(checkpoint), read_routes=read_routes
+        )
         self._strategy.initialize()
         s = self._strategy
         return s.data_parallel_rank, s.data_parallel_size, s.returns_results
 
     def compute_log_probs(self, shard: Batch) -> LogProbResult:
-        return self._strategy.compute_log_probs(fetch_routes(shard))
+        return self._strategy.compute_log_probs(shard)
 
     def train_step(self, shard: Batch, step: int) -> TrainResult:
-        return self._strategy.train_step(fetch_routes(shard), step)
+        return self._strategy.train_step(shard, step)
 
     def connect_engines(self, targets: Sequence[WeightTarget]) -> None:
         """On rank 0: get ready to send weights to these engines."""

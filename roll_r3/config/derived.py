@@ -110,10 +110,17 @@ def token_alignment(worker: ModelWorker) -> int:
     """Tokens that every row, or sample of a packed row, is padded to a multiple of: `Layout.alignment` of its ranks."""
     if not runs_megatron(worker):
         return worker.sequence_length_round
+    cp = layout(worker).context_parallel_size
+    return sequence_parts(worker) * (2 if cp > 1 else 1) * worker.sequence_length_round
+
+
+def sequence_parts(worker: ModelWorker) -> int:
+    """Ranks among which a sequence's tokens are split where they are routed."""
+    if not runs_megatron(worker):
+        return 1
     m = layout(worker)
     sp = 1 if m.sequence_parallel is False else m.tensor_model_parallel_size
-    cp = m.context_parallel_size
-    return sp * (2 * cp if cp > 1 else 1) * worker.sequence_length_round
+    return sp * m.context_parallel_size
 
 
 def longest_sequence(config: RLVRConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ from roll_r3.config.derived import (
     layout,
     model_workers,
     runs_megatron,
+    sequence_parts,
 )
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
@@ -149,10 +151,13 @@ class RoutesPlan:
     """A sample of T tokens has T - 1 inputs."""
     step: int
     rank: tuple[int, ...]
-    """What a rank of each pipeline stage holds on the host."""
+    """Of each pipeline stage, in its own layers: under R2 what a rank keeps on the host, under R3 what it reads in one
+    pass over its samples, but for the rows by which its part of a sequence is larger than another's."""
     node: int
-    """R3: at most what a trainer's node takes into its object store. It takes the routes of a prompt's samples, which
-    are one object, wherever one of these samples is trained. 0 under R2, whose routes stay on their ranks."""
+    """R3: what the ranks of one trainer's node read in a pass, at most, all of which comes from other nodes where no
+    engine is on theirs. 0 under R2, whose routes stay on their ranks."""
+    passes: int
+    """R3: how often a step reads them: for the old log-probabilities, and in each epoch of the update."""
 
 
 @dataclass(frozen=True)
@@ -338,21 +343,20 @@ def _routes(config: RLVRConfig, size: ModelSize, trainer: RolePlan, nodes: _Node
     inputs = Step.of(config).longest - 1
     sample = len(shape.moe_layers) * layer * inputs
     step = sample * config.samples_per_step
-    samples, stages = trainer.passes.samples, trainer.grid.pp
+    token = len(shape.moe_layers) * layer
     if mode == "disable":
-        return RoutesPlan(mode, 0, 0, 0, (0,) * stages, 0)
-    if mode == "R2":  # of its own layers alone
-        own = [sum(len(chunk.moe_layers) for chunk in stage.chunks) for stage in trainer.stages]
-        own = own or [len(shape.moe_layers)]
-        return RoutesPlan(
-            mode, len(shape.moe_layers) * layer, sample, step, tuple(n * layer * inputs * samples for n in own), 0
-        )
-    per_node: dict[int, set[int]] = {}
+        return RoutesPlan(mode, 0, 0, 0, (0,) * trainer.grid.pp, 0, 0)
+    own = [sum(len(chunk.moe_layers) for chunk in stage.chunks) for stage in trainer.stages]
+    own = own or [len(shape.moe_layers)]
+    held = [layers * layer * inputs * trainer.passes.samples for layers in own]
+    if mode == "R2":
+        return RoutesPlan(mode, token, sample, step, tuple(held), 0, 0)
+    parts = sequence_parts(config.actor_train)
+    read = tuple(-(-size // parts) for size in held)
+    per_node: Counter[int] = Counter()
     for rank in trainer.ranks:
-        per_node.setdefault(nodes.of([rank.device])[0], set()).add(rank.place.dp)
-    most_samples = max(len(shards) for shards in per_node.values()) * samples
-    node = min(step, most_samples * config.num_return_sequences_in_group * sample)
-    return RoutesPlan(mode, len(shape.moe_layers) * layer, sample, step, (sample * samples,) * stages, node)
+        per_node[nodes.of([rank.device])[0]] += read[rank.place.pp]
+    return RoutesPlan(mode, token, sample, step, read, max(per_node.values()), 1 + config.ppo_epochs)
 
 
 def _weight_sync(config: RLVRConfig, size: ModelSize, engines: Sequence[EnginePlan], nodes: _Nodes) -> WeightSyncPlan:

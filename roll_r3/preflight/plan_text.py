@@ -147,7 +147,8 @@ def _routes(plan: Plan) -> Iterator[str]:
     if routes.mode == "disable":
         yield "routes: none are recorded"
         return
-    yield f"routes ({routes.mode}), at full length"
+    passes = f", read in {routes.passes} passes a step" if routes.passes else ""
+    yield f"routes ({routes.mode}), at full length{passes}"
     yield (
         f"  {_size(routes.token)} a token ({len(plan.model.moe_layers)} layers x {plan.model.top_k} experts), "
         f"{_size(routes.sample)} a sample, {_size(routes.step)} a step"
@@ -156,14 +157,11 @@ def _routes(plan: Plan) -> Iterator[str]:
 
 
 def _where_routes_are(routes: RoutesPlan) -> str:
+    sizes = sorted(set(routes.rank))
+    some = _size(sizes[0]) if len(sizes) == 1 else f"{_size(sizes[0])} to {_size(sizes[-1])}"
     if routes.mode == "R2":
-        held = sorted(set(routes.rank))
-        some = _size(held[0]) if len(held) == 1 else f"{_size(held[0])} to {_size(held[-1])}"
         return f"a trainer's rank keeps {some} on its host: its samples, its stage's layers"
-    return (
-        f"a trainer's rank reads {_size(routes.rank[0])} (its samples, all layers), a node takes in at most "
-        f"{_size(routes.node)}"
-    )
+    return f"a pass brings a rank {some} (its samples, layers and tokens), a node {_size(routes.node)}"
 
 
 def _sync(plan: Plan) -> Iterator[str]:

@@ -115,7 +115,8 @@ KL(rollout || trainer).
 ## Two steps of every pair
 
 bf16 on both sides; figures of the second step, after weights were sent. Agreement is the share of (token, layer)
-entries where the live router would have chosen the replayed experts.
+entries where the live router would have chosen the replayed experts. hf_infer and fsdp2_train compute with the same
+modules of transformers, so there is nothing between them.
 
 | rollout | trainer | replay | coverage | agreement | mean \\|d\\| | max \\|d\\| | k3 |
 | --- | --- | --- | --- | --- | --- | --- | --- |

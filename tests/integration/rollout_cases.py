@@ -18,6 +18,10 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.facts import read_facts
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, RolloutStrategy
 from roll_r3.strategies.rollout.process import ServerProcess
+from roll_r3.strategies.rollout.sampling import SampleRequest
+from roll_r3.strategies.rollout.server import ServerRollout
+from roll_r3.strategies.rollout.sharing import PromptSharing
+from roll_r3.strategies.rollout.slots import Slots
 
 T = TypeVar("T")
 RolloutT = TypeVar("RolloutT", bound=RolloutStrategy)
@@ -96,6 +100,70 @@ def requests(num_prompts: int, samples: int, *, first_seed: int = 100) -> list[G
         seeds = tuple(first_seed + prompt * samples + sample for sample in range(samples))
         made.append(GenerateRequest(ids, tuple(f"p{prompt}/s{sample}" for sample in range(samples)), seeds))
     return made
+
+
+def long_requests(
+    num: int, samples: int = 1, length: int = 150, first_seed: int = 1, common: int = 0
+) -> list[GenerateRequest]:
+    """Prompts of one length, alike in their first `common` tokens."""
+    draw = np.random.default_rng(length)
+    begin = tuple(int(token) for token in draw.integers(0, 256, size=common))
+    return [
+        GenerateRequest(
+            begin + tuple(int(token) for token in draw.integers(0, 256, size=length - common)),
+            tuple(f"long{prompt}/s{sample}" for sample in range(samples)),
+            tuple(first_seed + prompt * samples + sample for sample in range(samples)),
+        )
+        for prompt in range(num)
+    ]
+
+
+def one_by_one(requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
+    """The same samples, each as if it were its prompt's only one."""
+    return [
+        GenerateRequest(request.prompt_ids, (sample_id,), (seed,))
+        for request in requests
+        for sample_id, seed in zip(request.sample_ids, request.seeds, strict=True)
+    ]
+
+
+class Sent:
+    """What a rollout sends to its server, and how many bytes come back."""
+
+    def __init__(self, rollout: ServerRollout[Any]) -> None:
+        client = rollout._client
+        assert client is not None
+        self.requests: list[dict[str, Any]] = []
+        self.num_bytes: list[int] = []
+        self._client, self._post = client, client.post
+
+    def __enter__(self) -> Sent:
+        async def post(path: str, request: dict[str, Any], timeout_s: float) -> bytes:
+            body = await self._post(path, request, timeout_s)
+            self.requests.append(request)
+            self.num_bytes.append(len(body))
+            return body
+
+        self._client.post = post  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._client.post = self._post  # type: ignore[method-assign]
+
+
+class Evicting(PromptSharing):
+    """After a prompt got into the cache, the engine answers other requests until the cache has lost it."""
+
+    def __init__(self, rollout: ServerRollout[Any], others: Sequence[GenerateRequest]) -> None:
+        super().__init__(rollout._ask_or_wait, self._prime_and_evict, Slots(64))
+        self._rollout = rollout
+        self._others = others
+        self.engine_keeps(rollout._sharing._page)
+
+    async def _prime_and_evict(self, wanted: SampleRequest) -> None:
+        await self._rollout._prime(wanted)
+        for request in one_by_one(self._others):
+            await self._rollout._prime(SampleRequest(request.prompt_ids, "other", 0))
 
 
 def trajectories(results: Sequence[GenerateResult]) -> dict[str, Trajectory]:

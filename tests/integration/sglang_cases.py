@@ -16,6 +16,7 @@ def configuration(
     dtype: str,
     *,
     temperature: float = 1.0,
+    prompt_length: int = 64,
     response_length: int = RESPONSE_LENGTH,
     **settings: Any,
 ) -> RLVRConfig:
@@ -24,6 +25,7 @@ def configuration(
         "sglang",
         {"dtype": dtype, **SMALL_SERVER, **settings},
         generating={"temperature": temperature},
+        prompt_length=prompt_length,
         response_length=response_length,
     )
 

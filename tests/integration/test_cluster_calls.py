@@ -12,7 +12,6 @@ import ray
 
 from roll_r3.cluster.calls import wait_for
 from roll_r3.cluster.logs import log_to_file
-from roll_r3.cluster.transport import StoredRoutes, fetch_routes, store_routes
 from roll_r3.errors import EngineError, WorkerError
 
 pytestmark = pytest.mark.integration
@@ -88,24 +87,3 @@ def test_results_come_back_by_reference(peers):
     actors, logs, _ = peers
     ref = actors[0].sleep.remote(0)
     assert wait_for({ref: ("rank-0", logs[0])}) == {ref: "slept"}
-
-
-def test_routes_travel_as_handles_and_come_back_equal():
-    import numpy as np
-
-    from roll_r3.batch.batch import Batch
-    from roll_r3.batch.routes import RoutedExperts
-    from roll_r3.batch.trajectory import Trajectory
-
-    def sample(i: int) -> Trajectory:
-        ids = np.full((4, 3, 2), i, np.uint8)
-        return Trajectory(
-            f"s{i}", np.arange(2, dtype=np.int32), np.arange(2, dtype=np.int32), np.zeros(2, np.float32), "stop", (0,),
-            RoutedExperts(ids),
-        )  # fmt: skip
-
-    stored = store_routes([sample(i) for i in range(3)])
-    assert all(isinstance(t.routes, StoredRoutes) for t in stored)
-    assert len({t.routes.ref for t in stored}) == 1, "one object per prompt"
-    batch = fetch_routes(Batch.from_trajectories(stored).select([2, 0]))
-    assert [r.ids_MRK[0, 0, 0] for r in batch.routes] == [2, 0]

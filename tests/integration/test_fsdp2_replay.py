@@ -188,11 +188,12 @@ def _audited_mistakes(process: ProcessInfo, case: Case, batch: Batch) -> list[st
     strategy = open_strategy(process, case)
     part = shard(batch, process.rank, process.world_size)
     before = dict(exported(strategy))
-    joined, recompute, enter = ReplaySession._joined_rows, LayerReplay._recompute, ExpertsAudit.__enter__
+    laid_out, recompute, enter = ReplaySession._laid_out, LayerReplay._recompute, ExpertsAudit.__enter__
     found = []
 
     def shifted(*args: Any) -> Any:
-        return np.roll(joined(*args), 1, axis=0)
+        ids_LtK, known_t = laid_out(*args)
+        return ids_LtK.roll(1, 1), known_t
 
     def shifted_in_backward(layer: Any) -> torch.Tensor:
         return recompute(layer).roll(1, 0)
@@ -202,7 +203,7 @@ def _audited_mistakes(process: ProcessInfo, case: Case, batch: Batch) -> list[st
         return enter(audit)
 
     for owner, name, wrong, said in (
-        (ReplaySession, "_joined_rows", shifted, r"position \d+ \(forward\): recorded experts"),
+        (ReplaySession, "_laid_out", shifted, r"position \d+ \(forward\): recorded experts"),
         (LayerReplay, "_recompute", shifted_in_backward, r"position \d+ \(recomputed in backward\): recorded"),
         (ReplaySession, "_padding_rows", lambda session, n: np.zeros((n, TOP_K), np.int64), r"no row, to 1 distinct"),
         (ExpertsAudit, "__enter__", overlook_layer_2, "layer 2 dispatched 0 times instead of 4"),

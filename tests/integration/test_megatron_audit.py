@@ -92,21 +92,31 @@ def _audited_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[list
 # Mistakes that it is there to find
 
 
+def rolled(laid_out, axis):
+    """Tokens or layers shifted by one."""
+    ids_LtK, known_t = laid_out
+    return ids_LtK.roll(-1, axis), known_t
+
+
 @contextmanager
 def _mistake(name: str) -> Iterator[None]:
-    from roll_r3.strategies.train import replay
+    from roll_r3.strategies.train import delivery, replay
     from roll_r3.strategies.train.routed_layer import LayerReplay
 
-    session, joined = replay.ReplaySession, replay.ReplaySession._joined_rows
+    session, laid_out = replay.ReplaySession, replay.ReplaySession._laid_out
     with pytest.MonkeyPatch.context() as patch:
         if name == "shifted by one token":
-            patch.setattr(session, "_joined_rows", lambda *args: np.roll(joined(*args), 1, axis=0))
+            patch.setattr(session, "_laid_out", lambda *args: rolled(laid_out(*args), 1))
         elif name == "rows of the next layer":
-            patch.setattr(
-                session,
-                "_joined_rows",
-                lambda self, sources, row, padding: joined(self, sources, (row + 1) % LAYERS, padding),
-            )
+            patch.setattr(session, "_laid_out", lambda *args: rolled(laid_out(*args), 0))
+        elif name == "other rows delivered":
+            needed = delivery._needed
+
+            def one_earlier(tokens, offsets):
+                runs = needed(tokens, offsets)
+                return {sample: [(a - 1, b - 1) if a else (a, b) for a, b in r] for sample, r in runs.items()}
+
+            patch.setattr(delivery, "_needed", one_earlier)
         elif name == "newest first":
             patch.setattr(LayerReplay, "_recompute", lambda layer: layer.queue.pop())
         elif name == "the forward's own":
@@ -128,6 +138,7 @@ def _mistake(name: str) -> Iterator[None]:
         ("shifted by one token", 1, FULL_RECOMPUTE, r"\(forward\)"),
         ("shifted by one token", 2, {"tensor_model_parallel_size": 2}, r"\(forward\)"),
         ("rows of the next layer", 1, {}, r"\(forward\)"),
+        ("other rows delivered", 2, {"context_parallel_size": 2}, r"\(forward\)"),
         ("rows of the next layer", 2, EXPERT_PARALLEL, r"\(forward\)"),
         ("newest first", 2, TWO_STAGES, r"\(recomputed in backward\)"),
         ("the forward's own", 2, {**INTERLEAVED, **FULL_RECOMPUTE}, r"\(recomputed in backward\)"),

@@ -237,23 +237,23 @@ def test_layers_that_predict_further_tokens_route_by_themselves(
 
 
 def _rows_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
-    from roll_r3.strategies.train import replay
-
-    gather = replay.gather_slots
-    patch.setattr(
-        replay, "gather_slots", lambda values, *args: np.roll(gather(values, *args), 1 if values.ndim == 3 else 0, 0)
-    )
+    _rolled(patch, axis=1)
 
 
 def _layers_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
+    _rolled(patch, axis=0)
+
+
+def _rolled(patch: pytest.MonkeyPatch, axis: int) -> None:
     from roll_r3.strategies.train.replay import ReplaySession
 
-    original = ReplaySession.__init__
+    right = ReplaySession._laid_out
 
-    def init(self: Any, *args: Any, layer_rows: dict[int, int], **kwargs: Any) -> None:
-        original(self, *args, layer_rows={m: (row + 1) % layers for m, row in layer_rows.items()}, **kwargs)
+    def wrong(*args: Any) -> Any:
+        ids_LtK, known_t = right(*args)
+        return ids_LtK.roll(1, axis), known_t
 
-    patch.setattr(ReplaySession, "__init__", init)
+    patch.setattr(ReplaySession, "_laid_out", wrong)
 
 
 def _cp_order_not_applied(patch: pytest.MonkeyPatch, layers: int) -> None:
@@ -281,15 +281,16 @@ def _routes_laid_out(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> 
 
 
 def _counted_layers_of_a_chunk(patch: pytest.MonkeyPatch, layers: int) -> None:
-    """Layers by their count in the list of routers, as if no layer were dense."""
-    from roll_r3.strategies.train.replay import ReplaySession
+    """Layers by their count in the model, as if its first were not dense."""
+    from roll_r3.strategies.train import replay
 
-    original = ReplaySession.__init__
+    right = replay.chunk_rows
 
-    def init(self: Any, *args: Any, layer_rows: dict[int, int], **kwargs: Any) -> None:
-        original(self, *args, layer_rows={m: min(m, layers - 1) for m in layer_rows}, **kwargs)
+    def wrong(*args: Any) -> list[range]:
+        firsts = [(min(rows.start + 1, layers - len(rows)), len(rows)) for rows in right(*args)]
+        return [range(first, first + size) for first, size in firsts]
 
-    patch.setattr(ReplaySession, "__init__", init)
+    patch.setattr(replay, "chunk_rows", wrong)
 
 
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
 import numpy as np
 import pytest
 import torch.distributed as dist
-from rollout_cases import RESPONSE_LENGTH, Reference, group_members, requests, trajectories
+from rollout_cases import (
+    RESPONSE_LENGTH,
+    Evicting,
+    Reference,
+    Sent,
+    group_members,
+    long_requests,
+    one_by_one,
+    requests,
+    trajectories,
+)
 from safetensors.torch import load_file
 from sglang_cases import Engine, configuration
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.base import GenerateRequest
+from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
@@ -41,7 +51,9 @@ def new_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    config = configuration(old_weights, "float32", temperature=TEMPERATURE, max_retries=1)
+    config = configuration(
+        old_weights, "float32", temperature=TEMPERATURE, prompt_length=160, max_total_tokens=2048, max_retries=1
+    )
     engine = Engine(config, tmp_path_factory.mktemp("log") / "server.log")
     try:
         engine.run(engine.rollout.start())
@@ -51,9 +63,14 @@ def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def assert_equals_transformers(engine: Engine, checkpoint: Path, version: int) -> None:
+    asked = [*requests(6, 3), *long_requests(1, 2)]
+    assert_is_what_the_model_computes(asked, engine.generate(asked), checkpoint, version)
+
+
+def assert_is_what_the_model_computes(
+    asked: Sequence[GenerateRequest], results: Sequence[GenerateResult], checkpoint: Path, version: int = 0
+) -> None:
     reference = Reference(checkpoint, TEMPERATURE)
-    asked = requests(6, 3)
-    results = engine.generate(asked)
     for request, result in zip(asked, results, strict=True):
         assert not result.dropped
         assert tuple(t.sample_id for t in result.trajectories) == request.sample_ids
@@ -88,6 +105,35 @@ def test_samples_of_a_prompt_differ_and_a_prefix_hit_changes_nothing(engine: Eng
     for sample_id, t in first.items():
         np.testing.assert_array_equal(t.response_ids_R, second[sample_id].response_ids_R)
         np.testing.assert_array_equal(t.routes.ids_MRK, second[sample_id].routes.ids_MRK)
+
+
+def test_a_prompts_rows_are_fetched_once_and_are_those_of_every_sample(engine: Engine, old_weights: Path) -> None:
+    """Two of the prompts begin alike; samples and rows are as if each had been asked for alone."""
+    asked = [*long_requests(1, 4), *long_requests(2, 4, length=151, common=100)]
+    with Sent(engine.rollout) as sent:
+        results = engine.generate(asked)
+    assert [result.retries for result in results] == [0, 0, 0]
+    starts = [request.get("routed_experts_start_len", -1) for request in sent.requests]
+    assert sorted(starts) == [-1] * 3 + [0] * 3 + [149] * 3 + [150] * 6, "a first request, a leader, three others each"
+    assert_is_what_the_model_computes(asked, results, old_weights)
+    with Sent(engine.rollout) as sent_alone:
+        alone = engine.generate(one_by_one(asked))
+    for t, same in zip(trajectories(results).values(), trajectories(alone).values(), strict=True):
+        np.testing.assert_array_equal(t.response_ids_R, same.response_ids_R)
+        np.testing.assert_array_equal(t.routes.ids_MRK, same.routes.ids_MRK)
+    assert sum(sent.num_bytes) < 0.5 * sum(sent_alone.num_bytes)
+
+
+def test_samples_whose_prompt_left_the_cache_are_asked_for_again(
+    engine: Engine, old_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evicting = Evicting(engine.rollout, long_requests(16, length=149))
+    monkeypatch.setattr(engine.rollout, "_sharing", evicting)
+    asked = long_requests(1, 4)
+    results = engine.generate(asked)
+    assert results[0].retries >= 3
+    assert_is_what_the_model_computes(asked, results, old_weights)
+    assert evicting.shareable_rows(asked[0]) == 0, "nothing is shared for a while"
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine: Engine) -> None:

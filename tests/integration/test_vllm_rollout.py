@@ -16,7 +16,16 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-from rollout_cases import Reference, group_members, requests, trajectories
+from rollout_cases import (
+    Evicting,
+    Reference,
+    Sent,
+    group_members,
+    long_requests,
+    one_by_one,
+    requests,
+    trajectories,
+)
 from safetensors.torch import load_file
 from vllm_cases import HEAD_DIM, Engine, configuration, require_environment
 
@@ -25,6 +34,8 @@ from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.strategies.rollout.answers import Asked
+from roll_r3.strategies.rollout.sampling import SampleRequest
 from roll_r3.strategies.rollout.vllm.payload import read_npy
 from roll_r3.strategies.rollout.vllm.strategy import VllmRollout
 from roll_r3.strategies.rollout.vllm.weights import VllmWeightChannel
@@ -91,18 +102,6 @@ def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpo
     return max(differences)
 
 
-def long_requests(num: int, samples: int = 1, length: int = 150, first_seed: int = 1) -> list[GenerateRequest]:
-    draw = np.random.default_rng(length)
-    return [
-        GenerateRequest(
-            tuple(int(token) for token in draw.integers(0, 256, size=length)),
-            tuple(f"long{prompt}/s{sample}" for sample in range(samples)),
-            tuple(first_seed + prompt * samples + sample for sample in range(samples)),
-        )
-        for prompt in range(num)
-    ]
-
-
 def assert_nothing_is_left(engine: Engine) -> None:
     """A process that is killed is gone a little later, on a busy machine."""
     deadline = time.monotonic() + 20.0
@@ -155,7 +154,7 @@ def test_samples_of_a_prompt_differ_and_preemption_loses_no_row(engine, old_weig
 def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
     """The strategy refuses such an answer; what vLLM says in it is exact all the same."""
     client, facts = engine.rollout._client, read_facts(old_weights)
-    request = engine.rollout.request((1, 2, 3), 1, 180)
+    request = engine.rollout.request(Asked(SampleRequest((1, 2, 3), "x", 1), 180, 0, record_routes=True))
     request["sampling_params"]["ignore_eos"] = True
 
     async def aborted(after_s: float) -> dict[str, Any]:
@@ -173,13 +172,38 @@ def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
     num = len(choice["token_ids"])
     print("tokens before the abort", num)
     assert 0 < num < 180
-    ids_RLK = read_npy(choice["routed_experts"], 3 + num - 1, facts)
+    ids_RLK = read_npy(memoryview(choice["routed_experts"].encode()), 3 + num - 1, facts)
     t = Trajectory(
         "x", np.array([1, 2, 3]), np.array(choice["token_ids"]), np.zeros(num, np.float32), "abort", (0,), None
     )
     np.testing.assert_array_equal(
         ids_RLK.transpose(1, 0, 2), Reference(old_weights, TEMPERATURE).log_probs_and_experts(t)[1]
     )
+
+
+def test_a_prompts_rows_are_fetched_once_and_are_those_of_every_sample(engine, old_weights):
+    """Whole blocks of them, 128 rows of 149. Two of the prompts begin alike; samples and rows are as if each had been
+    asked for alone."""
+    asked = [*long_requests(1, 4), *long_requests(2, 4, length=151, common=100)]
+    with Sent(engine.rollout) as sent:
+        results = engine.generate(asked)
+    assert [result.retries for result in results] == [0, 0, 0]
+    starts = [request["sampling_params"]["routed_experts_prompt_start"] for request in sent.requests]
+    assert sorted(starts) == [0] * 3 + [128] * 9 + [150, 151, 151], "a leader, three others and a first request each"
+    assert_is_what_the_model_computes(results, old_weights)
+    alone = engine.generate(one_by_one(asked))
+    for t, same in zip(trajectories(results).values(), trajectories(alone).values(), strict=True):
+        np.testing.assert_array_equal(t.response_ids_R, same.response_ids_R)
+        np.testing.assert_array_equal(t.routes.ids_MRK, same.routes.ids_MRK)
+
+
+def test_samples_whose_prompt_left_the_cache_are_asked_for_again(engine, old_weights, monkeypatch):
+    evicting = Evicting(engine.rollout, long_requests(12, length=149))
+    monkeypatch.setattr(engine.rollout, "_sharing", evicting)
+    (result,) = engine.generate(long_requests(1, 4))
+    assert result.retries >= 3
+    assert_is_what_the_model_computes([result], old_weights)
+    assert evicting.shareable_rows(long_requests(1, 4)[0]) == 0, "nothing is shared for a while"
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine):

@@ -5,27 +5,32 @@ Shape legend: P prompt tokens, R response tokens; L all decoder layers, K expert
 
 from __future__ import annotations
 
+import binascii
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pybase64
 
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import FinishReason, Trajectory
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.checks import check_log_probs, compact_routes
-from roll_r3.strategies.rollout.sampling import SampleError
+from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
+
+_ROUTES = re.compile(rb'"routed_experts"\s*:\s*"')
 
 
 @dataclass(frozen=True)
 class Asked:
     """What an answer must be an answer to."""
 
-    sample_id: str
-    prompt_ids: tuple[int, ...]
+    sample: SampleRequest
     max_new_tokens: int
     """An answer that was cut earlier than that is refused."""
     weight_version: int
@@ -46,6 +51,8 @@ class Answer:
     """Every version that the engine says took part."""
     prompt_tokens: int
     """How many tokens of the prompt the engine saw."""
+    cached_tokens: int
+    """How many of them came from its prefix cache, for certain; 0 where it does not say."""
 
 
 def read_finish_reason(kind: Any, detail: str) -> FinishReason:
@@ -62,9 +69,36 @@ def read_finish_reason(kind: Any, detail: str) -> FinishReason:
     return "stop" if kind == "stop" else "length"
 
 
-def checked_trajectory(
+def parsed(body: bytes) -> tuple[Any, memoryview | None]:
+    """The JSON of an answer without the text of its `routed_experts`, and that text, undecoded and uncopied.
+
+    Routes are nearly all of a long answer, and a parser would make a string of them while nothing else can run. Base64
+    needs no escapes, so its text ends at the next quotation mark; the name in quotation marks cannot be part of
+    another string, where they would be escaped.
+
+    Raises:
+        ValueError: not JSON.
+    """
+    start = found.end() if (found := _ROUTES.search(body)) else -1
+    end = body.find(b'"', start) if found else -1
+    if end < 0:
+        return json.loads(body), None
+    return json.loads(body[:start] + body[end:]), memoryview(body)[start:end]
+
+
+def decoded(payload: memoryview | None) -> bytes:
+    """Base64 of `routed_experts`, decoded. Raises RouteError."""
+    if payload is None:
+        raise RouteError("routed_experts is missing or not text: the server did not record")
+    try:
+        return pybase64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RouteError(f"routed_experts is not base64: {error}") from error
+
+
+def checked_sample(
     asked: Asked, answer: Answer, facts: ModelFacts, routes_of: Callable[[int], npt.NDArray[np.integer]]
-) -> Trajectory:
+) -> Sample:
     """Check an answer against what was asked for.
 
     Args:
@@ -75,7 +109,7 @@ def checked_trajectory(
         SampleError: cut short by the engine, of stale weights, or of another prompt.
         RouteError: log-probabilities or routes break their contract.
     """
-    response_ids_R, prompt_ids = answer.response_ids_R, asked.prompt_ids
+    response_ids_R, prompt_ids = answer.response_ids_R, asked.sample.prompt_ids
     if stale := sorted({version for version in answer.weight_versions if version != str(asked.weight_version)}):
         raise SampleError(f"the answer comes from weights of version {', '.join(stale)}, not {asked.weight_version}")
     if answer.prompt_tokens != len(prompt_ids):
@@ -95,10 +129,10 @@ def checked_trajectory(
     log_probs_R = _log_probs(answer.log_prob_entries, response_ids_R)
     routes = None
     if asked.record_routes:
-        num_rows = len(prompt_ids) + len(response_ids_R) - 1
+        num_rows = len(prompt_ids) + len(response_ids_R) - 1 - asked.sample.first_row
         routes = _routes(routes_of(num_rows), num_rows, facts)
-    return Trajectory(
-        sample_id=asked.sample_id,
+    trajectory = Trajectory(
+        sample_id=asked.sample.sample_id,
         prompt_ids_P=np.array(prompt_ids, np.int32),
         response_ids_R=response_ids_R,
         log_probs_R=log_probs_R,
@@ -106,6 +140,7 @@ def checked_trajectory(
         weight_versions=(asked.weight_version,),
         routes=routes,
     )
+    return Sample(trajectory, from_cache=answer.cached_tokens >= asked.sample.cached_rows)
 
 
 def _log_probs(entries: Sequence[Sequence[Any]], response_ids_R: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.errors import RouteError
@@ -17,48 +19,101 @@ class SampleError(Exception):
     """One sample did not come back usable; asking for it again may help. The text says what was wrong with it."""
 
 
-Ask = Callable[[tuple[int, ...], str, int], Awaitable[Trajectory]]
-"""(prompt ids, sample id, seed) -> the checked trajectory; raises SampleError or RouteError."""
+@dataclass(frozen=True)
+class SampleRequest:
+    """One sample, and which rows of its routes are wanted."""
+
+    prompt_ids: tuple[int, ...]
+    sample_id: str
+    seed: int
+    first_row: int = 0
+    """Routes come from this row on."""
+    cached_rows: int = 0
+    """The engine must find at least this many tokens of the prompt in its prefix cache."""
+    cache_key: str = ""
+    """Requests find each other's prefixes in the engine's cache only under the same key."""
 
 
-async def sample_all(requests: Sequence[GenerateRequest], ask: Ask, *, max_retries: int) -> list[GenerateResult]:
+@dataclass(frozen=True)
+class Sample:
+    """A checked answer to a `SampleRequest`."""
+
+    trajectory: Trajectory
+    """With the rows of its routes that were asked for."""
+    from_cache: bool
+    """The engine vouches that the first `cached_rows` tokens came from its cache and were not computed again."""
+
+
+Ask = Callable[[SampleRequest], Awaitable[Sample]]
+"""Raises SampleError or RouteError."""
+
+
+class Sharing(Protocol):
+    """How the samples of one prompt come by the rows of its routes that are the same for all."""
+
+    def shareable_rows(self, request: GenerateRequest) -> int:
+        """How many rows of the prompt one sample can fetch for all of them; 0: each fetches its own."""
+
+    async def share(self, request: GenerateRequest, rows: int) -> dict[str, Trajectory]:
+        """Ask for every sample once, the prompt's first `rows` rows with one of them only.
+
+        Returns:
+            Sample id -> the sample with all its rows. Those that are missing were asked for and must be again.
+
+        Raises:
+            SampleError: the prompt did not get into the engine's cache; no sample was asked for.
+        """
+
+
+async def sample_all(
+    requests: Sequence[GenerateRequest], ask: Ask, sharing: Sharing, *, max_retries: int
+) -> list[GenerateResult]:
     """Ask for every sample of every request, all at once; `ask` limits how many are really in flight.
 
     A sample that fails is asked for again under the same id, up to `max_retries` times, then dropped with the last
-    reason. Results come in the order of `requests`, trajectories in the order of their `sample_ids`.
+    reason; to share a prompt's rows costs none of these retries. Results come in the order of `requests`, trajectories
+    in the order of their `sample_ids`.
     """
-    return list(await asyncio.gather(*(_sample_group(request, ask, max_retries) for request in requests)))
+    return list(await asyncio.gather(*(_sample_group(request, ask, sharing, max_retries) for request in requests)))
 
 
-async def _sample_group(request: GenerateRequest, ask: Ask, max_retries: int) -> GenerateResult:
+async def _sample_group(request: GenerateRequest, ask: Ask, sharing: Sharing, max_retries: int) -> GenerateResult:
     if len(request.seeds) != len(request.sample_ids):
         raise ValueError(f"{len(request.sample_ids)} sample ids came with {len(request.seeds)} seeds")
-    outcomes = await asyncio.gather(
-        *(
-            _sample(request.prompt_ids, sample_id, seed, ask, max_retries)
-            for sample_id, seed in zip(request.sample_ids, request.seeds, strict=True)
-        )
-    )
+    came: dict[str, Trajectory] = {}
+    asked = False
+    if rows := sharing.shareable_rows(request):
+        try:
+            came = await sharing.share(request, rows)
+            asked = True
+        except SampleError as error:
+            logger.warning("samples %s ... each fetch their prompt's routes: %s", request.sample_ids[0], error)
+    alone = [
+        SampleRequest(request.prompt_ids, sample_id, seed)
+        for sample_id, seed in zip(request.sample_ids, request.seeds, strict=True)
+        if sample_id not in came
+    ]
+    outcomes = await asyncio.gather(*(_sample(wanted, ask, max_retries) for wanted in alone))
+    dropped: dict[str, str] = {}
+    for wanted, (outcome, _) in zip(alone, outcomes, strict=True):
+        if isinstance(outcome, Trajectory):
+            came[wanted.sample_id] = outcome
+        else:
+            dropped[wanted.sample_id] = outcome
     return GenerateResult(
-        trajectories=tuple(outcome for outcome, _ in outcomes if isinstance(outcome, Trajectory)),
-        dropped={
-            sample_id: outcome
-            for sample_id, (outcome, _) in zip(request.sample_ids, outcomes, strict=True)
-            if isinstance(outcome, str)
-        },
-        retries=sum(retries for _, retries in outcomes),
+        trajectories=tuple(came[sample_id] for sample_id in request.sample_ids if sample_id in came),
+        dropped=dropped,
+        retries=sum(retries for _, retries in outcomes) + (len(alone) if asked else 0),
     )
 
 
-async def _sample(
-    prompt_ids: tuple[int, ...], sample_id: str, seed: int, ask: Ask, max_retries: int
-) -> tuple[Trajectory | str, int]:
+async def _sample(wanted: SampleRequest, ask: Ask, max_retries: int) -> tuple[Trajectory | str, int]:
     """The trajectory, or why it was given up; and how often it was asked for again."""
     reason = ""
     for attempt in range(max_retries + 1):
         try:
-            return await ask(prompt_ids, sample_id, seed), attempt
+            return (await ask(wanted)).trajectory, attempt
         except (SampleError, RouteError) as error:
             reason = str(error)
-            logger.warning("sample %s, attempt %d of %d: %s", sample_id, attempt + 1, max_retries + 1, reason)
+            logger.warning("sample %s, attempt %d of %d: %s", wanted.sample_id, attempt + 1, max_retries + 1, reason)
     return reason, max_retries

@@ -10,7 +10,6 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.derived import checkpoint_of, engine_room, sampled_tokens
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import ServerConfig
@@ -21,8 +20,10 @@ from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout.answers import Asked
 from roll_r3.strategies.rollout.client import ServerClient, UnreachableError
 from roll_r3.strategies.rollout.process import ServerProcess, free_port
-from roll_r3.strategies.rollout.sampling import SampleError, sample_all
+from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest, sample_all
 from roll_r3.strategies.rollout.server_args import EVERY_ADDRESS
+from roll_r3.strategies.rollout.sharing import LEAST_ROWS, PromptSharing
+from roll_r3.strategies.rollout.slots import Slots
 from roll_r3.strategies.rollout.target import ServerTarget
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ ConfigT = TypeVar("ConfigT", bound=ServerConfig)
 _LAUNCHES = 3
 """How often a server is launched anew because another process was quicker to take its port."""
 _WARM_UP_PROMPT = (0, 1, 2, 3)
+_WARM_UP_TOKENS = 2
 
 
 class ServerRollout(ABC, Generic[ConfigT]):
@@ -88,7 +90,8 @@ class ServerRollout(ABC, Generic[ConfigT]):
         self._port = 0
         self._client: ServerClient | None = None
         self._facts: ModelFacts | None = None
-        self._in_flight = asyncio.Semaphore(self._config.max_concurrent_requests)
+        self._slots = Slots(self._config.max_concurrent_requests)
+        self._sharing = PromptSharing(self._ask_or_wait, self._prime, self._slots)
         self._weight_version = 0
         self._stopped = False
 
@@ -114,12 +117,18 @@ class ServerRollout(ABC, Generic[ConfigT]):
         """What the server starts with; the key is in it."""
 
     @abstractmethod
-    def request(self, prompt_ids: tuple[int, ...], seed: int, max_new_tokens: int) -> dict[str, Any]:
+    def request(self, asked: Asked) -> dict[str, Any]:
         """The body that asks for one sample."""
 
     @abstractmethod
-    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
+    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         """The checked answer. Raises SampleError or RouteError. Runs in a thread beside the event loop."""
+
+    @abstractmethod
+    async def cache_page(self, client: ServerClient) -> int:
+        """Tokens of a page of the prefix cache, of which the engine keeps whole ones only; 0 when it keeps none.
+
+        Raises SampleError when the server does not say."""
 
     async def prepare(self, client: ServerClient) -> None:
         """What is left to be done once the server answers; raises SampleError when it fails."""
@@ -207,9 +216,33 @@ class ServerRollout(ABC, Generic[ConfigT]):
         """The first generation fills a compile cache and can take half a minute; it also proves the route contract."""
         try:
             await self._or_death(self.prepare(client))
-            await self._or_death(self._ask(_WARM_UP_PROMPT, "warm-up", self._seed, max_new_tokens=2))
+            await self._or_death(
+                self._ask(SampleRequest(_WARM_UP_PROMPT, "warm-up", self._seed), max_new_tokens=_WARM_UP_TOKENS)
+            )
+            if self._record_routes:
+                await self._or_death(self._find_out_what_is_kept(client))
         except (SampleError, RouteError) as error:
             raise EngineError(f"{self._name}: its first answer is not usable: {error}") from error
+
+    async def _find_out_what_is_kept(self, client: ServerClient) -> None:
+        """Share the rows of a prompt between samples only where the engine was seen to find it in its cache."""
+        page = await self.cache_page(client)
+        rows = -(-LEAST_ROWS // page) * page if page else 0
+        if not page or rows + 1 + _WARM_UP_TOKENS > self._wanted_context:
+            return
+        prompt_ids = (_WARM_UP_PROMPT * rows)[: rows + 1]
+        wanted = SampleRequest(prompt_ids, "warm-up", self._seed, rows, rows, "warm-up")
+        await self._prime(wanted)
+        sample = await self._ask(wanted, max_new_tokens=_WARM_UP_TOKENS)
+        if sample.from_cache:
+            self._sharing.engine_keeps(page)
+        else:
+            logger.warning(
+                "%s keeps no prompt of %d tokens from one request to the next, whatever its settings say: every sample "
+                "fetches its prompt's routes itself",
+                self._name,
+                len(prompt_ids),
+            )
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         """Sample; up to `max_concurrent_requests` samples are in flight in the engine. Results in request order.
@@ -229,7 +262,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
             closed = str(error)
         if closed:
             return [GenerateResult(trajectories=(), dropped=dict.fromkeys(r.sample_ids, closed)) for r in requests]
-        return await sample_all(requests, self._ask_in_turn, max_retries=self._config.max_retries)
+        return await sample_all(requests, self._ask_in_turn, self._sharing, max_retries=self._config.max_retries)
 
     async def _or_death(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, or EngineError as soon as the server's process is gone."""
@@ -244,32 +277,44 @@ class ServerRollout(ABC, Generic[ConfigT]):
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    async def _ask_in_turn(self, prompt_ids: tuple[int, ...], sample_id: str, seed: int) -> Trajectory:
-        async with self._in_flight:
-            try:
-                return await self._ask(prompt_ids, sample_id, seed, max_new_tokens=self._max_new_tokens)
-            except UnreachableError:
-                # If the server died, its exit is noticed within this second and ends the whole call.
-                await asyncio.sleep(1.0)
-                raise
+    async def _ask_in_turn(self, wanted: SampleRequest) -> Sample:
+        async with self._slots.hold():
+            return await self._ask_or_wait(wanted)
 
-    async def _ask(self, prompt_ids: tuple[int, ...], sample_id: str, seed: int, *, max_new_tokens: int) -> Trajectory:
+    async def _ask_or_wait(self, wanted: SampleRequest) -> Sample:
+        try:
+            return await self._ask(wanted, max_new_tokens=self._max_new_tokens)
+        except UnreachableError:
+            # If the server died, its exit is noticed within this second and ends the whole call.
+            await asyncio.sleep(1.0)
+            raise
+
+    async def _ask(self, wanted: SampleRequest, *, max_new_tokens: int) -> Sample:
+        return await self._answer_to(
+            Asked(
+                sample=wanted,
+                max_new_tokens=max_new_tokens,
+                weight_version=self._weight_version,
+                record_routes=self._record_routes,
+            )
+        )
+
+    async def _prime(self, wanted: SampleRequest) -> None:
+        """Have the prompt computed. The rows of this request itself may be those of a copy that the cache refused."""
+        await self._answer_to(
+            Asked(sample=wanted, max_new_tokens=1, weight_version=self._weight_version, record_routes=False)
+        )
+
+    async def _answer_to(self, asked: Asked) -> Sample:
         assert self._client is not None, "start() comes first"
         assert self._facts is not None, "start() comes first"
-        asked = Asked(
-            sample_id=sample_id,
-            prompt_ids=prompt_ids,
-            max_new_tokens=max_new_tokens,
-            weight_version=self._weight_version,
-            record_routes=self._record_routes,
-        )
-        request = self.request(prompt_ids, seed, max_new_tokens)
-        body = await self._client.post(self.generate_path, request, self._config.request_timeout)
+        body = await self._client.post(self.generate_path, self.request(asked), self._config.request_timeout)
         return await asyncio.to_thread(self.read, body, asked, self._facts)
 
     async def on_weights_updated(self, version: int) -> None:
         """Answers must come from this weight version from now on. Call it when the weight channel's `end` returned."""
         self._weight_version = version
+        self._sharing.weights_changed()
 
     @property
     def reachable_host(self) -> str:

@@ -1,11 +1,12 @@
 """The audit: the experts that every layer really used, against the rows recorded for the same tokens.
 
-It shares nothing with what the routing session stages. What was used is read from the engine after it decided, in
-forward and again where backward recomputes the layer; what should have been used comes from each token's sample and
-position; which micro-batch runs comes from the schedule and from autograd (see `Observer`).
+It shares nothing with what the routing session asks for and stages, only the way in which routes are read. What was
+used is read from the engine after it decided, in forward and again where backward recomputes the layer; what should
+have been used comes from each token's sample and position; which micro-batch runs comes from the schedule and from
+autograd (see `Observer`).
 
-Shape legend: t tokens that this rank's routers see, E experts, K experts per token, M rows of a sample's routes on the
-layer axis.
+Shape legend: t tokens that this rank's routers see, E experts, K experts per token, L layers of a chunk, M rows of a
+sample's routes on the layer axis, R rows of a sample.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import Pieces, ReadRoutes, RouteRequest
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.token_map import PADDING
 from roll_r3.config.workers import RouterReplayConfig
@@ -50,12 +53,14 @@ class Audit(Observer):
         layer_rows: Mapping[int, int],
         top_k: int,
         device: torch.device,
+        read: ReadRoutes,
     ) -> None:
         """
         Args:
             routers: of each chunk.
             num_micro_batches: that each chunk will run.
             layer_rows: global layer -> its row on axis M of the routes.
+            read: asked for all rows of every sample, whatever a session asked for.
         """
         super().__init__(len(routers))
         self.audited = 0
@@ -65,6 +70,9 @@ class Audit(Observer):
         self._routers = routers
         self._num_micro_batches = num_micro_batches
         self._layer_rows = layer_rows
+        self._read = read
+        self._whole: dict[int, tuple[Batch, list[RoutedExperts]]] = {}
+        """Chunk -> the samples that it worked on last, and their routes in its layers."""
         self._top_k = top_k
         self._device = device
         self._seen: Counter[int] = Counter()
@@ -112,7 +120,7 @@ class Audit(Observer):
             What it should have used: bool [t, E], on the CPU. For slots without a row, what it did use.
         """
         current = self.current(chunk)
-        expected_tE, known_t = self._recorded(current.micro, self._layer_rows[layer], used_tE.size(-1))
+        expected_tE, known_t = self._recorded(current.micro, chunk, layer, used_tE.size(-1))
         self._seen[layer] += 1
         if len(expected_tE) != len(used_tE):
             raise ReplayError(
@@ -132,16 +140,17 @@ class Audit(Observer):
         self.audit_equal += int((known_t & same_t).sum())
         return torch.where(known_t[:, None], expected_tE, used_tE)
 
-    def _recorded(self, micro: MicroBatch, row: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _recorded(
+        self, micro: MicroBatch, chunk: int, layer: int, num_experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the routes say of each slot: experts as bool [t, E], and where they say anything [t]."""
-        batch = micro.batch
-        assert batch.routes is not None
-        offsets, slots_t = batch.offsets, micro.tokens.router_slots_t
+        samples = self._samples(micro.batch, chunk)
+        row = self._layer_rows[layer] - self._rows(chunk).start
+        offsets, slots_t = micro.batch.offsets, micro.tokens.router_slots_t
         sample_t = np.searchsorted(offsets, slots_t, side="right") - 1
         expected_tE = np.zeros((len(slots_t), num_experts), np.bool_)
         known_t: npt.NDArray[np.bool_] = slots_t != PADDING
-        for sample, routes in enumerate(batch.routes):
-            assert isinstance(routes, RoutedExperts)
+        for sample, routes in enumerate(samples):
             (at,) = np.nonzero((sample_t == sample) & (slots_t != PADDING))
             positions = slots_t[at] - offsets[sample]
             expected_tE[at[:, None], routes.ids_MRK[row, positions]] = True
@@ -149,12 +158,33 @@ class Audit(Observer):
                 known_t[at] = routes.known_R[positions]
         return torch.from_numpy(expected_tE), torch.from_numpy(known_t)
 
+    def _samples(self, batch: Batch, chunk: int) -> list[RoutedExperts]:
+        """Every sample's routes, all rows of them, in the layers of a chunk."""
+        held = self._whole.get(chunk)
+        if held is None or held[0] is not batch:
+            assert batch.routes is not None
+            layers = self._rows(chunk)
+            answers = self._read([RouteRequest(r, layers, ((0, r.num_rows),)) for r in batch.routes])
+            held = self._whole[chunk] = (batch, [_joined(pieces) for pieces in answers])
+        return held[1]
+
+    def _rows(self, chunk: int) -> range:
+        rows = [self._layer_rows[router.layer] for router in self._routers[chunk]]
+        return range(min(rows), max(rows) + 1)
+
     def _check_complete(self) -> None:
         """Every layer was seen in every forward and every recomputation."""
         for router in (router for routers in self._routers for router in routers):
             wanted = self._num_micro_batches * (2 if router.recomputed else 1)
             if self._seen[router.layer] != wanted:
                 self.fault(1, f"layer {router.layer} dispatched {self._seen[router.layer]} times instead of {wanted}")
+
+
+def _joined(pieces: Pieces) -> RoutedExperts:
+    if len(pieces) == 1:
+        return RoutedExperts(pieces[0].ids_LRK, pieces[0].known_R)
+    ids_LRK = np.concatenate([piece.ids_LRK for piece in pieces], axis=1)
+    return RoutedExperts(ids_LRK, np.concatenate([piece.known for piece in pieces]))
 
 
 def _mismatch(layer: int, current: Pass, token: int, used_tE: torch.Tensor, expected_tE: torch.Tensor) -> str:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import RoutePiece
 from roll_r3.batch.micro_batch import by_token_budget
 from roll_r3.batch.token_map import Layout, TokenMap, build_token_map, round_up
 from roll_r3.strategies.train.data_parallel import DataParallel
@@ -30,6 +31,8 @@ class MicroBatch:
     """What the map was padded to (see `build_token_map`); the maps of other ranks need it."""
     counted: bool = True
     """False for a repeat that only fills the schedule: its results are thrown away, and nothing is learnt from it."""
+    routes: tuple[tuple[RoutePiece, ...], ...] | None = None
+    """Replay: of each chunk, the rows that its routers see, in the order of the inputs (see `delivery.deliver`)."""
 
     def tensor(self, values_N: npt.NDArray[np.generic], fill: float | int | bool, device: torch.device) -> torch.Tensor:
         """This rank's view of a jagged array. [B, S]"""

@@ -6,7 +6,7 @@ every micro-batch exactly once, and leaves the routers as they were, also when t
 routers choose by themselves.
 
 Shape legend: t tokens that this rank's routers see, L routing layers of a chunk, K experts per token, N inputs of a
-micro-batch, P padding slots, s rows that a router is given, M rows of a sample's routes on the layer axis.
+micro-batch, P padding slots, s rows that a router is given.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from roll_r3.batch.batch import Batch
-from roll_r3.batch.routes import RoutedExperts, route_dtype
+from roll_r3.batch.delivery import ReadRoutes, RoutePiece
+from roll_r3.batch.routes import route_dtype
 from roll_r3.batch.token_map import PADDING
 from roll_r3.errors import ReplayError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.padding import padding_rows
 from roll_r3.strategies.base import ReplayCounts
+from roll_r3.strategies.train.carrier import Carrier
+from roll_r3.strategies.train.delivery import chunk_rows, deliver
 from roll_r3.strategies.train.micro_batch import MicroBatch
 from roll_r3.strategies.train.routed_layer import (
+    WAITING,
     LayerRecord,
     LayerReplay,
     RoutedLayer,
@@ -40,8 +43,6 @@ from roll_r3.strategies.train.routed_layer import (
 )
 
 Layer = TypeVar("Layer", bound=RoutedLayer)
-Source = tuple[RoutedExperts, int, int]
-"""A run of rows of one sample: its routes, the first row, the row after the last."""
 
 
 class RoutingSession(ABC, Generic[Layer]):
@@ -73,7 +74,7 @@ class RoutingSession(ABC, Generic[Layer]):
         self.num_micro_batches = num_micro_batches
         self.facts = facts
         self.ep_size = ep_size
-        self.device = device
+        self.carrier = Carrier(device)
         self.stopwatch = Stopwatch()
         self.layers: list[list[Layer]] = []
         """Of each chunk; empty outside the session."""
@@ -133,14 +134,15 @@ class RoutingSession(ABC, Generic[Layer]):
         """Balanced rows for so many padding slots. [count, K]"""
         return padding_rows(count, self.facts.num_experts, self.facts.top_k, ep_size=self.ep_size).numpy()
 
-    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        if array.dtype == np.uint16:  # torch has few kernels for it
-            array = array.astype(np.int32)
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+    def _carried(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """A copy on the device."""
+        host = self.carrier.empty(array.shape, torch.from_numpy(array[:0]).dtype)
+        host.copy_(torch.from_numpy(array))
+        return self.carrier.carry(host)
 
 
 class ReplaySession(RoutingSession[LayerReplay]):
-    """Replays `batch.routes` of every micro-batch. Its `counts` are there once it has closed."""
+    """Replays the rows that every micro-batch carries. Its `counts` are there once it has closed."""
 
     def __init__(
         self,
@@ -150,16 +152,13 @@ class ReplaySession(RoutingSession[LayerReplay]):
         facts: ModelFacts,
         ep_size: int,
         device: torch.device,
-        layer_rows: Mapping[int, int],
         forward_only: bool,
     ) -> None:
         """
         Args:
-            layer_rows: global layer -> its row on axis M of the routes.
             forward_only: no backward will come; the live router's own choice is compared with every row.
         """
         super().__init__(routers, num_micro_batches, facts=facts, ep_size=ep_size, device=device)
-        self.layer_rows = layer_rows
         self.forward_only = forward_only
         self.counts = ReplayCounts()
         """This rank's."""
@@ -174,25 +173,12 @@ class ReplaySession(RoutingSession[LayerReplay]):
             return
         slots_t = micro.tokens.router_slots_t
         real_t = slots_t != PADDING
-        needed_N = np.zeros(micro.tokens.num_inputs, np.bool_)
-        needed_N[slots_t[real_t]] = True
-        sources = self._sources(micro.batch, needed_N)
-        dtype = route_dtype(self.facts.num_experts)
-        padding_PK = self._padding_rows(np.count_nonzero(~real_t)).astype(dtype)
-        num_needed = np.count_nonzero(needed_N)
-        places_t = np.cumsum(needed_N)[slots_t] - 1
-        places_t[~real_t] = np.arange(num_needed, num_needed + len(padding_PK))
-        ids_LtK = np.empty((len(layers), len(slots_t), self.facts.top_k), dtype)
-        for layer, ids_tK in zip(layers, ids_LtK, strict=True):
-            joined_sK = self._joined_rows(sources, self.layer_rows[layer.layer], padding_PK)
-            np.take(joined_sK, places_t, axis=0, out=ids_tK, mode="clip")  # "raise" would go through a copy
-        known_t = real_t.copy()
-        if any(routes.known_R is not None for routes, _, _ in sources):
-            known_t[real_t] = np.concatenate([_known(*source) for source in sources])[places_t[real_t]]
+        pieces = _delivered(micro, chunk, len(layers), np.count_nonzero(real_t))
+        ids_LtK, known_t = self._laid_out(pieces, len(layers), slots_t)
         fall_back = bool((real_t & ~known_t).any())
-        known = self._to_device(known_t | ~real_t) if fall_back else None
-        compared = self._to_device(known_t) if self.forward_only and micro.counted else None
-        for layer, ids_tK in zip(layers, self._to_device(ids_LtK), strict=True):
+        known = self._carried(known_t | ~real_t) if fall_back else None
+        compared = self._carried(known_t) if self.forward_only and micro.counted else None
+        for layer, ids_tK in zip(layers, self.carrier.carry(ids_LtK), strict=True):
             layer.hand_over(RouterRows(ids_tK, known, compared))
         if micro.counted:
             trained_t = real_t & micro.batch.loss_mask_N[slots_t]
@@ -218,64 +204,99 @@ class ReplaySession(RoutingSession[LayerReplay]):
         total = int(torch.stack(agreed).sum()) if agreed else 0
         self.counts = ReplayCounts(**self._tally, agreed=total)
 
-    def _joined_rows(
-        self, sources: Sequence[Source], row: int, padding_PK: npt.NDArray[np.unsignedinteger]
-    ) -> npt.NDArray[np.unsignedinteger]:
-        """What one layer is given, each row once: the samples' rows in their order, then padding. [s, K]
-
-        One layer at a time, so that what is joined stays in the processor's cache.
-
-        Args:
-            row: the layer's, on axis M.
-        """
-        return np.concatenate([*(routes.ids_MRK[row, start:end] for routes, start, end in sources), padding_PK])
-
-    def _sources(self, batch: Batch, needed_N: npt.NDArray[np.bool_]) -> list[Source]:
-        """Where the needed inputs' rows lie, in the order of the inputs; no other's are read.
-
-        Raises:
-            ReplayError: no routes, routes that were not fetched, or routes of another shape or dtype than the samples
-                and the model need.
-        """
-        if batch.routes is None:
-            raise ReplayError("the batch carries no routes")
+    def _laid_out(
+        self, pieces: Sequence[RoutePiece], num_layers: int, slots_t: npt.NDArray[np.int64]
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """What each of a chunk's layers is given, in host memory [L, t, K], and which slots hold a known row [t]."""
         dtype = route_dtype(self.facts.num_experts)
-        fetched = []
-        for sample_id, length, routes in zip(batch.sample_ids, batch.lengths_n.tolist(), batch.routes, strict=True):
-            if not isinstance(routes, RoutedExperts):
-                raise ReplayError(f"sample {sample_id} carries a {type(routes).__name__}: fetch its routes first")
-            expected = (len(self.layer_rows), length, self.facts.top_k)
-            if routes.ids_MRK.shape != expected:
-                raise ReplayError(
-                    f"the routes of sample {sample_id} are {list(routes.ids_MRK.shape)} [MoE layers, rows, experts per "
-                    f"token], but its {length} inputs and this model need {list(expected)}"
-                )
-            if routes.ids_MRK.dtype != dtype:
-                raise ReplayError(
-                    f"the routes of sample {sample_id} are {routes.ids_MRK.dtype}, but ids of {self.facts.num_experts} "
-                    f"experts are kept as {dtype}"
-                )
-            fetched.append(routes)
-        return [(fetched[sample], start, end) for sample, start, end in _runs(needed_N, batch.offsets)]
+        host = self.carrier.empty((num_layers, len(slots_t), self.facts.top_k), WAITING[dtype])
+        ids_LtK = host.numpy().view(dtype)
+        known_t = slots_t != PADDING
+        (real,) = np.nonzero(known_t)
+        padding_PK = self._padding_rows(len(slots_t) - len(real)).astype(dtype)
+        if (firsts := _in_order(pieces, real, slots_t[real])) is not None:
+            for piece, first in zip(pieces, firsts, strict=True):
+                rows = slice(first, first + piece.num_rows)
+                ids_LtK[:, rows] = piece.ids_LRK
+                if piece.known_R is not None:
+                    known_t[rows] = piece.known_R
+            if len(padding_PK):
+                ids_LtK[:, slots_t == PADDING] = padding_PK
+            return host, known_t
+        places_t = np.empty(len(slots_t), np.int64)
+        places_t[real[slots_t[real].argsort()]] = np.arange(len(real))
+        places_t[slots_t == PADDING] = np.arange(len(real), len(slots_t))
+        for layer, ids_tK in enumerate(ids_LtK):  # what is joined for one layer stays in the processor's cache
+            joined_sK = np.concatenate([*(piece.ids_LRK[layer] for piece in pieces), padding_PK])
+            np.take(joined_sK, places_t, axis=0, out=ids_tK, mode="clip")  # "raise" would go through a copy
+        if any(piece.known_R is not None for piece in pieces):
+            known_t[real] = np.concatenate([piece.known for piece in pieces])[places_t[real]]
+        return host, known_t
 
 
-def _known(routes: RoutedExperts, start: int, end: int) -> npt.NDArray[np.bool_]:
-    """Which of a source's rows the engine knew."""
-    return np.ones(end - start, np.bool_) if routes.known_R is None else routes.known_R[start:end]
+def _in_order(
+    pieces: Sequence[RoutePiece], real: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]
+) -> list[int] | None:
+    """Where each piece begins among the tokens, if tokens lie as the pieces' rows do: packed, or one row of samples.
+
+    Args:
+        real: tokens that are not padding, ascending.
+        slots: the input that each of them holds.
+    """
+    if not len(slots) or (np.diff(slots) < 0).any():
+        return None
+    ends = np.cumsum([piece.num_rows for piece in pieces])
+    firsts, lasts = real[ends - [piece.num_rows for piece in pieces]], real[ends - 1]
+    if (lasts - firsts + 1 != [piece.num_rows for piece in pieces]).any():
+        return None
+    return [int(first) for first in firsts]
 
 
-def _runs(needed_N: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """The runs of needed inputs, cut where a sample ends: (sample, its first row, the row after the last)."""
-    begins_N = np.ones(len(needed_N), np.bool_)
-    begins_N[1:] = needed_N[1:] != needed_N[:-1]
-    begins_N[offsets[:-1]] = True
-    begins = np.flatnonzero(begins_N)
-    ends = np.append(begins[1:], len(needed_N))
-    wanted = needed_N[begins]
-    begins, ends = begins[wanted], ends[wanted]
-    samples = np.searchsorted(offsets, begins, side="right") - 1
-    shift = offsets[samples]
-    return list(zip(samples.tolist(), (begins - shift).tolist(), (ends - shift).tolist(), strict=True))
+def replaying(
+    micro_batches: Sequence[MicroBatch],
+    routers: Sequence[Sequence[Router]],
+    *,
+    facts: ModelFacts,
+    ep_size: int,
+    device: torch.device,
+    layer_rows: Mapping[int, int],
+    read: ReadRoutes,
+    forward_only: bool,
+) -> tuple[ReplaySession, list[MicroBatch]]:
+    """A session for one schedule, and its micro-batches with the rows that the session will replay.
+
+    Args:
+        layer_rows: global layer -> its row on axis M of the routes.
+        read: how the routes are read; the session's stopwatch runs meanwhile.
+
+    Raises:
+        ReplayError: no routes, or routes that do not fit the samples and the model.
+        RouteError: routes that are damaged or cannot be reached.
+    """
+    session = ReplaySession(
+        routers, len(micro_batches), facts=facts, ep_size=ep_size, device=device, forward_only=forward_only
+    )
+    with session.stopwatch.running():
+        rows = chunk_rows(routers, layer_rows)
+        return session, deliver(micro_batches, rows, num_layers=len(layer_rows), facts=facts, read=read)
+
+
+def _delivered(micro: MicroBatch, chunk: int, num_layers: int, num_rows: int) -> Sequence[RoutePiece]:
+    """The rows that a chunk was given, which must be those that its routers see.
+
+    Raises:
+        ReplayError: none, or others.
+    """
+    if micro.routes is None:
+        raise ReplayError("the micro-batch carries no routes: deliver them first")
+    pieces = micro.routes[chunk]
+    layers, rows = {piece.ids_LRK.shape[0] for piece in pieces}, sum(piece.num_rows for piece in pieces)
+    if layers - {num_layers} or rows != num_rows:
+        raise ReplayError(
+            f"a micro-batch came with {rows} rows in {sorted(layers)} layers, but the {num_layers} routers of this "
+            f"chunk see {num_rows}"
+        )
+    return pieces
 
 
 class RecordSession(RoutingSession[LayerRecord]):
@@ -284,16 +305,23 @@ class RecordSession(RoutingSession[LayerRecord]):
     chosen: list[torch.Tensor]
     """Of each micro-batch, int64 [L, t, K] over the layers of all chunks, in `local_layers` order."""
 
+    def __enter__(self) -> Self:
+        self._num_tokens: list[int] = []
+        """That the routers of each micro-batch would see."""
+        return super().__enter__()
+
     def make_layer(self, router: Router) -> LayerRecord:
         return LayerRecord(router.layer, self.stopwatch)
 
     def stage(self, chunk: int, micro: MicroBatch) -> None:
         padding_t = micro.tokens.router_slots_t == PADDING
+        if chunk == 0:
+            self._num_tokens.append(len(padding_t))
         padding = None
         if padding_t.any():
             ids_tK = np.zeros((len(padding_t), self.facts.top_k), np.int64)
             ids_tK[padding_t] = self._padding_rows(int(padding_t.sum()))
-            padding = RouterRows(self._to_device(ids_tK), known_t=self._to_device(padding_t), compared_t=None)
+            padding = RouterRows(self._carried(ids_tK), known_t=self._carried(padding_t), compared_t=None)
         for layer in self.layers[chunk]:
             layer.hand_over(padding)
 
@@ -302,4 +330,4 @@ class RecordSession(RoutingSession[LayerRecord]):
         if layers:
             self.chosen = [torch.stack(chosen) for chosen in zip(*(x.chosen for x in layers), strict=True)]
         else:  # a pipeline stage of dense layers only
-            self.chosen = [torch.empty(0, 0, 0, dtype=torch.int64)] * self.num_micro_batches
+            self.chosen = [torch.empty(0, t, self.facts.top_k, dtype=torch.int64) for t in self._num_tokens]

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from roll_r3.errors import ReplayError
@@ -64,7 +65,7 @@ class RouterRows:
     """What one router is to choose for one micro-batch."""
 
     ids_tK: torch.Tensor
-    """Any integer type; padding slots hold balanced rows of their own."""
+    """Of a type of `WAITING`, or int64; padding slots hold balanced rows of their own."""
     known_t: torch.Tensor | None
     """bool; False where the live router decides. None: nowhere."""
     compared_t: torch.Tensor | None
@@ -118,6 +119,14 @@ class RoutedLayer(ABC):
         self.in_forward = False
 
 
+WAITING: dict[np.dtype[Any], torch.dtype] = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.int16}
+"""Type of recorded ids -> of the tensors that hold them. Torch has few kernels for uint16: its bits wait as int16."""
+
+
+def _int64(ids_tK: torch.Tensor) -> torch.Tensor:
+    return ids_tK.long() & 0xFFFF if ids_tK.dtype == torch.int16 else ids_tK.long()
+
+
 class LayerReplay(RoutedLayer):
     """Chooses the recorded experts; their weights come from the live scores, so the router learns.
 
@@ -125,7 +134,8 @@ class LayerReplay(RoutedLayer):
     the layer. A call outside a forward is that recompute: it takes the oldest choice, since every chunk runs its
     backwards in the order of its forwards.
 
-    Rows wait in the type in which they came, in the queue too; int64 exists for one layer at a time.
+    Rows wait in the size in which they were recorded (see `WAITING`), in the queue too; int64 exists for one layer at
+    a time.
     """
 
     def __init__(self, layer: int, stopwatch: Stopwatch, *, recomputed: bool) -> None:
@@ -148,7 +158,7 @@ class LayerReplay(RoutedLayer):
                 f"layer {self.layer} routes {num_tokens} tokens to {topk} experts each, but the rows it was "
                 f"given are {list(ids_tK.shape)}"
             )
-        return ids_tK.long()
+        return _int64(ids_tK)
 
     def _forward(self, live: LiveChoice) -> torch.Tensor:
         self._consume()
@@ -160,7 +170,7 @@ class LayerReplay(RoutedLayer):
                 live_tK = live()
             if live_tK.shape == ids_tK.shape:  # otherwise the caller says what is wrong
                 if rows.compared_t is not None:
-                    same_t = (live_tK.sort(-1).values == ids_tK.long().sort(-1).values).all(-1) & rows.compared_t
+                    same_t = (live_tK.sort(-1).values == _int64(ids_tK).sort(-1).values).all(-1) & rows.compared_t
                     self.agreed = same_t.sum() + (0 if self.agreed is None else self.agreed)
                 if rows.known_t is not None:
                     ids_tK = torch.where(rows.known_t[:, None], ids_tK, live_tK.to(ids_tK.dtype))

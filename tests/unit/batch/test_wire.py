@@ -147,10 +147,33 @@ def test_a_view_is_the_asked_layers_and_samples_without_a_copy() -> None:
         for view, sample in zip(views, [samples[2], samples[0]], strict=True):
             together = np.concatenate([view.shared_LPK, view.own_LQK], axis=1)
             assert np.array_equal(together, sample.ids_MRK[layers.start : layers.stop])
-            assert np.array_equal(view.known_R, sample.known_R)
+            assert np.array_equal(np.concatenate([view.shared_known_P, view.own_known_Q]), sample.known_R)
             for ids in (view.shared_LPK, view.own_LQK):
                 assert np.shares_memory(ids, encoded) or not ids.size
                 assert not ids.flags.writeable
+
+
+def test_a_view_of_many_samples_takes_little_memory() -> None:
+    """The mask of the shared rows is there once, however many samples have them."""
+    samples = [RoutedExperts(np.zeros((1, 20_000, 1), np.uint8), np.arange(20_000) != 5)] * 2_000
+    opened = wire.EncodedGroup(wire.encode(samples, EXPERTS))
+    tracemalloc.start()
+    try:
+        views = opened.view(range(1), range(2_000))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20, "1 KB a view or so; the masks would be 40 MB"
+    finally:
+        tracemalloc.stop()
+    assert not views[7].shared_known_P[5]
+
+
+def test_more_experts_for_a_token_than_there_are_cannot_be_encoded() -> None:
+    with pytest.raises(RouteError, match="3 experts per token cannot be encoded: there are 2"):
+        wire.encode([RoutedExperts(np.zeros((1, 4, 3), np.uint8))], 2)
+
+
+def test_bytes_that_are_not_one_run_of_memory_are_refused() -> None:
+    with pytest.raises(RouteError, match="no encoded routes"):
+        wire.EncodedGroup(np.frombuffer(wire.encode(group([2]), EXPERTS), np.uint8)[::2])
 
 
 def test_the_layers_of_a_stage_are_one_block() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import read_held
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.token_map import PADDING, Layout
 
@@ -79,26 +79,21 @@ def chunk_of() -> Any:
     return lambda recompute=False: _Chunk(recompute=recompute)
 
 
-@contextmanager
-def _session(chunk: _Chunk, mode: str, micro_batches: list[Any]) -> Iterator[Any]:
+def _replayed(chunk: _Chunk, micro_batches: list[Any]) -> tuple[Any, list[Any]]:
     from roll_r3.models.facts import ModelFacts
     from roll_r3.strategies.train.megatron.routed_layer import Router
-    from roll_r3.strategies.train.replay import ReplaySession
+    from roll_r3.strategies.train.replay import replaying
 
-    if mode == "disable":
-        yield None
-        return
-    facts = ModelFacts("test", 1, (0,), EXPERTS, TOP_K, 1, 1, 32, 64)
-    with ReplaySession(
+    return replaying(
+        micro_batches,
         [[Router(chunk.router, 0, chunk.recompute)]],
-        len(micro_batches),
-        facts=facts,
+        facts=ModelFacts("test", 1, (0,), EXPERTS, TOP_K, 1, 1, 32, 64),
         ep_size=1,
         device=torch.device("cpu"),
         layer_rows={0: 0},
+        read=read_held,
         forward_only=False,
-    ) as session:
-        yield session
+    )
 
 
 def _hidden(micro: Any, seed: int) -> torch.Tensor:
@@ -111,7 +106,10 @@ def _run(chunk: _Chunk, micro_batches: list[Any], mode: str = "R3", *, fail: boo
     from roll_r3.strategies.train.megatron.expert_bias import RealTokenCounts
 
     counts = RealTokenCounts([chunk])
-    with _session(chunk, mode, micro_batches) as session, counts:
+    session = None
+    if mode == "R3":
+        session, micro_batches = _replayed(chunk, micro_batches)
+    with session or nullcontext(), counts:
         outputs = []
         for seed, micro in enumerate(micro_batches):
             with ExitStack() as stack:

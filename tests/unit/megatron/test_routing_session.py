@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import read_held
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.token_map import Layout
-from roll_r3.errors import ReplayError
+from roll_r3.errors import ReplayError, RouteError
 from roll_r3.models.facts import ModelFacts
 
 EXPERTS, TOP_K, LENGTHS = 8, 2, (3, 5)
@@ -78,7 +79,14 @@ def _world(*, recomputed: bool = True, known: bool = True, num_micro_batches: in
         return Router(SimpleNamespace(router_replay=None), layer, recomputed)
 
     micro_batches = [cut(_batch(i, known), [np.arange(2)], Layout())[0] for i in range(num_micro_batches)]
-    return World([[router(1), router(3)], [router(5)]], micro_batches)
+    routers = [[router(1), router(3)], [router(5)]]
+    return World(routers, _delivered(routers, micro_batches))
+
+
+def _delivered(routers: list[list[Any]], micro_batches: list[Any]) -> list[Any]:
+    from roll_r3.strategies.train.delivery import chunk_rows, deliver
+
+    return deliver(micro_batches, chunk_rows(routers, LAYER_ROWS), num_layers=3, facts=FACTS, read=read_held)
 
 
 def _session(world: World, *, forward_only: bool = False):
@@ -90,7 +98,6 @@ def _session(world: World, *, forward_only: bool = False):
         facts=FACTS,
         ep_size=1,
         device=torch.device("cpu"),
-        layer_rows=LAYER_ROWS,
         forward_only=forward_only,
     )
 
@@ -237,6 +244,35 @@ def test_recording_keeps_the_live_choice_and_places_padding_as_replay_does() -> 
         assert torch.equal(chosen[row][~real], torch.tensor([[0, 1], [2, 3]]))
 
 
+def test_a_stage_of_dense_layers_records_and_replays_nothing() -> None:
+    """Its rows have no layers, but are rows of the model's shape, as those of its peers are."""
+    from roll_r3.strategies.train.recorded import RecordedRoutes
+    from roll_r3.strategies.train.replay import RecordSession, replaying
+
+    alone = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), reduce=lambda *args: None)
+    world = _world(num_micro_batches=1)
+    (micro,) = world.micro_batches
+    session = RecordSession([[]], 1, facts=FACTS, ep_size=1, device=torch.device("cpu"))
+    with session, session.micro_batch(0, micro):
+        pass
+    recorded = RecordedRoutes(alone, lambda ids: [(Layout(), ids)], EXPERTS)
+    recorded.store([micro], session.chosen)
+    batch = recorded.attach(replace(micro.batch, routes=None))
+    again, [delivered] = replaying(
+        [replace(micro, batch=batch)],
+        [[]],
+        facts=FACTS,
+        ep_size=1,
+        device=torch.device("cpu"),
+        layer_rows={},
+        read=read_held,
+        forward_only=False,
+    )
+    with again, again.micro_batch(0, delivered):
+        pass
+    assert again.counts.trainable == 0
+
+
 def test_sessions_do_not_nest_and_leave_routers_at_rest() -> None:
     world = _world()
     everything = [router.module for chunk in world.routers for router in chunk]
@@ -322,15 +358,41 @@ def _forward_once(world: World, session: Any, scores: torch.Tensor) -> None:
         ((RoutedExperts(np.zeros((3, 3, 2), np.uint8)), RoutedExperts(np.zeros((6, 5, 2), np.uint8))), "sample b are"),
         ((RoutedExperts(np.zeros((3, 3, 4), np.uint8)), RoutedExperts(np.zeros((3, 5, 2), np.uint8))), "sample a are"),
         ((RoutedExperts(np.zeros((3, 3, 2), np.uint8)), RoutedExperts(np.zeros((3, 5, 2), np.uint16))), "b are uint16"),
-        ((SimpleNamespace(num_rows=3, nbytes=1), None), "fetch its routes first"),
     ],
 )
 def test_routes_that_do_not_fit_are_refused(routes: Any, said: str) -> None:
     world = _world()
     micro = replace(world.micro_batches[0], batch=replace(world.micro_batches[0].batch, routes=routes))
-    with pytest.raises(ReplayError, match=said), _session(world) as session, session.micro_batch(0, micro):
-        pass
-    assert all(router.module.router_replay is None for chunk in world.routers for router in chunk)
+    with pytest.raises(ReplayError, match=said):
+        _delivered(world.routers, [micro])
+
+
+def test_routes_that_lie_elsewhere_are_not_guessed() -> None:
+    class Elsewhere:
+        num_layers, num_rows, top_k, dtype, nbytes = 3, 3, TOP_K, np.dtype(np.uint8), 1
+
+    world = _world()
+    there = replace(world.micro_batches[0].batch, routes=(Elsewhere(), world.micro_batches[0].batch.routes[1]))
+    with pytest.raises(RouteError, match="does not hold the routes: it has a Elsewhere"):
+        _delivered(world.routers, [replace(world.micro_batches[0], batch=there)])
+
+
+def test_rows_that_were_not_delivered_or_are_others_are_noticed() -> None:
+    world = _world()
+    micro = world.micro_batches[0]
+    first, second = micro.routes
+    for routes, said in (
+        (None, "carries no routes: deliver them first"),
+        ((first[1:], second), "came with 5 rows in .2. layers, but the 2 routers of this chunk see 8"),
+        ((second, first), "came with 8 rows in .1. layers, but the 2 routers of this chunk see 8"),
+    ):
+        with (
+            pytest.raises(ReplayError, match=said),
+            _session(world) as session,
+            session.micro_batch(0, replace(micro, routes=routes)),
+        ):
+            pass
+        assert all(router.module.router_replay is None for chunk in world.routers for router in chunk)
 
 
 def test_the_pipeline_is_filled_with_repeats_that_do_not_count() -> None:

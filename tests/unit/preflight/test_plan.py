@@ -187,7 +187,12 @@ def test_routes_are_as_large_as_what_the_rollout_records():
     assert found.routes.token == recorded.nbytes // 19
     assert found.routes.sample == recorded.nbytes
     assert found.routes.step == 256 * recorded.nbytes
-    assert found.routes.rank == (128 * recorded.nbytes, 128 * recorded.nbytes)
+    quarter = 128 * recorded.nbytes // 4  # half of the layers, half of each sequence
+    assert found.routes.rank == (quarter, quarter)
+    whole = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": False}
+    assert plan(whole, 8).routes.rank == (2 * quarter, 2 * quarter)
+    split = plan({"pipeline_model_parallel_size": 2, "context_parallel_size": 2}, 8)
+    assert split.routes.rank == (quarter, quarter)
     many = make_plan(config({}, 1), models({**TINY, "num_experts": 257}), devices_per_node=8)
     assert many.routes.token == 2 * found.routes.token
 
@@ -198,16 +203,22 @@ def test_recorded_routes_stay_with_their_layers():
     assert found.routes.rank == (3 * layer, 3 * layer)
     uneven = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|t*7L"}
     assert plan(uneven, 4, mode="R2").routes.rank == (0, 6 * layer)
-    assert found.routes.node == 0
+    assert (found.routes.node, found.routes.passes) == (0, 0)
+    assert plan({}, 4, ppo_epochs=3).routes.passes == 4, "the old log-probabilities, and each epoch"
     off = plan({}, 4, mode="disable").routes
     assert (off.token, off.step, off.rank) == (0, 0, (0,))
 
 
-def test_a_node_takes_in_whole_groups_of_samples():
-    """32 data-parallel ranks of 8 samples, one on a node; each sample may bring its neighbour."""
+def test_a_node_takes_in_what_its_ranks_read():
+    """32 data-parallel ranks of 8 samples, each on the two devices of a node."""
     found = plan({"tensor_model_parallel_size": 2}, 64, per_node=2)
-    assert found.routes.node == 8 * 2 * found.routes.sample
+    assert found.routes.rank == (8 * found.routes.sample // 2,)
+    assert found.routes.node == 8 * found.routes.sample
     assert plan({"tensor_model_parallel_size": 2}, 64, per_node=64).routes.node == found.routes.step
+    uneven = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|t*7L"}
+    apart = plan(uneven, 4, per_node=2).routes
+    assert apart.rank == (0, 128 * apart.sample)
+    assert apart.node == 2 * 128 * apart.sample, "the node of the second stage"
 
 
 def test_what_crosses_nodes():
@@ -425,7 +436,7 @@ def test_the_memory_of_a_role_under_fsdp2_is_not_planned_and_the_plan_says_so():
     assert found.weight_sync.gathered_node == whole // 2, "of every weight a node's two ranks hold a half"
     assert found.weight_sync.gathered == whole
     megatron = make_plan(base, models(TINY), devices_per_node=2)
-    assert found.routes == megatron.routes, "every rank holds all layers' routes of its own samples"
+    assert found.routes == megatron.routes, "one stage, whole sequences"
     assert role.passes == megatron.roles[0].passes
     assert [(s.devices, s.memory) for s in found.shared] == [((0, 1), None)]
     text = render_plan(found)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from roll_r3.batch.trajectory import Trajectory
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts, facts_of
 from roll_r3.strategies.rollout.answers import Asked
-from roll_r3.strategies.rollout.sampling import SampleError
+from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
 from roll_r3.strategies.rollout.sglang.payload import read_sample
 
 PROMPT = (5, 6, 7)
@@ -51,6 +52,8 @@ def answer(**meta: Any) -> dict[str, Any]:
         "meta_info": {
             "finish_reason": {"type": "stop", "matched": 258},
             "prompt_tokens": len(PROMPT),
+            "cached_tokens": 2,
+            "num_retractions": 0,
             "weight_version": "4",
             "weight_versions": [{"version": "4", "start": 0, "end": 3}],
             "output_token_logprobs": [[-0.5, 9, None], [-1.5, 8, None], [0.0, 258, None]],
@@ -60,16 +63,15 @@ def answer(**meta: Any) -> dict[str, Any]:
     }
 
 
-def read(value: Any, **changes: Any) -> Any:
-    asked = {
-        "sample_id": "s",
-        "prompt_ids": PROMPT,
-        "max_new_tokens": 8,
-        "weight_version": 4,
-        "record_routes": True,
-    }
+def read_whole(value: Any, *, first_row: int = 0, cached_rows: int = 0, **changes: Any) -> Sample:
+    sample = SampleRequest(PROMPT, "s", 0, first_row, cached_rows)
+    asked = {"sample": sample, "max_new_tokens": 8, "weight_version": 4, "record_routes": True}
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     return read_sample(body, Asked(**{**asked, **changes}), FACTS)
+
+
+def read(value: Any, **changes: Any) -> Trajectory:
+    return read_whole(value, **changes).trajectory
 
 
 def test_a_good_answer_becomes_a_trajectory() -> None:
@@ -90,6 +92,35 @@ def test_without_recording_the_answer_needs_no_routes() -> None:
 
 def test_a_release_without_versions_per_token_is_read() -> None:
     assert read(answer(weight_versions=None)).weight_versions == (4,)
+
+
+def test_rows_from_the_first_wanted_on_are_read() -> None:
+    trajectory = read(answer(routed_experts=encode(routes()[2:])), first_row=2)
+    np.testing.assert_array_equal(trajectory.routes.ids_MRK, routes()[2:, 1:].transpose(1, 0, 2))
+    with pytest.raises(RouteError, match=r"5, 3, 2.*3 rows"):
+        read(answer(), first_row=2)
+
+
+FROM_CACHE = {
+    "as much as was hoped for": ({}, True),
+    "less": ({"cached_tokens": 1}, False),
+    "then lost, and perhaps computed again": ({"num_retractions": 1}, False),
+    "a release that does not say whether": ({"num_retractions": None}, False),
+}
+
+
+@pytest.mark.parametrize(("meta", "expected"), FROM_CACHE.values(), ids=FROM_CACHE)
+def test_what_came_from_the_cache(meta: dict[str, Any], expected: bool) -> None:
+    assert read_whole(answer(**meta), cached_rows=2).from_cache == expected
+
+
+def test_an_answer_says_nothing_in_the_place_of_its_routes() -> None:
+    """What is cut out of the text before it is parsed is the field and nothing else."""
+    value = answer()
+    value["text"] = '"routed_experts": "AAAA" \\" ' * 3
+    np.testing.assert_array_equal(read(value).routes.ids_MRK, routes()[:, 1:].transpose(1, 0, 2))
+    value["meta_info"] = dict(reversed(value["meta_info"].items()))
+    assert read(value).response_ids_R.tolist() == RESPONSE
 
 
 def changed(row: int, layer: int, ids: list[int]) -> str:
@@ -113,8 +144,8 @@ BAD_ROUTES = {
     "an expert twice": (changed(1, 2, [3, 3]), "twice"),
     "an MoE layer of zeros": (lost_layer(), r"all zeros in MoE layers \[2\]"),
     "not base64": ("?" * 160, "base64"),
-    "not whole integers": (base64.b64encode(b"abc").decode(), "int32"),
-    "missing": (None, "NoneType"),
+    "not whole integers": (base64.b64encode(b"abc").decode(), "3 bytes, not int32"),
+    "missing": (None, "missing or not text"),
 }
 
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from roll_r3.batch.trajectory import Trajectory
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts, facts_of
 from roll_r3.strategies.rollout.answers import Asked
-from roll_r3.strategies.rollout.sampling import SampleError
+from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
 from roll_r3.strategies.rollout.vllm.payload import read_npy, read_sample
 
 PROMPT = (5, 6, 7)
@@ -64,7 +65,7 @@ def encode(array: np.ndarray) -> str:
 def answer(**choice: Any) -> dict[str, Any]:
     log_probs = zip((-0.5, -1.5, 0.0), RESPONSE, strict=True)
     return {
-        "usage": {"prompt_tokens": len(PROMPT)},
+        "usage": {"prompt_tokens": len(PROMPT), "prompt_tokens_details": {"cached_tokens": 2}},
         "choices": [
             {
                 "finish_reason": "stop",
@@ -78,10 +79,17 @@ def answer(**choice: Any) -> dict[str, Any]:
     }
 
 
-def read(value: Any, model: ModelFacts = FACTS, **changes: Any) -> Any:
-    asked = {"sample_id": "s", "prompt_ids": PROMPT, "max_new_tokens": 8, "weight_version": 4, "record_routes": True}
+def read_whole(
+    value: Any, model: ModelFacts = FACTS, *, first_row: int = 0, cached_rows: int = 0, **changes: Any
+) -> Sample:
+    sample = SampleRequest(PROMPT, "s", 0, first_row, cached_rows)
+    asked = {"sample": sample, "max_new_tokens": 8, "weight_version": 4, "record_routes": True}
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     return read_sample(body, Asked(**{**asked, **changes}), model)
+
+
+def read(value: Any, model: ModelFacts = FACTS, **changes: Any) -> Trajectory:
+    return read_whole(value, model, **changes).trajectory
 
 
 @pytest.mark.parametrize(
@@ -100,6 +108,21 @@ def test_a_good_answer_becomes_a_trajectory(num_experts, dtype, kept):
 
 def test_without_recording_the_answer_needs_no_routes():
     assert read(answer(routed_experts=None), record_routes=False).routes is None
+
+
+def test_rows_from_the_first_wanted_on_are_read():
+    trajectory = read(answer(routed_experts=encode(routes()[2:])), first_row=2)
+    np.testing.assert_array_equal(trajectory.routes.ids_MRK, routes()[2:, 1:].transpose(1, 0, 2))
+    with pytest.raises(RouteError, match=r"5, 3, 2.*3 rows"):
+        read(answer(), first_row=2)
+
+
+@pytest.mark.parametrize(
+    ("details", "expected"), [({"cached_tokens": 2}, True), ({"cached_tokens": 1}, False), (None, False)]
+)
+def test_what_came_from_the_cache(details, expected):
+    usage = {"prompt_tokens": len(PROMPT), "prompt_tokens_details": details}
+    assert read_whole({**answer(), "usage": usage}, cached_rows=2).from_cache == expected
 
 
 def changed(row: int, layer: int, ids: list[int], dtype: Any = np.uint8) -> str:
@@ -142,7 +165,7 @@ BAD_ROUTES = {
     "nothing": ("", "not an array of expert ids"),
     "not base64": ("?" * 160, "base64"),
     "not ASCII": ("é" * 160, "base64"),
-    "missing": (None, "NoneType"),
+    "missing": (None, "missing or not text"),
 }
 
 
@@ -162,7 +185,7 @@ def test_a_file_that_is_damaged_anywhere_is_the_array_or_refused(data):
         end = data.draw(st.integers(start, min(len(content), start + 8)))
         content[start:end] = data.draw(st.binary(max_size=8))
     try:
-        ids_RLK = read_npy(base64.b64encode(bytes(content)).decode(), ROWS, FACTS)
+        ids_RLK = read_npy(memoryview(base64.b64encode(content)), ROWS, FACTS)
     except RouteError:
         return
     assert ids_RLK.shape == (ROWS, LAYERS, TOP_K)
@@ -170,10 +193,10 @@ def test_a_file_that_is_damaged_anywhere_is_the_array_or_refused(data):
 
 
 @settings(max_examples=500)
-@given(text=st.text() | st.none() | st.integers() | st.lists(st.text()))
+@given(text=st.binary())
 def test_any_payload_is_read_or_refused(text):
     with pytest.raises(RouteError):
-        read_npy(text, ROWS, FACTS)
+        read_npy(memoryview(text), ROWS, FACTS)
 
 
 VALUES = st.recursive(

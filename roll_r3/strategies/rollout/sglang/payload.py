@@ -5,23 +5,21 @@ Shape legend: R response tokens; L all decoder layers, K experts per token.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from roll_r3.batch.trajectory import Trajectory
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
-from roll_r3.strategies.rollout.answers import Answer, Asked, checked_trajectory, read_finish_reason
-from roll_r3.strategies.rollout.sampling import SampleError
+from roll_r3.strategies.rollout.answers import Answer, Asked, checked_sample, decoded, parsed, read_finish_reason
+from roll_r3.strategies.rollout.sampling import Sample, SampleError
+
+_ID = np.dtype("<i4")
 
 
-def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
+def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
     """Read the answer to one `/generate` request.
 
     Args:
@@ -34,7 +32,7 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
         RouteError: log-probabilities or routes break their contract.
     """
     try:
-        said = json.loads(body)
+        said, payload = parsed(body)
         meta = said["meta_info"]
         reason = meta["finish_reason"]
         answer = Answer(
@@ -43,13 +41,13 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
             log_prob_entries=meta["output_token_logprobs"],
             weight_versions=_weight_versions(meta),
             prompt_tokens=meta["prompt_tokens"],
+            cached_tokens=_cached_tokens(meta),
         )
-        payload = meta.get("routed_experts")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise SampleError(
             f"the answer cannot be read: {type(error).__name__}: {error}; it starts {body[:200]!r}"
         ) from error
-    return checked_trajectory(asked, answer, facts, lambda num_rows: _routes(payload, facts))
+    return checked_sample(asked, answer, facts, lambda num_rows: _routes(payload, facts))
 
 
 def _weight_versions(meta: Mapping[str, Any]) -> list[str]:
@@ -57,14 +55,17 @@ def _weight_versions(meta: Mapping[str, Any]) -> list[str]:
     return [str(meta["weight_version"]), *(str(span["version"]) for span in meta.get("weight_versions") or ())]
 
 
-def _routes(payload: Any, facts: ModelFacts) -> npt.NDArray[np.integer]:
+def _cached_tokens(meta: Mapping[str, Any]) -> int:
+    """As when the prompt was first computed. A request that was retracted may have computed it again since then."""
+    return int(meta["cached_tokens"]) if meta.get("num_retractions") == 0 else 0
+
+
+def _routes(payload: memoryview | None, facts: ModelFacts) -> npt.NDArray[np.integer]:
     """Base64 of little-endian C-order int32 [rows, L, K]."""
-    if not isinstance(payload, str):
-        raise RouteError(f"routed_experts is {type(payload).__name__}, not base64 text: the server did not record")
-    try:
-        flat = np.frombuffer(base64.b64decode(payload, validate=True), np.dtype("<i4"))
-    except (binascii.Error, ValueError) as error:
-        raise RouteError(f"routed_experts is not base64 of int32: {error}") from error
+    content = decoded(payload)
+    if len(content) % _ID.itemsize:
+        raise RouteError(f"routed_experts holds {len(content)} bytes, not int32")
+    flat = np.frombuffer(content, _ID)
     row = facts.num_layers * facts.top_k
     if len(flat) % row:
         raise RouteError(

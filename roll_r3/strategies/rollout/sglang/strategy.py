@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import Any
 
-from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.strategies import SglangConfig
 from roll_r3.models.facts import ModelFacts
 from roll_r3.strategies.rollout.answers import Asked
+from roll_r3.strategies.rollout.client import ServerClient
+from roll_r3.strategies.rollout.sampling import Sample, SampleError
 from roll_r3.strategies.rollout.server import ServerRollout
 from roll_r3.strategies.rollout.sglang.payload import read_sample
 from roll_r3.strategies.rollout.sglang.server import (
@@ -21,10 +23,15 @@ from roll_r3.strategies.rollout.sglang.server import (
 )
 from roll_r3.strategies.rollout.sglang.version import check_version
 
+_CALL_S = 60.0
+
 
 class SglangRollout(ServerRollout[SglangConfig]):
-    """One engine. On a CPU a sample's seed decides its tokens, given the weights. On a GPU SGLang looks at it only with
-    `server_args: {enable_deterministic_inference: true}`."""
+    """One engine.
+
+    On a CPU a sample's seed decides its tokens, given the weights and, in the last bits of bf16, what else is in its
+    batches. On a GPU SGLang looks at it only with `server_args: {enable_deterministic_inference: true}`.
+    """
 
     engine = "SGLang"
     package = "sglang"
@@ -57,22 +64,32 @@ class SglangRollout(ServerRollout[SglangConfig]):
     def environment(self) -> dict[str, str]:
         return server_environment(self._config, os.environ, device=self._device, gpu_ids=self._gpu_ids, key=self._key)
 
-    def request(self, prompt_ids: tuple[int, ...], seed: int, max_new_tokens: int) -> dict[str, Any]:
+    async def cache_page(self, client: ServerClient) -> int:
+        text = await client.get("/server_info", _CALL_S)
+        try:
+            settings = json.loads(text)
+            return 0 if settings["disable_radix_cache"] else int(settings["page_size"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SampleError(f"/server_info does not say what the engine's cache keeps: {text[:200]!r}") from error
+
+    def request(self, asked: Asked) -> dict[str, Any]:
         request: dict[str, Any] = {
-            "input_ids": list(prompt_ids),
+            "input_ids": list(asked.sample.prompt_ids),
             "sampling_params": {
-                "max_new_tokens": max_new_tokens,
+                "max_new_tokens": asked.max_new_tokens,
                 "temperature": self._generating.temperature,
                 "top_p": self._generating.top_p,
                 "top_k": self._generating.top_k,
-                "sampling_seed": seed,
+                "sampling_seed": asked.sample.seed,
                 "skip_special_tokens": False,
             },
             "return_logprob": True,
         }
-        if self._record_routes:
-            request["return_routed_experts"] = True
+        if asked.record_routes:
+            request |= {"return_routed_experts": True, "routed_experts_start_len": asked.sample.first_row}
+        if asked.sample.cache_key:
+            request["extra_key"] = asked.sample.cache_key
         return request
 
-    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
+    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         return read_sample(body, asked, facts)

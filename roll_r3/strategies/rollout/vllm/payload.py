@@ -5,20 +5,16 @@ Shape legend: R response tokens; L all decoder layers, K experts per token.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import re
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from roll_r3.batch.trajectory import Trajectory
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
-from roll_r3.strategies.rollout.answers import Answer, Asked, checked_trajectory, read_finish_reason
-from roll_r3.strategies.rollout.sampling import SampleError
+from roll_r3.strategies.rollout.answers import Answer, Asked, checked_sample, decoded, parsed, read_finish_reason
+from roll_r3.strategies.rollout.sampling import Sample, SampleError
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _LONGEST_HEADER = 1024
@@ -31,7 +27,7 @@ _DTYPES = {b"|u1": np.uint8, b"<u2": np.uint16, b"<i4": np.int32}
 """What vLLM records in: the smallest that holds the number of experts."""
 
 
-def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
+def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
     """Read the answer to one `/inference/v1/generate` request.
 
     Args:
@@ -44,7 +40,7 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
         RouteError: log-probabilities or routes break their contract.
     """
     try:
-        said = json.loads(body)
+        said, payload = parsed(body)
         (choice,) = said["choices"]
         answer = Answer(
             finish_reason=read_finish_reason(choice["finish_reason"], "a weight update, or the server is going down"),
@@ -52,13 +48,19 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
             log_prob_entries=[(entry["logprob"], entry["token_id"]) for entry in choice["logprobs"]["content"]],
             weight_versions=_weight_versions(choice),
             prompt_tokens=said["usage"]["prompt_tokens"],
+            cached_tokens=_cached_tokens(said["usage"]),
         )
-        payload = choice["routed_experts"]
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise SampleError(
             f"the answer cannot be read: {type(error).__name__}: {error}; it starts {body[:200]!r}"
         ) from error
-    return checked_trajectory(asked, answer, facts, lambda num_rows: read_npy(payload, num_rows, facts))
+    return checked_sample(asked, answer, facts, lambda num_rows: read_npy(payload, num_rows, facts))
+
+
+def _cached_tokens(usage: dict[str, Any]) -> int:
+    """As when the prompt was first computed, which is when its rows were read; a preemption changes none of them."""
+    details = usage.get("prompt_tokens_details")
+    return int(details["cached_tokens"]) if details else 0
 
 
 def _weight_versions(choice: dict[str, Any]) -> list[str]:
@@ -70,11 +72,11 @@ def _weight_versions(choice: dict[str, Any]) -> list[str]:
     return [str(span["version"]) for span in spans]
 
 
-def read_npy(payload: Any, num_rows: int, facts: ModelFacts) -> npt.NDArray[np.integer]:
+def read_npy(payload: memoryview | None, num_rows: int, facts: ModelFacts) -> npt.NDArray[np.integer]:
     """The array in base64 of a `.npy` file; what its header claims is compared, never allocated.
 
     Args:
-        payload: base64 text, as it came.
+        payload: base64 text, as it came; None when none did.
         num_rows: the rows that must be there.
         facts: L and K.
 
@@ -84,16 +86,11 @@ def read_npy(payload: Any, num_rows: int, facts: ModelFacts) -> npt.NDArray[np.i
     Raises:
         RouteError: not such a file, of another type or shape, or longer or shorter than it says.
     """
-    if not isinstance(payload, str):
-        raise RouteError(f"routed_experts is {type(payload).__name__}, not base64 text: the server did not record")
     shape = (num_rows, facts.num_layers, facts.top_k)
     most = int(np.prod(shape)) * np.dtype(np.int32).itemsize + _LONGEST_HEADER
-    if len(payload) > 4 * (most // 3 + 1):
+    if payload is not None and len(payload) > 4 * (most // 3 + 1):
         raise RouteError(f"routed_experts is base64 of {len(payload)} characters, too many for {list(shape)}")
-    try:
-        content = base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RouteError(f"routed_experts is not base64: {error}") from error
+    content = decoded(payload)
     start = len(_MAGIC) + 2
     end = start + int.from_bytes(content[len(_MAGIC) : start], "little")
     header = _HEADER.fullmatch(content[start:end])
@@ -103,7 +100,7 @@ def read_npy(payload: Any, num_rows: int, facts: ModelFacts) -> npt.NDArray[np.i
     if found != shape:
         raise RouteError(
             f"routed_experts has shape {list(found)}, but {num_rows} rows x {facts.num_layers} layers x "
-            f"top-{facts.top_k} were expected (rows = tokens - 1)"
+            f"top-{facts.top_k} were expected (rows = tokens - 1, less those that were not asked for)"
         )
     if len(content) - end != int(np.prod(shape)) * dtype.itemsize:
         raise RouteError(f"routed_experts says {list(shape)} of {dtype}, but {len(content) - end} bytes follow")

@@ -117,6 +117,7 @@ _REFUSED: dict[str, str] = {
     "block_size": f"{_OWNED} where it matters, on a CPU",
     "weight_transfer_config": f"{_OWNED}: the trainer sends weights its own way",
     "enable_scale_out": f"{_OWNED}: it asks for tokens, not for text",
+    "enable_prompt_tokens_details": f"{_OWNED}, where routes are recorded",
     "logprobs_mode": f"{_OWNED}, from generating_args.temperature",
     "max_logprobs": "the strategy asks for those of the sampled tokens",
     "logits_processors": _OTHER_SAMPLING,
@@ -215,6 +216,7 @@ def server_arguments(
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enable_return_routed_experts": record_routes,
         "enable_scale_out": True,
+        "enable_prompt_tokens_details": record_routes,  # how much of a prompt came from the cache
         "logprobs_mode": "raw_logprobs" if temperature == 1 else "processed_logprobs",
         "weight_transfer_config": json.dumps({"backend": "roll_r3"}),
         "disable_uvicorn_access_log": True,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from typing import Any
 
-from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.strategies import VllmConfig
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import ModelFacts
 from roll_r3.models.size import Shape, shape_of
 from roll_r3.strategies.rollout.answers import Asked
 from roll_r3.strategies.rollout.client import ServerClient
-from roll_r3.strategies.rollout.sampling import SampleError
+from roll_r3.strategies.rollout.sampling import Sample, SampleError
 from roll_r3.strategies.rollout.server import ServerRollout
 from roll_r3.strategies.rollout.vllm.payload import read_sample
 from roll_r3.strategies.rollout.vllm.server import (
@@ -31,6 +31,8 @@ from roll_r3.strategies.rollout.vllm.version import check_version
 logger = logging.getLogger(__name__)
 
 _CALL_S = 60.0
+_CACHE_SETTINGS = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
+_SETTING = re.compile(r'(\w+)="([^"]*)"')
 
 
 class VllmRollout(ServerRollout[VllmConfig]):
@@ -92,19 +94,32 @@ class VllmRollout(ServerRollout[VllmConfig]):
             return f"the answer would come from weights of version {version}, not {self._weight_version}"
         return ""
 
-    def request(self, prompt_ids: tuple[int, ...], seed: int, max_new_tokens: int) -> dict[str, Any]:
-        return {
-            "token_ids": list(prompt_ids),
+    async def cache_page(self, client: ServerClient) -> int:
+        text = (await client.get("/metrics", _CALL_S)).decode(errors="replace")
+        found = _CACHE_SETTINGS.search(text)
+        settings = dict(_SETTING.findall(found[1])) if found else {}
+        if not settings.get("block_size", "").isdecimal():
+            raise SampleError("/metrics does not say what the engine's cache keeps (vllm:cache_config_info)")
+        return int(settings["block_size"]) if settings.get("enable_prefix_caching") == "True" else 0
+
+    def request(self, asked: Asked) -> dict[str, Any]:
+        sample = asked.sample
+        request: dict[str, Any] = {
+            "token_ids": list(sample.prompt_ids),
             "sampling_params": {
-                "max_tokens": max_new_tokens,
+                "max_tokens": asked.max_new_tokens,
                 "temperature": self._generating.temperature,
                 "top_p": self._generating.top_p,
                 "top_k": self._generating.top_k,
-                "seed": seed,
+                "seed": sample.seed,
                 "logprobs": 0,  # of the sampled token alone
                 "detokenize": False,
+                "routed_experts_prompt_start": sample.first_row if asked.record_routes else len(sample.prompt_ids),
             },
         }
+        if sample.cache_key:
+            request["cache_salt"] = sample.cache_key
+        return request
 
-    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Trajectory:
+    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         return read_sample(body, asked, facts)

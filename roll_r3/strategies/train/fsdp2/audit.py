@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from roll_r3.batch.delivery import ReadRoutes
 from roll_r3.strategies.train.audit import Audit
 from roll_r3.strategies.train.fsdp2.model import Fsdp2Model
 
@@ -21,12 +22,16 @@ from roll_r3.strategies.train.fsdp2.model import Fsdp2Model
 class ExpertsAudit(Audit):
     """Reads the arguments of transformers' expert modules: (hidden, ids [t, K], gates [t, K])."""
 
-    def __init__(self, model: Fsdp2Model, num_micro_batches: int, *, layer_rows: Mapping[int, int], top_k: int) -> None:
+    def __init__(
+        self, model: Fsdp2Model, num_micro_batches: int, *, layer_rows: Mapping[int, int], top_k: int, read: ReadRoutes
+    ) -> None:
         """
         Args:
-            num_micro_batches, layer_rows, top_k: as of `Audit`.
+            num_micro_batches, layer_rows, top_k, read: as of `Audit`.
         """
-        super().__init__([model.routers], num_micro_batches, layer_rows=layer_rows, top_k=top_k, device=model.device)
+        super().__init__(
+            [model.routers], num_micro_batches, layer_rows=layer_rows, top_k=top_k, device=model.device, read=read
+        )
         layers = model.module.model.layers
         self._experts = {router.layer: layers[router.layer].mlp.experts for router in model.routers}
         self._handles: list[RemovableHandle] = []
@@ -39,6 +44,7 @@ class ExpertsAudit(Audit):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        super().__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
         self._handles = []

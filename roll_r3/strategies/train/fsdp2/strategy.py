@@ -6,7 +6,7 @@ one and above it. Shape legend as in `roll_r3.batch.batch`: n samples, N inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ import torch
 
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import ReadRoutes, read_held
 from roll_r3.batch.micro_batch import fixed_size
 from roll_r3.batch.token_map import Layout
 from roll_r3.config.derived import checkpoint_of
@@ -36,7 +37,7 @@ from roll_r3.strategies.train.hf_checkpoint import save_hf
 from roll_r3.strategies.train.micro_batch import MicroBatch, cut, fill_up, groups_within, most
 from roll_r3.strategies.train.objective import TokenValues, log_prob_objective, placed, policy_objective
 from roll_r3.strategies.train.recorded import RecordedRoutes
-from roll_r3.strategies.train.replay import RecordSession, ReplaySession
+from roll_r3.strategies.train.replay import RecordSession, ReplaySession, replaying
 from roll_r3.strategies.train.routed_layer import Stopwatch
 from roll_r3.strategies.train.update import (
     StepFigures,
@@ -56,12 +57,21 @@ class Fsdp2Infer:
 
     trains: ClassVar[bool] = False
 
-    def __init__(self, config: RLVRConfig, role: Role, process: ProcessInfo, *, model_path: str | None = None) -> None:
+    def __init__(
+        self,
+        config: RLVRConfig,
+        role: Role,
+        process: ProcessInfo,
+        *,
+        model_path: str | None = None,
+        read_routes: ReadRoutes = read_held,
+    ) -> None:
         """
         Args:
             role: which section of `config` this rank belongs to.
             process: this rank's place in the world.
             model_path: checkpoint directory, where the configuration names none that is on this disk.
+            read_routes: how `batch.routes` are read; by default this process must hold them.
 
         Raises:
             ConfigError: settings that cannot work together (see `check_role`).
@@ -76,6 +86,7 @@ class Fsdp2Infer:
         self.section = section
         self.settings = settings
         self.process = process
+        self.read_routes = read_routes
         self.model_path = model_path or checkpoint_of(config, role)
         self.tokens = Layout(
             packed=section.use_sequence_packing, multiple=section.sequence_length_round, batch_outer=True
@@ -123,7 +134,7 @@ class Fsdp2Infer:
         )
         session: ReplaySession | RecordSession | None = None
         if self.replay_mode == "R3":
-            session = self._replay_session(batch, len(micro_batches), forward_only=True)
+            session, micro_batches = self._replay(batch, micro_batches, forward_only=True)
         elif self.replay_mode == "R2":
             self.recorded.clear()
             session = RecordSession([self.model.routers], len(micro_batches), **self._routing())
@@ -170,13 +181,17 @@ class Fsdp2Infer:
             groups, number = groups_within(batch.lengths_n, max_tokens, self.tokens, self.data_parallel, multiple=1)
         return fill_up(cut(batch, groups, self.tokens), number)
 
-    def _replay_session(self, batch: Batch, num_micro_batches: int, *, forward_only: bool) -> ReplaySession:
+    def _replay(
+        self, batch: Batch, micro_batches: Sequence[MicroBatch], *, forward_only: bool
+    ) -> tuple[ReplaySession, list[MicroBatch]]:
+        """A session, and the micro-batches with the rows that it will replay."""
         check_routes(batch, self.role, self.replay_mode)
-        return ReplaySession(
+        return replaying(
+            micro_batches,
             [self.model.routers],
-            num_micro_batches,
             **self._routing(),
             layer_rows=self._layer_rows(),
+            read=self.read_routes,
             forward_only=forward_only,
         )
 
@@ -235,7 +250,7 @@ class Fsdp2Train(Fsdp2Infer):
             )
             session = audit = None
             if self.replay_mode != "disable":
-                session = self._replay_session(mini_batch, len(micro_batches), forward_only=False)
+                session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False)
                 audit = self._audit(len(micro_batches), step)
             objective = policy_objective(self._token_values, self.model.device, self.config, denominator, stats)
             self.optimizer.zero_grad()
@@ -268,7 +283,9 @@ class Fsdp2Train(Fsdp2Infer):
         """For one optimizer step of a training step that is audited."""
         if not is_audited(self.section.router_replay, step):
             return None
-        return ExpertsAudit(self.model, num_micro_batches, layer_rows=self._layer_rows(), top_k=self.facts.top_k)
+        return ExpertsAudit(
+            self.model, num_micro_batches, layer_rows=self._layer_rows(), top_k=self.facts.top_k, read=self.read_routes
+        )
 
     def _state(self) -> dict[str, torch.Tensor]:
         """This rank's memory of all that a checkpoint holds."""

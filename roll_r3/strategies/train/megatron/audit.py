@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 
+from roll_r3.batch.delivery import ReadRoutes
 from roll_r3.errors import ConfigError
 from roll_r3.strategies.train.audit import Audit
 from roll_r3.strategies.train.megatron.bridge import unwrap
@@ -27,16 +28,24 @@ class DispatchAudit(Audit):
     """Reads the dispatchers of every chunk; a fault is also that experts received other numbers of tokens."""
 
     def __init__(
-        self, model: MegatronModel, num_micro_batches: int, *, layer_rows: Mapping[int, int], top_k: int
+        self,
+        model: MegatronModel,
+        num_micro_batches: int,
+        *,
+        layer_rows: Mapping[int, int],
+        top_k: int,
+        read: ReadRoutes,
     ) -> None:
         """
         Args:
-            num_micro_batches, layer_rows, top_k: as of `Audit`.
+            num_micro_batches, layer_rows, top_k, read: as of `Audit`.
 
         Raises:
             ConfigError: a token dispatcher that does not show its decision.
         """
-        super().__init__(model.routers, num_micro_batches, layer_rows=layer_rows, top_k=top_k, device=model.device)
+        super().__init__(
+            model.routers, num_micro_batches, layer_rows=layer_rows, top_k=top_k, device=model.device, read=read
+        )
         self._layers = [
             [module for module in unwrap(chunk).decoder.modules() if isinstance(module, MoELayer)]
             for chunk in model.chunks
@@ -62,6 +71,7 @@ class DispatchAudit(Audit):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        super().__exit__(kind, error, trace)
         for layer in self._all_layers():
             for name in _WRAPPED:
                 vars(layer.token_dispatcher).pop(name, None)

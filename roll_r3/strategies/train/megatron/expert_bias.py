@@ -41,6 +41,7 @@ class RealTokenCounts(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        super().__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import ReadRoutes, read_held
 from roll_r3.batch.micro_batch import fixed_size
 from roll_r3.batch.token_map import Layout, round_up
 from roll_r3.config.derived import checkpoint_of
@@ -44,7 +45,7 @@ from roll_r3.strategies.train.megatron.vocab import label_log_probs_and_entropy
 from roll_r3.strategies.train.micro_batch import MicroBatch, cut, fill_up, groups_within
 from roll_r3.strategies.train.objective import TokenValues, log_prob_objective, placed, policy_objective
 from roll_r3.strategies.train.recorded import RecordedRoutes
-from roll_r3.strategies.train.replay import RecordSession, ReplaySession
+from roll_r3.strategies.train.replay import RecordSession, ReplaySession, replaying
 from roll_r3.strategies.train.routed_layer import Stopwatch
 from roll_r3.strategies.train.update import (
     StepFigures,
@@ -64,12 +65,21 @@ class MegatronInfer:
 
     trains: ClassVar[bool] = False
 
-    def __init__(self, config: RLVRConfig, role: Role, process: ProcessInfo, *, model_path: str | None = None) -> None:
+    def __init__(
+        self,
+        config: RLVRConfig,
+        role: Role,
+        process: ProcessInfo,
+        *,
+        model_path: str | None = None,
+        read_routes: ReadRoutes = read_held,
+    ) -> None:
         """
         Args:
             role: which section of `config` this rank belongs to.
             process: this rank's place in the world.
             model_path: checkpoint directory, where the configuration names none that is on this disk.
+            read_routes: how `batch.routes` are read; by default this process must hold them.
 
         Raises:
             ConfigError: settings that cannot work together (see `check_role`).
@@ -81,6 +91,7 @@ class MegatronInfer:
         self.section = section
         self.settings = section.strategy_args.strategy_config
         self.process = process
+        self.read_routes = read_routes
         self.model_path = model_path or checkpoint_of(config, role)
         self.layout = parallel.RankLayout.of(self.settings, process, f"{role}.strategy_args.strategy_config")
         self.tokens = self.layout.token_layout(section.use_sequence_packing, section.sequence_length_round)
@@ -137,7 +148,7 @@ class MegatronInfer:
         )
         session: ReplaySession | RecordSession | None = None
         if self.replay_mode == "R3":
-            session = self._replay_session(batch, len(micro_batches), forward_only=True)
+            session, micro_batches = self._replay(batch, micro_batches, forward_only=True)
         elif self.replay_mode == "R2":
             self.recorded.clear()
             session = RecordSession(self.model.routers, len(micro_batches), **self._routing())
@@ -207,13 +218,17 @@ class MegatronInfer:
             cut(batch, groups, self.tokens, same_width_on=self.data_parallel if same_width else None), number
         )
 
-    def _replay_session(self, batch: Batch, num_micro_batches: int, *, forward_only: bool) -> ReplaySession:
+    def _replay(
+        self, batch: Batch, micro_batches: Sequence[MicroBatch], *, forward_only: bool
+    ) -> tuple[ReplaySession, list[MicroBatch]]:
+        """A session, and the micro-batches with the rows that it will replay."""
         check_routes(batch, self.role, self.replay_mode)
-        return ReplaySession(
+        return replaying(
+            micro_batches,
             self.model.routers,
-            num_micro_batches,
             **self._routing(),
             layer_rows=self._layer_rows(),
+            read=self.read_routes,
             forward_only=forward_only,
         )
 
@@ -305,7 +320,7 @@ class MegatronTrain(MegatronInfer):
             )
             session = audit = None
             if self.replay_mode != "disable":
-                session = self._replay_session(mini_batch, len(micro_batches), forward_only=False)
+                session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False)
                 audit = self._audit(len(micro_batches), step)
             objective = policy_objective(self._token_values, self.model.device, self.config, denominator, stats)
             self.optimizer.zero_grad()
@@ -327,7 +342,9 @@ class MegatronTrain(MegatronInfer):
         """For one optimizer step of a training step that is audited."""
         if not is_audited(self.section.router_replay, step):
             return None
-        return DispatchAudit(self.model, num_micro_batches, layer_rows=self._layer_rows(), top_k=self.facts.top_k)
+        return DispatchAudit(
+            self.model, num_micro_batches, layer_rows=self._layer_rows(), top_k=self.facts.top_k, read=self.read_routes
+        )
 
     def _real_token_counts(self) -> RealTokenCounts | None:
         """For one optimizer step of a model whose expert bias moves."""
