@@ -155,7 +155,7 @@ class Evicting(PromptSharing):
     """After a prompt got into the cache, the engine answers other requests until the cache has lost it."""
 
     def __init__(self, rollout: ServerRollout[Any], others: Sequence[GenerateRequest]) -> None:
-        super().__init__(rollout._ask_or_wait, self._prime_and_evict, Slots(64))
+        super().__init__(rollout._ask_or_wait, self._prime_and_evict, rollout._recomputed, Slots(64), at_once=64)
         self._rollout = rollout
         self._others = others
         self.engine_keeps(rollout._sharing._page)

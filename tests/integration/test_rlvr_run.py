@@ -44,12 +44,17 @@ def test_replay_covers_every_trained_token_through_pipeline_and_recomputation(fi
         assert m["router_replay/coverage"] == 1.0
         assert m["router_replay/missing_rows"] == 0
         assert 0 < m["router_replay/agreement_native"] <= 1
-        assert m["router_replay/bytes_per_token"] == 8, "4 MoE layers x top-2 x 1 byte"
+        assert_compact(m, 4 * 2)
         assert m["actor_train/optimizer_steps"] == 2
         assert m["rollout/dropped_samples"] == 0
     assert metrics[0]["actor/rollout_train_logprobs_abs_diff_mean"] < 0.1, "both sides hold the same weights"
     # the trainer is fp32 and the rollout bf16: after updates both must still be the same policy
     assert metrics[2]["actor/rollout_train_logprobs_abs_diff_mean"] < 0.1, "updated weights reach the engine"
+
+
+def assert_compact(step, ids):
+    """MoE layers x top-k x 1 byte, less what samples share of their prompt, and a group's head over its few tokens."""
+    assert ids / 2 < step["router_replay/bytes_per_token"] < ids + 10, "int32 would be four times as much"
 
 
 def test_a_run_leaves_what_was_promised(finished):
@@ -104,7 +109,7 @@ def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path, mod
         run.end()
     assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0, 1.0]
     assert [m.get("router_replay/audit_equal") for m in metrics] == [1.0, None, 1.0]
-    assert metrics[0]["router_replay/bytes_per_token"] == bytes_per_token, "MoE layers x top-k x 1 byte"
+    assert_compact(metrics[0], bytes_per_token)
     # the bias that moved reaches the engine: it still samples from the trainer's policy
     assert max(m["actor/rollout_train_logprobs_abs_diff_mean"] for m in metrics) < 0.1
     assert min(m["router_replay/agreement_native"] for m in metrics) > 0.9

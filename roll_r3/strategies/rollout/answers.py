@@ -23,7 +23,7 @@ from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.checks import check_log_probs, compact_routes
 from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
 
-_ROUTES = re.compile(rb'"routed_experts"\s*:\s*"')
+_ROUTES = re.compile(rb'(?<!\\)"routed_experts"\s*:\s*"')
 
 
 @dataclass(frozen=True)

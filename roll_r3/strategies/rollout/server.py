@@ -7,6 +7,7 @@ import logging
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -21,7 +22,7 @@ from roll_r3.strategies.rollout.answers import Asked
 from roll_r3.strategies.rollout.client import ServerClient, UnreachableError
 from roll_r3.strategies.rollout.process import ServerProcess, free_port
 from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest, sample_all
-from roll_r3.strategies.rollout.server_args import EVERY_ADDRESS
+from roll_r3.strategies.rollout.server_args import CPU_SAMPLES, EVERY_ADDRESS
 from roll_r3.strategies.rollout.sharing import LEAST_ROWS, PromptSharing
 from roll_r3.strategies.rollout.slots import Slots
 from roll_r3.strategies.rollout.target import ServerTarget
@@ -79,6 +80,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
         self._generating = role.generating_args
         self._max_new_tokens = sampled_tokens(config)
         self._wanted_context = engine_room(config)
+        self._longest_prompt = config.prompt_length
         self._record_routes = role.router_replay.mode == "R3"
         self._seed = config.seed + engine_index
         self._device = device
@@ -91,7 +93,9 @@ class ServerRollout(ABC, Generic[ConfigT]):
         self._client: ServerClient | None = None
         self._facts: ModelFacts | None = None
         self._slots = Slots(self._config.max_concurrent_requests)
-        self._sharing = PromptSharing(self._ask_or_wait, self._prime, self._slots)
+        self._sharing = PromptSharing(
+            self._ask_or_wait, self._prime, self._recomputed, self._slots, at_once=self._at_once(device)
+        )
         self._weight_version = 0
         self._stopped = False
 
@@ -129,6 +133,11 @@ class ServerRollout(ABC, Generic[ConfigT]):
         """Tokens of a page of the prefix cache, of which the engine keeps whole ones only; 0 when it keeps none.
 
         Raises SampleError when the server does not say."""
+
+    async def recomputed(self, client: ServerClient) -> int:
+        """How often so far the engine threw away what a sample had computed, where its answers do not say so; raises
+        SampleError when the server does not say."""
+        return 0
 
     async def prepare(self, client: ServerClient) -> None:
         """What is left to be done once the server answers; raises SampleError when it fails."""
@@ -225,27 +234,40 @@ class ServerRollout(ABC, Generic[ConfigT]):
             raise EngineError(f"{self._name}: its first answer is not usable: {error}") from error
 
     async def _find_out_what_is_kept(self, client: ServerClient) -> None:
-        """Share the rows of a prompt between samples only where the engine was seen to find it in its cache."""
+        """Share the rows of a prompt between samples only where the engine was seen to keep prompts, and keys apart.
+
+        Whatever goes wrong, the engine can still be asked for all rows of every sample.
+        """
+        try:
+            why_not = await self._why_not_shared(client)
+        except (SampleError, RouteError) as error:
+            why_not = str(error)
+        if why_not:
+            logger.warning("%s: every sample fetches its prompt's routes itself: %s", self._name, why_not)
+
+    async def _why_not_shared(self, client: ServerClient) -> str:
+        """Tries it, with a prompt as short as it is worth; empty when prompts are shared, or none can be that long."""
+        if self._longest_prompt <= LEAST_ROWS:
+            return ""
         page = await self.cache_page(client)
-        rows = -(-LEAST_ROWS // page) * page if page else 0
-        if not page or rows + 1 + _WARM_UP_TOKENS > self._wanted_context:
-            return
+        await self.recomputed(client)
+        if not page:
+            return "its prefix cache is off"
+        rows = -(-LEAST_ROWS // page) * page
+        if rows >= self._longest_prompt:
+            return ""
         prompt_ids = (_WARM_UP_PROMPT * rows)[: rows + 1]
         wanted = SampleRequest(prompt_ids, "warm-up", self._seed, rows, rows, "warm-up")
         await self._prime(wanted)
-        sample = await self._ask(wanted, max_new_tokens=_WARM_UP_TOKENS)
-        if sample.from_cache:
-            self._sharing.engine_keeps(page)
-        else:
-            logger.warning(
-                "%s keeps no prompt of %d tokens from one request to the next, whatever its settings say: every sample "
-                "fetches its prompt's routes itself",
-                self._name,
-                len(prompt_ids),
-            )
+        if not (await self._ask(wanted, max_new_tokens=1)).from_cache:
+            return f"it keeps no prompt of {rows + 1} tokens from one request to the next"
+        if (await self._ask(replace(wanted, cache_key="another"), max_new_tokens=1)).from_cache:
+            return "it finds a prompt under another key than the one it was stored under"
+        self._sharing.engine_keeps(page)
+        return ""
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        """Sample; up to `max_concurrent_requests` samples are in flight in the engine. Results in request order.
+        """Sample; up to `max_concurrent_requests` samples are waited for at once. Results in request order.
 
         Raises:
             EngineError: the server is not running or died under the requests (with the end of its log).
@@ -304,6 +326,14 @@ class ServerRollout(ABC, Generic[ConfigT]):
         await self._answer_to(
             Asked(sample=wanted, max_new_tokens=1, weight_version=self._weight_version, record_routes=False)
         )
+
+    async def _recomputed(self) -> int:
+        assert self._client is not None, "start() comes first"
+        return await self.recomputed(self._client)
+
+    def _at_once(self, device: str) -> int:
+        """Samples that the engine decodes at once; on a GPU it decides by itself unless it is told."""
+        return self._config.max_running_requests or (CPU_SAMPLES if device == "cpu" else self._slots.total)
 
     async def _answer_to(self, asked: Asked) -> Sample:
         assert self._client is not None, "start() comes first"

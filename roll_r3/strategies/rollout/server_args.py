@@ -9,6 +9,10 @@ from roll_r3.config.strategies import ServerConfig
 EVERY_ADDRESS = ("0.0.0.0", "::")
 """Hosts that a server listens on but that nobody can connect to from elsewhere."""
 
+CPU_SAMPLES = 64
+"""Samples that an engine on a CPU decodes at once, and whose longest its cache holds, unless the configuration says how
+many."""
+
 Argument = str | int | float | bool | None
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

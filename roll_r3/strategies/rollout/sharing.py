@@ -9,7 +9,8 @@ the others' as long as all of them found the same computation in the cache. Thre
 
 * the group has a key of its own, under which the engine keeps its prompt apart, so that only the group's own requests
   can put the prompt there: none of another prompt that begins alike;
-* each answer says how much came from the cache. If all of them found the prompt there, none computed it again;
+* each answer says how much came from the cache. If all of them found the prompt there, none computed it again; and
+  where an engine throws away and computes again without saying so in the answer, it says how often it did;
 * if one did not, or did not come back at all, the others may have found what that one computed. Then only the leader,
   whose rows are all its own, is kept.
 
@@ -41,6 +42,9 @@ _LONGEST_PAUSE = 64
 
 Prime = Callable[[SampleRequest], Awaitable[None]]
 """Puts a prompt into the engine's cache, under a key; raises SampleError or RouteError."""
+Recomputed = Callable[[], Awaitable[int]]
+"""How often the engine has so far thrown away what a sample had computed, without saying so in its answer; raises
+SampleError."""
 
 
 class PromptSharing:
@@ -51,16 +55,19 @@ class PromptSharing:
     a loss right after that, until they changed twice, then four times, and so on.
     """
 
-    def __init__(self, ask: Ask, prime: Prime, slots: Slots) -> None:
+    def __init__(self, ask: Ask, prime: Prime, recomputed: Recomputed, slots: Slots, *, at_once: int) -> None:
         """
         Args:
             ask: without a slot; this takes one.
             slots: of the engine. A sample whose prompt lies in the cache goes before everything else.
+            at_once: samples that the engine decodes at once. Those beyond would wait in it while their prompts lie in
+                the cache, where nothing holds them.
         """
         self._ask = ask
         self._prime = prime
+        self._recomputed = recomputed
         self._slots = slots
-        self._ahead = Slots(slots.total)  # samples whose prompts may lie in the cache before they begin
+        self._ahead = Slots(min(at_once, slots.total))  # samples of groups whose prompts lie in the cache
         self._page = 0
         self._pause = 0
         self._next_pause = 1
@@ -92,27 +99,32 @@ class PromptSharing:
         ahead = min(len(wanted), self._ahead.total)
         await self._ahead.acquire(ahead)
 
-        def begun() -> None:
+        def ended() -> None:
             nonlocal ahead
             if ahead:
                 ahead -= 1
                 self._ahead.release()
 
         try:
+            before = await self._recomputed()
             async with self._slots.hold():
                 try:
                     await self._prime(replace(wanted[0], cached_rows=0))
                 except RouteError as error:
                     raise SampleError(str(error)) from error
-            return await self._together(wanted, rows, begun)
+            return await self._together(wanted, rows, before, ended)
         finally:
             self._ahead.release(ahead)
 
     async def _together(
-        self, wanted: list[SampleRequest], rows: int, begun: Callable[[], None]
+        self, wanted: list[SampleRequest], rows: int, before: int, ended: Callable[[], None]
     ) -> dict[str, Trajectory]:
-        """The whole group, or the leader at most."""
-        samples = [asyncio.create_task(self._in_turn(one, begun)) for one in wanted]
+        """The whole group, or the leader at most.
+
+        Args:
+            before: what `Recomputed` said before the prompt went into the cache.
+        """
+        samples = [asyncio.create_task(self._in_turn(one, ended)) for one in wanted]
         leader, *others = samples
         try:
             left = set(samples)
@@ -122,14 +134,32 @@ class PromptSharing:
                     logger.info("samples %s ... are asked for anew: %s", wanted[0].sample_id, reasons[0])
                     await _end(others)
                     return await _alone(leader)
-            return await asyncio.to_thread(_stitched, [task.result().trajectory for task in samples], rows)
+            trajectories = [task.result().trajectory for task in samples]
+            if doubt := await self._doubt(trajectories, before):
+                logger.info("samples %s ... are asked for anew: %s", wanted[0].sample_id, doubt)
+                return await _alone(leader)
+            return await asyncio.to_thread(_stitched, trajectories, rows)
         finally:
             await _end(samples)
 
-    async def _in_turn(self, wanted: SampleRequest, begun: Callable[[], None]) -> Sample:
+    async def _in_turn(self, wanted: SampleRequest, ended: Callable[[], None]) -> Sample:
         async with self._slots.hold(urgent=True):
-            begun()
-            return await self._ask(wanted)
+            try:
+                return await self._ask(wanted)
+            finally:
+                ended()
+
+    async def _doubt(self, trajectories: list[Trajectory], before: int) -> str:
+        """Why answers that all found the prompt in the cache may still not belong together; empty when they do."""
+        if len({trajectory.weight_versions for trajectory in trajectories}) > 1:
+            return "the weights changed among them"
+        try:
+            if await self._recomputed() == before:
+                return ""
+        except SampleError as error:
+            return f"the engine does not say whether it computed anything again: {error}"
+        self._lose()
+        return "the engine threw away and computed again what some sample had computed"
 
     def _why_not(self, task: asyncio.Task[Sample]) -> str:
         """Why the group cannot use the leader's rows; empty when this sample found the prompt in the cache."""

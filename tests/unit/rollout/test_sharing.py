@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,8 +44,14 @@ def whole(sample_id: str, seed: int, first_row: int = 0) -> Trajectory:
     )
 
 
+async def turns(count: int) -> None:
+    """Of the event loop: time that goes on alike on a busy machine."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 class Engine:
-    """Answers after as many ticks as the seed says; what is in `answers` comes in place of a sample."""
+    """Answers after as many turns of the loop as the seed says; what is in `answers` comes in place of a sample."""
 
     def __init__(self, slots: int = 8) -> None:
         self.log: list[tuple[str, str]] = []
@@ -53,22 +60,31 @@ class Engine:
         self.prime_fails: Exception | None = None
         self.keys: set[str] = set()
         self.held: Callable[[], None] = lambda: None
-        self.sharing = PromptSharing(self.ask, self.prime, Slots(slots))
+        self.preempted: set[str] = set()
+        self.preemptions = 0
+        self.silent = False
+        self.sharing = PromptSharing(self.ask, self.prime, self.recomputed, Slots(slots), at_once=slots)
         self.sharing.engine_keeps(1)
 
     async def prime(self, wanted: SampleRequest) -> None:
         self.log.append(("prime", wanted.sample_id))
-        await asyncio.sleep(0.01)
+        await turns(100)
         if self.prime_fails:
             raise self.prime_fails
         self.keys.add(wanted.cache_key)
+
+    async def recomputed(self) -> int:
+        if self.silent and self.wanted:
+            raise SampleError("HTTP 404")
+        return self.preemptions
 
     async def ask(self, wanted: SampleRequest) -> Sample:
         assert wanted.cache_key in self.keys, "the prompt must be there first"
         self.log.append(("ask", wanted.sample_id))
         self.wanted[wanted.sample_id] = wanted
-        await asyncio.sleep(0.005 * (wanted.seed - 9))
+        await turns(50 * (wanted.seed - 9))
         self.log.append(("answer", wanted.sample_id))
+        self.preemptions += wanted.sample_id in self.preempted
         answer = self.answers.get(wanted.sample_id, True)
         if isinstance(answer, Exception):
             raise answer
@@ -126,6 +142,44 @@ def test_of_a_group_in_doubt_only_the_leader_is_kept(answers: dict[str, bool | E
     (came,) = engine.share(GROUP)
     assert set(came) == {"a"}
     np.testing.assert_array_equal(came["a"].routes.ids_MRK, all_rows(10, 2))
+
+
+def test_a_group_among_which_the_engine_computed_anything_again_is_in_doubt() -> None:
+    """Though every answer says that its prompt was in the cache."""
+    engine = Engine()
+    engine.preempted = {"d"}
+    assert [set(came) for came in engine.share(GROUP)] == [{"a"}]
+    assert engine.sharing.shareable_rows(GROUP) == 0, "and nothing is shared for a while"
+    engine = Engine()
+    engine.silent = True
+    assert [set(came) for came in engine.share(GROUP)] == [{"a"}]
+
+
+def test_a_group_among_which_the_weights_changed_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    ask = engine.ask
+
+    async def newer(wanted: SampleRequest) -> Sample:
+        sample = await ask(wanted)
+        if wanted.sample_id != "c":
+            return sample
+        return replace(sample, trajectory=replace(sample.trajectory, weight_versions=(1,)))
+
+    monkeypatch.setattr(engine.sharing, "_ask", newer)
+    assert [set(came) for came in engine.share(GROUP)] == [{"a"}]
+
+
+def test_no_more_samples_wait_in_the_engine_than_it_decodes_at_once() -> None:
+    engine = Engine(slots=8)
+    engine.sharing = PromptSharing(engine.ask, engine.prime, engine.recomputed, Slots(8), at_once=4)
+    engine.sharing.engine_keeps(1)
+    twin = GenerateRequest(PROMPT, ("e", "f", "g", "h"), (10, 11, 12, 13))
+    engine.share(GROUP, twin)
+    asked = answered = 0
+    for kind, _ in engine.log:
+        asked += kind == "ask"
+        answered += kind == "answer"
+        assert asked - answered <= 4
 
 
 def test_a_leader_that_computed_the_prompt_again_has_rows_for_itself_only() -> None:
@@ -194,11 +248,11 @@ def test_samples_of_a_prompt_in_the_cache_go_before_those_that_fetch_their_own()
     async def alone(number: int) -> None:
         async with engine.sharing._slots.hold():
             engine.log.append(("alone", str(number)))
-            await asyncio.sleep(0.001)
+            await turns(10)
 
     async def work() -> None:
         sharing = asyncio.create_task(engine.sharing.share(GenerateRequest(PROMPT, ("a", "b"), (10, 11)), ROWS))
-        await asyncio.sleep(0.002)
+        await turns(20)
         await asyncio.gather(sharing, *(alone(number) for number in range(3)))
 
     asyncio.run(work())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,18 @@ TRAJECTORY = Trajectory("x", np.zeros(1, np.int32), np.zeros(1, np.int32), np.ze
 METRICS = """# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
 # TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="32",cache_dtype="auto",enable_prefix_caching="True",engine="0"} 1.0
+vllm:num_preemptions_total{engine="0",model_name="m"} 3.0
+vllm:num_preemptions_total{engine="1",model_name="m"} 2.0
 """
 
 
-def rollout(name: str, response_length: int = 200) -> ServerRollout[Any]:
+def rollout(name: str, prompt_length: int = 300) -> ServerRollout[Any]:
     config = RLVRConfig.model_validate(
         {
             "exp_name": "test",
             "pretrain": "/models/tiny",
-            "prompt_length": 64,
-            "response_length": response_length,
+            "prompt_length": prompt_length,
+            "response_length": 20,
             "actor_train": {},
             "actor_infer": {"router_replay": {"mode": "R3"}, "strategy_args": {"strategy_name": name}},
         }
@@ -86,16 +89,19 @@ def test_a_server_that_does_not_say_is_refused(name, text):
         asyncio.run(rollout(name).cache_page(Client(text)))
 
 
-@pytest.mark.parametrize(
-    ("page", "found", "rows"),
-    [(1, True, 299), (64, True, 256), (64, False, 0), (0, True, 0), (512, True, 0)],
-    ids=["tokens", "pages", "not found again", "no cache", "no room for a page"],
-)
-def test_prompts_are_shared_where_one_was_found_again(page, found, rows, monkeypatch, caplog):
-    engine = rollout("sglang")
+def test_preemptions_are_counted_over_all_of_vllm():
+    assert asyncio.run(rollout("vllm").recomputed(Client(METRICS))) == 5
+    assert asyncio.run(rollout("sglang").recomputed(Client(""))) == 0, "its answers say so themselves"
+    with pytest.raises(SampleError, match="does not count preemptions"):
+        asyncio.run(rollout("vllm").recomputed(Client("")))
+
+
+def found_out(engine: ServerRollout[Any], monkeypatch: Any, page: int, found: bool, apart: bool) -> list[SampleRequest]:
     asked: list[SampleRequest] = []
 
     async def cache_page(client: Any) -> int:
+        if page < 0:
+            raise SampleError("HTTP 404")
         return page
 
     async def prime(wanted: SampleRequest) -> None:
@@ -103,16 +109,41 @@ def test_prompts_are_shared_where_one_was_found_again(page, found, rows, monkeyp
 
     async def ask(wanted: SampleRequest, *, max_new_tokens: int) -> Sample:
         asked.append(wanted)
-        return Sample(TRAJECTORY, from_cache=found)
+        return Sample(TRAJECTORY, from_cache=found and (wanted.cache_key == asked[0].cache_key or not apart))
 
     monkeypatch.setattr(engine, "cache_page", cache_page)
     monkeypatch.setattr(engine, "_prime", prime)
     monkeypatch.setattr(engine, "_ask", ask)
     asyncio.run(engine._find_out_what_is_kept(Client("")))
+    return asked
+
+
+OUTCOMES = {
+    "tokens": (1, True, True, 299, ""),
+    "pages": (64, True, True, 256, ""),
+    "not found again": (64, False, True, 0, "keeps no prompt of 65 tokens"),
+    "keys mean nothing": (64, True, False, 0, "finds a prompt under another key"),
+    "no cache": (0, True, True, 0, "prefix cache is off"),
+    "no prompt fills a page": (512, True, True, 0, ""),
+    "does not say": (-1, True, True, 0, "HTTP 404"),
+}
+
+
+@pytest.mark.parametrize(("page", "found", "apart", "rows", "said"), OUTCOMES.values(), ids=OUTCOMES)
+def test_prompts_are_shared_where_one_was_found_again(page, found, apart, rows, said, monkeypatch, caplog):
+    engine = rollout("sglang")
+    asked = found_out(engine, monkeypatch, page, found, apart)
     request = GenerateRequest((1,) * 300, ("a", "b"), (0, 1))
     assert engine._sharing.shareable_rows(request) == rows
-    assert ("keeps no prompt" in caplog.text) == (not found)
+    assert said in caplog.text and bool(said) == bool(caplog.text), "the engine starts, and says why it shares nothing"
     if rows:
-        first, second = asked
+        first, second, third = asked
         assert first == second
+        assert replace(third, cache_key=first.cache_key) == first != third
         assert len(first.prompt_ids) == first.cached_rows + 1 == first.first_row + 1 == 65
+
+
+def test_where_no_prompt_is_long_enough_nothing_is_tried(monkeypatch, caplog):
+    assert found_out(rollout("sglang", prompt_length=64), monkeypatch, 1, True, True) == []
+    assert not caplog.text
+    assert len(found_out(rollout("sglang", prompt_length=65), monkeypatch, 1, True, True)) == 3

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from roll_r3 import platform
 from roll_r3.config.strategies import SglangConfig
-from roll_r3.strategies.rollout.server_args import Argument, command_line, losing_routes, refused, without_rank
+from roll_r3.strategies.rollout.server_args import (
+    CPU_SAMPLES,
+    Argument,
+    command_line,
+    losing_routes,
+    refused,
+    without_rank,
+)
 from roll_r3.strategies.rollout.sglang import launcher
 
 CPU_PATH = Path(platform.__path__[0]) / "sglang_cpu"
@@ -84,11 +91,6 @@ def refused_server_args(config: SglangConfig) -> list[str]:
     return refused(config, _REFUSED, _LOSE_ROUTES, "SGLang")
 
 
-_CPU_SAMPLES = 64
-"""Of the longest samples, how many the cache of an engine on a CPU holds, unless the configuration says how many it
-decodes at once: SGLang by itself would take all of the machine's memory."""
-
-
 def server_arguments(
     config: SglangConfig,
     *,
@@ -129,7 +131,7 @@ def server_arguments(
         "log_level_http": "warning",
     }
     if device == "cpu":
-        room = (config.max_running_requests or _CPU_SAMPLES) * (config.context_length or context_length)
+        room = (config.max_running_requests or CPU_SAMPLES) * (config.context_length or context_length)
         arguments |= {
             "max_total_tokens": config.max_total_tokens or room,
             "attention_backend": config.attention_backend or "torch_native",

@@ -10,7 +10,14 @@ from pathlib import Path
 from roll_r3 import platform
 from roll_r3.config.strategies import VllmConfig
 from roll_r3.models.size import Shape
-from roll_r3.strategies.rollout.server_args import Argument, command_line, losing_routes, refused, without_rank
+from roll_r3.strategies.rollout.server_args import (
+    CPU_SAMPLES,
+    Argument,
+    command_line,
+    losing_routes,
+    refused,
+    without_rank,
+)
 from roll_r3.strategies.rollout.vllm import launcher
 
 PLUGIN_PATH = Path(__file__).parent / "plugin"
@@ -21,8 +28,6 @@ CPU_PATH = Path(platform.__path__[0]) / "vllm_cpu"
 _BLOCK = 32
 """Tokens of a block of the cache: what a CPU's kernel takes. On a GPU vLLM has its own; this only rounds."""
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_CPU_SAMPLES = 64
-"""Samples decoded at once on a CPU, and room for as many in the cache, unless the configuration says."""
 
 _PYTHON_VARIABLES = ("PYTHONPATH", "PYTHONHOME")
 """They are about the interpreter that runs roll_r3: its packages would stand in for those that vLLM pins."""
@@ -223,7 +228,7 @@ def server_arguments(
     }
     tokens = config.max_total_tokens
     if device == "cpu":
-        running = config.max_running_requests or _CPU_SAMPLES
+        running = config.max_running_requests or CPU_SAMPLES
         tokens = tokens or context * running  # by itself vLLM takes nearly all of a machine's memory for the cache
         arguments |= {"enforce_eager": True, "block_size": _BLOCK, "max_num_seqs": running}
     if tokens is not None:

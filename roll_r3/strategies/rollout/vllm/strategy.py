@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _CALL_S = 60.0
 _CACHE_SETTINGS = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
+_PREEMPTIONS = re.compile(r"^vllm:num_preemptions_total(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE)
 _SETTING = re.compile(r'(\w+)="([^"]*)"')
 
 
@@ -93,6 +94,14 @@ class VllmRollout(ServerRollout[VllmConfig]):
         if version != str(self._weight_version):
             return f"the answer would come from weights of version {version}, not {self._weight_version}"
         return ""
+
+    async def recomputed(self, client: ServerClient) -> int:
+        """Preemptions: vLLM's answers say what was cached when a sample began, not whether it had to begin again."""
+        text = (await client.get("/metrics", _CALL_S)).decode(errors="replace")
+        counts = _PREEMPTIONS.findall(text)
+        if not counts:
+            raise SampleError("/metrics does not count preemptions (vllm:num_preemptions_total)")
+        return int(sum(float(count) for count in counts))
 
     async def cache_page(self, client: ServerClient) -> int:
         text = (await client.get("/metrics", _CALL_S)).decode(errors="replace")
