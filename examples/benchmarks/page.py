@@ -50,7 +50,16 @@ def _machine(machine: Report) -> str:
 
 
 def _steps(report: Report) -> list[str]:
-    header = ["model", "layout", "tokens", "with R3 / without", "fastest / fastest", "wall", "on routes"]
+    header = [
+        "model",
+        "layout",
+        "tokens",
+        "with R3 / without",
+        "without / without",
+        "fastest / fastest",
+        "wall",
+        "on routes",
+    ]
     rows = [
         [
             f"{case['model']}: {case['moe_layers']} layers of {case['hidden_size']}, top-{case['top_k']} of "
@@ -58,6 +67,7 @@ def _steps(report: Report) -> list[str]:
             case["layout"],
             f"{case['tokens_per_step']:,}",
             _spread(case["cpu"], 3),
+            _spread(case["cpu_of_the_control"], 3),
             f"{case['cpu_of_the_fastest']:.3f}",
             _spread(case["wall"], 3),
             f"{100 * case['share_on_routes']:.2f}%",
@@ -71,8 +81,9 @@ def _steps(report: Report) -> list[str]:
         "The replayed rows are the live router's own, so the experts do the same work with and without. The last",
         "column is the share of the step that the trainer's own clock gives to routes (`seconds_in_routes`), on the",
         f"slowest rank; bound on a tiny model: {100 * budgets.SHARE:.0f}%.",
-        "Where the quartiles lie further apart than the target lies from 1, the machine was too busy for the ratio to",
-        "tell; the share is a lower bound of what replay costs, since it leaves out what replay slows elsewhere.",
+        "A second step without replay in each round shows how far two equal steps lie apart. Where that is further",
+        "than the target lies from 1, the machine was too busy for the ratio to tell; the share is a lower bound of",
+        "what replay costs, since it leaves out what replay slows elsewhere.",
         "",
         *_table(header, rows),
     ]

@@ -68,7 +68,7 @@ def memory() -> Report:
 @pytest.fixture(scope="module")
 def step(tmp_path_factory: pytest.TempPathFactory) -> Report:
     checkpoint = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return replay_step_time.compare(checkpoint, replace(TINY, samples=8), RECOMPUTED, pairs=ROUNDS)
+    return replay_step_time.compare(checkpoint, replace(TINY, samples=8), RECOMPUTED, rounds=ROUNDS)
 
 
 @pytest.mark.parametrize(
