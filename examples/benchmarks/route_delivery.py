@@ -43,7 +43,7 @@ from roll_r3.strategies.train.micro_batch import MicroBatch, cut
 
 GROUP = 8
 """Samples of a prompt; a quarter of the rows of each is the prompt's."""
-IN_FLIGHT = 4
+MICRO_BATCH = 4
 """Samples of a micro-batch."""
 
 
@@ -274,7 +274,7 @@ def _shard(model: ModelFacts, store: Store, split: Split, place: Place) -> tuple
         rollout_log_probs_N=np.zeros(total, np.float32),
         routes=tuple(store.samples[i] for i in mine),
     )
-    groups = fixed_size(len(mine), IN_FLIGHT)
+    groups = fixed_size(len(mine), MICRO_BATCH)
     return cut(batch, groups, split.layout(sp_rank, cp_rank)), split.layers(model, stage)
 
 

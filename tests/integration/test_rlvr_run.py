@@ -14,6 +14,7 @@ import psutil
 import pytest
 from whole_run import START_TIMEOUT, Run, few_steps
 
+from roll_r3.batch.token_map import round_up
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.rollout.sglang.launcher import KEY_VARIABLE
@@ -44,7 +45,7 @@ def test_replay_covers_every_trained_token_through_pipeline_and_recomputation(fi
         assert m["router_replay/coverage"] == 1.0
         assert m["router_replay/missing_rows"] == 0
         assert 0 < m["router_replay/agreement_native"] <= 1
-        assert_compact(m, 4 * 2)
+        assert_compact(m, 4 * 2, layers=4)
         assert m["actor_train/optimizer_steps"] == 2
         assert m["rollout/dropped_samples"] == 0
     assert metrics[0]["actor/rollout_train_logprobs_abs_diff_mean"] < 0.1, "both sides hold the same weights"
@@ -52,9 +53,12 @@ def test_replay_covers_every_trained_token_through_pipeline_and_recomputation(fi
     assert metrics[2]["actor/rollout_train_logprobs_abs_diff_mean"] < 0.1, "updated weights reach the engine"
 
 
-def assert_compact(step, ids):
-    """MoE layers x top-k x 1 byte, less what samples share of their prompt, and a group's head over its few tokens."""
-    assert ids / 2 < step["router_replay/bytes_per_token"] < ids + 10, "int32 would be four times as much"
+def assert_compact(step, ids, layers, samples=8):
+    """What docs/wire_format.md says of a group: its head, and of its samples' rows one's at least, all at most."""
+    rows = step["tokens/prompt_length/mean"] + step["tokens/response_length/mean"] - 1
+    head = round_up(40 + 4 * (samples + 1) * (1 + layers), 64) / samples
+    stored = step["router_replay/bytes_per_token"] * rows
+    assert head + ids * rows / samples <= stored <= head + ids * rows, "MoE layers x top-k x 1 byte"
 
 
 def test_a_run_leaves_what_was_promised(finished):
@@ -109,7 +113,7 @@ def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path, mod
         run.end()
     assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0, 1.0]
     assert [m.get("router_replay/audit_equal") for m in metrics] == [1.0, None, 1.0]
-    assert_compact(metrics[0], bytes_per_token)
+    assert_compact(metrics[0], bytes_per_token, layers=3)
     # the bias that moved reaches the engine: it still samples from the trainer's policy
     assert max(m["actor/rollout_train_logprobs_abs_diff_mean"] for m in metrics) < 0.1
     assert min(m["router_replay/agreement_native"] for m in metrics) > 0.9

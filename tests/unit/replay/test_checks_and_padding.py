@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_r3.errors import RouteError
-from roll_r3.replay.checks import check_log_probs, compact_routes
+from roll_r3.replay.checks import FEW_ROWS, check_log_probs, compact_routes
 from roll_r3.replay.padding import padding_rows
 
 MODEL = {"num_layers": 4, "moe_layers": (1, 3), "num_experts": 300, "top_k": 2}
@@ -48,6 +48,16 @@ def test_moe_layers_are_kept_layer_major():
 def test_a_broken_payload_is_refused(damage, message):
     with pytest.raises(RouteError, match=message):
         compact_routes(damage(payload()), num_rows=5, **MODEL)
+
+
+def test_a_few_tokens_may_all_go_to_the_first_expert_where_each_goes_to_one():
+    """Not many: then the layer was not recorded. With two choices a row of zeros names an expert twice anyway."""
+    model = MODEL | {"top_k": 1}
+    few = np.zeros((FEW_ROWS, model["num_layers"], 1), np.int32)
+    assert not compact_routes(few, num_rows=FEW_ROWS, **model).ids_MRK.any()
+    many = np.zeros((FEW_ROWS + 1, model["num_layers"], 1), np.int32)
+    with pytest.raises(RouteError, match="all zeros in MoE layers"):
+        compact_routes(many, num_rows=FEW_ROWS + 1, **model)
 
 
 @pytest.mark.parametrize(
