@@ -24,5 +24,9 @@ class EngineError(RollError):
     """A rollout engine refused, failed, or died."""
 
 
+class CheckpointError(RollError):
+    """A checkpoint is damaged, or could not be written."""
+
+
 class WorkerError(RollError):
     """A worker process of the cluster failed or died; the text carries the end of its log."""

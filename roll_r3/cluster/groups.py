@@ -22,6 +22,7 @@ from roll_r3.config.derived import engine_size, server
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
 from roll_r3.preflight.plan_findings import LOOPBACK
+from roll_r3.saving.manifest import FileSum
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, ReplayCounts
 
 logger = logging.getLogger(__name__)
@@ -209,6 +210,18 @@ class ModelGroup(_Group):
 
     def update_weights(self, version: int) -> None:
         self._call("update_weights", version)
+
+    def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
+        """Every rank writes its part of the model and its optimizer; the checksums of all files, by name."""
+        return {name: found for sums in self._call("save_checkpoint", path) for name, found in sums.items()}
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Every rank takes its part of what `save_checkpoint` wrote."""
+        self._call("load_checkpoint", path)
+
+    def save_hf(self, path: Path) -> None:
+        """Write the weights, config and tokenizer as a Hugging Face checkpoint."""
+        self._call("save_hf", path)
 
     def _call_on_shards(self, method: str, batch: Batch, shards: Sequence[IntArray], *rest: Any) -> list[Any]:
         """Every rank gets its data-parallel shard, stored once per shard."""

@@ -23,6 +23,7 @@ from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
+from roll_r3.saving.manifest import FileSum, file_sum, files_below
 from roll_r3.strategies.base import (
     GenerateRequest,
     GenerateResult,
@@ -159,6 +160,20 @@ class ModelWorker:
         sending += _seconds(channel.end)
         gathering = time.perf_counter() - start - sending
         logger.info("weights %d: %d tensors, gathered in %.2f s, sent in %.2f s", version, tensors, gathering, sending)
+
+    def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
+        """As `TrainStrategy.save_checkpoint`; returns the checksums of this rank's share of the files, by name."""
+        self._strategy.save_checkpoint(path)
+        share = files_below(path)[self._process.rank :: self._process.world_size]
+        return {name: file_sum(path / name) for name in share}
+
+    def load_checkpoint(self, path: Path) -> None:
+        """As `TrainStrategy.load_checkpoint`."""
+        self._strategy.load_checkpoint(path)
+
+    def save_hf(self, path: Path) -> None:
+        """As `TrainStrategy.save_hf`."""
+        self._strategy.save_hf(path)
 
     def close(self) -> None:
         if self._channel is not None:

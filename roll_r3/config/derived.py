@@ -70,6 +70,11 @@ def checkpoint_of(config: RLVRConfig, role: str) -> str:
     return workers(config)[role].model_args.model_name_or_path or config.pretrain
 
 
+def saving_dir(config: RLVRConfig) -> str:
+    """The directory below which every experiment's checkpoints are."""
+    return config.checkpoint_config.output_dir or config.output_dir
+
+
 def model_parallel_size(worker: ModelWorker) -> int:
     """Ranks that share one copy of the model outside its experts: TP x PP x CP. Under FSDP2 every rank computes all."""
     if not runs_megatron(worker):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_r3.config.base import Config
 from roll_r3.config.workers import ActorInferConfig, ActorTrainConfig, ReferenceConfig
@@ -28,6 +28,30 @@ class RolloutCorrectionConfig(Config):
     """token_tis: weigh each token's loss by min(pi_old / pi_rollout, cap), truncated importance sampling."""
     cap: PositiveFloat = 2.0
     """Upper bound of the weight."""
+
+
+class CheckpointConfig(Config):
+    """Where checkpoints are written."""
+
+    output_dir: str | None = None
+    """Checkpoints are written to output_dir/exp_name/<run>/checkpoints/, weights for transformers to .../hf/, on a disk
+    that every node sees; default: `output_dir` of the run, so that they are in its directory."""
+
+
+def _resume_from_yaml(value: Any) -> Any:
+    """YAML 1.1 reads a bare `off` as the boolean False; say what to write for the other booleans."""
+    if value is False:
+        return "off"
+    if value is True:
+        raise ValueError("YAML reads on/yes/true as the boolean True; write auto, or the path of a checkpoint")
+    return value
+
+
+ResumeFrom = Annotated[
+    str,
+    Field(min_length=1),
+    BeforeValidator(_resume_from_yaml, json_schema_input_type=str | Literal[False]),
+]
 
 
 class RLVRConfig(Config):
@@ -99,6 +123,21 @@ class RLVRConfig(Config):
     """The frozen policy; needed by a KL term only."""
     rewards: dict[str, RewardConfig] = {"default": RewardConfig(reward="exact_match")}
     """Reward rules, by a name of your own."""
+
+    save_steps: NonNegativeInt = 50
+    """Steps from one checkpoint to the next; there is one after the last step too. 0: none, so that what was learned
+    is lost with the run."""
+    max_ckpt_to_keep: NonNegativeInt = 0
+    """Checkpoints that are kept, those of the newest steps; 0: all."""
+    save_hf_steps: NonNegativeInt = 0
+    """Steps from one export of the weights, which transformers loads, to the next; there is one after the last step
+    too. 0: none; `python -m roll_r3.export` makes one of a checkpoint."""
+    checkpoint_config: CheckpointConfig = CheckpointConfig()
+    """Where they are written."""
+    resume_from_checkpoint: ResumeFrom = "off"
+    """off: start from `pretrain`. auto: go on with the newest run of this experiment that has a checkpoint, in its own
+    directory, from its newest whole one; without any it is as off. Or the path of a checkpoint: a new run goes on from
+    there."""
 
     track_with: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     """Trackers besides metrics.jsonl, which is always written."""

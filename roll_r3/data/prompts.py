@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,21 +135,40 @@ def _rows(name: str, args: DataArgs) -> Iterator[dict[str, Any]]:
         yield out
 
 
-def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
+def prompt_batches(
+    prompts: Sequence[Prompt], size: int, seed: int, *, drawn: Sequence[tuple[int, int]] = ()
+) -> Iterator[list[Prompt]]:
     """Batches without end: each pass over the data in a new order that (seed, pass) decides.
 
     A batch may span two passes, so that none is short; it never holds a prompt twice unless `size` exceeds the data.
+
+    Args:
+        drawn: (batches, prompts of a batch) that were drawn before: what would follow them is what comes.
     """
-    epoch = 0
-    queue: list[int] = []
+    order = _Order(len(prompts), seed)
+    for batches, earlier_size in drawn:
+        for _ in range(batches):
+            order.draw(earlier_size)
     while True:
+        yield [prompts[i] for i in order.draw(size)]
+
+
+class _Order:
+    """Which prompt comes next."""
+
+    def __init__(self, prompts: int, seed: int) -> None:
+        self._prompts, self._seed = prompts, seed
+        self._epoch = 0
+        self._queue: deque[int] = deque()
+
+    def draw(self, size: int) -> list[int]:
         batch: list[int] = []
         while len(batch) < size:
-            if not queue:
-                queue = np.random.default_rng((seed, epoch)).permutation(len(prompts)).tolist()
-                epoch += 1
-                if len(prompts) >= size:  # prompts that this batch took from the last pass go to the end of the new one
-                    taken = set(batch)
-                    queue = [i for i in queue if i not in taken] + [i for i in queue if i in taken]
-            batch.append(queue.pop(0))
-        yield [prompts[i] for i in batch]
+            if not self._queue:
+                order = np.random.default_rng((self._seed, self._epoch)).permutation(self._prompts).tolist()
+                self._epoch += 1
+                # prompts that this batch took from the last pass go to the end of the new one
+                taken = set(batch) if self._prompts >= size else set()
+                self._queue.extend([i for i in order if i not in taken] + [i for i in order if i in taken])
+            batch.append(self._queue.popleft())
+        return batch

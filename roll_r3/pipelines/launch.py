@@ -25,10 +25,13 @@ from roll_r3.data.prompts import prompt_batches, read_prompts
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
+from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
+from roll_r3.pipelines.resume import changes, data_of, find_resume_point, open_run_dir, put_back, replace_file
 from roll_r3.pipelines.rlvr import RLVRPipeline, ScoredSample
 from roll_r3.preflight.check import require_valid
 from roll_r3.preflight.surroundings import look_around
 from roll_r3.rewards.rules import Rewards
+from roll_r3.saving.state import TRAINER, check_goes_on
 from roll_r3.tracking.metric_log import MetricLog
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.report import run_summary
@@ -53,14 +56,28 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
     """
     started = time.monotonic()
     config = with_absolute_paths(config)
-    run_dir = RunDir.create(config.output_dir, config.exp_name, datetime.now())
-    _log_driver(run_dir)
-    (run_dir.path / "config.yaml").write_text(to_yaml(config))
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.max_steps))
-        progress.say(f"run directory: {run_dir.path}")
         stack.enter_context(_leave_on_sigterm())
+        point = find_resume_point(config, progress.say)
+        if point is not None and point.state.step >= config.max_steps:
+            progress.say(
+                f"nothing to do: {point.checkpoint} is of step {point.state.step}, and max_steps is {config.max_steps}"
+            )
+            return 0
+        run_dir = open_run_dir(config, point, lambda: RunDir.create(config.output_dir, config.exp_name, datetime.now()))
+        stack.enter_context(run_dir.locked())
+        _log_driver(run_dir)
+        progress.say(f"run directory: {run_dir.path}")
         tokenizer, prompts, rewards = _prepare(config, origins, progress)
+        data = data_of(prompts, config.seed, point.state.data.drawn if point else ())
+        if point is not None:
+            check_goes_on(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=data)
+            put_back(run_dir, stores_of(config, run_dir.path.name)[0], point, progress.say)
+            progress.say(f"going on after step {point.state.step}, from {point.checkpoint}")
+            for change in changes(config, point):
+                progress.say(change)
+        replace_file(run_dir.path / "config.yaml", to_yaml(config))
         with progress.stage("starting Ray"):
             stack.enter_context(ray_cluster(config))
             placement = stack.enter_context(place(config))
@@ -68,9 +85,12 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
         engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
         with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"):
             roles.start()
+        if point is not None:
+            with progress.stage("reading the checkpoint"):
+                roles.trainer.load_checkpoint(point.checkpoint / TRAINER)
         pipeline = RLVRPipeline(
             config,
-            prompts=prompt_batches(prompts, config.rollout_batch_size, config.seed),
+            prompts=prompt_batches(prompts, config.rollout_batch_size, config.seed, drawn=data.drawn),
             decoder=tokenizer,
             rewards=rewards,
             rollout=roles.rollout,
@@ -79,9 +99,11 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
             progress=progress,
         )
         log = stack.enter_context(MetricLog(run_dir, config.track_with))
+        done = point.state.step if point else 0
         with progress.stage("sending the first weights"):
-            pipeline.start()
-        shown = _train(config, pipeline, log, run_dir, progress)
+            pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
+        saving = Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
+        shown = _train(config, pipeline, done, log, saving, run_dir, progress)
     mode = config.actor_train.router_replay.mode
     print(run_summary(run_dir.path, log.history, *shown, replay_mode=mode, seconds=time.monotonic() - started))
     return 0
@@ -144,13 +166,19 @@ def _read_tokenizer(checkpoint: Path, trust_remote_code: bool) -> Any:
 
 
 def _train(
-    config: RLVRConfig, pipeline: RLVRPipeline, log: MetricLog, run_dir: RunDir, progress: Progress
+    config: RLVRConfig,
+    pipeline: RLVRPipeline,
+    done: int,
+    log: MetricLog,
+    saving: Checkpoints,
+    run_dir: RunDir,
+    progress: Progress,
 ) -> tuple[list[ScoredSample], list[ScoredSample]]:
-    """Every step of the run; the samples shown of the first and of the last."""
+    """Every step of the run after the first `done`; the samples shown of the first of them and of the last."""
     before: list[ScoredSample] = []
     shown: list[ScoredSample] = []
     with run_dir.samples_file.open("a") as samples_file:
-        for step in range(1, config.max_steps + 1):
+        for step in range(done + 1, config.max_steps + 1):
             result = pipeline.step(step)
             log.write(step, result.metrics)
             # one sample of each of the first prompts says more than all samples of one prompt
@@ -160,6 +188,7 @@ def _train(
                 samples_file.write(json.dumps({"step": step} | asdict(sample), ensure_ascii=False) + "\n")
             samples_file.flush()
             progress.step_done(step, result.metrics)
+            saving.step_done(step, pipeline.samples_seen)
     return before, shown
 
 

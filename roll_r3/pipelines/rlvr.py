@@ -84,12 +84,19 @@ class RLVRPipeline:
         self._trainer = trainer
         self._reference = reference
         self._progress = progress
-        self._samples_seen = 0
+        self.samples_seen = 0
+        """Samples trained on since the run began."""
 
-    def start(self) -> None:
-        """Give the engines the trainer's weights as version 0, so that both sides begin from the same numbers."""
+    def start(self, *, done: int = 0, samples_seen: int = 0) -> None:
+        """Give the engines the trainer's weights, so that both sides begin from the same numbers.
+
+        Args:
+            done: steps that made the trainer's weights what they are, which is their version.
+            samples_seen: in these steps.
+        """
+        self.samples_seen = samples_seen
         self._trainer.connect_engines(self._rollout.weight_targets())
-        self._send_weights(version=0)
+        self._send_weights(version=done)
 
     def step(self, step: int) -> StepResult:
         """Run step `step`, counted from 1."""
@@ -116,7 +123,7 @@ class RLVRPipeline:
                 update = self._trainer.train_step(batch, step)
             with self._progress.stage("weights to the engines", step), clock.stage("model_update"):
                 self._send_weights(version=step)
-        self._samples_seen += len(trajectories)
+        self.samples_seen += len(trajectories)
         record = StepRecord(
             step=step,
             seconds=clock.seconds,
@@ -128,7 +135,7 @@ class RLVRPipeline:
             update=update,
             dropped=sum(len(r.dropped) for r in results),
             retries=sum(r.retries for r in results),
-            samples_seen=self._samples_seen,
+            samples_seen=self.samples_seen,
         )
         return StepResult(step_metrics(self._config, record), samples)
 

@@ -19,6 +19,9 @@ from roll_r3.config.rules.data import BUILT_IN_REWARDS, FUNCTION
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.prompts import BUNDLED, READERS
 from roll_r3.data.tiny_task import BUNDLED_TASKS
+from roll_r3.errors import CheckpointError
+from roll_r3.saving.manifest import MARKER
+from roll_r3.saving.state import read_state
 
 _MAX_ROW = 8 << 20
 """Bytes of a first row that are read to see its columns; nothing is said about a longer one."""
@@ -207,3 +210,21 @@ def output_problem(output_dir: str, exp_name: str) -> str:
         if why_no_file(folder) != NOTHING:
             return f"{folder} is not a directory"
     return f"{path} cannot be made"
+
+
+def resume_problem(name: str) -> str:
+    """Why no run can go on from the checkpoint at a path, as far as a look tells; empty when one can."""
+    if name in ("off", "auto"):
+        return ""
+    path = Path(name)
+    if why := unseen(path):
+        return f"{name}: {why}"
+    if not is_directory(path):
+        return f"{name} is no directory"
+    if why_no_file(path / MARKER):
+        return f"{name} is no checkpoint, or one that was not completed: it has no file {MARKER!r}"
+    try:
+        read_state(path)
+    except CheckpointError as error:
+        return str(error)
+    return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from roll_r3.config.derived import changed, checkpoint_of, sglang, vllm, workers
+from roll_r3.config.derived import changed, checkpoint_of, saving_dir, sglang, vllm, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.preflight import files
@@ -26,6 +26,10 @@ class Surroundings:
     data_problems: tuple[str, ...] = ()
     reward_problems: tuple[str, ...] = ()
     output_problem: str = ""
+    saving_problem: str = ""
+    """Why checkpoints cannot be written where the configuration says."""
+    resume_problem: str = ""
+    """Why the checkpoint that the configuration names cannot be gone on from."""
     engine_python_missing: bool = False
     """The interpreter that the configuration names for the engine is not on this machine."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
@@ -47,6 +51,8 @@ def look_around(config: RLVRConfig) -> Surroundings:
         data_problems=tuple(files.data_problems(config.actor_train.data_args)),
         reward_problems=tuple(files.reward_problems(config.rewards)),
         output_problem=files.output_problem(config.output_dir, config.exp_name),
+        saving_problem=files.output_problem(saving_dir(config), config.exp_name),
+        resume_problem=files.resume_problem(config.resume_from_checkpoint),
         engine_python_missing=python is not None and find_interpreter(python) is None,
         versions=find_versions(config),
     )

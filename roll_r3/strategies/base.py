@@ -184,6 +184,19 @@ class InferStrategy(Protocol):
         reference always does). Raises ReplayError under R3 when the batch carries no routes.
         """
 
+    def load_weights(self, path: Path) -> None:
+        """Take the weights, and nothing else, of what a `TrainStrategy` of the same kind wrote; collective.
+
+        Raises:
+            ConfigError: no checkpoint at `path`, or one of another model; on every rank.
+        """
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) pairs, all of them on the first rank; every rank must drain it together."""
+
+    def save_hf(self, path: Path) -> None:
+        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
+
     def close(self) -> None:
         """Leave the process group."""
 
@@ -198,8 +211,24 @@ class TrainStrategy(InferStrategy, Protocol):
         R3 when the batch carries no routes, under R2 when no recording pass over these samples came before.
         """
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs, all of them on the first rank; every rank must drain it together."""
+    def save_checkpoint(self, path: Path) -> None:
+        """Write what training goes on from, each rank its part; collective.
 
-    def save_hf(self, path: Path) -> None:
-        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
+        Weights, optimizer, and the position in the learning-rate schedule. No samples, no recorded routes, no
+        configuration, nothing of the rollout; and no random state, since all that is random is drawn from the seed and
+        the number of the step.
+
+        Args:
+            path: a directory to make, on a disk that all ranks share. It appears when all of it is there.
+
+        Raises:
+            RollError: there is something at `path`, or a rank could not write; on every rank.
+        """
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Go on from what `save_checkpoint` of the same kind of strategy wrote, on whatever number of ranks and in
+        whatever parallel layout; collective.
+
+        Raises:
+            ConfigError: no checkpoint at `path`, or one of another model; on every rank.
+        """

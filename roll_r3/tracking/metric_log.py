@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from roll_r3.tracking.names import METRICS
@@ -12,16 +13,26 @@ from roll_r3.tracking.run_dir import RunDir
 
 
 class MetricLog:
-    """Writes one set of metrics a step, and keeps them for the report at the end."""
+    """Writes one set of metrics a step, and keeps them for the report at the end.
+
+    Where the run has metrics already it goes on behind them.
+    """
 
     def __init__(self, run_dir: RunDir, trackers: Sequence[str]) -> None:
+        earlier = _read(run_dir.metrics_file)
+        self.history: list[dict[str, float]] = list(earlier.values())
         self._file = run_dir.metrics_file.open("a")
         self._board = None
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  seconds to import
 
-            self._board = SummaryWriter(str(run_dir.tensorboard_dir))
-        self.history: list[dict[str, float]] = []
+            is_new = not run_dir.tensorboard_dir.is_dir()
+            # a board that is there has these steps, and may have later ones, which are done anew
+            purge = max(earlier) + 1 if earlier and not is_new else None
+            self._board = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=purge)
+            if is_new:
+                for step, row in earlier.items():
+                    self._show(step, row)
 
     def __enter__(self) -> MetricLog:
         return self
@@ -48,7 +59,20 @@ class MetricLog:
         line = {"step": step} | {n: v if math.isfinite(v) else None for n, v in row.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        self._show(step, row)
+
+    def _show(self, step: int, row: Mapping[str, float]) -> None:
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
+
+
+def _read(metrics: Path) -> dict[int, dict[str, float]]:
+    """Step -> what was written of it."""
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    rows = {}
+    for line in lines:
+        row = json.loads(line)
+        rows[int(row.pop("step"))] = {name: math.nan if value is None else value for name, value in row.items()}
+    return rows

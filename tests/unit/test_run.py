@@ -183,9 +183,9 @@ def test_a_file_of_roll_is_checked_like_any_other(capsys):
     assert out.startswith(f"valid: {path}")
     assert "note [roll-translated]" in err
     assert "warning [roll-unread]" in err
-    assert run.main(["--config", str(path), "--validate-only", "--elsewhere", "save_steps=5", "sead=1"]) == 2
+    assert run.main(["--config", str(path), "--validate-only", "--elsewhere", "critic_warmup=5", "sead=1"]) == 2
     err = capsys.readouterr().err
-    assert "save_steps = 5  (override save_steps=5)" in err
+    assert "critic_warmup = 5  (override critic_warmup=5)" in err
     assert "did you mean seed?" in err
     assert run.main(["--config", str(path), "--print-config", "--elsewhere"]) == 0
     assert "dual_clip_loss: 1.4" in capsys.readouterr().out

@@ -126,6 +126,12 @@ ROWS = (
     Row(under(_MEGATRON, "micro_batch_size"), Off((), "write training_args.per_device_train_batch_size")),
     Row(under(_MEGATRON, "moe_enable_routing_replay"), Unread("router_replay.mode says so")),
     Row(
+        under(_MEGATRON, "save_hf_model"),
+        Unread(
+            "save_hf_steps says when weights are written for transformers; roll_r3.export makes them of a checkpoint"
+        ),
+    ),
+    Row(
         under(
             _MEGATRON,
             "accumulate_allreduce_grads_in_fp32",
@@ -148,13 +154,12 @@ ROWS = (
             "optimizer_offload_fraction",
             "overlap_p2p_comm",
             "overlap_param_gather",
-            "save_hf_model",
             "save_merged_model",
             "sequence_packing",
             "transformer_impl",
             "use_flash_attn",
             "variable_seq_lengths",
         ),
-        Unread("how fast Megatron computes is chosen here, gradients are added in fp32, and nothing is saved"),
+        Unread("how fast Megatron computes and writes checkpoints is chosen here, and gradients are added in fp32"),
     ),
 )

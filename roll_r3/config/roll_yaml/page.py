@@ -30,8 +30,8 @@ Every key of the file then has one of four fates.
 A key that neither ROLL nor roll_r3 knows is refused, as it would be in a file of roll_r3's own. `--print-config` shows
 the whole file in roll_r3's schema, which is what to keep in the long run.
 
-Overrides on the command line may use ROLL's keys too, and `key=null` takes one of them away: `save_steps=null` runs a
-file that asks for checkpoints without them.
+Overrides on the command line may use ROLL's keys too, and `key=null` takes one of them away: `reward_clip=null` runs a
+file that asks for clipped rewards without that.
 
 ## Includes
 
@@ -58,7 +58,8 @@ _DIFFERENCES = """
   `config.json`; roll_r3 trains without one.
 - Temperature. The trainer's log-probabilities are those of the distribution that was sampled from, logits divided by
   `temperature`; ROLL's are those of the plain logits.
-- Checkpoints. ROLL saves every 50 steps, and at the end, without being told; roll_r3 saves nothing yet.
+- Checkpoints. Both save every 50 steps, and at the end, without being told; neither reads what the other wrote. What
+  moves from one to the other are the weights, in the form that transformers loads ([checkpoints](checkpoints.md)).
 - Models. ROLL runs Python code that comes with a checkpoint; here `model_args.trust_remote_code: true` allows it, to
   the tokenizer, to SGLang and to vLLM. Where ROLL lets `pretrain` win over `model_args.model_name_or_path` unless every
   role names one, here each role's own name wins.

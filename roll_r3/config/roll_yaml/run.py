@@ -9,9 +9,6 @@ from roll_r3.config.roll_yaml.rows import By, Joint, Off, Row, Same, Step, Unrea
 from roll_r3.config.tree import Keys
 
 _TRACKERS = ("wandb", "swanlab", "ml_tracker")
-_NO_CHECKPOINTS = (
-    "nothing is saved yet, so the trained weights would be lost; save_steps: 0 says that this is understood"
-)
 _ROLLOUT_LOOP = "roll.distributed.scheduler.user_defined_rollout_loop.UserDefinedRolloutLoop"
 
 
@@ -33,18 +30,25 @@ def _lengths(draft: Draft) -> None:
         draft.translate("sequence_length", {"response_length": whole - prompt}, why)
 
 
-def _saving(draft: Draft) -> None:
-    steps, where = draft.get("save_steps"), draft.get("checkpoint_config")
-    if steps in (None, 0) and steps is not False:
-        draft.drop("save_steps")
-    elif steps is not ABSENT:
-        draft.refuse("save_steps", _NO_CHECKPOINTS)
-    if where in (None, {}):
-        draft.drop("checkpoint_config")
-    elif where is not ABSENT and steps is not ABSENT:
-        draft.unread("checkpoint_config")
-    elif where is not ABSENT:
-        draft.refuse("checkpoint_config", _NO_CHECKPOINTS)
+def _resume(draft: Draft, keys: Keys) -> None:
+    value = draft.get(keys)
+    if value in (None, "") or value is False:
+        draft.drop(keys)
+    elif value is True:
+        draft.translate(keys, {"resume_from_checkpoint": "auto"}, "true is the newest checkpoint of the experiment")
+    elif keys != ("resume_from_checkpoint",):
+        draft.refuse(keys, "write resume_from_checkpoint: auto")
+
+
+def _keep(draft: Draft, keys: Keys) -> None:
+    """ROLL's checkpoint_config: what it is stored by, and where."""
+    value = draft.get(keys)
+    if value is None:
+        draft.drop(keys)
+    elif isinstance(value, dict) and (kind := value.get("type", "file_system")) not in ("file_system", None):
+        draft.refuse((*keys, "type"), f"checkpoints are written to a file system, not by {kind}")
+    elif isinstance(value, dict):
+        draft.drop((*keys, "type"))
 
 
 def _tracker(draft: Draft, keys: Keys) -> None:
@@ -66,7 +70,7 @@ def _mock(draft: Draft, keys: Keys) -> None:
         draft.refuse(keys, "rollouts are neither dumped nor replaced by recorded ones")
 
 
-STEPS: tuple[Step, ...] = (_blocks, _lengths, _saving)
+STEPS: tuple[Step, ...] = (_blocks, _lengths)
 
 ROWS = (
     Row(
@@ -80,18 +84,26 @@ ROWS = (
             "num_return_sequences_in_group",
             "prompt_length",
             "response_length",
+            "save_steps",
+            "max_ckpt_to_keep",
         ),
         Same(),
     ),
     Row(("sequence_length",), Joint("`response_length`: less `prompt_length`, as ROLL reads it")),
     Row(("defaults",), Joint("`deepspeed_zero*` and `*envs` are known by name; paste what another include says")),
     Row(("track_with",), By(_tracker, "`track_with: [tensorboard]`; `stdout` is `[]`; others are not supported")),
-    Row(("save_steps",), Joint(f"not supported, unless `0`: {_NO_CHECKPOINTS}")),
     Row(
         ("checkpoint_config",),
-        Joint("no effect where `save_steps` is given; else it asks for saving and is not supported"),
+        By(
+            _keep,
+            "the same; `type: file_system` is the only one. ROLL adds the time of the start to `output_dir`, here the "
+            "run's name is within it",
+        ),
     ),
-    Row(("resume_from_checkpoint", "auto_resume"), Off((False, ""), "a run starts from pretrain")),
+    Row(
+        ("resume_from_checkpoint", "auto_resume"),
+        By(_resume, "`resume_from_checkpoint`: `true` is `auto`; a path names a checkpoint that roll_r3 wrote"),
+    ),
     Row(
         ("system_envs",),
         Off(({},), "set them in the shell that starts the run, and before `ray start` on other nodes"),
@@ -164,7 +176,6 @@ ROWS = (
         ("is_offload_states", "is_offload_optimizer_states_in_train_step", "offload_backend"),
         Unread("nothing is offloaded: roles have GPUs of their own"),
     ),
-    Row(("max_ckpt_to_keep",), Unread("nothing is saved, so nothing is cleaned up")),
     Row(("reward_model", "reward_system_config"), Unread("only reward workers that are not supported use them")),
     Row(("lora_target", "lora_rank", "lora_alpha"), Unread("at the top level they are names for `${...}` only")),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Finding
-from roll_r3.config.rules import algorithm, batching, data, devices, layout, replay, rollout
+from roll_r3.config.rules import algorithm, batching, data, devices, layout, replay, rollout, saving
 from roll_r3.config.rules.table import AnyRule, check_rows
 
 RULES: tuple[AnyRule, ...] = (
@@ -19,6 +19,7 @@ RULES: tuple[AnyRule, ...] = (
     *algorithm.RULES,
     *rollout.RULES,
     *data.RULES,
+    *saving.RULES,
 )
 
 

@@ -55,7 +55,6 @@ def test_the_vllm_file_names_what_is_missing_all_at_once():
     (refused,) = [f for f in findings if f.rule == "roll-unsupported"]
     assert refused.severity == "error"
     assert {path for path, _ in refused.found} == {
-        "save_steps",
         "track_with",
         "system_envs",
         "adv_estimator",
@@ -77,7 +76,7 @@ def test_the_vllm_file_names_what_is_missing_all_at_once():
     assert at(translated, "actor_train.max_tokens_per_microbatch_in_train") == 8192
     assert at(translated, "actor_train.max_tokens_per_microbatch_in_infer") == 16384
     text = render(findings, Origins("vllm.yaml", places))
-    assert "vllm.yaml:25" in text
+    assert "vllm.yaml:35" in text
     assert "secret-of-the-user" not in text
 
 

@@ -191,9 +191,8 @@ def test_a_value_becomes_what_it_means(changes, expected):
         ({"critic_warmup": 3}, "critic_warmup"),
         ({"dataset_filter": {"min_difficulty": 0.2}}, "dataset_filter"),
         ({"rollout_mock": {"enable": True}}, "rollout_mock"),
-        ({"resume_from_checkpoint": "some/where"}, "resume_from_checkpoint"),
-        ({"save_steps": 500}, "save_steps"),
-        ({"checkpoint_config": {"type": "file_system"}}, "checkpoint_config"),
+        ({"auto_resume": "some/where"}, "auto_resume"),
+        ({"checkpoint_config": {"type": "oss", "output_dir": "x"}}, "checkpoint_config.type"),
         ({"track_with": "swanlab"}, "track_with"),
         (
             {"train_infer_correction": {"is_weight": {"enabled": True, "weight_type": "sequence"}}},
@@ -244,7 +243,8 @@ def test_what_would_change_the_run_is_refused_and_taken_out(changes, refused):
         {"reward_clip": None, "train_infer_correction": {"filters": [{"enabled": False}]}},
         {"gamma": 1.0, "rl_loss_coef": 1, "async_generation_ratio": 0.0, "critic_warmup": 0},
         {"whiten_advantages": False, "max_len_mask": False, "importance_sampling": "token", "use_opd": False},
-        {"save_steps": 0, "checkpoint_config": {}, "resume_from_checkpoint": False, "system_envs": {}},
+        {"checkpoint_config": {}, "resume_from_checkpoint": False, "auto_resume": False, "system_envs": {}},
+        {"checkpoint_config": {"type": "file_system"}, "resume_from_checkpoint": "", "max_ckpt_to_keep": 0},
         {"dataset_filter": {"source": None, "num_samples": 0}, "rollout_mock": {"enable": False}},
         {"actor_train__data_args__template": "qwen2_5", "global_template": "native"},
         {"actor_infer__generating_args__num_beams": 1, "actor_infer__generating_args__num_return_sequences": 8},
@@ -258,6 +258,29 @@ def test_what_means_off_is_dropped_without_a_word(changes):
     plain, of_plain = run(of_roll())
     assert RLVRConfig.model_validate(translated) == RLVRConfig.model_validate(plain)
     assert named == of_plain
+
+
+def test_checkpoints_are_asked_for_by_rolls_names():
+    translated, named = run(
+        of_roll(
+            save_steps=100,
+            max_ckpt_to_keep=3,
+            checkpoint_config={"type": "file_system", "output_dir": "models"},
+            resume_from_checkpoint="some/where",
+        )
+    )
+    config = RLVRConfig.model_validate(translated)
+    assert (config.save_steps, config.max_ckpt_to_keep) == (100, 3)
+    assert config.checkpoint_config.output_dir == "models"
+    assert config.resume_from_checkpoint == "some/where"
+    assert named == run(of_roll())[1]
+
+
+@pytest.mark.parametrize("key", ["resume_from_checkpoint", "auto_resume"])
+def test_rolls_newest_checkpoint_is_auto(key):
+    translated, named = run(of_roll(**{key: True}))
+    assert RLVRConfig.model_validate(translated).resume_from_checkpoint == "auto"
+    assert key in named["roll-translated"]
 
 
 @pytest.mark.parametrize(("clip", "is_read"), [(2.4, True), (2.5, False)])

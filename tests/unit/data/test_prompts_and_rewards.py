@@ -125,6 +125,23 @@ def test_batches_pass_over_the_data_in_seeded_orders(tokenizer):
     assert {counts.count(p.prompt_id) for p in prompts} == {8}, "25 x 32 = 8 x 100: every prompt as often"
 
 
+@pytest.mark.parametrize("drawn", [[(7, 32)], [(2, 32), (5, 12), (1, 100)], [(1, 250)]])
+def test_what_was_drawn_is_passed_over(tokenizer, drawn):
+    """Whatever the sizes of the batches then and now."""
+    prompts = read_prompts(DataArgs(file_name="bundled:addition_mod10"), tokenizer, 10)
+    before = [size for batches, size in drawn for _ in range(batches)]
+    steps = 9
+    whole = []
+    for later in (32, 5):
+        found = list(islice(prompt_batches(prompts, later, seed=1, drawn=drawn), steps))
+        again = list(islice(prompt_batches(prompts, later, seed=1, drawn=[(1, size) for size in before]), steps))
+        assert found == again
+        whole.append(found)
+    if set(before) == {32}:
+        assert whole[0] == list(islice(prompt_batches(prompts, 32, seed=1), len(before), len(before) + steps))
+    assert whole[0] != list(islice(prompt_batches(prompts, 32, seed=1), steps))
+
+
 def test_more_prompts_than_data_repeat(tokenizer):
     prompts = read_prompts(DataArgs(file_name="bundled:addition_mod10"), tokenizer, 10)[:3]
     assert len(next(prompt_batches(prompts, 8, seed=0))) == 8

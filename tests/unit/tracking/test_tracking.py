@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from roll_r3.errors import ConfigError
 from roll_r3.tracking.metric_log import MetricLog
 from roll_r3.tracking.names import METRICS, metrics_table
 from roll_r3.tracking.progress import Progress, format_seconds
@@ -38,6 +39,55 @@ def test_metrics_are_written_in_declared_order_and_kept(tmp_path):
 
     board = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
     assert board.Scalars("critic/score/mean")[0].value == 0.5
+
+
+def test_a_run_that_goes_on_writes_behind_what_is_there(tmp_path):
+    """On the board too, where steps that are done anew take the place of those that were lost."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = RunDir.create(str(tmp_path), "exp", NOW)
+    with MetricLog(run_dir, ["tensorboard"]) as log:
+        for step, score in ((1, 0.1), (2, 0.25), (3, 0.5)):
+            log.write(step, {"critic/score/mean": score, "actor/lr": float("nan")})
+    lines = run_dir.metrics_file.read_text().splitlines(keepends=True)
+    run_dir.metrics_file.write_text("".join(lines[:2]))
+    with MetricLog(RunDir.reopen(str(tmp_path), "exp", run_dir.path.name), ["tensorboard"]) as log:
+        assert [row["critic/score/mean"] for row in log.history] == [0.1, 0.25]
+        log.write(3, {"critic/score/mean": 0.75})
+    assert run_dir.metrics_file.read_text().splitlines(keepends=True)[:2] == lines[:2]
+    assert json.loads(run_dir.metrics_file.read_text().splitlines()[2]) == {"step": 3, "critic/score/mean": 0.75}
+    board = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
+    assert [(event.step, round(event.value, 2)) for event in board.Scalars("critic/score/mean")] == [
+        (1, 0.1),
+        (2, 0.25),
+        (3, 0.75),
+    ]
+
+
+def test_a_new_run_that_begins_with_metrics_shows_them(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = RunDir.create(str(tmp_path), "exp", NOW)
+    run_dir.metrics_file.write_text('{"step": 4, "critic/score/mean": 0.5, "actor/lr": null}\n')
+    with MetricLog(run_dir, ["tensorboard"]) as log:
+        log.write(5, {"critic/score/mean": 0.75})
+    board = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("critic/score/mean")] == [(4, 0.5), (5, 0.75)]
+
+
+def test_one_process_at_a_time_runs_in_a_directory(tmp_path):
+    run_dir = RunDir.create(str(tmp_path), "exp", NOW)
+    again = RunDir.reopen(str(tmp_path), "exp", run_dir.path.name)
+    with run_dir.locked(), pytest.raises(ConfigError, match="another process runs in"), again.locked():
+        pass
+    with again.locked():
+        pass
+
+
+def test_a_directory_that_is_gone_is_made_anew(tmp_path):
+    run_dir = RunDir.reopen(str(tmp_path), "exp", "20261121-120000")
+    assert run_dir.log_file("driver").parent.is_dir()
+    assert (tmp_path / "exp" / "latest").resolve() == run_dir.path.resolve()
 
 
 def test_plain_lines_where_there_is_no_terminal():

@@ -24,8 +24,8 @@ from roll_r3.models.hf.config import read_hf_config
 from roll_r3.models.hf.parts import parts_of
 from roll_r3.models.hf.routers import find_routers
 from roll_r3.strategies.train.fsdp2.routers import HookedRouter
-from roll_r3.strategies.train.fsdp2.together import together
 from roll_r3.strategies.train.fsdp2.weights import CheckpointReader
+from roll_r3.strategies.train.together import together
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -24,11 +24,10 @@ from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
 from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
-from roll_r3.strategies.train import world
+from roll_r3.strategies.train import checkpoint, world
 from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
-from roll_r3.strategies.train.fsdp2 import checkpoint
 from roll_r3.strategies.train.fsdp2.audit import ExpertsAudit
 from roll_r3.strategies.train.fsdp2.model import build_model
 from roll_r3.strategies.train.fsdp2.optimizer import Optimizer
@@ -152,6 +151,21 @@ class Fsdp2Infer:
             seconds_in_routes=session.stopwatch.seconds if session else 0.0,
         )
 
+    def load_weights(self, path: Path) -> None:
+        """As `InferStrategy.load_weights`."""
+        checkpoint.load([_named(_MODEL, self.model.state())], path, within=_MODEL)
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) pairs, the same on every rank; collective.
+
+        In the training dtype, but for an expert bias, which is fp32.
+        """
+        yield from self.model.export_weights()
+
+    def save_hf(self, path: Path) -> None:
+        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
+        save_hf(self.export_weights(), Path(self.model_path), path)
+
     def close(self) -> None:
         """Let the model go, and leave the process group."""
         self.model.release()
@@ -254,36 +268,15 @@ class Fsdp2Train(Fsdp2Infer):
             seconds_in_routes=seconds,
         )
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs, the same on every rank; collective.
-
-        In the training dtype, but for an expert bias, which is fp32.
-        """
-        yield from self.model.export_weights()
-
     def save_checkpoint(self, path: Path) -> None:
-        """Write what training goes on from, each rank its part; collective.
-
-        It holds the fp32 weights and the buffers (an expert bias), Adam's moments, and the number of optimizer steps
-        taken, which is the position in the learning-rate schedule. It holds no samples, no recorded routes, no
-        configuration, and nothing of the rollout.
-
-        Args:
-            path: a directory to make, on a disk that all ranks share.
-
-        Raises:
-            RollError: there is something at `path`, or a rank could not write.
-        """
+        """As `TrainStrategy.save_checkpoint`: the fp32 weights and the buffers (an expert bias), Adam's moments, and
+        the number of optimizer steps taken, which is the position in the learning-rate schedule."""
         checkpoint.save(self._state(), path)
 
     def load_checkpoint(self, path: Path) -> None:
-        """Go on from what `save_checkpoint` wrote, on whatever number of ranks; collective.
-
-        Raises:
-            ConfigError: no checkpoint at `path`, or one of another model.
-        """
+        """As `TrainStrategy.load_checkpoint`."""
         state = self._state()
-        checkpoint.load(state, path)
+        checkpoint.load([state], path)
         self.optimizer.resume(int(state["optimizer.done"]))
 
     def _audit(self, num_micro_batches: int, step: int) -> ExpertsAudit | None:
@@ -296,9 +289,11 @@ class Fsdp2Train(Fsdp2Infer):
 
     def _state(self) -> dict[str, torch.Tensor]:
         """This rank's memory of all that a checkpoint holds."""
-        parts = {"model": self.model.state(), "optimizer": self.optimizer.state()}
-        return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+        return _named(_MODEL, self.model.state()) | _named(_OPTIMIZER, self.optimizer.state())
 
-    def save_hf(self, path: Path) -> None:
-        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
-        save_hf(self.export_weights(), Path(self.model_path), path)
+
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+def _named(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}

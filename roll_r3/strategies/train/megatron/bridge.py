@@ -147,9 +147,15 @@ _FUSED_NORMS = {
 """TransformerEngine fuses a norm into the projection that follows it."""
 
 
-def _plain_name(name: str) -> str:
+def plain_norms(name: str) -> str:
+    """A parameter's name as it is without TransformerEngine."""
     for fused, plain in _FUSED_NORMS.items():
         name = name.replace(fused, plain)
+    return name
+
+
+def _plain_name(name: str) -> str:
+    name = plain_norms(name)
     return re.sub(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight", r"experts.\2.weight\1", name)
 
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from roll_r3.strategies.train.megatron.attention import TorchCoreAttention
 
@@ -97,6 +98,14 @@ class WholeNorm(torch.nn.Module):
         squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
         normed = flat * torch.rsqrt(squares / self.width + self.eps)
         return (self.weight * normed.to(x.dtype)).view(x.shape)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For a checkpoint: tensor-parallel ranks hold parts, where megatron takes what says nothing for copies."""
+        return make_sharded_tensors_for_checkpoint(  # type: ignore[no-any-return]
+            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
+        )
 
 
 class LocalLatentAttention(MLASelfAttention):  # type: ignore[misc]

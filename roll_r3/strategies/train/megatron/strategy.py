@@ -34,7 +34,7 @@ from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
 from roll_r3.strategies.train.hf_checkpoint import save_hf
-from roll_r3.strategies.train.megatron import parallel
+from roll_r3.strategies.train.megatron import checkpoint, parallel
 from roll_r3.strategies.train.megatron.audit import DispatchAudit
 from roll_r3.strategies.train.megatron.expert_bias import RealTokenCounts
 from roll_r3.strategies.train.megatron.model import DTYPES, build_model
@@ -164,6 +164,22 @@ class MegatronInfer:
             replay=summed_counts([session.counts], self.model.device) if isinstance(session, ReplaySession) else None,
             seconds_in_routes=session.stopwatch.seconds if session else 0.0,
         )
+
+    def load_weights(self, path: Path) -> None:
+        """As `InferStrategy.load_weights`."""
+        megatron_cpu.install()
+        checkpoint.load_weights(self.model, path)
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) pairs, on the first rank; collective.
+
+        In the training dtype, but for an expert bias, which is fp32.
+        """
+        yield from self.model.export_weights()
+
+    def save_hf(self, path: Path) -> None:
+        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
+        save_hf(self.export_weights(), Path(self.model_path), path)
 
     def close(self) -> None:
         """Let the model go, and leave the process group."""
@@ -322,17 +338,6 @@ class MegatronTrain(MegatronInfer):
             seconds_in_routes=seconds,
         )
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) pairs, on the first rank; collective.
-
-        In the training dtype, but for an expert bias, which is fp32.
-        """
-        yield from self.model.export_weights()
-
-    def save_hf(self, path: Path) -> None:
-        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
-        save_hf(self.export_weights(), Path(self.model_path), path)
-
     def _audit(self, num_micro_batches: int, step: int) -> DispatchAudit | None:
         """For one optimizer step of a training step that is audited."""
         if not is_audited(self.section.router_replay, step):
@@ -364,6 +369,17 @@ class MegatronTrain(MegatronInfer):
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
         return box[0]
+
+    def save_checkpoint(self, path: Path) -> None:
+        """As `TrainStrategy.save_checkpoint`: the fp32 weights and the buffers (an expert bias), Adam's moments, and
+        the number of optimizer steps taken, which is the position in the learning-rate schedule."""
+        megatron_cpu.install()
+        checkpoint.save(self.model, self.optimizer, path)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """As `TrainStrategy.load_checkpoint`."""
+        megatron_cpu.install()
+        checkpoint.load(self.model, self.optimizer, path)
 
 
 def _gather(tensor: torch.Tensor, group: dist.ProcessGroup, size: int) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -18,16 +19,19 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from roll_r3.errors import ConfigError, RollError
-from roll_r3.strategies.train.fsdp2.together import together
+from roll_r3.strategies.train.together import together
 
 State = dict[str, torch.Tensor]
+"""Name -> a tensor that is the same on every rank, or one of which this rank has a part: a DTensor, or what else tells
+torch.distributed.checkpoint its part. The shape is the whole tensor's; of each name a rank has one part at most."""
 
 
 def save(state: State, path: Path) -> None:
     """Write `state` under `path`, which appears only when all of it is there; collective.
 
+    A part that several ranks have is written by one of them, chosen so that all write about as much.
+
     Args:
-        state: DTensors, of which each rank writes its part, and tensors that are the same on every rank.
         path: a directory to make, on a disk that all ranks share.
 
     Raises:
@@ -51,32 +55,45 @@ def save(state: State, path: Path) -> None:
             os.rename(partial, path)
 
 
-def load(state: State, path: Path) -> None:
-    """Read a checkpoint into the tensors of `state`; collective.
+def load(states: Sequence[State], path: Path, *, within: str = "") -> None:
+    """Read a checkpoint into the tensors of `states`; collective.
 
     Nothing is written into them before every header was found to be right.
 
+    Args:
+        states: more than one where a tensor of the checkpoint goes to several places.
+        within: only what is so named is looked at; the checkpoint may hold more beside it.
+
     Raises:
         ConfigError: no checkpoint at `path`, one of another model, or one that cannot be read; on every rank. Where
-            what fails is reading past the headers, some tensors of `state` are the checkpoint's by then.
+            what fails is reading past the headers, some tensors of `states` are the checkpoint's by then.
     """
     failing = f"{path} is no checkpoint of this model"
     reader = HuggingFaceStorageReader(str(path))
+    names: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(names, {name for state in states for name in state})
     with together(ConfigError, failing):
         if not path.is_dir():
             raise ConfigError("there is no such directory")
-        _check(state, reader.read_metadata())
-    try:
-        state_dict_loader.load(state, storage_reader=reader)
-    except CheckpointException as error:
-        raise ConfigError(f"{path} cannot be read: {_reasons(error)}") from error
+        metadata = reader.read_metadata()
+        for state in states:
+            _check(state, metadata, set().union(*names), within)
+    for state in states:
+        try:
+            state_dict_loader.load(state, storage_reader=reader)
+        except CheckpointException as error:
+            raise ConfigError(f"{path} cannot be read: {_reasons(error)}") from error
 
 
-def _check(state: State, metadata: Metadata) -> None:
-    """Raises ConfigError: the files hold other tensors than `state`, or not all parts of one."""
+def _check(state: State, metadata: Metadata, names: set[str], within: str) -> None:
+    """Raises ConfigError: the files hold other tensors than the model, or not all parts of one.
+
+    Args:
+        names: of all ranks.
+    """
     held = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
     for name, m in held.items():
-        if name not in state:
+        if name not in names and name.startswith(within):
             raise ConfigError(f"it holds {name}, which this model has not")
         if sum(prod(chunk.sizes) for chunk in m.chunks) != prod(m.size):
             raise ConfigError(f"it is not whole: a file that holds a part of {name} is not there")

@@ -1,0 +1,37 @@
+"""Checkpoints: what is written, and where."""
+
+from __future__ import annotations
+
+from roll_r3.config.rules.table import AnyRule, Rule, unread
+
+RULES: tuple[AnyRule, ...] = (
+    unread(
+        "checkpoints-kept-unread",
+        "max_ckpt_to_keep",
+        "save_steps",
+        lambda c: c.save_steps > 0,
+        "leave max_ckpt_to_keep out, or write save_steps: 50",
+        wrong=("save_steps=0", "max_ckpt_to_keep=3"),
+        right=("max_ckpt_to_keep=3",),
+    ),
+    unread(
+        "checkpoint-directory-unread",
+        "checkpoint_config.output_dir",
+        "save_steps",
+        lambda c: c.save_steps > 0 or c.save_hf_steps > 0 or c.resume_from_checkpoint == "auto",
+        "leave checkpoint_config out, or write save_steps: 50",
+        wrong=("save_steps=0", "checkpoint_config.output_dir=/checkpoints"),
+        right=("checkpoint_config.output_dir=/checkpoints",),
+        depends=("save_hf_steps", "resume_from_checkpoint"),
+    ),
+    Rule(
+        id="nothing-saved",
+        fields=("save_steps", "save_hf_steps", "max_steps"),
+        why="nothing is saved: what the run learns is lost when it ends",
+        fix="write save_steps, of 50 for instance, or save_hf_steps",
+        wrong=("save_steps=0",),
+        right=("save_steps=0", "save_hf_steps=500"),
+        violates=lambda c: c.save_steps == 0 and c.save_hf_steps == 0,
+        severity="warning",
+    ),
+)

@@ -1,0 +1,133 @@
+"""Where a run begins: at the checkpoint's weights, or at a step that an earlier one saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from roll_r3.config.derived import saving_dir
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.tree import join
+from roll_r3.config.yaml_file import to_yaml
+from roll_r3.data.prompts import Prompt
+from roll_r3.errors import CheckpointError, ConfigError
+from roll_r3.saving.manifest import verify, write_durably
+from roll_r3.saving.state import CONFIG, METRICS, Data, RunState, fingerprint, read_state
+from roll_r3.saving.store import CHECKPOINTS, Store, newest_run
+from roll_r3.tracking.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What a run goes on from."""
+
+    checkpoint: Path
+    """Whole: every byte of it was compared with its checksum."""
+    state: RunState
+    run: str | None
+    """Name of the run that goes on, in its own directory; None: a new run begins there."""
+
+
+def find_resume_point(config: RLVRConfig, say: Callable[[str], None]) -> ResumePoint | None:
+    """What `resume_from_checkpoint` asks for; None: start from `pretrain`.
+
+    Args:
+        say: is told what is found, and of every damaged checkpoint on the way.
+
+    Raises:
+        ConfigError: the checkpoint that is named is none, or is damaged.
+        CheckpointError: there are checkpoints to go on from, and all are damaged.
+    """
+    if config.resume_from_checkpoint == "off":
+        return None
+    if config.resume_from_checkpoint != "auto":
+        path = Path(config.resume_from_checkpoint).absolute()
+        try:
+            verify(path)
+            return ResumePoint(path, read_state(path), None)
+        except CheckpointError as error:
+            raise ConfigError(f"resume_from_checkpoint: {path} cannot be gone on from: {error}") from error
+    experiment = Path(saving_dir(config)).absolute() / config.exp_name
+    run = newest_run(experiment)
+    if run is None:
+        say(f"resume_from_checkpoint: auto: no run in {experiment} has a checkpoint, starting from {config.pretrain}")
+        return None
+    try:
+        newest = Store(experiment / run / CHECKPOINTS).newest_whole(say)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}: the run does not start over by itself. Name another checkpoint in resume_from_checkpoint, or "
+            "write off"
+        ) from error
+    assert newest is not None, "newest_run has seen one"
+    return ResumePoint(newest, read_state(newest), run)
+
+
+def open_run_dir(config: RLVRConfig, point: ResumePoint | None, new: Callable[[], RunDir]) -> RunDir:
+    """The directory of the run: a new one, or that of the run which goes on."""
+    if point is None or point.run is None:
+        return new()
+    return RunDir.reopen(config.output_dir, config.exp_name, point.run)
+
+
+def put_back(run_dir: RunDir, store: Store, point: ResumePoint, say: Callable[[str], None]) -> None:
+    """Make the run's files those of the checkpoint's step: what came after it is done again.
+
+    Checkpoints of later steps, all of them damaged, are renamed.
+    """
+    replace_file(run_dir.metrics_file, (point.checkpoint / METRICS).read_text())
+    if point.run is None:
+        return
+    for aside in store.set_aside_after(point.state.step):
+        say(f"what is left of a damaged checkpoint is in {aside}")
+    if run_dir.samples_file.is_file():
+        replace_file(run_dir.samples_file, "".join(_until(run_dir.samples_file, point.state.step)))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    partial = path.with_name(f".{path.name}.partial")
+    write_durably(partial, text)
+    partial.replace(path)
+
+
+def _until(samples: Path, step: int) -> list[str]:
+    """The lines of samples.jsonl up to a step; the last line may be cut off."""
+    kept = []
+    for line in samples.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    return kept
+
+
+def changes(config: RLVRConfig, point: ResumePoint) -> list[str]:
+    """The fields that are not as in the run so far, and how."""
+    before = _flat(yaml.safe_load((point.checkpoint / CONFIG).read_text()))
+    after = _flat(yaml.safe_load(to_yaml(config)))
+    paths = [path for path in before | after if before.get(path) != after.get(path)]
+    return [
+        f"  {path}: {before.get(path, 'not there')} -> {after.get(path, 'not there')}"
+        for path in paths
+        if path != "resume_from_checkpoint"
+    ]
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value."""
+    if not isinstance(node, dict):
+        return {path: node}
+    return {k: v for name, inner in node.items() for k, v in _flat(inner, join(path, str(name))).items()}
+
+
+def data_of(prompts: Sequence[Prompt], seed: int, drawn: Sequence[tuple[int, int]] = ()) -> Data:
+    """How far a run is in these prompts."""
+    sha256 = fingerprint([(p.token_ids, p.ground_truth, p.domain) for p in prompts])
+    return Data(prompts=len(prompts), sha256=sha256, seed=seed, drawn=tuple(drawn))

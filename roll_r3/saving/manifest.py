@@ -1,0 +1,159 @@
+"""What shows that a directory is whole: a list of its files with their checksums, and a marker that seals the list.
+
+The checksums tell a whole checkpoint from a damaged one. They are no signature: who can write the files can write
+those too. What is read from a checkpoint is therefore never run: it holds safetensors, JSON and YAML alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from roll_r3.errors import CheckpointError
+
+MANIFEST, MARKER = "manifest.json", "complete"
+_CHUNK = 8 << 20
+_MAX_MANIFEST = 256 << 20
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """What a file holds, in short."""
+
+    size: NonNegativeInt
+    """Bytes."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: Literal[1]
+    files: dict[str, FileSum]
+
+
+def file_sum(path: Path) -> FileSum:
+    """Read a file and have the disk keep it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+        os.fsync(stream.fileno())
+    return FileSum(size, digest.hexdigest())
+
+
+def files_below(folder: Path) -> list[str]:
+    """Every file below `folder`, relative and sorted.
+
+    Raises:
+        CheckpointError: there is something that is neither a file nor a directory: a link may lead anywhere.
+        OSError: a directory cannot be read.
+    """
+    return sorted(path.relative_to(folder).as_posix() for path in _walk(folder))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for entry in os.scandir(folder):
+        mode = entry.stat(follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):
+            yield from _walk(Path(entry.path))
+        elif stat.S_ISREG(mode):
+            yield Path(entry.path)
+        else:
+            raise CheckpointError(f"{entry.path} is neither a file nor a directory")
+
+
+def seal(folder: Path, sums: Mapping[str, FileSum]) -> None:
+    """Write the list and, last of all, the marker.
+
+    Args:
+        sums: of every file below `folder`, by its relative path.
+
+    Raises:
+        CheckpointError: `sums` are not those of the files that are there.
+        OSError: nothing can be written.
+    """
+    if differing := set(files_below(folder)) ^ set(sums):
+        raise CheckpointError(f"{folder}: nobody has, or somebody else has, written {', '.join(sorted(differing))}")
+    text = _Manifest(format=1, files=dict(sorted(sums.items()))).model_dump_json(indent=1) + "\n"
+    write_durably(folder / MANIFEST, text)
+    write_durably(folder / MARKER, hashlib.sha256(text.encode()).hexdigest() + "\n")
+    for directory in {folder, *(path.parent for path in _walk(folder))}:
+        sync_directory(directory)
+
+
+def verify(folder: Path) -> None:
+    """Read all of a sealed directory.
+
+    Raises:
+        CheckpointError: it was never completed, or is not as it was when it was sealed; the text says what is wrong.
+    """
+    try:
+        listed = _listed(folder)
+        there = set(files_below(folder)) - {MANIFEST, MARKER}
+        if missing := sorted(set(listed) - there):
+            raise CheckpointError(f"{missing[0]} is not there")
+        if unlisted := sorted(there - set(listed)):
+            raise CheckpointError(f"{unlisted[0]} was not there when it was saved")
+        for name, wanted in listed.items():
+            size = (folder / name).stat().st_size
+            if size != wanted.size:
+                raise CheckpointError(f"{name} has {size} bytes, and had {wanted.size} when it was saved")
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for name, found in zip(listed, pool.map(lambda name: file_sum(folder / name), listed), strict=True):
+                if found != listed[name]:
+                    raise CheckpointError(f"{name} holds something else than when it was saved")
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error}") from error
+
+
+def _listed(folder: Path) -> dict[str, FileSum]:
+    """What the list says; it is not looked at unless the marker seals it."""
+    marker, path = folder / MARKER, folder / MANIFEST
+    if not marker.is_file():
+        raise CheckpointError("it was not completed: it has no marker")
+    if not path.is_file() or path.stat().st_size > _MAX_MANIFEST:
+        raise CheckpointError(f"it has no {MANIFEST}")
+    text = path.read_bytes()
+    if hashlib.sha256(text).hexdigest() != marker.read_text(errors="replace").strip():
+        raise CheckpointError(f"{MANIFEST} is not the one that the marker seals")
+    try:
+        files = _Manifest.model_validate_json(text).files
+    except ValidationError as error:
+        raise CheckpointError(f"{MANIFEST} is no list of files: {error}") from error
+    for name in files:
+        parts = PurePosixPath(name).parts
+        if not parts or name != "/".join(parts) or ".." in parts or "\0" in name or "\\" in name:
+            raise CheckpointError(f"{MANIFEST} names {name!r}, which is no path within the checkpoint")
+    return files
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file and have the disk keep it."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_directory(folder: Path) -> None:
+    """Have the disk keep the names in a directory."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

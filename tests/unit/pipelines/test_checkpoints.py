@@ -1,0 +1,243 @@
+"""What a run saves and when, what it goes on from, and what it does when that is damaged or the disk is full.
+
+The trainer is a stand-in: two files in the place of its tensors, whose writing is tested where the real ones are.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.yaml_file import to_yaml
+from roll_r3.data.prompts import Prompt
+from roll_r3.errors import CheckpointError, ConfigError
+from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
+from roll_r3.pipelines.resume import (
+    ResumePoint,
+    changes,
+    data_of,
+    find_resume_point,
+    open_run_dir,
+    put_back,
+)
+from roll_r3.saving.manifest import FileSum, file_sum, verify
+from roll_r3.saving.state import read_state
+from roll_r3.tracking.run_dir import RunDir
+
+PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i)) for i in range(10)]
+
+
+class TwoFiles:
+    """In the place of the trainer's ranks."""
+
+    def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
+        path.mkdir()
+        for name in "ab":
+            (path / name).write_bytes(name.encode() * 5000)
+        return {name: file_sum(path / name) for name in "ab"}
+
+    def save_hf(self, path: Path) -> None:
+        (path / "model.safetensors").write_bytes(b"x")
+
+
+def config_of(tmp_path: Path, **changed: Any) -> RLVRConfig:
+    fields = {"exp_name": "exp", "pretrain": "p", "output_dir": str(tmp_path), "max_steps": 10, "save_steps": 2}
+    return RLVRConfig(**(fields | {"actor_train": {}, "actor_infer": {}, "rollout_batch_size": 4} | changed))
+
+
+class FakeRun:
+    """The loop around what saves, without what is trained."""
+
+    def __init__(self, config: RLVRConfig, *, hour: int = 1) -> None:
+        self.config = config
+        self.said: list[str] = []
+        self.point = find_resume_point(config, self.said.append)
+        self.run_dir = open_run_dir(
+            config, self.point, lambda: RunDir.create(config.output_dir, "exp", datetime(2026, 1, 1, hour))
+        )
+        self.checkpoints, self.exports = stores_of(config, self.run_dir.path.name)
+        self.done = self.point.state.step if self.point else 0
+        data = data_of(PROMPTS, config.seed, self.point.state.data.drawn if self.point else ())
+        if self.point:
+            put_back(self.run_dir, self.checkpoints, self.point, self.said.append)
+        trainer: Any = TwoFiles()
+        self.saving = Checkpoints(config, self.run_dir, trainer, data=data, begun=self.done, say=self.said.append)
+
+    def run_to(self, last: int) -> FakeRun:
+        for step in range(self.done + 1, last + 1):
+            with self.run_dir.metrics_file.open("a") as stream:
+                stream.write(json.dumps({"step": step}) + "\n")
+            with self.run_dir.samples_file.open("a") as stream:
+                stream.write(json.dumps({"step": step, "sample": "x"}) + "\n")
+            self.done = step
+            self.saving.step_done(step, samples_seen=32 * step)
+        return self
+
+    def steps_in(self, path: Path) -> list[int]:
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_checkpoint_holds_what_a_run_goes_on_from(tmp_path):
+    run = FakeRun(config_of(tmp_path)).run_to(5)
+    assert run.checkpoints.steps() == [2, 4]
+    path = run.checkpoints.path(4)
+    verify(path)
+    names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    assert names == {
+        "trainer/a",
+        "trainer/b",
+        "config.yaml",
+        "metrics.jsonl",
+        "state.json",
+        "manifest.json",
+        "complete",
+    }
+    assert (path / "config.yaml").read_text() == to_yaml(run.config)
+    assert run.steps_in(path / "metrics.jsonl") == [1, 2, 3, 4]
+    state = read_state(path)
+    assert (state.step, state.samples_seen, state.trainer) == (4, 128, "megatron_train")
+    assert state.data.drawn == ((4, 4),)
+    assert any(str(path) in said for said in run.said), "it says what it has saved, once it is there"
+
+
+def test_the_last_step_is_saved_whatever_its_number(tmp_path):
+    run = FakeRun(config_of(tmp_path, max_steps=7, save_steps=5, save_hf_steps=3)).run_to(7)
+    assert run.checkpoints.steps() == [5, 7]
+    assert run.exports.steps() == [3, 6, 7]
+    assert (run.exports.path(7) / "model.safetensors").is_file()
+    nothing = FakeRun(config_of(tmp_path / "none", max_steps=3, save_steps=0)).run_to(3)
+    assert not nothing.checkpoints.folder.exists()
+    assert not nothing.exports.folder.exists()
+
+
+def test_the_newest_are_kept(tmp_path):
+    run = FakeRun(config_of(tmp_path, max_ckpt_to_keep=2)).run_to(9)
+    assert run.checkpoints.steps() == [6, 8]
+
+
+def test_what_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
+    run = FakeRun(config_of(tmp_path, max_ckpt_to_keep=1)).run_to(3)
+
+    def fail(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError("stale file handle")
+
+    monkeypatch.setattr("roll_r3.saving.store.shutil.rmtree", fail)
+    run.run_to(4)
+    assert run.said[-1] == "an older checkpoint could not be removed: stale file handle"
+    monkeypatch.undo()
+    run.run_to(6)
+    assert [entry.name for entry in run.checkpoints.folder.iterdir()] == ["step-00000006"]
+
+
+def test_checkpoints_may_be_on_another_disk(tmp_path):
+    config = config_of(tmp_path / "runs", checkpoint_config={"output_dir": str(tmp_path / "disk")})
+    run = FakeRun(config).run_to(2)
+    assert run.checkpoints.folder == tmp_path / "disk" / "exp" / run.run_dir.path.name / "checkpoints"
+    assert run.checkpoints.steps() == [2]
+    again = FakeRun(config.model_copy(update={"resume_from_checkpoint": "auto"}))
+    assert again.done == 2
+    assert again.run_dir == run.run_dir
+
+
+def test_auto_goes_on_with_the_run_in_its_directory(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    first = FakeRun(config)
+    assert first.point is None
+    assert "no run in" in first.said[0]
+    first.run_to(5)
+    FakeRun(config_of(tmp_path), hour=2)  # one that died before its first checkpoint
+    again = FakeRun(config)
+    assert again.run_dir == first.run_dir
+    assert again.done == 4
+    assert again.steps_in(again.run_dir.metrics_file) == [1, 2, 3, 4], "step 5 is done again"
+    assert again.steps_in(again.run_dir.samples_file) == [1, 2, 3, 4]
+    again.run_to(6)
+    assert again.steps_in(again.run_dir.metrics_file) == [1, 2, 3, 4, 5, 6]
+    assert again.steps_in(again.checkpoints.path(6) / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert read_state(again.checkpoints.path(6)).data.drawn == ((6, 4),)
+
+
+def test_a_path_begins_a_new_run_there(tmp_path):
+    first = FakeRun(config_of(tmp_path)).run_to(5)
+    named = str(first.checkpoints.path(2))
+    other = FakeRun(config_of(tmp_path, resume_from_checkpoint=named, rollout_batch_size=8), hour=2).run_to(4)
+    assert other.run_dir != first.run_dir
+    assert other.steps_in(other.run_dir.metrics_file) == [1, 2, 3, 4]
+    assert other.steps_in(other.run_dir.samples_file) == [3, 4], "what it sampled itself"
+    assert first.checkpoints.steps() == [2, 4]
+    assert first.steps_in(first.run_dir.metrics_file) == [1, 2, 3, 4, 5]
+    assert read_state(other.checkpoints.path(4)).data.drawn == ((2, 4), (2, 8))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    first = FakeRun(config).run_to(6)
+    (first.checkpoints.path(6) / "trainer" / "a").write_bytes(b"a" * 4999)
+    again = FakeRun(config)
+    assert again.done == 4
+    assert "step-00000006 is DAMAGED: trainer/a has 4999 bytes, and had 5000" in again.said[0]
+    assert "step-00000006.damaged" in again.said[1]
+    again.run_to(6)
+    verify(again.checkpoints.path(6))
+
+
+def test_where_all_are_damaged_nothing_starts(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    run = FakeRun(config).run_to(2)
+    (run.checkpoints.path(2) / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="the run does not start over by itself"):
+        FakeRun(config)
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(tmp_path):
+    run = FakeRun(config_of(tmp_path)).run_to(4)
+    (run.checkpoints.path(4) / "complete").unlink()
+    with pytest.raises(ConfigError, match="cannot be gone on from: it was not completed"):
+        FakeRun(config_of(tmp_path, resume_from_checkpoint=str(run.checkpoints.path(4))))
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Larger ones cannot be written, as where the disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [4096, 6000], ids=["trainer", "configuration"])
+def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, size):
+    config = config_of(tmp_path, resume_from_checkpoint="auto", max_ckpt_to_keep=1)
+    if size == 6000:
+        config = config.model_copy(update={"rewards": {f"rule{i}": config.rewards["default"] for i in range(200)}})
+    run = FakeRun(config).run_to(3)
+    with files_up_to(size), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
+        run.saving.step_done(4, samples_seen=128)
+    assert "there is step 2" in str(stopped.value)
+    assert [entry.name for entry in run.checkpoints.folder.iterdir()] == ["step-00000002"]
+    verify(run.checkpoints.path(2))
+    again = FakeRun(config).run_to(4)
+    assert again.checkpoints.steps() == [4]
+
+
+def test_changed_fields_are_named(tmp_path):
+    run = FakeRun(config_of(tmp_path)).run_to(2)
+    point = ResumePoint(run.checkpoints.path(2), read_state(run.checkpoints.path(2)), None)
+    assert changes(run.config, point) == []
+    layout = {"strategy_args": {"strategy_config": {"tensor_model_parallel_size": 2}}}
+    other = config_of(tmp_path, max_steps=20, resume_from_checkpoint="auto", actor_train=layout)
+    assert changes(other, point) == [
+        "  max_steps: 10 -> 20",
+        "  actor_train.strategy_args.strategy_config.tensor_model_parallel_size: 1 -> 2",
+    ]

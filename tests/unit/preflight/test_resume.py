@@ -1,0 +1,35 @@
+"""What a look at the checkpoint that a file names can tell before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from roll_r3.preflight.files import resume_problem
+from roll_r3.saving.manifest import file_sum, seal
+from roll_r3.saving.state import STATE, Data, RunState
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "step-00000004"
+    path.mkdir()
+    data = Data(prompts=1, sha256="a" * 64, seed=1, drawn=((4, 1),))
+    (path / STATE).write_text(RunState(step=4, samples_seen=4, trainer="fsdp2_train", data=data).text())
+    seal(path, {STATE: file_sum(path / STATE)})
+    return path
+
+
+def test_a_checkpoint_is_none_of_a_problem(checkpoint):
+    for name in ("off", "auto", str(checkpoint)):
+        assert resume_problem(name) == ""
+
+
+def test_what_is_no_checkpoint_is_said_to_be_none(checkpoint, tmp_path):
+    assert "is no directory" in resume_problem(str(tmp_path / "nowhere"))
+    assert "is no directory" in resume_problem(str(checkpoint / STATE))
+    assert "has no file 'complete'" in resume_problem(str(tmp_path))
+    assert resume_problem("a\0b")
+    (checkpoint / STATE).write_text("{")
+    assert "does not say how far the run was" in resume_problem(str(checkpoint))
+    (checkpoint / "complete").unlink()
+    assert "one that was not completed" in resume_problem(str(checkpoint))

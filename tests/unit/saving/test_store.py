@@ -1,0 +1,128 @@
+"""Directories of checkpoints: they appear whole, the newest are kept, and damaged ones are passed over aloud."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from roll_r3.errors import CheckpointError
+from roll_r3.saving.manifest import file_sum
+from roll_r3.saving.store import CHECKPOINTS, Store, newest_run
+
+
+def save(store: Store, step: int) -> Path:
+    folder = store.begin(step)
+    (folder / "weights").write_text(f"of step {step}")
+    store.seal(step, {"weights": file_sum(folder / "weights")})
+    return store.finish(step)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "run" / CHECKPOINTS)
+
+
+def test_a_checkpoint_has_its_name_when_it_is_whole(store):
+    folder = store.begin(3)
+    assert store.steps() == []
+    (folder / "weights").write_text("x")
+    assert store.newest_whole(print) is None
+    store.seal(3, {"weights": file_sum(folder / "weights")})
+    assert store.steps() == []
+    path = store.finish(3)
+    assert path.name == "step-00000003"
+    assert store.steps() == [3]
+    assert store.newest_whole(print) == path
+    with pytest.raises(CheckpointError, match="is there already"):
+        store.begin(3)
+
+
+def test_what_a_dead_process_left_goes_with_the_next(store):
+    (store.begin(3) / "half").write_text("x")
+    (store.folder / ".step-00000001.removed").mkdir()
+    save(store, 4)
+    assert [entry.name for entry in store.folder.iterdir()] == ["step-00000004"]
+
+
+def test_what_failed_leaves_nothing(store):
+    save(store, 1)
+    (store.begin(2) / "half").write_text("x")
+    store.abandon(2)
+    store.abandon(7)
+    assert [entry.name for entry in store.folder.iterdir()] == ["step-00000001"]
+
+
+def test_the_newest_are_kept(store):
+    for step in (2, 4, 6, 100):
+        save(store, step)
+    store.keep(0)
+    assert store.steps() == [2, 4, 6, 100]
+    store.keep(2)
+    assert store.steps() == [6, 100]
+    store.keep(5)
+    assert store.steps() == [6, 100]
+    assert len(list(store.folder.iterdir())) == 2
+
+
+def test_what_is_half_removed_is_no_checkpoint(store, monkeypatch):
+    for step in (1, 2):
+        save(store, step)
+
+    def fail(path: Path) -> None:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr("roll_r3.saving.store.shutil.rmtree", fail)
+    with pytest.raises(OSError, match="stale"):
+        store.keep(1)
+    monkeypatch.undo()
+    assert store.steps() == [2]
+    assert store.newest_whole(print) == store.path(2)
+    save(store, 3)
+    assert sorted(entry.name for entry in store.folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_steps_are_numbers_not_names(store):
+    for step in (99_999_999, 100_000_000, 5):
+        save(store, step)
+    (store.folder / "step-5").mkdir()
+    (store.folder / "notes").touch()
+    assert store.steps() == [5, 99_999_999, 100_000_000]
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(store):
+    for step in (1, 2, 3):
+        save(store, step)
+    (store.path(3) / "weights").write_text("of step 7")
+    (store.path(2) / "complete").unlink()
+    said: list[str] = []
+    assert store.newest_whole(said.append) == store.path(1)
+    assert "step-00000003 is DAMAGED: weights holds something else" in said[0]
+    assert "step-00000002 is DAMAGED: it was not completed" in said[1]
+    aside = store.set_aside_after(1)
+    assert [path.name for path in aside] == ["step-00000002.damaged", "step-00000003.damaged"]
+    assert store.steps() == [1]
+    save(store, 2)
+    save(store, 3)
+    assert store.newest_whole(said.append) == store.path(3)
+    assert len(said) == 2
+
+
+def test_nothing_whole_is_an_error_and_no_new_start(store):
+    save(store, 1)
+    (store.path(1) / "weights").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+        store.newest_whole(print)
+
+
+def test_the_newest_run_that_has_a_checkpoint(tmp_path):
+    assert newest_run(tmp_path / "nowhere") is None
+    for run in ("20261121-120000", "20261121-120000-2", "20261121-120000-10", "20261121-130000", "20261120-235959"):
+        (tmp_path / run).mkdir()
+    assert newest_run(tmp_path) is None
+    save(Store(tmp_path / "20261120-235959" / CHECKPOINTS), 9)
+    assert newest_run(tmp_path) == "20261120-235959"
+    for run in ("20261121-120000-10", "20261121-120000", "20261121-120000-2"):
+        save(Store(tmp_path / run / CHECKPOINTS), 1)
+    (tmp_path / "latest").symlink_to("20261120-235959")
+    assert newest_run(tmp_path) == "20261121-120000-10"
