@@ -179,7 +179,7 @@ def _train(
     shown: list[ScoredSample] = []
     with run_dir.samples_file.open("a") as samples_file:
         for step in range(done + 1, config.max_steps + 1):
-            result = pipeline.step(step)
+            result = pipeline.learn(pipeline.sample(step))
             log.write(step, result.metrics)
             # one sample of each of the first prompts says more than all samples of one prompt
             shown = result.samples[:: config.num_return_sequences_in_group][: config.num_logged_samples]
