@@ -15,6 +15,7 @@ from roll_r3.errors import CheckpointError, LostWorkerError, RollError
 from roll_r3.saving.manifest import file_sum, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.saving.store import CHECKPOINTS, EXPORTS, Store
+from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
 
 
@@ -35,16 +36,16 @@ class Checkpoints:
         *,
         data: Data,
         begun: int,
-        say: Callable[[str], None],
+        progress: Progress,
     ) -> None:
         """
         Args:
             data: how far the run was in its prompts after step `begun`.
-            say: is told of everything that is saved.
+            progress: is told of everything that is saved.
         """
         self._config, self._run_dir, self._trainer = config, run_dir, trainer
         self._data, self._begun = data, begun
-        self._say = say
+        self._progress = progress
         self._checkpoints, self._exports = stores_of(config, run_dir.path.name)
 
     def step_done(self, step: int, samples_seen: int) -> None:
@@ -59,7 +60,7 @@ class Checkpoints:
             try:
                 self._checkpoints.keep(self._config.max_ckpt_to_keep)
             except OSError as error:  # it takes space, and the next save tries again: no reason to end a run
-                self._say(f"an older checkpoint could not be removed: {error}")
+                self._progress.say(f"an older checkpoint could not be removed: {error}")
         if self._is_due(step, self._config.save_hf_steps):
             self._saved(self._exports, step, self._trainer.save_hf)
 
@@ -70,7 +71,7 @@ class Checkpoints:
             CheckpointError: as `step_done`.
         """
         if self._config.save_steps == 0:
-            self._say("nothing is saved: save_steps is 0")
+            self._progress.say("nothing is saved: save_steps is 0")
         elif step > self._begun and not self._checkpoints.path(step).exists():
             self._saved(self._checkpoints, step, lambda folder: self._save(folder, step, samples_seen))
 
@@ -80,8 +81,9 @@ class Checkpoints:
     def _saved(self, store: Store, step: int, write: Callable[[Path], object]) -> None:
         start = time.perf_counter()
         try:
-            write(store.begin(step))
-            path = store.finish(step)
+            with self._progress.stage("saving", step):
+                write(store.begin(step))
+                path = store.finish(step)
         except LostWorkerError:
             store.abandon(step)
             raise
@@ -92,7 +94,7 @@ class Checkpoints:
                 f"step {step} was not saved: {error}\nthe run stops here; in {store.folder} there is {left}, and "
                 "resume_from_checkpoint: auto goes on from the newest checkpoint"
             ) from error
-        self._say(f"saved {path} in {time.perf_counter() - start:.1f} s")
+        self._progress.say(f"saved {path} in {time.perf_counter() - start:.1f} s")
 
     def _save(self, folder: Path, step: int, samples_seen: int) -> None:
         """Write a checkpoint and seal it."""

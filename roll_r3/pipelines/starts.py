@@ -112,7 +112,7 @@ class Starts:
             log = stack.enter_context(MetricLog(run_dir, config.track_with))
             with progress.stage("sending the first weights"):
                 pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
-            saving = Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
+            saving = Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, progress=progress)
             shown = self._steps(pipeline, done, log, saving)
             return Finished(log.history, *shown)
 
