@@ -24,7 +24,7 @@ TOKEN = "ROLL_R3_TEST_TOKEN"
 """The environment's variable. Its value names the blocks from the outermost to the innermost."""
 LOOK_EVERY = 0.25
 """Seconds."""
-GRACE = 10.0
+GRACE = 20.0
 """Seconds that what was started has to be gone, from the block's end on."""
 _PROC, _SHM = Path("/proc"), Path("/dev/shm")
 _LISTENS = "0A"
@@ -43,7 +43,7 @@ class _Stat:
 class Descendants:
     """Every process that is started with `token` in its environment, and their children.
 
-    Usable as a context manager: it looks while the block runs.
+    It looks for them until it is closed, or until its block ends.
     """
 
     def __init__(self) -> None:
@@ -55,12 +55,16 @@ class Descendants:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look_on, daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Look no more."""
         self._stop.set()
         self._thread.join()
 
@@ -94,16 +98,22 @@ class Descendants:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
-    def left(self, grace: float = GRACE) -> list[str]:
-        """What is still there after `grace` seconds, each in words; returns as soon as there is nothing."""
+    def left(self, grace: float = GRACE, *, may_stay: tuple[str, ...] = ()) -> list[str]:
+        """What is still there after `grace` seconds, each in words; returns as soon as there is nothing.
+
+        Args:
+            may_stay: beginnings of the commands of processes that are not waited for.
+        """
         deadline = time.monotonic() + grace
-        while (left := self._left()) and time.monotonic() < deadline:
+        while (left := self._left(may_stay)) and time.monotonic() < deadline:
             time.sleep(0.2)
         return left
 
-    def _left(self) -> list[str]:
+    def _left(self, may_stay: tuple[str, ...]) -> list[str]:
         left = []
         for pid in self.alive():
+            if may_stay and _command(pid).startswith(may_stay):
+                continue
             ports = "".join(f", listens on port {port}" for port in _ports(pid))
             left.append(f"process {pid} ({_command(pid)}){ports}")
         if segments := _segments() - self._before:
