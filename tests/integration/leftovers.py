@@ -24,12 +24,12 @@ from uuid import uuid4
 
 TOKEN = "ROLL_R3_TEST_TOKEN"
 """The environment's variable. Its value names the blocks from the outermost to the innermost."""
-LOOK_EVERY = 0.25
+LOOK_EVERY = 0.5
 """Seconds."""
-LOOKS_A_LOOK_AT_MEMORY = 8
+LOOKS_A_LOOK_AT_MEMORY = 4
 """It costs more, and whose memory is left has had it for long."""
-GRACE = 20.0
-"""Seconds that what was started has to be gone, from the block's end on."""
+GRACE = 60.0
+"""Seconds that what was started has to be gone, from the block's end on; on a busy machine too."""
 _PROC, _SHM = Path("/proc"), Path("/dev/shm")
 _LISTENS = "0A"
 _MAPPED = re.compile(rb" (\d+) +/dev/shm/")

@@ -84,7 +84,7 @@ def wait_until(run: Run, true: Callable[[], bool], every: float = 0.1) -> None:
 
 def kill_in(run: Run, stage: str) -> bool:
     """Kill the driver, and nothing else, when it begins a stage; whether it was still in it."""
-    wait_until(run, lambda: f"tracking.progress: {stage}" in driver_log(run), every=0.001)
+    wait_until(run, lambda: f"tracking.progress: {stage}" in driver_log(run), every=0.003)
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.wait()
     return re.findall(r"tracking\.progress: (.*)", driver_log(run))[-1].startswith(stage)
@@ -99,8 +99,9 @@ def goes_on(run: Run, *, after: int) -> float:
     return time.monotonic() - began
 
 
-def left_in_words(run: Run, grace: float = GRACE, **more: tuple[str, ...]) -> str:
-    return "\n".join(run.started.left(grace, **more))
+def assert_nothing_left(run: Run, grace: float = GRACE, *, may_stay: tuple[str, ...] = ()) -> None:
+    left = run.started.left(grace, may_stay=may_stay)
+    assert left == [], "left behind:\n" + "\n".join(left)
 
 
 def saved_steps(run: Run) -> list[int]:
@@ -125,7 +126,7 @@ def test_a_driver_that_is_killed_in_any_stage_goes_on(fault: Fault, whole, tmp_p
             run = runs[-1]
             if kill_in(run, stages[0] if stages[0] == STARTING else f"step {done + 2}: {stages[0]}"):
                 stages.pop(0)
-            assert left_in_words(run, may_stay=RAYS_OWN) == "", "they end with the driver"
+            assert_nothing_left(run, may_stay=RAYS_OWN)
             said = run.stderr.read_text()
             done = max(saved_steps(run), default=0)
             reported = [int(step) for step in re.findall(r"saved .*/step-(\d+) in", said)]
@@ -142,7 +143,7 @@ def test_a_driver_that_is_killed_in_any_stage_goes_on(fault: Fault, whole, tmp_p
         assert run.finish(2 * START_TIMEOUT) == 0, run.stderr.read_text()
         print(f"{len(runs) - 1} kills; {max(seconds):.1f} s at most until the lost step was done")
         for each in runs:
-            assert left_in_words(each, RAYS_LAST_WORD) == ""
+            assert_nothing_left(each, RAYS_LAST_WORD)
     finally:
         for each in runs:
             each.end()
@@ -165,7 +166,7 @@ def test_nothing_outlives_a_process_group_that_is_killed(fault: Fault, tmp_path,
         run.wait_for_step(1)
         os.killpg(run.process.pid, signal.SIGKILL)
         struck = time.monotonic()
-        assert left_in_words(run, RAYS_LAST_WORD) == ""
+        assert_nothing_left(run, RAYS_LAST_WORD)
         fault.recovered(time.monotonic() - struck)
     finally:
         run.end()
@@ -176,6 +177,7 @@ def test_nothing_outlives_a_process_group_that_is_killed(fault: Fault, tmp_path,
 @pytest.mark.fault("Ctrl-C, and once more before the run has left")
 def test_an_impatient_ctrl_c_leaves_nothing(fault: Fault, tmp_path, checkpoint):
     """A terminal sends it to every process of the group."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
     run = start(tmp_path, checkpoint, "megatron_train")
     try:
         run.wait_for_step(1)
@@ -186,7 +188,7 @@ def test_an_impatient_ctrl_c_leaves_nothing(fault: Fault, tmp_path, checkpoint):
         os.killpg(run.process.pid, signal.SIGINT)
         assert run.process.wait(60) == 130, run.stderr.read_text()
         fault.recovered(time.monotonic() - struck)
-        assert left_in_words(run, RAYS_LAST_WORD) == ""
+        assert_nothing_left(run, RAYS_LAST_WORD)
     finally:
         run.end()
     assert run.stderr.read_text().rstrip().endswith("interrupted"), run.stderr.read_text()
