@@ -70,18 +70,27 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or run one on this machine, bound to loopback, for the block's time.
 
     Raises:
-        LostWorkerError: Ray itself failed.
+        LostWorkerError: Ray itself did not start, or failed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     sigterm = signal.getsignal(signal.SIGTERM)  # Ray takes it, and leaves at once
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
-    else:
-        # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
-        cpus = max(device_count(config), os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address="auto", **quiet)
+        else:
+            # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
+            cpus = max(device_count(config), os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    except Exception as error:  # of any kind, bare ones too
+        ray.shutdown()
+        raise LostWorkerError(
+            (f"the Ray cluster of RAY_ADDRESS={address} cannot be joined" if address else "Ray did not start here")
+            + f": {type(error).__name__}: {error}\nits own logs are in the newest directory under /tmp/ray, or under "
+            "RAY_TMPDIR; a machine on which its daemons do not start within half a minute is too busy for it"
+        ) from error
     signal.signal(signal.SIGTERM, sigterm)
     try:
         yield
