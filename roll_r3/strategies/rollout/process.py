@@ -9,14 +9,19 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import psutil
 
 from roll_r3.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
+_GONE_S = 10.0
+"""Seconds that the kernel may take to end a killed process; one with a GPU gives much memory back."""
 _LOG_TAIL_BYTES = 64 * 1024
 
 
@@ -118,7 +123,10 @@ class ServerProcess:
         return f"process {self.pid} {how}; the end of {self.log_path}:\n{self.log_tail()}"
 
     async def stop(self, grace_s: float = 8.0) -> None:
-        """End the whole process group: ask, wait `grace_s`, kill. Safe to call twice."""
+        """End the whole process group: ask, wait `grace_s`, kill, and wait until all are gone.
+
+        Safe to call twice. A successor that starts then finds the devices' memory free.
+        """
         process = self._process
         if process is None:
             return
@@ -127,10 +135,23 @@ class ServerProcess:
             await asyncio.wait([self._death], timeout=grace_s)
         # Children that outlived the leader are still in its group, so this is not only for a deaf leader.
         _signal_group(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _GONE_S
+        while (left := _living(process.pid)) and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
         if self._death is not None:
             await asyncio.wait([self._death], timeout=grace_s)
-        if process.poll() is None:
-            logger.warning("%s: process %d does not die even of SIGKILL", self._name, process.pid)
+        if left:
+            logger.warning("%s: processes %s do not die even of SIGKILL", self._name, left)
+
+
+def _living(group: int) -> list[int]:
+    """Its processes, without those that are dead and wait for their parent to take note."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
