@@ -51,8 +51,8 @@ class Engines:
         """
         results = self._rollout.generate(requests)
         while missing := {i: still_lost(requests[i], result) for i, result in enumerate(results) if result.lost}:
-            self._say(f"samples asked for again: {sum(len(request.sample_ids) for request in missing.values())}")
             self.send_weights(self._version)
+            self._say(f"samples asked for again: {sum(len(request.sample_ids) for request in missing.values())}")
             again = self._rollout.generate(list(missing.values()))
             for i, result in zip(missing, again, strict=True):
                 results[i] = completed(requests[i], results[i], result)

@@ -38,7 +38,7 @@ from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
-HANG_TIMEOUT = 12.0
+HANG_TIMEOUT = 20.0
 ASKED = requests(16, 4)
 
 
@@ -123,11 +123,17 @@ class World:
 
     def __init__(self, config: RLVRConfig, trained: Path, log_dir: Path) -> None:
         self.said: list[str] = []
+        self.said_at = 0.0
         self.reference = Reference(trained)
         self.rollouts, self.trainer = Rollouts(config, log_dir), Trainer(load_file(trained / "model.safetensors"))
         self.rollouts.each(lambda engine, _: engine.rollout.start())
-        self.engines = Engines(config, self.rollouts, self.trainer, self.said.append)  # type: ignore[arg-type]
+        self.engines = Engines(config, self.rollouts, self.trainer, self._say)  # type: ignore[arg-type]
         self.engines.send_weights(1)
+
+    def _say(self, text: str) -> None:
+        self.said.append(text)
+        if "failed" in text:
+            self.said_at = time.monotonic()
 
     def assert_undisturbed(self, results: Sequence[GenerateResult], version: int) -> None:
         """Every sample once, in the order asked for, and sampled from the trainer's weights, not the checkpoint's."""
@@ -238,11 +244,11 @@ def test_a_server_that_hangs_is_killed_and_started_again(fault: Fault, world: Wo
     assert world.engines.step_done() == 1
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in victims)
     assert re.search(
-        r"engine 1 \(SGLang\) gave no sign of life for 12 s \(strategy_config\.hang_timeout\)", world.said[-2]
+        r"engine 1 \(SGLang\) gave no sign of life for 20 s \(strategy_config\.hang_timeout\)", world.said[-2]
     )
-    assert seconds < 2 * HANG_TIMEOUT + 60
+    assert HANG_TIMEOUT <= world.said_at - struck < 2 * HANG_TIMEOUT + 10
     fault.user_sees(
-        "actor_infer-1 failed, and is started again (...): engine 1 (SGLang) gave no sign of life for 12 s ..."
+        "actor_infer-1 failed, and is started again (...): engine 1 (SGLang) gave no sign of life for 20 s ..."
     )
     fault.recovered(seconds)
     fault.lost("nothing; samples that had not come are sampled again, with their seeds, from the same weights")
@@ -264,11 +270,9 @@ def test_an_engine_that_answers_garbage_is_started_again(fault: Fault, world: Wo
     fault.recovered(time.monotonic() - began)
     world.assert_undisturbed(results, 1)
     assert world.engines.step_done() == 1
-    seen = "engine 0 (SGLang) gave nothing usable: 32 samples of 8 prompts failed, each 4 times"
+    seen = "engine 0 (SGLang) gave nothing usable: 32 samples of 8 prompts failed, with 3 retries each"
     assert seen in world.said[-2]
-    fault.user_sees(
-        f"actor_infer-0 failed, and is started again (...): {seen} ...; the last of them: routed_experts ..."
-    )
+    fault.user_sees(f"actor_infer-0 failed, and is started again (...): {seen} ...; the last: routed_experts ...")
     fault.lost("nothing; all samples of that engine are sampled again")
 
 

@@ -333,8 +333,8 @@ class ServerRollout(ABC, Generic[ConfigT]):
         await asyncio.wait([self._process.death], timeout=_EXIT_S)
         if not self._why_ended() and len(results) > 1 and len(dropped) == sum(_asked(r) for r in results):
             self._verdict = (
-                f"{self._name} gave nothing usable: {len(dropped)} samples of {len(results)} prompts failed, each "
-                f"{self._config.max_retries + 1} times (strategy_config.max_retries); the last of them: {dropped[-1]}"
+                f"{self._name} gave nothing usable: {len(dropped)} samples of {len(results)} prompts failed, "
+                f"with {self._config.max_retries} retries each (strategy_config.max_retries); the last: {dropped[-1]}"
             )
             logger.warning("%s", self._verdict)
         if not self._why_ended():
@@ -397,6 +397,8 @@ class ServerRollout(ABC, Generic[ConfigT]):
 
     async def _ask_or_wait(self, wanted: SampleRequest) -> Sample:
         """Raises EngineError when the server dies, or is dead."""
+        if self._process.death.done():
+            raise EngineError(f"{self._name} died")  # thousands may wait in line: no look into the log for each
         try:
             return await self._or_death(self._ask(wanted, max_new_tokens=self._max_new_tokens))
         except UnreachableError:

@@ -101,7 +101,7 @@ def test_an_engine_none_of_whose_answers_is_usable_is_down_and_asked_for_nothing
         assert lost_of(results) == [("a0", "a1"), ("b0", "b1")]
         assert not any(result.dropped for result in results)
         why = await engine.why_down(ask=True)
-        assert "gave nothing usable: 4 samples of 2 prompts failed, each 2 times" in why
+        assert "gave nothing usable: 4 samples of 2 prompts failed, with 1 retries each" in why
         assert "b1 has an expert twice" in why
         assert lost_of(await engine.generate(REQUESTS)) == [("a0", "a1"), ("b0", "b1")]
         assert len(asked) == 8
