@@ -183,6 +183,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
             async with asyncio.timeout(self._config.startup_timeout):
                 client = await self._launch(str(checkpoint), self._facts, environment)
                 await self._warm_up(client)
+                self._process.note_shared_memory()
         except TimeoutError as error:
             text = f"did not answer within {self._config.startup_timeout:g} s (strategy_config.startup_timeout)"
             tail = self._process.log_tail()
