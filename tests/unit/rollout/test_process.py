@@ -39,10 +39,8 @@ def paths() -> Iterator[tuple[Path, Path]]:
     older.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("killed_before", [True, False], ids=["killed", "stopped"])
-def test_shared_memory_of_a_childs_child_is_removed(
-    tmp_path: Path, paths: tuple[Path, Path], killed_before: bool
-) -> None:
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
+def test_shared_memory_of_a_childs_child_is_removed(tmp_path: Path, paths: tuple[Path, Path], killed: bool) -> None:
     own, older = paths
 
     async def scenario() -> None:
