@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -118,6 +118,26 @@ class RolloutGroup(_Group):
         answers = self._call_each("generate", [(share,) for share in shares])
         return [answers[i % size][i // size] for i in range(len(requests))]
 
+    def down(self, *, ask: bool) -> dict[str, str]:
+        """Worker's name -> why its engine is of no more use until it is started again, of those that are not.
+
+        Args:
+            ask: have each engine give a sign of life.
+        """
+        reasons = self._call("why_down", ask)
+        return {member.name: why for member, why in zip(self._members, reasons, strict=True) if why}
+
+    def restart(self, names: Collection[str]) -> dict[str, str]:
+        """Start engines anew, side by side; worker's name -> why its engine did not start, of those that did not."""
+        calls = {m.handle.restart.remote(): (m.name, m.log) for m in self._members if m.name in names}
+        results = wait_for(calls)
+        return {name: results[ref] for ref, (name, _) in calls.items() if results[ref]}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the workers, one to an engine."""
+        return tuple(member.name for member in self._members)
+
     def weight_targets(self) -> list[Any]:
         return self._call("weight_target")
 
@@ -204,12 +224,13 @@ class ModelGroup(_Group):
         return BatchUpdate(results[0].metrics, results[0].replay, max(r.seconds_in_routes for r in results))
 
     def connect_engines(self, targets: Sequence[Any]) -> None:
-        """The first rank will send the weights."""
+        """The first rank will send the weights, and leaves the engines that it sent them to before."""
         first = self._members[0]
         wait_for({first.handle.connect_engines.remote(targets): (first.name, first.log)})
 
-    def update_weights(self, version: int) -> None:
-        self._call("update_weights", version)
+    def update_weights(self, version: int) -> str:
+        """Send the weights to the connected engines; why an engine did not take them, or empty."""
+        return next((failure for failure in self._call("update_weights", version) if failure), "")
 
     def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
         """Every rank writes its part of the model and its optimizer; the checksums of all files, by name."""

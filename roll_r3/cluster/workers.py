@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.errors import EngineError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.saving.manifest import FileSum, file_sum, files_below
@@ -80,6 +81,19 @@ class RolloutWorker:
     async def weight_target(self) -> WeightTarget:
         return self._strategy.weight_target()
 
+    async def why_down(self, ask: bool) -> str:
+        """As `RolloutStrategy.why_down`."""
+        return await self._strategy.why_down(ask=ask)
+
+    async def restart(self) -> str:
+        """As `RolloutStrategy.restart`; why the engine did not start, or empty."""
+        try:
+            await self._strategy.restart()
+        except EngineError as error:
+            logger.warning("%s", error)
+            return str(error)
+        return ""
+
     async def weights_updated(self, version: int) -> None:
         await self._strategy.on_weights_updated(version)
 
@@ -137,24 +151,39 @@ class ModelWorker:
         return self._strategy.train_step(shard, step)
 
     def connect_engines(self, targets: Sequence[WeightTarget]) -> None:
-        """On rank 0: get ready to send weights to these engines."""
+        """On rank 0: get ready to send weights to these engines, and to no others any more."""
+        if self._channel is not None:
+            self._channel.close()
         strategy = self._config.actor_infer.strategy_args
         channel = STRATEGIES[strategy.strategy_name].weight_channel
         assert channel is not None, f"{strategy.strategy_name} takes no weights"
         self._channel = load_attribute(channel)(targets, device=self._process.device)
         self._bucket_bytes = int(strategy.strategy_config.weight_bucket_mb * MIB)
 
-    def update_weights(self, version: int) -> None:
-        """Send this policy's weights to every connected engine; collective over all ranks."""
-        channel = self._channel
-        if channel is None:
-            for _ in self._strategy.export_weights():
-                pass  # gathering a tensor needs every rank; only the connected one keeps it
-            return
+    def update_weights(self, version: int) -> str:
+        """Send this policy's weights to every connected engine; collective over all ranks.
+
+        Returns:
+            On the connected rank, why an engine did not take them; empty when all did. What the engines hold after a
+            failure is of no version.
+        """
+        weights = self._strategy.export_weights()
+        failure = ""
+        if self._channel is not None:
+            try:
+                self._send(self._channel, weights, version)
+            except EngineError as error:
+                logger.warning("weights %d were not sent: %s", version, error)
+                failure = str(error)
+        for _ in weights:
+            pass  # gathering a tensor needs every rank, to the last one
+        return failure
+
+    def _send(self, channel: WeightChannel, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         start = time.perf_counter()
         sending = _seconds(lambda: channel.begin(version))
         tensors = 0
-        for bucket in channel.buckets(self._strategy.export_weights(), self._bucket_bytes):
+        for bucket in channel.buckets(weights, self._bucket_bytes):
             sending += _seconds(partial(channel.send, bucket))
             tensors += len(bucket)
             del bucket  # while the next one is gathered its memory is free

@@ -34,6 +34,7 @@ class StepRecord:
     update: BatchUpdate
     dropped: int
     retries: int
+    engine_restarts: int
     samples_seen: int
 
 
@@ -57,6 +58,7 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         **r.update.metrics,
         "rollout/dropped_samples": r.dropped,
         "rollout/retries": r.retries,
+        "rollout/engine_restarts": r.engine_restarts,
         "system/global_step": r.step,
         "system/samples": r.samples_seen,
         "system/tps": float((prompts.sum() + responses.sum()) / seconds),

@@ -62,6 +62,8 @@ class GenerateResult:
     """The samples that came back whole and passed every check, in the order asked for."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Sample id -> why it was given up after its retries."""
+    lost: tuple[str, ...] = ()
+    """Sample ids without an answer because the engine is down: no failure of theirs, and they cost no retries."""
     retries: int = 0
     """Requests that were sent again."""
 
@@ -104,8 +106,26 @@ class RolloutStrategy(Protocol):
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         """Sample; many requests are in flight at once. Results in the order of `requests`.
 
+        An engine that goes down meanwhile raises nothing: what came before is in the results, the rest is `lost`.
+
         Raises:
-            EngineError: the engine died (with the end of its log); a sample's own failure never raises.
+            EngineError: it was not started, or started again and not given weights since.
+        """
+
+    async def why_down(self, *, ask: bool) -> str:
+        """Why the engine is of no more use until `restart`; empty when it is.
+
+        Args:
+            ask: have it give a sign of life, however long the configuration lets it take.
+        """
+
+    async def restart(self) -> None:
+        """End what is left of the engine and start it anew, at weight version 0.
+
+        It may not be asked before `on_weights_updated`, and has another `weight_target`.
+
+        Raises:
+            EngineError: as `start`.
         """
 
     def weight_target(self) -> WeightTarget:

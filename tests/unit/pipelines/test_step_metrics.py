@@ -50,6 +50,7 @@ def record() -> StepRecord:
         update=BatchUpdate({"actor/lr": 1e-3}, counts, 0.3),
         dropped=1,
         retries=2,
+        engine_restarts=1,
         samples_seen=8,
     )
 
