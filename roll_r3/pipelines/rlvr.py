@@ -20,7 +20,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
-from roll_r3.rewards.rules import Rewards
+from roll_r3.rewards.scoring import Response, Rewards
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.tracking.progress import Progress
 
@@ -106,7 +106,7 @@ class RLVRPipeline:
                 prompts = next(self._prompts)
                 results = self._rollout.generate(self._requests(prompts, step))
             with self._progress.stage("rewards", step), clock.stage("reward"):
-                trajectories, groups, samples = self._score(prompts, results)
+                trajectories, groups, samples, failed = self._score(step, prompts, results)
                 batch = Batch.from_trajectories(trajectories).filled_up(self._samples_multiple())
             reference = None
             if self._reference is not None:
@@ -134,6 +134,7 @@ class RLVRPipeline:
             old=old,
             update=update,
             dropped=sum(len(r.dropped) for r in results),
+            failed_rewards=failed,
             retries=sum(r.retries for r in results),
             samples_seen=self.samples_seen,
         )
@@ -152,21 +153,33 @@ class RLVRPipeline:
         ]
 
     def _score(
-        self, prompts: Sequence[Prompt], results: Sequence[GenerateResult]
-    ) -> tuple[list[Trajectory], list[str], list[ScoredSample]]:
-        """The step's trajectories, the group of each, and each with its reward."""
+        self, step: int, prompts: Sequence[Prompt], results: Sequence[GenerateResult]
+    ) -> tuple[list[Trajectory], list[str], list[ScoredSample], int]:
+        """The step's trajectories that have a reward, the group of each, each as a sample; how many have no reward."""
+        found = [
+            (i, t, self._decoder.decode(t.response_ids_R.tolist(), skip_special_tokens=True))
+            for i, result in enumerate(results)
+            for t in result.trajectories
+        ]
+        scored = self._rewards.score(
+            [Response(text, prompts[i].ground_truth, prompts[i].domain) for i, _, text in found]
+        )
+        if scored.failed:
+            self._progress.say(
+                f"step {step}: left out {scored.failed} of {len(found)} responses, which have no reward: {scored.why}"
+            )
         trajectories, groups, samples = [], [], []
-        for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
-            for t in result.trajectories:
-                response = self._decoder.decode(t.response_ids_R.tolist(), skip_special_tokens=True)
-                score = self._rewards.score(response, prompt.ground_truth, prompt.domain)
+        for (i, t, text), score in zip(found, scored.scores, strict=True):
+            if score is not None:
                 trajectories.append(t)
                 groups.append(str(i))
-                samples.append(ScoredSample(t.sample_id, prompt.text, response, prompt.ground_truth, score))
+                samples.append(ScoredSample(t.sample_id, prompts[i].text, text, prompts[i].ground_truth, score))
         if not trajectories:
-            reasons = sorted({why for r in results for why in r.dropped.values()})
-            raise RollError("every sample of the step was dropped: " + "; ".join(reasons[:5]))
-        return trajectories, groups, samples
+            reasons = sorted({why for r in results for why in r.dropped.values()})[:4]
+            raise RollError(
+                "no sample of the step is left: " + "; ".join([*reasons, scored.why] if scored.why else reasons)
+            )
+        return trajectories, groups, samples, scored.failed
 
     def _samples_multiple(self) -> int:
         """Samples of a step must divide into every rank's mini-batches."""

@@ -78,6 +78,7 @@ METRICS: dict[str, Metric] = {
     ),
     "rollout/dropped_samples": Metric("samples", "samples given up after their retries"),
     "rollout/retries": Metric("requests", "requests that were sent again"),
+    "reward/failed": Metric("samples", "samples left out of the step, because their rule failed to give a reward"),
     "time/step_total": Metric("s", "the whole step"),
     "time/step_generate": Metric("s", "rollout"),
     "time/step_reward": Metric("s", "rewards and advantages"),

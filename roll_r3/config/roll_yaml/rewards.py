@@ -102,6 +102,8 @@ ROWS = (
             "judge_api_url",
             "judge_api_key",
         ),
-        Unread("rules run in the driver and have no workers; the math rule of ROLL does not read them either"),
+        Unread(
+            "rules run in plain processes (`reward_workers`), with none of a worker's settings; the math rule of ROLL does not read them either"
+        ),
     ),
 )
