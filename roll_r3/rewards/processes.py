@@ -94,19 +94,25 @@ class RewardProcesses:
             ConfigError: a process that had to be replaced could not import the rules again.
             TooManyFailuresError: what it says.
         """
+        try:
+            return self._score(tasks, max_failures)
+        except BaseException:  # a signal's too: whoever comes next must not get this one's answers
+            for process in self._processes:
+                if process.task is not None:
+                    process.restart()
+            raise
+
+    def _score(self, tasks: Sequence[Task], max_failures: int) -> list[float | Failure]:
         answers: list[float | Failure | None] = [None] * len(tasks)
         waiting = deque(range(len(tasks)))
         failures: dict[int, Failure] = {}
         while waiting or any(process.task is not None for process in self._processes):
             for process in self._processes:
-                if waiting and process.ready and process.task is None:
-                    process.give(waiting[0], tasks[waiting[0]])
-                    if process.task is not None:  # it was not found dead
-                        waiting.popleft()
+                if waiting and process.ready and process.task is None and process.give(waiting[0], tasks[waiting[0]]):
+                    waiting.popleft()
             self._wait([p for p in self._processes if p.task is not None or (waiting and not p.ready)])
             for process in self._processes:
-                index = process.task
-                answer = process.look()
+                index, answer = process.task, process.look()
                 if answer is None:
                     continue
                 assert index is not None
@@ -114,7 +120,6 @@ class RewardProcesses:
                 if isinstance(answer, Failure):
                     failures[index] = answer
                     if len(failures) > max_failures:
-                        self._abandon()
                         raise TooManyFailuresError(failures)
         return [answer for answer in answers if answer is not None]
 
@@ -123,12 +128,6 @@ class RewardProcesses:
         now = time.monotonic()
         limit = min((process.deadline - now for process in processes), default=0.0)
         wait([process.pipe for process in processes], max(0.0, min(limit, _POLL_S)))
-
-    def _abandon(self) -> None:
-        """Take no more answers to what is under way."""
-        for process in self._processes:
-            if process.task is not None:
-                process.restart()
 
 
 class TooManyFailuresError(RollError):
@@ -194,9 +193,10 @@ class _Process:
         self.kill()
         self.start()
 
-    def give(self, index: int, task: Task) -> None:
-        """Have it score a response. One that died in idleness is replaced instead: its task is still None then."""
+    def give(self, index: int, task: Task) -> bool:
+        """Have it score a response; False: it died in idleness, and another takes its place."""
         assert self._process is not None
+        self.task = index  # before it has any: see `RewardProcesses.score`
         try:
             if self._process.poll() is not None:
                 raise BrokenPipeError
@@ -204,9 +204,9 @@ class _Process:
         except BrokenPipeError:
             logger.warning("%s %s between two responses; another takes its place", self._name, self._ended())
             self.restart()
-            return
-        self.task = index
+            return False
         self._expect(self._rules[task.rule].timeout)
+        return True
 
     def look(self) -> float | Failure | None:
         """What it answered to its task, if it did; one that is dead or late is replaced.

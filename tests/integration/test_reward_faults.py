@@ -184,6 +184,23 @@ def test_too_many_failures_stop_at_once_with_their_reasons(rewards: Open) -> Non
     assert score(found, "1", "2") == [1.0, 2.0], "nothing of what was abandoned is taken for an answer"
 
 
+def test_a_signal_that_breaks_off_leaves_no_answers_behind(rewards: Open) -> None:
+    """As SIGTERM does in a run."""
+
+    def breaks_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    found = rewards(workers=2)
+    previous = signal.signal(signal.SIGALRM, breaks_off)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            score(found, "seconds 0.6", "seconds 0.7", "1", "2")
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert score(found, "3", "4", "5") == [3.0, 4.0, 5.0]
+
+
 def test_no_failure_is_allowed_where_the_limit_is_0(rewards: Open) -> None:
     with pytest.raises(RollError, match="1 of the step's 2 responses"):
         score(rewards(max_failed=0.0), "1", "raise a")
@@ -249,9 +266,10 @@ def test_at_most_one_response_is_with_each_process(tmp_path: Path) -> None:
         for process in found._processes:
             give = process.give
 
-            def counted(index: int, task: Task, give: Any = give) -> None:
-                give(index, task)
+            def counted(index: int, task: Task, give: Any = give) -> bool:
+                assert give(index, task)
                 given.append(sum(p.task is not None for p in found._processes))
+                return True
 
             process.give = counted  # type: ignore[method-assign]
         tasks = [Task(0, "seconds 0.01", "")] * 20
