@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
 from roll_r3.rewards.scoring import Response, Rewards
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.tracking.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
@@ -147,6 +150,9 @@ class RLVRPipeline:
         step, clock, batch = experience.step, experience.clock, experience.batch
         with self._progress.stage("update", step), clock.stage("train"):
             update = self._trainer.train_step(batch, step)
+        for text in update.skipped:
+            logger.warning("%s", text)
+            self._progress.say(text)
         with self._progress.stage("weights to the engines", step), clock.stage("model_update"):
             self._send_weights(version=step)
         self.samples_seen += len(experience.trajectories)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import subprocess
 import sys
@@ -54,3 +55,18 @@ def misbehaves(response: str, ground_truth: str, folder: str = "") -> object:
         case ["pid"]:
             return os.getpid()
     return float(response)
+
+
+PLAN = {5: "raise no such luck", 50: "loop", 95: "segfault", 200: "1e39"}
+"""What `falls_over` does at its n-th call; 1e39 is a float, but an advantage of it is none of 32 bits."""
+
+
+def falls_over(response: str, ground_truth: str, folder: str) -> object:
+    """Whether it is the ground truth, except at the calls of `PLAN`."""
+    with (Path(folder) / "calls").open("a") as calls:
+        fcntl.flock(calls, fcntl.LOCK_EX)
+        calls.write("x")
+        calls.flush()
+        number = calls.tell()
+    planned = PLAN.get(number)
+    return float(response.strip() == ground_truth) if planned is None else misbehaves(planned, ground_truth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,18 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from faults import Fault, nothing_left
+from whole_run import START_TIMEOUT, Run, few_steps
 
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import ConfigError, RollError
+from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.rewards.processes import Failure, RewardProcesses, Task
 from roll_r3.rewards.rules import Rule
 from roll_r3.rewards.scoring import Response, Rewards
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 LIMIT = 1.0
 MISBEHAVES = "reward_rules:misbehaves"
@@ -292,3 +299,85 @@ def test_a_step_of_cheap_rewards_stays_cheap(rewards: Open) -> None:
         seconds = min(seconds, time.perf_counter() - began)
     print(f"{seconds * 1000:.1f} ms for 128 responses")
     assert seconds < 0.5
+
+
+@pytest.fixture(scope="module")
+def fallen(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A whole run of three steps whose rule does all of `reward_rules.PLAN`, and of which nothing is left."""
+    path = tmp_path_factory.mktemp("fallen")
+    checkpoint = make_tiny_checkpoint(path / "tiny", examples=addition_mod10(), warm_start_steps=60)
+    with pytest.MonkeyPatch.context() as patch, nothing_left():
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        run = Run(
+            path,
+            checkpoint,
+            *few_steps(3),
+            "actor_infer.strategy_args.strategy_name=hf_infer",
+            "actor_infer.strategy_args.strategy_config.dtype=float32",
+            "adv_estimator=reinforce",
+            f"rewards.default={{reward: 'reward_rules:falls_over', timeout: 5, kwargs: {{folder: {path}}}}}",
+            "reward_workers=2",
+            config="quickstart_engines",
+        )
+        try:
+            assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+        finally:
+            run.end()
+    return run
+
+
+def test_a_run_goes_on_without_the_responses_that_have_no_reward(fallen: Run) -> None:
+    metrics = fallen.metrics()
+    assert [m["reward/failed"] for m in metrics] == [3, 0, 0]
+    assert [m["system/samples"] for m in metrics] == [125, 253, 381]
+    assert [m["router_replay/coverage"] for m in metrics] == [1.0] * 3
+    said = fallen.stderr.read_text()
+    assert said.count("which have no reward") == 1
+    assert "Traceback" not in said
+    log = (fallen.path / "logs" / "driver.log").read_text()
+    assert log.count("rewards.default (reward_rules:falls_over)") == 3
+    assert "Segmentation fault" in "".join((fallen.path / "logs" / f"rewards-{i}.log").read_text() for i in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("raise it", "raised ValueError: ", marks=pytest.mark.fault("a reward function raises")),
+        pytest.param("loop", "did not return within ", marks=pytest.mark.fault("a reward function never ends")),
+        pytest.param(
+            "segfault",
+            "killed its process (SIGSEGV)",
+            marks=pytest.mark.fault("a reward function crashes its process"),
+        ),
+    ],
+)
+def test_what_is_seen_of_a_reward_that_failed(fault: Fault, rewards: Open, fallen: Run, text: str, said: str) -> None:
+    (line,) = [line for line in fallen.stderr.read_text().splitlines() if "which have no reward" in line]
+    assert line.startswith("step 1: left out 3 of 128 responses, which have no reward: rewards.default (")
+    assert f"rewards.default (reward_rules:falls_over) {said}" in line
+    found = rewards()
+    began = time.monotonic()
+    assert score(found, text, "1", "2", "3") == [None, 1.0, 2.0, 3.0]
+    assert score(found, "4", "5") == [4.0, 5.0]
+    fault.user_sees(
+        f"step 1: left out 1 of 128 responses, which have no reward: rewards.mine (my.rules:score) {said}..."
+    )
+    fault.recovered(time.monotonic() - began)
+    fault.lost("the responses, which the step does without; with more than max_failed_rewards the run stops")
+
+
+@pytest.mark.fault("a gradient is not finite")
+def test_what_is_seen_of_an_advantage_that_overflows(fault: Fault, fallen: Run) -> None:
+    metrics = fallen.metrics()
+    made = [m["actor_train/optimizer_steps"] for m in metrics]
+    skipped = [m["actor_train/skipped_steps"] for m in metrics]
+    assert made[0] == made[2] == made[1] + skipped[1] == 2
+    assert (skipped[0], skipped[2]) == (0, 0)
+    assert 1 <= skipped[1] <= 2
+    lines = [line for line in fallen.stderr.read_text().splitlines() if "was left out" in line]
+    assert len(lines) == skipped[1]
+    assert all(re.match(r"step 2: the gradient norm is (nan|inf): optimizer step [12] was left out", x) for x in lines)
+    assert all(math.isfinite(metrics[2][name]) for name in ("actor_train/grad_norm", "actor/pg_loss"))
+    fault.user_sees("step 2: the gradient norm is nan: optimizer step 1 was left out")
+    fault.recovered(metrics[1]["time/step_train"])
+    fault.lost("that optimizer step; with more than max_skipped_steps in a row the run stops")

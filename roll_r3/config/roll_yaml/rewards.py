@@ -103,7 +103,8 @@ ROWS = (
             "judge_api_key",
         ),
         Unread(
-            "rules run in plain processes (`reward_workers`), with none of a worker's settings; the math rule of ROLL does not read them either"
+            "rules run in processes of the driver (`reward_workers`), without a worker's settings; the math rule of "
+            "ROLL does not read them either"
         ),
     ),
 )
