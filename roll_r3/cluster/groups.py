@@ -162,6 +162,8 @@ class BatchUpdate:
     replay: ReplayCounts | None
     seconds_in_routes: float
     """Of the slowest rank."""
+    skipped: tuple[str, ...] = ()
+    """Of each optimizer step that was not made, why."""
 
 
 class ModelGroup(_Group):
@@ -221,7 +223,8 @@ class ModelGroup(_Group):
     def train_step(self, batch: Batch, step: int) -> BatchUpdate:
         shards = assign_to_ranks(batch.lengths_n, self.data_parallel_size)
         results = self._call_on_shards("train_step", batch, shards, step)
-        return BatchUpdate(results[0].metrics, results[0].replay, max(r.seconds_in_routes for r in results))
+        first = results[0]
+        return BatchUpdate(first.metrics, first.replay, max(r.seconds_in_routes for r in results), first.skipped)
 
     def connect_engines(self, targets: Sequence[Any]) -> None:
         """The first rank will send the weights, and leaves the engines that it sent them to before."""

@@ -19,6 +19,8 @@ class RewardConfig(Config):
     """Domains that this rule scores; empty: every domain that no other rule names."""
     kwargs: dict[str, str | int | float | bool] = {}
     """Keyword arguments of the rule."""
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    """Seconds that the rule may take for one response. Its process is killed then, and the response has no reward."""
 
 
 class RolloutCorrectionConfig(Config):
@@ -123,6 +125,11 @@ class RLVRConfig(Config):
     """The frozen policy; needed by a KL term only."""
     rewards: dict[str, RewardConfig] = {"default": RewardConfig(reward="exact_match")}
     """Reward rules, by a name of your own."""
+    reward_workers: PositiveInt = 4
+    """Processes that run reward rules, on the driver's node; each is given one of the step's samples at a time."""
+    max_failed_rewards: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of a step's responses that may have no reward, because their rule raised, took too long, killed its process
+    or returned no finite number. They are left out of the step; with more of them the run stops."""
 
     save_steps: NonNegativeInt = 50
     """Steps from one checkpoint to the next; there is one after the last step too. 0: none, so that what was learned

@@ -18,7 +18,7 @@ from roll_r3.pipelines.leaving import Leave, Leaving
 from roll_r3.pipelines.recovery import Recoveries
 from roll_r3.pipelines.resume import ResumePoint, data_of, newest_point, put_back
 from roll_r3.pipelines.rlvr import RLVRPipeline, ScoredSample
-from roll_r3.rewards.rules import Rewards
+from roll_r3.rewards.scoring import Rewards
 from roll_r3.saving.state import TRAINER
 from roll_r3.tracking.metric_log import MetricLog, last_step
 from roll_r3.tracking.progress import Progress
@@ -95,7 +95,7 @@ class Starts:
                 stack.enter_context(ray_cluster(config))
                 placement = stack.enter_context(place(config, again=self._device_kind))
             self._device_kind = placement.kind
-            roles = stack.enter_context(Roles(config, placement, run_dir.path / "logs"))
+            roles = stack.enter_context(Roles(config, placement, run_dir.log_dir))
             engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
             with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"):
                 roles.start()

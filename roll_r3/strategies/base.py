@@ -179,6 +179,8 @@ class TrainResult:
     """Already reduced over micro-batches, mini-batches and ranks; the same on every rank."""
     replay: ReplayCounts | None
     seconds_in_routes: float = 0.0
+    skipped: tuple[str, ...] = ()
+    """Of each optimizer step that was not made, why, for the person who watches; the same on every rank."""
 
 
 class InferStrategy(Protocol):
@@ -227,8 +229,10 @@ class TrainStrategy(InferStrategy, Protocol):
     def train_step(self, batch: Batch, step: int) -> TrainResult:
         """All optimizer steps on this rank's shard of step `step`; collective.
 
-        Needs `advantages_N` and `old_log_probs_N` (and `ref_log_probs_N` for a KL loss). Raises ReplayError under
-        R3 when the batch carries no routes, under R2 when no recording pass over these samples came before.
+        One whose gradient or loss is not finite is left out on all ranks, and leaves everything as it was. Needs
+        `advantages_N` and `old_log_probs_N` (and `ref_log_probs_N` for a KL loss). Raises ReplayError under R3 when the
+        batch carries no routes, under R2 when no recording pass over these samples came before; RollError when more
+        than `max_skipped_steps` in a row were left out.
         """
 
     def save_checkpoint(self, path: Path) -> None:

@@ -20,10 +20,11 @@ from rollout_cases import group_members, requests, trajectories
 from safetensors.torch import load_file
 from sglang_cases import Engine, configuration
 
+from roll_r3 import processes
 from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
-from roll_r3.strategies.rollout import launching, server
+from roll_r3.strategies.rollout import server
 from roll_r3.strategies.rollout.process import ServerProcess, free_port
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
@@ -179,8 +180,8 @@ def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Pa
 def test_the_servers_main_program_dies_with_its_parent(tmp_path: Path) -> None:
     """The launchers' own watch, with a sleep in the place of an engine."""
     child = (
-        f"import runpy, sys, time; launching = runpy.run_path({launching.__file__!r}); "
-        "launching['die_with_parent'](int(sys.argv[1])); print('ready', flush=True); time.sleep(600)"
+        f"import runpy, sys, time; shared = runpy.run_path({processes.__file__!r}); "
+        "shared['die_with_parent'](int(sys.argv[1])); print('ready', flush=True); time.sleep(600)"
     )
     parent = (
         "import os, subprocess, sys, time; "
