@@ -102,7 +102,9 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
         done = point.state.step if point else 0
         with progress.stage("sending the first weights"):
             pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
-        saving = Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
+        saving = stack.enter_context(
+            Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
+        )
         shown = _train(config, pipeline, done, log, saving, run_dir, progress)
     mode = config.actor_train.router_replay.mode
     print(run_summary(run_dir.path, log.history, *shown, replay_mode=mode, seconds=time.monotonic() - started))
@@ -180,7 +182,7 @@ def _train(
     with run_dir.samples_file.open("a") as samples_file:
         for step in range(done + 1, config.max_steps + 1):
             result = pipeline.step(step)
-            log.write(step, result.metrics)
+            log.write(step, result.metrics | {"time/step_save": saving.seconds_waited()})
             # one sample of each of the first prompts says more than all samples of one prompt
             shown = result.samples[:: config.num_return_sequences_in_group][: config.num_logged_samples]
             before = before or shown

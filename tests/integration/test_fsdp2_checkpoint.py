@@ -78,9 +78,9 @@ def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch
             buffer.add_(1.0)  # not what the model's own checkpoint holds
     for step in (1, 2):
         _step_of(strategy, process, batch, step)
-    strategy.save_checkpoint(path)
+    strategy.snapshot().write(path)
     with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
-        strategy.save_checkpoint(path)
+        strategy.snapshot().write(path)
     found = _step_of(strategy, process, batch, 3)
     strategy.close()
     return found
@@ -141,7 +141,7 @@ def _changed_checkpoint(process: ProcessInfo, case: Case, path: Path, change: st
         del saved[name]
     elif change == "another shape":
         saved[name] = torch.ones(5)
-    checkpoint.save(saved, path)
+    checkpoint.Snapshot(saved).write(path)
     with torch.no_grad():
         for tensor in strategy._state().values():
             tensor.fill_(7)
@@ -176,7 +176,7 @@ def _unwritten(process: ProcessInfo, case: Case, path: Path) -> list[str]:
     found = []
     with pytest.MonkeyPatch.context() as patch:
         with pytest.raises(RollError) as refused:
-            strategy.save_checkpoint(path / "file" / "saved")
+            strategy.snapshot().write(path / "file" / "saved")
         found.append(str(refused.value))
 
         def no_space(*names: Path) -> None:
@@ -184,7 +184,7 @@ def _unwritten(process: ProcessInfo, case: Case, path: Path) -> list[str]:
 
         patch.setattr(checkpoint.os, "rename", no_space)
         with pytest.raises(RollError) as refused:
-            strategy.save_checkpoint(path / "saved")
+            strategy.snapshot().write(path / "saved")
         found.append(str(refused.value))
     strategy.close()
     return found
@@ -192,7 +192,7 @@ def _unwritten(process: ProcessInfo, case: Case, path: Path) -> list[str]:
 
 def _save(process: ProcessInfo, case: Case, path: Path) -> None:
     strategy = open_strategy(process, case)
-    strategy.save_checkpoint(path)
+    strategy.snapshot().write(path)
     strategy.close()
 
 

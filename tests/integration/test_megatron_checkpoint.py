@@ -172,7 +172,7 @@ def _unwritten(process: ProcessInfo, case: Case, path: Path) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(RollError) as refused:
-            strategy.save_checkpoint(path)
+            strategy.snapshot().write(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     strategy.close()
@@ -212,9 +212,9 @@ def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch
     strategy = open_strategy(process, case)
     for step in (1, 2):
         _step_of(strategy, batch, step)
-    strategy.save_checkpoint(path)
+    strategy.snapshot().write(path)
     with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
-        strategy.save_checkpoint(path)
+        strategy.snapshot().write(path)
     saved = dict(exported(strategy))
     outcome = _outcome(strategy, _step_of(strategy, batch, 3))
     strategy.close()
@@ -231,7 +231,7 @@ def _one_more_step(process: ProcessInfo, case: Case, batch: Batch, path: Path) -
 
 def _save(process: ProcessInfo, case: Case, path: Path) -> None:
     strategy = open_strategy(process, case)
-    strategy.save_checkpoint(path)
+    strategy.snapshot().write(path)
     strategy.close()
 
 

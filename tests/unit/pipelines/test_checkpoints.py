@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -38,13 +40,24 @@ PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i)) for i in range(10)]
 class TwoFiles:
     """In the place of the trainer's ranks."""
 
-    def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
+    def __init__(self) -> None:
+        self.may_write = Event()
+        self.may_write.set()
+        self.calls: list[str] = []
+
+    def take_snapshot(self) -> None:
+        self.calls.append("snapshot")
+
+    def write_snapshot(self, path: Path) -> dict[str, FileSum]:
+        assert self.may_write.wait(30)
         path.mkdir()
         for name in "ab":
             (path / name).write_bytes(name.encode() * 5000)
+        self.calls.append("written")
         return {name: file_sum(path / name) for name in "ab"}
 
     def save_hf(self, path: Path) -> None:
+        self.calls.append("exported")
         (path / "model.safetensors").write_bytes(b"x")
 
 
@@ -68,8 +81,8 @@ class FakeRun:
         data = data_of(PROMPTS, config.seed, self.point.state.data.drawn if self.point else ())
         if self.point:
             put_back(self.run_dir, self.checkpoints, self.point, self.said.append)
-        trainer: Any = TwoFiles()
-        self.saving = Checkpoints(config, self.run_dir, trainer, data=data, begun=self.done, say=self.said.append)
+        self.trainer: Any = TwoFiles()
+        self.saving = Checkpoints(config, self.run_dir, self.trainer, data=data, begun=self.done, say=self.said.append)
 
     def run_to(self, last: int) -> FakeRun:
         for step in range(self.done + 1, last + 1):
@@ -229,6 +242,90 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, size):
     verify(run.checkpoints.path(2))
     again = FakeRun(config).run_to(4)
     assert again.checkpoints.steps() == [4]
+
+
+def beside(tmp_path: Path, **changed: Any) -> FakeRun:
+    """A run that writes its checkpoints beside its steps."""
+    return FakeRun(config_of(tmp_path, checkpoint_config={"async_save": True}, **changed))
+
+
+def test_a_checkpoint_is_written_beside_the_steps_that_follow(tmp_path):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+    run.run_to(3)
+    assert run.checkpoints.steps() == []
+    assert not any("saved" in said for said in run.said), "nothing is said to be saved before it is"
+    run.trainer.may_write.set()
+    run.saving.wait()
+    assert run.checkpoints.steps() == [2]
+    assert str(run.checkpoints.path(2)) in run.said[-1]
+    verify(run.checkpoints.path(2))
+    assert run.steps_in(run.checkpoints.path(2) / "metrics.jsonl") == [1, 2], "none of a step after it"
+    assert run.saving.seconds_waited() < 10
+
+
+def test_the_next_checkpoint_and_an_export_wait_for_the_one_before(tmp_path):
+    run = beside(tmp_path, save_hf_steps=5)
+    run.trainer.may_write.clear()
+    run.run_to(3)
+    assert run.trainer.calls == ["snapshot"]
+    Timer(0.3, run.trainer.may_write.set).start()
+    run.run_to(4)
+    assert run.trainer.calls[:3] == ["snapshot", "written", "snapshot"]
+    assert run.saving.seconds_waited() > 0.1
+    assert run.saving.seconds_waited() == 0
+    run.saving.wait()
+    run.trainer.may_write.clear()
+    run.done = 5
+    Timer(0.3, run.trainer.may_write.set).start()
+    run.saving.step_done(6, samples_seen=192)
+    Timer(0.3, run.trainer.may_write.set).start()
+    run.saving.step_done(10, samples_seen=320)
+    assert run.trainer.calls[-3:] == ["snapshot", "written", "exported"]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, SystemExit])
+def test_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, error):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+    with pytest.raises(error) if error else nullcontext(), run.saving:
+        run.run_to(2)
+        Timer(0.3, run.trainer.may_write.set).start()
+        if error:
+            raise error
+    verify(run.checkpoints.path(2))
+
+
+@pytest.mark.parametrize("notices", ["the step after it", "the next to be saved", "the end"])
+def test_a_full_disk_stops_a_run_that_did_not_wait(tmp_path, notices):
+    run = beside(tmp_path, max_ckpt_to_keep=1).run_to(3)
+    run.saving.wait()
+    run.trainer.may_write.clear()
+    with files_up_to(4096), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
+        with run.saving:
+            run.run_to(4)
+            Timer(0.2, run.trainer.may_write.set).start()
+            if notices == "the step after it":
+                while not run.saving._under_way.done():
+                    time.sleep(0.01)
+                run.run_to(5)
+                pytest.fail("the step after it says so")
+            if notices == "the next to be saved":
+                run.run_to(6)
+    assert "there is step 2" in str(stopped.value)
+    assert not any("was not saved" in said for said in run.said), "it is raised, once"
+    assert [entry.name for entry in run.checkpoints.folder.iterdir()] == ["step-00000002"]
+    verify(run.checkpoints.path(2))
+
+
+def test_a_failure_to_save_does_not_hide_the_error_before_it(tmp_path):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+    with files_up_to(4096), pytest.raises(RuntimeError, match="the engine died"), run.saving:
+        run.run_to(2)
+        run.trainer.may_write.set()
+        raise RuntimeError("the engine died")
+    assert "step 2 was not saved: " in run.said[-1]
 
 
 def test_changed_fields_are_named(tmp_path):
