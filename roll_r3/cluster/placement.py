@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import ConfigError
+from roll_r3.errors import ConfigError, LostWorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,8 @@ SHARE = 0.01
 """Of a device, claimed by each process on it: roles share devices, so the claim only decides the place."""
 PLACEMENT_TIMEOUT = 300.0
 """Seconds to wait for the cluster to offer the devices."""
+RETURN_TIMEOUT = 600.0
+"""Seconds to wait for a cluster that lost a node to have as many devices as the run needs again."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,11 @@ def device_count(config: RLVRConfig) -> int:
 
 @contextmanager
 def ray_cluster(config: RLVRConfig) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names, or run one on this machine, bound to loopback, for the block's time."""
+    """Join the cluster that RAY_ADDRESS names, or run one on this machine, bound to loopback, for the block's time.
+
+    Raises:
+        LostWorkerError: Ray itself failed.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -74,6 +82,8 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     try:
         yield
+    except RayError as error:
+        raise LostWorkerError(f"Ray failed: {type(error).__name__}: {error}") from error
     finally:
         ray.shutdown()
 
@@ -98,14 +108,20 @@ def resolve_device_kind(config: RLVRConfig) -> str:
 
 
 @contextmanager
-def place(config: RLVRConfig) -> Iterator[Placement]:
+def place(config: RLVRConfig, *, again: str | None = None) -> Iterator[Placement]:
     """Reserve every device of the run for the block's time.
+
+    Args:
+        again: the kind of the devices that the run had before it lost some: it waits for them, and takes no others.
 
     Raises:
         ConfigError: the cluster cannot offer so many devices.
+        LostWorkerError: it could, and does not any more.
     """
-    kind, count = resolve_device_kind(config), device_count(config)
+    kind, count = again or resolve_device_kind(config), device_count(config)
     resource = "GPU" if kind == "cuda" else "CPU"
+    if again:
+        _await_return(resource, count)
     have = int(ray.cluster_resources().get(resource, 0))
     if have < count:
         raise ConfigError(
@@ -122,6 +138,18 @@ def place(config: RLVRConfig) -> Iterator[Placement]:
         yield Placement(kind, group, _number_devices(kind, group, count))
     finally:
         remove_placement_group(group)
+
+
+def _await_return(resource: str, count: int) -> None:
+    """Raises LostWorkerError: the cluster has not got so many any more, and no node joined it in time."""
+    deadline = time.monotonic() + RETURN_TIMEOUT
+    while (have := int(ray.cluster_resources().get(resource, 0))) < count:
+        if time.monotonic() > deadline:
+            raise LostWorkerError(
+                f"the cluster has {have} {resource}s left of the {count} that the run needs, and no node joined it "
+                f"within {RETURN_TIMEOUT:.0f} s"
+            )
+        time.sleep(1.0)
 
 
 def _number_devices(kind: str, group: PlacementGroup, count: int) -> tuple[Device, ...]:

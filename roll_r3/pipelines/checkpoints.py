@@ -15,7 +15,8 @@ from roll_r3.cluster.groups import ModelGroup
 from roll_r3.config.derived import saving_dir
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
-from roll_r3.errors import CheckpointError, RollError
+from roll_r3.errors import CheckpointError, LostWorkerError, RollError
+from roll_r3.pipelines.leaving import LeaveNow
 from roll_r3.saving.manifest import FileSum, file_sum, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.saving.store import CHECKPOINTS, EXPORTS, Store
@@ -64,17 +65,19 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for what is being written. Of two errors the first one goes on, and the other is said."""
-        if kind is not None and self._under_way is not None and not self._under_way.done():
-            self._say("the checkpoint that is being written is completed before the run ends")
+        """Wait for what is being written, unless nothing is waited for any more. Of two errors the first one goes on,
+        and the other is said."""
+        self._writer.shutdown(wait=False)
+        if isinstance(error, LeaveNow):
+            return
+        if error is not None and self._under_way is not None and not self._under_way.done():
+            self._say("the checkpoint that is being written is completed first")
         try:
             self.wait()
-        except CheckpointError as failure:
-            if kind is None:
+        except RollError as failure:
+            if error is None:
                 raise
             self._say(str(failure))
-        finally:
-            self._writer.shutdown(wait=False)
 
     def step_done(self, step: int, samples_seen: int) -> None:
         """Save what is due after a step whose metrics are written.
@@ -98,6 +101,19 @@ class Checkpoints:
                 self._trainer.save_hf(self._exports.begin(step))
                 self._finished(self._exports, step, began)
         self._seconds += time.perf_counter() - start
+
+    def leave(self, step: int, samples_seen: int) -> None:
+        """Save a step that the run is left after, unless it is saved or no step is to be, and wait for it.
+
+        Raises:
+            CheckpointError: as `step_done`.
+        """
+        self.wait()
+        if self._config.save_steps == 0:
+            self._say("nothing is saved: save_steps is 0")
+        elif step > self._begun and not self._checkpoints.path(step).exists():
+            self._begin(step, samples_seen)
+            self.wait()
 
     def wait(self) -> None:
         """Until the checkpoint under way, if there is one, is there. Raises as `step_done`."""
@@ -144,6 +160,9 @@ class Checkpoints:
     def _abandoned_on_failure(self, store: Store, step: int) -> Iterator[None]:
         try:
             yield
+        except LostWorkerError:
+            store.abandon(step)
+            raise
         except (OSError, RollError) as error:
             store.abandon(step)
             left = ", ".join(f"step {s}" for s in store.steps()) or "nothing"
