@@ -19,6 +19,7 @@ from megatron_cases import (
     open_strategy,
     read_weights,
     shard,
+    written_while_it_trains,
 )
 from torch.distributed.tensor import DTensor
 
@@ -58,7 +59,7 @@ def test_training_goes_on_from_a_checkpoint(name: str, gang: Gangs, models: dict
     assert largest_difference(whole[0][1], read_weights(models[name])) > 1e-3
     files = sorted(file.name for file in path.iterdir())
     assert files == [f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)]
-    assert [folder.name for folder in path.parent.iterdir()] == ["step2"]
+    assert sorted(folder.name for folder in path.parent.iterdir()) == ["after", "beside", "step2"]
 
 
 def _step_of(strategy: Any, process: ProcessInfo, batch: Batch, step: int) -> tuple[float, Any, Any]:
@@ -78,10 +79,9 @@ def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch
             buffer.add_(1.0)  # not what the model's own checkpoint holds
     for step in (1, 2):
         _step_of(strategy, process, batch, step)
-    strategy.snapshot().write(path)
+    found = written_while_it_trains(strategy, path, lambda: _step_of(strategy, process, batch, 3))
     with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
         strategy.snapshot().write(path)
-    found = _step_of(strategy, process, batch, 3)
     strategy.close()
     return found
 

@@ -21,6 +21,7 @@ from megatron_cases import (
     open_strategy,
     read_weights,
     shard,
+    written_while_it_trains,
 )
 
 from roll_r3.batch.batch import Batch
@@ -77,7 +78,7 @@ def test_training_goes_on_to_the_bit(name: str, gang: Any, models: dict[str, Pat
     assert whole[0]["metrics"]["actor/lr"] > 0
     assert largest_difference(whole[0]["weights"], again[0]["weights"]) == 0
     assert largest_difference(whole[0]["weights"], read_weights(models[model])) > 1e-3
-    assert [folder.name for folder in path.parent.iterdir()] == ["step2"]
+    assert sorted(folder.name for folder in path.parent.iterdir()) == ["after", "beside", "step2"]
 
 
 OTHERS = {
@@ -212,11 +213,11 @@ def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch
     strategy = open_strategy(process, case)
     for step in (1, 2):
         _step_of(strategy, batch, step)
-    strategy.snapshot().write(path)
+    saved = dict(exported(strategy))
+    metrics = written_while_it_trains(strategy, path, lambda: _step_of(strategy, batch, 3))
     with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
         strategy.snapshot().write(path)
-    saved = dict(exported(strategy))
-    outcome = _outcome(strategy, _step_of(strategy, batch, 3))
+    outcome = _outcome(strategy, metrics)
     strategy.close()
     return outcome | {"saved weights": saved}
 

@@ -20,8 +20,9 @@ import pytest
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import Prompt
-from roll_r3.errors import CheckpointError, ConfigError
+from roll_r3.errors import CheckpointError, ConfigError, LostWorkerError
 from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
+from roll_r3.pipelines.leaving import LeaveNow
 from roll_r3.pipelines.resume import (
     ResumePoint,
     changes,
@@ -80,7 +81,7 @@ class FakeRun:
         self.done = self.point.state.step if self.point else 0
         data = data_of(PROMPTS, config.seed, self.point.state.data.drawn if self.point else ())
         if self.point:
-            put_back(self.run_dir, self.checkpoints, self.point, self.said.append)
+            put_back(self.run_dir, self.checkpoints, self.exports, self.point, self.said.append)
         self.trainer: Any = TwoFiles()
         self.saving = Checkpoints(config, self.run_dir, self.trainer, data=data, begun=self.done, say=self.said.append)
 
@@ -288,12 +289,42 @@ def test_the_next_checkpoint_and_an_export_wait_for_the_one_before(tmp_path):
 def test_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, error):
     run = beside(tmp_path)
     run.trainer.may_write.clear()
-    with pytest.raises(error) if error else nullcontext(), run.saving:
-        run.run_to(2)
-        Timer(0.3, run.trainer.may_write.set).start()
-        if error:
-            raise error
+
+    def end() -> None:
+        with run.saving:
+            run.run_to(2)
+            Timer(0.3, run.trainer.may_write.set).start()
+            if error:
+                raise error
+
+    with pytest.raises(error) if error else nullcontext():
+        end()
     verify(run.checkpoints.path(2))
+
+
+def test_who_is_to_leave_at_once_waits_for_nothing(tmp_path):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+
+    def end() -> None:
+        with run.saving:
+            run.run_to(2)
+            raise LeaveNow
+
+    with pytest.raises(LeaveNow):
+        end()
+    assert run.checkpoints.steps() == []
+    run.trainer.may_write.set()
+
+
+def test_a_run_that_is_left_saves_no_step_twice(tmp_path):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+    Timer(0.3, run.trainer.may_write.set).start()
+    run.run_to(2).saving.leave(2, samples_seen=64)
+    assert run.trainer.calls == ["snapshot", "written"]
+    run.run_to(3).saving.leave(3, samples_seen=96)
+    assert run.checkpoints.steps() == [2, 3], "and is waited for"
 
 
 @pytest.mark.parametrize("notices", ["the step after it", "the next to be saved", "the end"])
@@ -301,17 +332,23 @@ def test_a_full_disk_stops_a_run_that_did_not_wait(tmp_path, notices):
     run = beside(tmp_path, max_ckpt_to_keep=1).run_to(3)
     run.saving.wait()
     run.trainer.may_write.clear()
-    with files_up_to(4096), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
+
+    def go_on() -> None:
         with run.saving:
             run.run_to(4)
-            Timer(0.2, run.trainer.may_write.set).start()
             if notices == "the step after it":
+                run.trainer.may_write.set()
                 while not run.saving._under_way.done():
                     time.sleep(0.01)
                 run.run_to(5)
                 pytest.fail("the step after it says so")
+            Timer(0.2, run.trainer.may_write.set).start()
             if notices == "the next to be saved":
                 run.run_to(6)
+                pytest.fail("the next to be saved waits for it, and says so")
+
+    with files_up_to(4096), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
+        go_on()
     assert "there is step 2" in str(stopped.value)
     assert not any("was not saved" in said for said in run.said), "it is raised, once"
     assert [entry.name for entry in run.checkpoints.folder.iterdir()] == ["step-00000002"]
@@ -321,11 +358,30 @@ def test_a_full_disk_stops_a_run_that_did_not_wait(tmp_path, notices):
 def test_a_failure_to_save_does_not_hide_the_error_before_it(tmp_path):
     run = beside(tmp_path)
     run.trainer.may_write.clear()
-    with files_up_to(4096), pytest.raises(RuntimeError, match="the engine died"), run.saving:
-        run.run_to(2)
-        run.trainer.may_write.set()
-        raise RuntimeError("the engine died")
+
+    def end() -> None:
+        with run.saving:
+            run.run_to(2)
+            run.trainer.may_write.set()
+            raise RuntimeError("the engine died")
+
+    with files_up_to(4096), pytest.raises(RuntimeError, match="the engine died"):
+        end()
     assert "step 2 was not saved: " in run.said[-1]
+
+
+def test_a_worker_that_is_lost_while_it_writes_is_no_failure_to_save(tmp_path):
+    """The run goes on from an older checkpoint by itself, where nothing is in its way."""
+    run = beside(tmp_path)
+
+    def lost(path: Path) -> None:
+        path.mkdir()
+        raise LostWorkerError("actor_train-1 died")
+
+    run.trainer.write_snapshot = lost
+    with pytest.raises(LostWorkerError), run.saving:
+        run.run_to(2)
+    assert list(run.checkpoints.folder.iterdir()) == []
 
 
 def test_changed_fields_are_named(tmp_path):
