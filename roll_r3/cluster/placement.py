@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    sigterm = signal.getsignal(signal.SIGTERM)  # Ray takes it, and leaves at once
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **quiet)
@@ -80,6 +82,7 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
         # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
         cpus = max(device_count(config), os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    signal.signal(signal.SIGTERM, sigterm)
     try:
         yield
     except RayError as error:

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 PROMPTS, LENGTH = 3, 16
 TOLERANCE = 1e-4
-"""Of a log-probability in fp32. Every side routes by itself: a tie that falls otherwise would be a thousand times that."""
+"""Of a log-probability in fp32. Every side routes by itself; a tie that falls otherwise would be far above it."""
 TRAINING = {"learning_rate": 1e-2, "warmup_steps": 0}
 CASES = {
     "qwen3_moe": {"layout": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}},
@@ -54,9 +54,9 @@ def test_what_is_exported_computes_what_was_trained(
     export(checkpoints.finish(3), tmp_path / "hf")
     assert largest_difference(read_weights(models[model]), read_weights(tmp_path / "hf")) > 1e-3, "it was trained"
 
-    with_transformers = np.abs(transformers_PSV(tmp_path / "hf") - trained_PSV).max()
-    untrained = np.abs(transformers_PSV(models[model]) - trained_PSV).max()
-    with_sglang = np.abs(sglang_PSV(tmp_path / "hf", tmp_path / "server.log") - trained_PSV).max()
+    with_transformers = np.abs(in_transformers(tmp_path / "hf") - trained_PSV).max()
+    untrained = np.abs(in_transformers(models[model]) - trained_PSV).max()
+    with_sglang = np.abs(in_sglang(tmp_path / "hf", tmp_path / "server.log") - trained_PSV).max()
     print(f"{model}: transformers {with_transformers:.1e}, SGLang {with_sglang:.1e}, untrained {untrained:.1e}")
     assert with_transformers < TOLERANCE
     assert with_sglang < TOLERANCE
@@ -97,7 +97,8 @@ def _every_label(vocab: int) -> Batch:
     )
 
 
-def transformers_PSV(checkpoint: Path) -> np.ndarray:
+def in_transformers(checkpoint: Path) -> np.ndarray:
+    """As `_train_and_save`."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -105,8 +106,8 @@ def transformers_PSV(checkpoint: Path) -> np.ndarray:
         return _log_softmax(model(input_ids=torch.from_numpy(prompts())).logits.numpy())
 
 
-def sglang_PSV(checkpoint: Path, log: Path) -> np.ndarray:
-    """The server reads directory and tokenizer itself, and is asked for the whole vocabulary at every position."""
+def in_sglang(checkpoint: Path, log: Path) -> np.ndarray:
+    """As `_train_and_save`. The server reads the directory, and is asked for the whole vocabulary at every position."""
     from transformers import AutoTokenizer
 
     vocab = len(AutoTokenizer.from_pretrained(checkpoint))
