@@ -161,11 +161,8 @@ class ModelGroup(_Group):
         for rank, device in enumerate(mapping):
             name, log = f"{role}-{rank}", log_dir / f"{role}-{rank}.log"
             env = {"OMP_NUM_THREADS": str(threads)}
-            actor = ray.remote(ModelWorker).options(
-                name=name,
-                runtime_env={"env_vars": env},
-                concurrency_groups={WRITING: 1},
-                **placement.options(device),
+            actor = ray.remote(concurrency_groups={WRITING: 1})(ModelWorker).options(
+                name=name, runtime_env={"env_vars": env}, **placement.options(device)
             )
             handle = actor.remote(config, role, rank, len(mapping), placement.kind, threads, log)
             members.append(_Member(name, handle, log))

@@ -21,6 +21,7 @@ from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.errors import CheckpointError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.saving.manifest import FileSum, file_sum, files_below
@@ -173,12 +174,20 @@ class ModelWorker:
     @ray.method(concurrency_group=WRITING)
     def write_snapshot(self, path: Path) -> dict[str, FileSum]:
         """As `Snapshot.write`, beside whatever else this rank does, and let the snapshot go; returns the checksums of
-        this rank's share of the files, by name."""
+        this rank's share of the files, by name.
+
+        Raises:
+            RollError: as `Snapshot.write`.
+            CheckpointError: what was written cannot be read, or the disk does not keep it.
+        """
         snapshot, self._snapshot = self._snapshot, None
         assert snapshot is not None, "there is one to write"
         snapshot.write(path)
-        share = files_below(path)[self._process.rank :: self._process.world_size]
-        return {name: file_sum(path / name) for name in share}
+        try:
+            share = files_below(path)[self._process.rank :: self._process.world_size]
+            return {name: file_sum(path / name) for name in share}
+        except OSError as error:
+            raise CheckpointError(f"{path} is not kept: {type(error).__name__}: {error}") from error
 
     def load_checkpoint(self, path: Path) -> None:
         """As `TrainStrategy.load_checkpoint`."""

@@ -68,7 +68,7 @@ class Checkpoints:
         """Wait for what is being written, unless nothing is waited for any more. Of two errors the first one goes on,
         and the other is said."""
         self._writer.shutdown(wait=False)
-        if isinstance(error, LeaveNow):
+        if isinstance(error, LeaveNow | KeyboardInterrupt):
             return
         if error is not None and self._under_way is not None and not self._under_way.done():
             self._say("the checkpoint that is being written is completed first")

@@ -302,16 +302,17 @@ def test_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, error):
     verify(run.checkpoints.path(2))
 
 
-def test_who_is_to_leave_at_once_waits_for_nothing(tmp_path):
+@pytest.mark.parametrize("at_once", [LeaveNow(), KeyboardInterrupt()], ids=["SIGTERM again", "Ctrl-C"])
+def test_who_is_to_leave_at_once_waits_for_nothing(tmp_path, at_once):
     run = beside(tmp_path)
     run.trainer.may_write.clear()
 
     def end() -> None:
         with run.saving:
             run.run_to(2)
-            raise LeaveNow
+            raise at_once
 
-    with pytest.raises(LeaveNow):
+    with pytest.raises(type(at_once)):
         end()
     assert run.checkpoints.steps() == []
     run.trainer.may_write.set()
@@ -370,20 +371,6 @@ def test_a_failure_to_save_does_not_hide_the_error_before_it(tmp_path):
     assert "step 2 was not saved: " in run.said[-1]
 
 
-def test_a_worker_that_is_lost_while_it_writes_is_no_failure_to_save(tmp_path):
-    """The run goes on from an older checkpoint by itself, where nothing is in its way."""
-    run = beside(tmp_path)
-
-    def lost(path: Path) -> None:
-        path.mkdir()
-        raise LostWorkerError("actor_train-1 died")
-
-    run.trainer.write_snapshot = lost
-    with pytest.raises(LostWorkerError), run.saving:
-        run.run_to(2)
-    assert list(run.checkpoints.folder.iterdir()) == []
-
-
 def test_changed_fields_are_named(tmp_path):
     run = FakeRun(config_of(tmp_path)).run_to(2)
     point = ResumePoint(run.checkpoints.path(2), read_state(run.checkpoints.path(2)), None)
@@ -427,15 +414,18 @@ def test_what_is_left_is_saved_once(tmp_path):
     assert none.said == ["nothing is saved: save_steps is 0"]
 
 
-def test_a_lost_worker_while_saving_is_no_full_disk(tmp_path):
-    run = FakeRun(config_of(tmp_path)).run_to(3)
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_lost_worker_while_saving_is_no_full_disk(tmp_path, async_save):
+    """The run goes on from an older checkpoint by itself, and nothing is in its way."""
+    run = FakeRun(config_of(tmp_path, checkpoint_config={"async_save": async_save})).run_to(3)
+    run.saving.wait()
 
     def die(path: Path) -> None:
         path.mkdir()
         (path / "half").write_text("")
         raise LostWorkerError("actor_train-1 died")
 
-    run.saving._trainer.save_checkpoint = die  # type: ignore[method-assign]
-    with pytest.raises(LostWorkerError, match="actor_train-1 died"):
+    run.trainer.write_snapshot = die
+    with pytest.raises(LostWorkerError, match="actor_train-1 died"), run.saving:
         run.run_to(4)
     assert [path.name for path in run.checkpoints.folder.iterdir()] == ["step-00000002"]
