@@ -30,7 +30,6 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from examples.benchmarks.measuring import Report, rounded
-from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart_engines.yaml"
@@ -133,7 +132,7 @@ def _train_and_look(answer: Connection, steps: int, overrides: tuple[str, ...]) 
     from roll_r3.run import main
 
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = make_tiny_checkpoint(Path(folder) / "tiny", examples=addition_mod10(), warm_start_steps=20)
+        checkpoint = make_tiny_checkpoint(Path(folder) / "tiny")
         output = Path(folder) / "output"
         over, seen = threading.Event(), Seen()
         looking = threading.Thread(target=_look_on, args=(output, seen, over))
