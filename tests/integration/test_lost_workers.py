@@ -131,12 +131,22 @@ def test_sigterm_saves_the_newest_step_and_leaves(fault: Fault, whole, tmp_path,
     done = int(re.search(r"SIGTERM: leaving after step (\d)", said)[1])
     assert len(run.metrics()) == done
     assert f"step-{done:08d} in" in said, "saved, although no checkpoint was due"
-    again = start(tmp_path, checkpoint, "resume_from_checkpoint=auto")
+    with nothing_left():
+        again = start(tmp_path, checkpoint, "resume_from_checkpoint=auto", "save_steps=1")
+        try:
+            again.wait_for_step(done + 1)
+            os.killpg(again.process.pid, signal.SIGTERM)
+            assert again.finish(60) != 0, "Ray's own processes are gone too, and it ends with them"
+        finally:
+            again.end()
+    said = again.stderr.read_text()
+    assert f"going on after step {done}" in said
+    assert "new start" not in said, "workers that die of the same signal are no fault to go on from"
+    last = start(tmp_path, checkpoint, "resume_from_checkpoint=auto")
     try:
-        assert_as_undisturbed(again, whole)
+        assert_as_undisturbed(last, whole)
     finally:
-        again.end()
-    assert f"going on after step {done}" in again.stderr.read_text()
+        last.end()
     fault.user_sees("SIGTERM: leaving after step 2; saved .../step-00000002; exit status 143")
     fault.lost("nothing; what was sampled for the next step is sampled again")
 
