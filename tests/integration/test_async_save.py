@@ -8,8 +8,10 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from faults import Fault, nothing_left
 from megatron_cases import assert_same_tensors
@@ -100,18 +102,21 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
     fault: Fault, waiting, tmp_path, checkpoint
 ):
     trainer = "megatron_train"
-    with nothing_left(grace=60):
-        run = start(tmp_path, checkpoint, trainer, BESIDE)
-        try:
-            run.wait_for_step(1)
-            folder = run.path.resolve() / "checkpoints"
-            wait_for(
-                lambda: any((folder / f".step-{step:08d}.partial/trainer.partial").exists() for step in (2, 3)), run
-            )
-            os.kill(run.process.pid, signal.SIGKILL)
-            run.process.wait()
-        finally:
-            run.end()
+    run = start(tmp_path, checkpoint, trainer, BESIDE)
+    processes: list[psutil.Process] = []
+    try:
+        run.wait_for_step(1)
+        folder = run.path.resolve() / "checkpoints"
+        processes = run.descendants()  # that they end by themselves is seen where a run that waits is killed
+        wait_for(lambda: any(folder.glob(".step-0000000[23].partial/trainer.partial")), run)
+        os.kill(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+        psutil.wait_procs(processes, timeout=20)
+    finally:
+        run.end()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
     there = sorted(path.name for path in folder.iterdir())
     half = [name for name in there if name.startswith(".")]
     whole = [name for name in there if not name.startswith(".")]
