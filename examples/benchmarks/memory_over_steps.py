@@ -4,7 +4,7 @@
     .venv/bin/python -m examples.benchmarks.memory_over_steps --steps 40 --from-step 10
     .venv/bin/python -m examples.benchmarks.memory_over_steps actor_infer.strategy_args.strategy_name=sglang
 
-The real program trains a tiny model with R3, saves every step and keeps two checkpoints. After every step a thread
+The real program trains a tiny model with R3, saves every fifth step and keeps two checkpoints. After every step a thread
 looks at each process: its own memory (USS: what would be free again if the process ended, so what several share, as the
 object store, is not counted), its open files, and the references to objects that Ray says it holds; and at the object
 store. A figure "at step N" is the median over the `WINDOW` steps up to N.
@@ -38,7 +38,7 @@ OVERRIDES = (
     "num_return_sequences_in_group=4",
     "actor_train.training_args.per_device_train_batch_size=8",
     "actor_infer.strategy_args.strategy_name=hf_infer",
-    "save_steps=1",
+    "save_steps=5",
     "max_ckpt_to_keep=2",
     "checkpoint_config.async_save=true",
 )

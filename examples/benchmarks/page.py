@@ -307,7 +307,7 @@ def _many_steps(report: Report) -> list[str]:
         "",
         f"What the processes of a run hold after step {report['from_step']} and after step {report['steps']}, and the "
         "ratio of the two. A tiny model with R3,",
-        "Megatron on two ranks, `hf_infer`, TensorBoard, a checkpoint written beside every step, two of them kept. The",
+        "Megatron on two ranks, `hf_infer`, TensorBoard, a checkpoint beside every fifth step, two of them kept. The",
         "memory is a process's own (USS), without what it shares with others; references are to objects of Ray. Object",
         f"store: {cell(store['megabytes'], 'megabytes')} MB, {cell(store['objects'], 'objects')} objects.",
         f"Bound on the memory of driver and workers, from step {budgets.GROWTH_FROM} to step {budgets.GROWTH_TO}: "
