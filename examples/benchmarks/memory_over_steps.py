@@ -4,10 +4,10 @@
     .venv/bin/python -m examples.benchmarks.memory_over_steps --steps 40 --from-step 10
     .venv/bin/python -m examples.benchmarks.memory_over_steps actor_infer.strategy_args.strategy_name=sglang
 
-The real program trains a tiny model with R3, saves every fifth step and keeps two checkpoints. After every step a thread
-looks at each process: its own memory (USS: what would be free again if the process ended, so what several share, as the
-object store, is not counted), its open files, and the references to objects that Ray says it holds; and at the object
-store. A figure "at step N" is the median over the `WINDOW` steps up to N.
+The real program trains a tiny model with R3, saves every fifth step and keeps two checkpoints. After every step a
+thread looks at each process: its own memory (USS: what would be free again if the process ended, so what several share,
+as the object store, is not counted), its open files, and the references to objects that Ray says it holds; and at the
+object store. A figure "at step N" is the median over the `WINDOW` steps up to N.
 """
 
 from __future__ import annotations
