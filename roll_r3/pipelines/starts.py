@@ -145,6 +145,7 @@ class Starts:
                         self._progress.step_done(step, result.metrics)
                         done = step
                         saving.step_done(step, pipeline.samples_seen)
+                    del experience  # else its routes would lie in the object store while the next step is sampled
             except Leave:
                 self._progress.say(f"SIGTERM: leaving after step {done}")
                 with self._leaving.held():
