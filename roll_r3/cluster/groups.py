@@ -17,7 +17,7 @@ from roll_r3.batch.batch import Batch, FloatN
 from roll_r3.batch.micro_batch import IntArray, assign_to_ranks
 from roll_r3.cluster.calls import wait_for
 from roll_r3.cluster.placement import Placement
-from roll_r3.cluster.workers import ModelWorker, RolloutWorker
+from roll_r3.cluster.workers import WRITING, ModelWorker, RolloutWorker
 from roll_r3.config.derived import engine_size, server
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
@@ -183,7 +183,7 @@ class ModelGroup(_Group):
         for rank, device in enumerate(mapping):
             name, log = f"{role}-{rank}", log_dir / f"{role}-{rank}.log"
             env = {"OMP_NUM_THREADS": str(threads)}
-            actor = ray.remote(ModelWorker).options(
+            actor = ray.remote(concurrency_groups={WRITING: 1})(ModelWorker).options(
                 name=name, runtime_env={"env_vars": env}, **placement.options(device)
             )
             handle = actor.remote(config, role, rank, len(mapping), placement.kind, threads, log)
@@ -235,12 +235,17 @@ class ModelGroup(_Group):
         """Send the weights to the connected engines; why an engine did not take them, or empty."""
         return next((failure for failure in self._call("update_weights", version) if failure), "")
 
-    def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
-        """Every rank writes its part of the model and its optimizer; the checksums of all files, by name."""
-        return {name: found for sums in self._call("save_checkpoint", path) for name, found in sums.items()}
+    def take_snapshot(self) -> None:
+        """Every rank copies its part of the model and its optimizer into its host's memory."""
+        self._call("take_snapshot")
+
+    def write_snapshot(self, path: Path) -> dict[str, FileSum]:
+        """Every rank writes its part of the snapshot, whatever else it is asked for meanwhile from other threads; the
+        checksums of all files, by name."""
+        return {name: found for sums in self._call("write_snapshot", path) for name, found in sums.items()}
 
     def load_checkpoint(self, path: Path) -> None:
-        """Every rank takes its part of what `save_checkpoint` wrote."""
+        """Every rank takes its part of what `write_snapshot` wrote."""
         self._call("load_checkpoint", path)
 
     def save_hf(self, path: Path) -> None:

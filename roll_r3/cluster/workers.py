@@ -21,7 +21,7 @@ from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import EngineError
+from roll_r3.errors import CheckpointError, EngineError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.saving.manifest import FileSum, file_sum, files_below
@@ -30,6 +30,7 @@ from roll_r3.strategies.base import (
     GenerateResult,
     LogProbResult,
     ProcessInfo,
+    Snapshot,
     TrainResult,
     WeightChannel,
     WeightTarget,
@@ -39,6 +40,8 @@ from roll_r3.strategies.registry import STRATEGIES, load_attribute
 logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
+WRITING = "writing"
+"""The calls that a rank answers in a thread of their own, one at a time."""
 
 
 class RolloutWorker:
@@ -115,6 +118,7 @@ class ModelWorker:
         self._process = ProcessInfo(rank=rank, world_size=world_size, local_rank=0, device=device)
         self._channel: WeightChannel | None = None
         self._bucket_bytes = 0
+        self._snapshot: Snapshot | None = None
 
     def host_store(self) -> tuple[str, int]:
         """On rank 0: the store that the role's ranks meet at, on this node's address; returns where it listens.
@@ -191,11 +195,27 @@ class ModelWorker:
         gathering = time.perf_counter() - start - sending
         logger.info("weights %d: %d tensors, gathered in %.2f s, sent in %.2f s", version, tensors, gathering, sending)
 
-    def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
-        """As `TrainStrategy.save_checkpoint`; returns the checksums of this rank's share of the files, by name."""
-        self._strategy.save_checkpoint(path)
-        share = files_below(path)[self._process.rank :: self._process.world_size]
-        return {name: file_sum(path / name) for name in share}
+    def take_snapshot(self) -> None:
+        """As `TrainStrategy.snapshot`; `write_snapshot` writes it."""
+        self._snapshot = self._strategy.snapshot()
+
+    @ray.method(concurrency_group=WRITING)
+    def write_snapshot(self, path: Path) -> dict[str, FileSum]:
+        """As `Snapshot.write`, beside whatever else this rank does, and let the snapshot go; returns the checksums of
+        this rank's share of the files, by name.
+
+        Raises:
+            RollError: as `Snapshot.write`.
+            CheckpointError: what was written cannot be read, or the disk does not keep it.
+        """
+        snapshot, self._snapshot = self._snapshot, None
+        assert snapshot is not None, "there is one to write"
+        snapshot.write(path)
+        try:
+            share = files_below(path)[self._process.rank :: self._process.world_size]
+            return {name: file_sum(path / name) for name in share}
+        except OSError as error:
+            raise CheckpointError(f"{path} is not kept: {type(error).__name__}: {error}") from error
 
     def load_checkpoint(self, path: Path) -> None:
         """As `TrainStrategy.load_checkpoint`."""

@@ -223,6 +223,20 @@ class InferStrategy(Protocol):
         """Leave the process group."""
 
 
+class Snapshot(Protocol):
+    """One rank's part of a checkpoint that is not written yet."""
+
+    def write(self, path: Path) -> None:
+        """Write it; collective, but over no group that training uses: a thread may call it while another one trains.
+
+        Args:
+            path: a directory to make, on a disk that all ranks share. It appears when all of it is there.
+
+        Raises:
+            RollError: there is something at `path`, or a rank could not write; on every rank.
+        """
+
+
 class TrainStrategy(InferStrategy, Protocol):
     """One rank of the policy that learns."""
 
@@ -235,22 +249,16 @@ class TrainStrategy(InferStrategy, Protocol):
         than `max_skipped_steps` in a row were left out.
         """
 
-    def save_checkpoint(self, path: Path) -> None:
-        """Write what training goes on from, each rank its part; collective.
+    def snapshot(self) -> Snapshot:
+        """Copy what training goes on from into the host's memory, each rank its part; collective.
 
         Weights, optimizer, and the position in the learning-rate schedule. No samples, no recorded routes, no
         configuration, nothing of the rollout; and no random state, since all that is random is drawn from the seed and
         the number of the step.
-
-        Args:
-            path: a directory to make, on a disk that all ranks share. It appears when all of it is there.
-
-        Raises:
-            RollError: there is something at `path`, or a rank could not write; on every rank.
         """
 
     def load_checkpoint(self, path: Path) -> None:
-        """Go on from what `save_checkpoint` of the same kind of strategy wrote, on whatever number of ranks and in
+        """Go on from what a snapshot of the same kind of strategy wrote, on whatever number of ranks and in
         whatever parallel layout; collective.
 
         Raises:

@@ -93,6 +93,9 @@ METRICS: dict[str, Metric] = {
     "time/step_old_log_probs": Metric("s", "old log-probabilities"),
     "time/step_train": Metric("s", "optimizer steps"),
     "time/step_model_update": Metric("s", "sending weights to the engines"),
+    "time/step_save": Metric(
+        "s", "waiting for checkpoints and exported weights since the step before; not within time/step_total"
+    ),
     "system/global_step": Metric("steps", "this step, counted from 1"),
     "system/samples": Metric("samples", "samples trained on since the run began"),
     "system/tps": Metric("tokens/s", "tokens of the step, prompts included, over time/step_total"),
