@@ -32,6 +32,16 @@ class TokenStats:
             new = pick(torch.stack([self._bounds[name][1], new]))
         self._bounds[name] = (reducer, new)
 
+    def merge(self, other: TokenStats) -> None:
+        """Count everything that `other` counted; it may be this object's own from now on."""
+        for name, sums in other._sums.items():
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        for name, (reducer, bound) in other._bounds.items():
+            if name in self._bounds:
+                pick = torch.amax if reducer == "max" else torch.amin
+                bound = pick(torch.stack([self._bounds[name][1], bound]))
+            self._bounds[name] = (reducer, bound)
+
     def reduce(self, all_reduce: Callable[[torch.Tensor, str], None] | None = None) -> dict[str, float]:
         """The figures over everything added, on this rank or over all ranks of a group.
 

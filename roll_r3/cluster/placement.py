@@ -81,6 +81,8 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
         if address:
             ray.init(address="auto", **quiet)
         else:
+            # on one machine a lost connection is a dead server, for which this process would wait a minute
+            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
             # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
             cpus = max(device_count(config), os.cpu_count() or 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)

@@ -19,6 +19,8 @@ class RewardConfig(Config):
     """Domains that this rule scores; empty: every domain that no other rule names."""
     kwargs: dict[str, str | int | float | bool] = {}
     """Keyword arguments of the rule."""
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    """Seconds that the rule may take for one response. Its process is killed then, and the response has no reward."""
 
 
 class RolloutCorrectionConfig(Config):
@@ -31,11 +33,14 @@ class RolloutCorrectionConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """Where checkpoints are written."""
+    """Where checkpoints are written, and whether the run waits for it."""
 
     output_dir: str | None = None
     """Checkpoints are written to output_dir/exp_name/<run>/checkpoints/, weights for transformers to .../hf/, on a disk
     that every node sees; default: `output_dir` of the run, so that they are in its directory."""
+    async_save: bool = False
+    """Train on while a checkpoint is written: the run waits only until every rank has copied its part into its host's
+    memory, and for the checkpoint before."""
 
 
 def _resume_from_yaml(value: Any) -> Any:
@@ -123,6 +128,11 @@ class RLVRConfig(Config):
     """The frozen policy; needed by a KL term only."""
     rewards: dict[str, RewardConfig] = {"default": RewardConfig(reward="exact_match")}
     """Reward rules, by a name of your own."""
+    reward_workers: PositiveInt = 4
+    """Processes that run reward rules, on the driver's node; each is given one of the step's samples at a time."""
+    max_failed_rewards: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of a step's responses that may have no reward, because their rule raised, took too long, killed its process
+    or returned no finite number. They are left out of the step; with more of them the run stops."""
 
     save_steps: NonNegativeInt = 50
     """Steps from one checkpoint to the next; there is one after the last step too. 0: none, so that what was learned

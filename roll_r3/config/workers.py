@@ -79,6 +79,9 @@ class TrainingArgs(Config):
     """Gradients are scaled down to this global norm; 0: never."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate goes to 0 after warm-up, over all optimizer steps of the run."""
+    max_skipped_steps: NonNegativeInt = 3
+    """Optimizer steps in a row that may be left out because their gradient or loss is not finite: nothing changes then,
+    neither weights nor moments nor the learning rate. With one more the run stops; 0: at the first."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the learning rate rises from 0."""
     per_device_train_batch_size: PositiveInt = 1

@@ -24,7 +24,7 @@ from roll_r3.pipelines.resume import changes, data_of, find_resume_point, open_r
 from roll_r3.pipelines.starts import Starts
 from roll_r3.preflight.check import require_valid
 from roll_r3.preflight.surroundings import look_around
-from roll_r3.rewards.rules import Rewards
+from roll_r3.rewards.scoring import Rewards
 from roll_r3.saving.state import check_goes_on
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.report import run_summary
@@ -60,7 +60,8 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
         stack.enter_context(run_dir.locked())
         _log_driver(run_dir)
         progress.say(f"run directory: {run_dir.path}")
-        tokenizer, prompts, rewards = _prepare(config, origins, progress)
+        rewards = stack.enter_context(Rewards(config, run_dir.log_dir))
+        tokenizer, prompts = _prepare(config, origins, rewards, progress)
         if point is not None:
             data = data_of(prompts, config.seed)
             check_goes_on(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=data)
@@ -119,21 +120,22 @@ def with_absolute_paths(config: RLVRConfig) -> RLVRConfig:
     return config.model_copy(update=changes)
 
 
-def _prepare(config: RLVRConfig, origins: Origins, progress: Progress) -> tuple[Any, Any, Rewards]:
-    """Everything that can be wrong without a cluster: checkpoint, tokenizer, data, rewards."""
-    with progress.stage("reading checkpoint, tokenizer and prompts"):
+def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: Progress) -> tuple[Any, Any]:
+    """Everything that can be wrong without a cluster: checkpoint, tokenizer, data, rewards, whose processes start
+    meanwhile."""
+    with progress.stage("reading checkpoint, tokenizer, prompts and rewards"):
         checkpoint = resolve_checkpoint(checkpoint_of(config, "actor_train"))
         facts = read_facts(checkpoint)
         require_valid(config, look_around(config), origins)
         tokenizer = _read_tokenizer(checkpoint, config.actor_train.model_args.trust_remote_code)
         prompts = read_prompts(config.actor_train.data_args, tokenizer, config.prompt_length)
-        rewards = Rewards(config.rewards)
         rewards.check_domains({p.domain for p in prompts})
+        rewards.wait_until_ready()
     progress.say(
         f"{facts.model_type}, {len(facts.moe_layers)} MoE layers of {facts.num_layers}, top-{facts.top_k} of "
         f"{facts.num_experts} experts; {len(prompts)} prompts"
     )
-    return tokenizer, prompts, rewards
+    return tokenizer, prompts
 
 
 def _read_tokenizer(checkpoint: Path, trust_remote_code: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,13 @@ from roll_r3.cluster.groups import BatchLogProbs, ModelGroup, RolloutGroup
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
+from roll_r3.pipelines.engines import Engines
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
-from roll_r3.rewards.rules import Rewards
+from roll_r3.rewards.scoring import Response, Rewards
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.tracking.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
@@ -73,6 +77,8 @@ class Experience:
     step: int
     clock: StepClock
     results: list[GenerateResult]
+    failed_rewards: int
+    """Responses among them that have no reward, and so no place in what follows."""
     trajectories: list[Trajectory]
     samples: list[ScoredSample]
     """Of `trajectories`, in their order."""
@@ -101,7 +107,7 @@ class RLVRPipeline:
         self._prompts = prompts
         self._decoder = decoder
         self._rewards = rewards
-        self._rollout = rollout
+        self._engines = Engines(config, rollout, trainer, progress.say)
         self._trainer = trainer
         self._reference = reference
         self._progress = progress
@@ -116,17 +122,16 @@ class RLVRPipeline:
             samples_seen: in these steps.
         """
         self.samples_seen = samples_seen
-        self._trainer.connect_engines(self._rollout.weight_targets())
-        self._send_weights(version=done)
+        self._engines.send_weights(version=done)
 
     def sample(self, step: int) -> Experience:
         """The first half of step `step`, counted from 1: no weight changes, and it may be broken off anywhere."""
         clock = StepClock()
         with self._progress.stage("rollout", step), clock.stage("generate"):
             prompts = next(self._prompts)
-            results = self._rollout.generate(self._requests(prompts, step))
+            results = self._engines.generate(self._requests(prompts, step))
         with self._progress.stage("rewards", step), clock.stage("reward"):
-            trajectories, groups, samples = self._score(prompts, results)
+            trajectories, groups, samples, failed = self._score(step, prompts, results)
             batch = Batch.from_trajectories(trajectories).filled_up(self._samples_multiple())
         if self._reference is not None:
             with self._progress.stage("reference", step), clock.stage("reference"):
@@ -138,15 +143,18 @@ class RLVRPipeline:
         scores = np.array([s.score for s in samples])
         penalised = scores - self._kl_penalty(batch)[: len(scores)]
         batch = self._with_advantages(batch, penalised, groups)
-        return Experience(step, clock, results, trajectories, samples, penalised, batch, old)
+        return Experience(step, clock, results, failed, trajectories, samples, penalised, batch, old)
 
     def learn(self, experience: Experience) -> StepResult:
         """The second half: update the weights and send them to the engines."""
         step, clock, batch = experience.step, experience.clock, experience.batch
         with self._progress.stage("update", step), clock.stage("train"):
             update = self._trainer.train_step(batch, step)
+        for text in update.skipped:
+            logger.warning("%s", text)
+            self._progress.say(text)
         with self._progress.stage("weights to the engines", step), clock.stage("model_update"):
-            self._send_weights(version=step)
+            self._engines.send_weights(version=step)
         self.samples_seen += len(experience.trajectories)
         record = StepRecord(
             step=step,
@@ -158,7 +166,9 @@ class RLVRPipeline:
             old=experience.old,
             update=update,
             dropped=sum(len(r.dropped) for r in experience.results),
+            failed_rewards=experience.failed_rewards,
             retries=sum(r.retries for r in experience.results),
+            engine_restarts=self._engines.step_done(),
             samples_seen=self.samples_seen,
         )
         return StepResult(step_metrics(self._config, record), experience.samples)
@@ -176,21 +186,33 @@ class RLVRPipeline:
         ]
 
     def _score(
-        self, prompts: Sequence[Prompt], results: Sequence[GenerateResult]
-    ) -> tuple[list[Trajectory], list[str], list[ScoredSample]]:
-        """The step's trajectories, the group of each, and each with its reward."""
+        self, step: int, prompts: Sequence[Prompt], results: Sequence[GenerateResult]
+    ) -> tuple[list[Trajectory], list[str], list[ScoredSample], int]:
+        """The step's trajectories that have a reward, the group of each, each as a sample; how many have no reward."""
+        found = [
+            (i, t, self._decoder.decode(t.response_ids_R.tolist(), skip_special_tokens=True))
+            for i, result in enumerate(results)
+            for t in result.trajectories
+        ]
+        scored = self._rewards.score(
+            [Response(text, prompts[i].ground_truth, prompts[i].domain) for i, _, text in found]
+        )
+        if scored.failed:
+            self._progress.say(
+                f"step {step}: left out {scored.failed} of {len(found)} responses, which have no reward: {scored.why}"
+            )
         trajectories, groups, samples = [], [], []
-        for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
-            for t in result.trajectories:
-                response = self._decoder.decode(t.response_ids_R.tolist(), skip_special_tokens=True)
-                score = self._rewards.score(response, prompt.ground_truth, prompt.domain)
+        for (i, t, text), score in zip(found, scored.scores, strict=True):
+            if score is not None:
                 trajectories.append(t)
                 groups.append(str(i))
-                samples.append(ScoredSample(t.sample_id, prompt.text, response, prompt.ground_truth, score))
+                samples.append(ScoredSample(t.sample_id, prompts[i].text, text, prompts[i].ground_truth, score))
         if not trajectories:
-            reasons = sorted({why for r in results for why in r.dropped.values()})
-            raise RollError("every sample of the step was dropped: " + "; ".join(reasons[:5]))
-        return trajectories, groups, samples
+            reasons = sorted({why for r in results for why in r.dropped.values()})[:4]
+            raise RollError(
+                "no sample of the step is left: " + "; ".join([*reasons, scored.why] if scored.why else reasons)
+            )
+        return trajectories, groups, samples, scored.failed
 
     def _samples_multiple(self) -> int:
         """Samples of a step must divide into every rank's mini-batches."""
@@ -213,7 +235,3 @@ class RLVRPipeline:
         advantages_n = np.zeros(batch.num_samples, np.float32)
         advantages_n[: len(scores)] = response_advantages(scores, groups, self._config)
         return replace(batch, advantages_N=np.where(batch.loss_mask_N, batch.per_sample(advantages_n), np.float32(0)))
-
-    def _send_weights(self, version: int) -> None:
-        self._trainer.update_weights(version)
-        self._rollout.weights_updated(version)

@@ -33,7 +33,9 @@ class StepRecord:
     old: BatchLogProbs
     update: BatchUpdate
     dropped: int
+    failed_rewards: int
     retries: int
+    engine_restarts: int
     samples_seen: int
 
 
@@ -57,6 +59,8 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         **r.update.metrics,
         "rollout/dropped_samples": r.dropped,
         "rollout/retries": r.retries,
+        "rollout/engine_restarts": r.engine_restarts,
+        "reward/failed": r.failed_rewards,
         "system/global_step": r.step,
         "system/samples": r.samples_seen,
         "system/tps": float((prompts.sum() + responses.sum()) / seconds),

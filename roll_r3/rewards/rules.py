@@ -1,17 +1,55 @@
-"""Rewards that a rule decides: built in by name, or `package.module:function` of the user's own.
+"""Rules that decide a response's reward: built in by name, or `package.module:function` of the user's own.
 
-A rule is called as `rule(response, ground_truth, **kwargs) -> float` with the response's text.
+A rule is called as `rule(response, ground_truth, **kwargs) -> float` with the response's text, in a process of
+`roll_r3.rewards.worker`: this module is imported there, and imports nothing heavy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
-from roll_r3.config.pipeline import RewardConfig
-from roll_r3.errors import ConfigError, RollError
+from roll_r3.errors import ConfigError
 
-RewardRule = Callable[..., float]
+BUILT_IN = {"exact_match": "roll_r3.rewards.rules:exact_match", "math": "roll_r3.rewards.math_rule:math"}
+"""Name -> `package.module:function`."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a process needs to know of one entry of `rewards`."""
+
+    name: str
+    """Its key there."""
+    reward: str
+    """Built-in name or `package.module:function`."""
+    kwargs: Mapping[str, Any]
+    timeout: float
+    """Seconds for one response."""
+
+    def __str__(self) -> str:
+        return f"rewards.{self.name} ({self.reward})"
+
+    def find(self) -> Callable[..., Any]:
+        """Import the function. Whatever the module itself raises comes through.
+
+        Raises:
+            ConfigError: there is no such module or function.
+        """
+        field = f"rewards.{self.name}.reward"
+        module, colon, attribute = BUILT_IN.get(self.reward, self.reward).partition(":")
+        if not colon:
+            raise ConfigError(f"{field}: {self.reward!r} is neither {', '.join(BUILT_IN)} nor package.module:function")
+        try:
+            function = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{field}: cannot import {self.reward!r}: {error}") from error
+        if not callable(function):
+            raise ConfigError(f"{field}: {self.reward!r} is not a function")
+        return function  # type: ignore[no-any-return]
 
 
 def exact_match(response: str, ground_truth: str) -> float:
@@ -19,78 +57,15 @@ def exact_match(response: str, ground_truth: str) -> float:
     return float(response.strip() == ground_truth.strip())
 
 
-def math(response: str, ground_truth: str) -> float:
-    """1 if math-verify finds the response's final answer equal to the ground truth; else 0."""
-    from math_verify import parse, verify  # noqa: PLC0415  an import of a second that most runs do not need
+def as_score(value: object) -> float:
+    """What a rule returned, as a float.
 
-    # time limits of math-verify work by signals in the main thread only; a rule may run in another one
-    gold = parse(f"${ground_truth}$" if "$" not in ground_truth else ground_truth, parsing_timeout=None)
-    return float(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
-
-
-BUILT_IN: dict[str, RewardRule] = {"exact_match": exact_match, "math": math}
-
-
-class Rewards:
-    """The rules of a run, each for its domains."""
-
-    def __init__(self, configs: Mapping[str, RewardConfig]) -> None:
-        """Look every rule up at once.
-
-        Raises:
-            ConfigError: a rule that does not exist, or a domain that two rules claim.
-        """
-        self._by_domain: dict[str, tuple[str, RewardRule, RewardConfig]] = {}
-        self._default: tuple[str, RewardRule, RewardConfig] | None = None
-        for name, config in configs.items():
-            entry = (name, find_rule(config.reward, f"rewards.{name}.reward"), config)
-            for domain in config.tag_included:
-                if domain in self._by_domain:
-                    raise ConfigError(f"rewards.{name}.tag_included: domain {domain!r} has two reward rules")
-                self._by_domain[domain] = entry
-            if not config.tag_included:
-                if self._default is not None:
-                    raise ConfigError(
-                        f"rewards.{name} and rewards.{self._default[0]} both score all other domains: "
-                        "name domains in tag_included"
-                    )
-                self._default = entry
-
-    def check_domains(self, domains: set[str]) -> None:
-        """Raises ConfigError when a domain of the data has no rule."""
-        lost = sorted(d for d in domains if d not in self._by_domain) if self._default is None else []
-        if lost:
-            raise ConfigError(f"rewards: no rule scores the domains {', '.join(lost)}; name them in a tag_included")
-
-    def score(self, response: str, ground_truth: str, domain: str) -> float:
-        """The reward of one response.
-
-        Raises:
-            RollError: the rule raised; the text names the rule and the response.
-        """
-        entry = self._by_domain.get(domain, self._default)
-        assert entry is not None, f"domain {domain} was not checked"
-        name, rule, config = entry
-        try:
-            return float(rule(response, ground_truth, **config.kwargs))
-        except Exception as error:
-            raise RollError(
-                f"rewards.{name} ({config.reward}) raised {type(error).__name__}: {error} "
-                f"for the response {response[:200]!r} (ground truth {ground_truth[:100]!r})"
-            ) from error
-
-
-def find_rule(reward: str, field: str) -> RewardRule:
-    """A built-in rule, or the function that `package.module:function` names. Raises ConfigError naming `field`."""
-    if reward in BUILT_IN:
-        return BUILT_IN[reward]
-    module, colon, attribute = reward.partition(":")
-    if not colon:
-        raise ConfigError(f"{field}: {reward!r} is neither {', '.join(BUILT_IN)} nor package.module:function")
-    try:
-        rule = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{field}: cannot import {reward!r}: {error}") from error
-    if not callable(rule):
-        raise ConfigError(f"{field}: {reward!r} is not a function")
-    return rule
+    Raises:
+        ValueError: it is no number (text that looks like one is none), or not finite.
+    """
+    if not hasattr(type(value), "__float__"):
+        raise ValueError(f"returned {'None' if value is None else f'a {type(value).__name__}'}, which is no number")
+    score = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(score):
+        raise ValueError(f"returned {score}")
+    return score

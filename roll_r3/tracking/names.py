@@ -52,8 +52,14 @@ METRICS: dict[str, Metric] = {
     "actor/is_weight_mean": Metric("1", "mean truncated importance weight old policy / rollout"),
     "actor/is_weight_clipfrac": Metric("share", "tokens whose weight was truncated"),
     "actor/lr": Metric("1", "learning rate of the last optimizer step"),
-    "actor_train/grad_norm": Metric("1", "global gradient norm before clipping, mean over optimizer steps"),
-    "actor_train/optimizer_steps": Metric("steps", "optimizer steps in this step"),
+    "actor_train/grad_norm": Metric(
+        "1", "global gradient norm before clipping, mean over optimizer steps that were made"
+    ),
+    "actor_train/optimizer_steps": Metric("steps", "optimizer steps that were made in this step"),
+    "actor_train/skipped_steps": Metric(
+        "steps",
+        "optimizer steps left out because their gradient or loss was not finite; actor/ and grad_norm leave them out",
+    ),
     "training/rollout_probs_diff_mean": Metric("probability", "mean |p_trainer - p_rollout| of sampled tokens"),
     "training/rollout_probs_diff_max": Metric("probability", "largest |p_trainer - p_rollout|"),
     "training/rollout_probs_diff_std": Metric("probability", "standard deviation of |p_trainer - p_rollout|"),
@@ -78,6 +84,8 @@ METRICS: dict[str, Metric] = {
     ),
     "rollout/dropped_samples": Metric("samples", "samples given up after their retries"),
     "rollout/retries": Metric("requests", "requests that were sent again"),
+    "rollout/engine_restarts": Metric("restarts", "engines that were started again since the last step"),
+    "reward/failed": Metric("samples", "samples left out of the step, because their rule failed to give a reward"),
     "time/step_total": Metric("s", "the whole step"),
     "time/step_generate": Metric("s", "rollout"),
     "time/step_reward": Metric("s", "rewards and advantages"),
@@ -85,6 +93,9 @@ METRICS: dict[str, Metric] = {
     "time/step_old_log_probs": Metric("s", "old log-probabilities"),
     "time/step_train": Metric("s", "optimizer steps"),
     "time/step_model_update": Metric("s", "sending weights to the engines"),
+    "time/step_save": Metric(
+        "s", "waiting for checkpoints and exported weights since the step before; not within time/step_total"
+    ),
     "system/global_step": Metric("steps", "this step, counted from 1"),
     "system/samples": Metric("samples", "samples trained on since the run began"),
     "system/tps": Metric("tokens/s", "tokens of the step, prompts included, over time/step_total"),

@@ -109,4 +109,6 @@ class Progress:
 def _cell(value: float | None) -> str:
     if value is None:
         return "-"
+    if abs(value) >= 1e6:  # as many digits as there is room for
+        return f"{value:.2g}"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"

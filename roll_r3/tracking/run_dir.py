@@ -60,8 +60,12 @@ class RunDir:
                 raise ConfigError(f"another process runs in {self.path}: end it first") from error
             yield
 
+    @property
+    def log_dir(self) -> Path:
+        return self.path / "logs"
+
     def log_file(self, actor: str) -> Path:
-        return self.path / "logs" / f"{actor}.log"
+        return self.log_dir / f"{actor}.log"
 
     @property
     def metrics_file(self) -> Path:

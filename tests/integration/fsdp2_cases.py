@@ -39,11 +39,11 @@ def raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, n
     found = {}
     step = strategy.optimizer.step
 
-    def keep_then_step() -> Any:
+    def keep_then_step(norm: float) -> Any:
         for name, parameter in strategy.model.module.named_parameters():
             assert parameter.grad.dtype is torch.float32
             found[name] = parameter.grad.to_local().numpy().copy()
-        return step()
+        return step(norm)
 
     strategy.optimizer.step = keep_then_step
     strategy.train_step(part, step=1)

@@ -119,11 +119,11 @@ def _raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, 
     found = {}
     step = strategy.optimizer.step
 
-    def keep_then_step():
+    def keep_then_step(norm):
         for number, chunk in enumerate(strategy.model.chunks):
             for name, parameter in chunk.named_parameters():
                 found[f"{number}.{name}"] = parameter.main_grad.numpy().copy()
-        return step()
+        return step(norm)
 
     strategy.optimizer.step = keep_then_step
     strategy.train_step(part, step=1)

@@ -102,6 +102,9 @@ ROWS = (
             "judge_api_url",
             "judge_api_key",
         ),
-        Unread("rules run in the driver and have no workers; the math rule of ROLL does not read them either"),
+        Unread(
+            "rules run in processes of the driver (`reward_workers`), without a worker's settings; the math rule of "
+            "ROLL does not read them either"
+        ),
     ),
 )

@@ -23,6 +23,12 @@ from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.checks import check_log_probs, compact_routes
 from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
 
+_ID_BYTES = 4
+"""Of an expert's id, in the largest type that an engine uses."""
+_TOKEN_BYTES = 4096
+"""Room for a response token: its id, its log-probability with all that an engine says beside it, its text."""
+_HEAD_BYTES = 1 << 20
+"""Room for what an answer holds besides."""
 _ROUTES = re.compile(rb'(?<!\\)"routed_experts"\s*:\s*"')
 
 
@@ -37,6 +43,12 @@ class Asked:
     """Of the weights that must have produced every token."""
     record_routes: bool
     """Whether routes were asked for and must be there."""
+
+    def most_bytes(self, facts: ModelFacts) -> int:
+        """What an answer can take at most, with room to spare: routes of the longest response in base64, and text."""
+        rows = len(self.sample.prompt_ids) + self.max_new_tokens - 1 - self.sample.first_row
+        routes = rows * facts.num_layers * facts.top_k * _ID_BYTES if self.record_routes else 0
+        return 4 * (routes // 3 + 1) + self.max_new_tokens * _TOKEN_BYTES + _HEAD_BYTES
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ import aiohttp
 
 from roll_r3.strategies.rollout.sampling import SampleError
 
+_PLAIN_ANSWER = 64 << 20
+"""Bytes that an answer without routes may have."""
+
 
 class UnreachableError(SampleError):
     """No connection: the server is not up yet, is gone, or dropped the line."""
@@ -48,19 +51,36 @@ class ServerClient:
 
         Raises:
             UnreachableError: no connection, or it broke.
-            SampleError: an HTTP error, or no answer in time.
+            SampleError: an HTTP error, no answer in time, or one that is too large.
         """
-        return await self._body(self._session.get(self._base + path, timeout=_timeout(timeout_s)), timeout_s)
+        answering = self._session.get(self._base + path, timeout=_timeout(timeout_s))
+        return await self._body(answering, timeout_s, _PLAIN_ANSWER)
 
-    async def post(self, path: str, request: dict[str, Any], timeout_s: float) -> bytes:
-        """As `get`, of a request with a body."""
-        url = self._base + path
-        return await self._body(self._session.post(url, json=request, timeout=_timeout(timeout_s)), timeout_s)
+    async def post(
+        self, path: str, request: dict[str, Any], timeout_s: float, most_bytes: int = _PLAIN_ANSWER
+    ) -> bytes:
+        """As `get`, of a request with a body.
 
-    async def _body(self, answering: AbstractAsyncContextManager[aiohttp.ClientResponse], timeout_s: float) -> bytes:
+        Args:
+            most_bytes: an answer with more is refused, and no more of it is read than that.
+        """
+        answering = self._session.post(self._base + path, json=request, timeout=_timeout(timeout_s))
+        return await self._body(answering, timeout_s, most_bytes)
+
+    async def _body(
+        self, answering: AbstractAsyncContextManager[aiohttp.ClientResponse], timeout_s: float, most_bytes: int
+    ) -> bytes:
         try:
             async with answering as response:
-                body = await response.read()
+                chunks, num_bytes = [], 0
+                async for chunk in response.content.iter_any():
+                    chunks.append(chunk)
+                    num_bytes += len(chunk)
+                    if num_bytes > most_bytes:
+                        raise SampleError(
+                            f"the answer has more than {most_bytes} bytes, which is more than what was asked for takes"
+                        )
+                body = b"".join(chunks)
                 status = response.status
         except TimeoutError as error:
             raise SampleError(f"no answer within {timeout_s:g} s (strategy_config.request_timeout)") from error

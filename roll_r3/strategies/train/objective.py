@@ -13,6 +13,7 @@ from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.strategies.train.finite import LossSum
 from roll_r3.strategies.train.micro_batch import MicroBatch
 
 TokenValues = tuple[torch.Tensor, torch.Tensor]
@@ -34,13 +35,19 @@ def log_prob_objective(token_values: LabelValues, device: torch.device) -> Objec
 
 
 def policy_objective(
-    token_values: LabelValues, device: torch.device, config: RLVRConfig, denominator: float, stats: TokenStats
+    token_values: LabelValues,
+    device: torch.device,
+    config: RLVRConfig,
+    denominator: float,
+    stats: TokenStats,
+    total: LossSum,
 ) -> Objective:
     """The policy loss of each micro-batch: its share of the optimizer step's loss.
 
     Args:
         denominator: of the whole optimizer step, over all data-parallel ranks.
         stats: receives the token statistics.
+        total: receives the losses.
     """
 
     def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
@@ -62,6 +69,7 @@ def policy_objective(
         losses_BS = policy_loss(log_probs_BS, entropy_BS, tokens, config, stats)
         weights_BS = micro.tensor(loss_weights(batch, config.loss_agg_mode), 0, device)
         loss = (losses_BS * weights_BS).sum() / denominator
+        total.add(loss)
         return loss, (log_probs_BS.detach(), entropy_BS.detach())
 
     return objective

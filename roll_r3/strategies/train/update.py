@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
@@ -15,7 +14,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.batch.micro_batch import shuffled_mini_batches
 from roll_r3.config.derived import mini_batch_size
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import ReplayError, RollError
+from roll_r3.errors import ReplayError
 from roll_r3.strategies.base import ReplayCounts
 from roll_r3.strategies.train.data_parallel import DataParallel
 
@@ -54,20 +53,13 @@ def denominators(parts: Sequence[Batch], mode: str, data_parallel: DataParallel)
     return [max(value, 1.0) for value in total.tolist()]
 
 
-def check_finite(grad_norm: float) -> None:
-    """Raises RollError: the norm is not finite; called before anything is changed."""
-    if not math.isfinite(grad_norm):
-        raise RollError(
-            f"the gradient norm is {grad_norm}: the optimizer did not step. Look for extreme ratios or "
-            "log-probabilities in this step's metrics; a lower learning_rate or clip range is the usual cure"
-        )
-
-
-def step_metrics(figures: Sequence[StepFigures]) -> dict[str, float]:
-    """What a training step reports of its optimizer steps."""
-    return {
+def step_metrics(figures: Sequence[StepFigures], skipped: Sequence[str]) -> dict[str, float]:
+    """What a training step reports of its optimizer steps: of those that were made, and how many were not."""
+    counts = {"actor_train/optimizer_steps": float(len(figures)), "actor_train/skipped_steps": float(len(skipped))}
+    if not figures:
+        return counts
+    return counts | {
         "actor_train/grad_norm": float(np.mean([f.grad_norm for f in figures])),
-        "actor_train/optimizer_steps": float(len(figures)),
         "actor/lr": figures[-1].learning_rate,
     }
 

@@ -178,3 +178,18 @@ def test_stats_add_up_over_micro_batches():
     assert stats.reduce(lambda t, op: t.mul_(2) if op == "sum" else t)["mean"] == 5.0, (
         "sums and counts are reduced alike"
     )
+
+
+def test_merged_stats_are_those_of_everything_together():
+    """Statistics of an optimizer step that is left out are not merged, and so leave no trace."""
+    values = [torch.tensor(x) for x in ([1.0, 5.0], [2.0, -4.0], [3.0, torch.nan])]
+    whole, merged, mask = TokenStats(), TokenStats(), torch.ones(2, dtype=torch.bool)
+    for number, value in enumerate(values):
+        part = TokenStats()
+        for stats in (whole, part) if number < 2 else (part,):
+            stats.add("mean", value, mask)
+            stats.add("max", value, mask, "max")
+            stats.add("min", value, mask, "min")
+        if number < 2:
+            merged.merge(part)
+    assert merged.reduce() == whole.reduce() == {"mean": 1.0, "max": 5.0, "min": -4.0}

@@ -106,6 +106,15 @@ def test_plain_lines_where_there_is_no_terminal():
     assert "0:38" in text, "19 steps of 2 s are left"
 
 
+def test_a_figure_of_any_size_keeps_to_its_column():
+    out = io.StringIO()
+    with Progress(20, out) as progress:
+        for value in (0.5, 123.4, -7.8e36, float("nan")):
+            progress.step_done(1, {"critic/score/mean": value, "time/step_total": 1.0, "system/tps": 1.0})
+    cells = [line[9:20] for line in out.getvalue().splitlines()[1:]]
+    assert cells == ["     0.5000", "      123.4", "   -7.8e+36", "        nan"]
+
+
 def test_seconds_for_people():
     assert [format_seconds(s) for s in (5, 95, 3700)] == ["0:05", "1:35", "1:01:40"]
 

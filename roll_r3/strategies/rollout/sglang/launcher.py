@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 from importlib import import_module
+from pathlib import Path
 
 KEY_VARIABLE = "ROLL_R3_SGLANG_API_KEY"
 PARENT_VARIABLE = "ROLL_R3_SGLANG_PARENT"
@@ -30,8 +31,7 @@ class HiddenKey(str):
 
 
 def main() -> None:
-    here = os.path.dirname(os.path.abspath(__file__))
-    shared = runpy.run_path(os.path.join(os.path.dirname(here), "launching.py"))
+    shared = runpy.run_path(str(Path(__file__).absolute().parents[3] / "processes.py"))
     shared["die_with_parent"](int(os.environ.pop(PARENT_VARIABLE)))  # SGLang's own children do the same
     key = HiddenKey(os.environ.pop(KEY_VARIABLE))
     shared["leave_folder"](__file__)

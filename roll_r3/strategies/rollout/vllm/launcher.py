@@ -16,7 +16,7 @@ PARENT_VARIABLE = "ROLL_R3_VLLM_PARENT"
 
 
 def main() -> None:
-    shared = runpy.run_path(str(Path(__file__).parents[1] / "launching.py"))
+    shared = runpy.run_path(str(Path(__file__).parents[3] / "processes.py"))
     shared["die_with_parent"](int(os.environ.pop(PARENT_VARIABLE)))
     shared["leave_folder"](__file__)
     # By name, because only the interpreter that runs this has them.

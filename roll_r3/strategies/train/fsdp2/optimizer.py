@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from roll_r3.config.workers import TrainingArgs
 from roll_r3.strategies.train.learning_rate import learning_rate
-from roll_r3.strategies.train.update import StepFigures, check_finite
+from roll_r3.strategies.train.update import StepFigures
 
 
 class Optimizer:
@@ -38,23 +38,27 @@ class Optimizer:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
-    def step(self) -> StepFigures:
+    def grad_norm(self) -> float:
+        """Of all gradients, before clipping; collective."""
+        total = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        return float(total.full_tensor() if isinstance(total, DTensor) else total)
+
+    def step(self, norm: float) -> StepFigures:
         """Clip, update, and move the learning rate on; collective.
 
-        Raises:
-            RollError: the gradient norm is not finite; nothing was changed.
+        Args:
+            norm: what `grad_norm` gave, finite.
         """
-        total = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        norm = total.full_tensor() if isinstance(total, DTensor) else total
-        check_finite(float(norm))
         if self._args.max_grad_norm:
-            clip_grads_with_norm_(self._parameters, self._args.max_grad_norm, norm)
+            clip_grads_with_norm_(
+                self._parameters, self._args.max_grad_norm, torch.tensor(norm, device=self._parameters[0].device)
+            )
         rate = learning_rate(self._args, self._done, self._total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self._done += 1
-        return StepFigures(float(norm), rate)
+        return StepFigures(norm, rate)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a step depends on besides weights and gradients, by name; the optimizer's own memory where it has some.

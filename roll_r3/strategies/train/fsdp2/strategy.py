@@ -23,11 +23,12 @@ from roll_r3.config.strategies import Fsdp2Config
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
-from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
+from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Snapshot, TrainResult
 from roll_r3.strategies.train import checkpoint, world
 from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
+from roll_r3.strategies.train.finite import FiniteSteps, LossSum
 from roll_r3.strategies.train.fsdp2.audit import ExpertsAudit
 from roll_r3.strategies.train.fsdp2.model import build_model
 from roll_r3.strategies.train.fsdp2.optimizer import Optimizer
@@ -223,6 +224,7 @@ class Fsdp2Train(Fsdp2Infer):
         self.optimizer = Optimizer(
             self.model.module, self.training_args, total_steps=total_optimizer_steps(self.config)
         )
+        self.finite_steps = FiniteSteps(self.training_args.max_skipped_steps, self.model.device)
 
     def train_step(self, batch: Batch, step: int) -> TrainResult:
         """All optimizer steps on this rank's shard of step `step`; collective.
@@ -230,7 +232,7 @@ class Fsdp2Train(Fsdp2Infer):
         Raises:
             ReplayError: R3 without routes, R2 without a recording pass, a row that was not used exactly once, or a
                 token that the audit found at other experts than recorded.
-            RollError: a gradient norm that is not finite.
+            RollError: more optimizer steps in a row than `max_skipped_steps` whose gradient or loss is not finite.
         """
         attaching = Stopwatch()
         if self.replay_mode == "R2":
@@ -240,9 +242,10 @@ class Fsdp2Train(Fsdp2Infer):
         totals = denominators(parts, self.config.loss_agg_mode, self.data_parallel)
         stats = TokenStats()
         figures: list[StepFigures] = []
+        skipped: list[str] = []
         counts: list[ReplayCounts] = []
         seconds = attaching.seconds
-        for mini_batch, denominator in zip(parts, totals, strict=True):
+        for number, (mini_batch, denominator) in enumerate(zip(parts, totals, strict=True), 1):
             micro_batches = self._cut(
                 mini_batch,
                 size=self.training_args.per_device_train_batch_size,
@@ -252,26 +255,34 @@ class Fsdp2Train(Fsdp2Infer):
             if self.replay_mode != "disable":
                 session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False)
                 audit = self._audit(len(micro_batches), step)
-            objective = policy_objective(self._token_values, self.model.device, self.config, denominator, stats)
+            here, loss = TokenStats(), LossSum()
+            objective = policy_objective(self._token_values, self.model.device, self.config, denominator, here, loss)
             self.optimizer.zero_grad()
             observers = [audit] if audit else []
             run_micro_batches(self.model, micro_batches, objective, session, forward_only=False, observers=observers)
             if audit:  # before the weights learn from a wrong route
                 audit.verify()
-            figures.append(self.optimizer.step())
+            norm = self.optimizer.grad_norm()
+            if wrong := self.finite_steps.what_is_wrong(norm, loss):
+                skipped.append(self.finite_steps.skipped(step, number, wrong))
+            else:
+                figures.append(self.optimizer.step(norm))
+                stats.merge(here)
+                self.finite_steps.made()
             if session:
                 counts.append(session.counts if audit is None else audit.added_to(session.counts))
                 seconds += session.stopwatch.seconds
         return TrainResult(
-            metrics=stats.reduce(self.data_parallel.reduce) | step_metrics(figures),
+            metrics=stats.reduce(self.data_parallel.reduce) | step_metrics(figures, skipped),
             replay=summed_counts(counts, self.model.device) if counts else None,
             seconds_in_routes=seconds,
+            skipped=tuple(skipped),
         )
 
-    def save_checkpoint(self, path: Path) -> None:
-        """As `TrainStrategy.save_checkpoint`: the fp32 weights and the buffers (an expert bias), Adam's moments, and
-        the number of optimizer steps taken, which is the position in the learning-rate schedule."""
-        checkpoint.save(self._state(), path)
+    def snapshot(self) -> Snapshot:
+        """As `TrainStrategy.snapshot`: the fp32 weights and the buffers (an expert bias), Adam's moments, and the
+        number of optimizer steps taken, which is the position in the learning-rate schedule."""
+        return checkpoint.Snapshot({name: checkpoint.host_copy(tensor) for name, tensor in self._state().items()})
 
     def load_checkpoint(self, path: Path) -> None:
         """As `TrainStrategy.load_checkpoint`."""

@@ -4,7 +4,8 @@ Megatron adds a router call's routing map to `local_tokens_per_expert` when grad
 backward recomputes runs its forward without them, so every token counts once: in forward, or in the recomputation.
 It counts the map that the dispatcher gets, replayed rows included, but padding slots with it. finalize_model_grads
 sums the counts over tensor-, context- and data-parallel ranks, moves the bias and clears the counts at the end of the
-schedule, so padding has to be taken out call by call: afterwards it is too late.
+schedule, so padding has to be taken out call by call: afterwards it is too late. Whether the optimizer steps is known
+later still, so the move of a step that is left out is undone.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ class RealTokenCounts(Observer):
         super().__init__(len(chunks))
         self._routers = [[m for m in chunk.modules() if isinstance(m, TopKRouter)] for chunk in chunks]
         self._handles: list[RemovableHandle] = []
+        self._biases: list[torch.Tensor] = []
 
     def __enter__(self) -> Self:
+        self._biases = [router.expert_bias.clone() for routers in self._routers for router in routers]
         for chunk, routers in enumerate(self._routers):
             for router in routers:
                 # megatron's bf16 wrapper leaves the counts in bf16, which cannot count beyond 256
@@ -48,6 +51,12 @@ class RealTokenCounts(Observer):
         if kind is not None:  # finalize_model_grads has not cleared them
             for router in (router for routers in self._routers for router in routers):
                 router.local_tokens_per_expert.zero_()
+
+    def put_back(self) -> None:
+        """Undo the move of the biases that the end of the schedule made."""
+        routers = (router for routers in self._routers for router in routers)
+        for router, bias in zip(routers, self._biases, strict=True):
+            router.expert_bias.copy_(bias)
 
     def _routed(self, chunk: int, router: TopKRouter, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         if not torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from roll_r3.config.workers import TrainingArgs
-from roll_r3.strategies.train.update import StepFigures, check_finite
+from roll_r3.strategies.train.update import StepFigures
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -106,16 +106,17 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-    def step(self) -> StepFigures:
+    def grad_norm(self) -> float:
+        """Of all gradients, before clipping; collective. Changes nothing that a step depends on."""
+        self._optimizer.prepare_grads()
+        return float(self._optimizer.get_grad_norm())
+
+    def step(self, norm: float) -> StepFigures:
         """Clip, update, and move the learning rate on; collective.
 
-        Raises:
-            RollError: the gradient norm is not finite. The optimizer changed nothing; an expert bias that moves has
-                moved with the end of the schedule.
+        Args:
+            norm: what `grad_norm` gave, finite.
         """
-        self._optimizer.prepare_grads()
-        norm = float(self._optimizer.get_grad_norm())
-        check_finite(norm)
         learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step()
         self._scheduler.step(increment=1)

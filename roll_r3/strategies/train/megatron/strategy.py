@@ -29,10 +29,11 @@ from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.layer_map import chunk_layers
 from roll_r3.platform import megatron_cpu
-from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
+from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Snapshot, TrainResult
 from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
+from roll_r3.strategies.train.finite import FiniteSteps, LossSum
 from roll_r3.strategies.train.hf_checkpoint import save_hf
 from roll_r3.strategies.train.megatron import checkpoint, parallel
 from roll_r3.strategies.train.megatron.audit import DispatchAudit
@@ -292,6 +293,7 @@ class MegatronTrain(MegatronInfer):
             distributed=self.settings.use_distributed_optimizer,
             total_steps=total_optimizer_steps(self.config),
         )
+        self.finite_steps = FiniteSteps(self.training_args.max_skipped_steps, self.model.device)
 
     def train_step(self, batch: Batch, step: int) -> TrainResult:
         """All optimizer steps on this rank's shard of step `step`; collective.
@@ -299,7 +301,7 @@ class MegatronTrain(MegatronInfer):
         Raises:
             ReplayError: R3 without routes, R2 without a recording pass, a row that was not used exactly once, or a
                 token that the audit found at other experts than recorded.
-            RollError: a gradient norm that is not finite.
+            RollError: more optimizer steps in a row than `max_skipped_steps` whose gradient or loss is not finite.
         """
         megatron_cpu.install()
         attaching = Stopwatch()
@@ -310,9 +312,10 @@ class MegatronTrain(MegatronInfer):
         totals = denominators(parts, self.config.loss_agg_mode, self.data_parallel)
         stats = TokenStats()
         figures: list[StepFigures] = []
+        skipped: list[str] = []
         counts: list[ReplayCounts] = []
         seconds = attaching.seconds
-        for mini_batch, denominator in zip(parts, totals, strict=True):
+        for number, (mini_batch, denominator) in enumerate(zip(parts, totals, strict=True), 1):
             micro_batches = self._cut(
                 mini_batch,
                 size=self.training_args.per_device_train_batch_size,
@@ -322,20 +325,31 @@ class MegatronTrain(MegatronInfer):
             if self.replay_mode != "disable":
                 session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False)
                 audit = self._audit(len(micro_batches), step)
-            objective = policy_objective(self._token_values, self.model.device, self.config, denominator, stats)
+            here, loss = TokenStats(), LossSum()
+            objective = policy_objective(self._token_values, self.model.device, self.config, denominator, here, loss)
             self.optimizer.zero_grad()
-            observers = [observer for observer in (self._real_token_counts(), audit) if observer]
+            real_tokens = self._real_token_counts()
+            observers = [observer for observer in (real_tokens, audit) if observer]
             run_schedule(self.model, micro_batches, objective, session, forward_only=False, observers=observers)
             if audit:  # before the weights learn from a wrong route
                 audit.verify()
-            figures.append(self.optimizer.step())
+            norm = self.optimizer.grad_norm()
+            if wrong := self.finite_steps.what_is_wrong(norm, loss):
+                if real_tokens:
+                    real_tokens.put_back()
+                skipped.append(self.finite_steps.skipped(step, number, wrong))
+            else:
+                figures.append(self.optimizer.step(norm))
+                stats.merge(here)
+                self.finite_steps.made()
             if session:
                 counts.append(session.counts if audit is None else audit.added_to(session.counts))
                 seconds += session.stopwatch.seconds
         return TrainResult(
-            metrics=self._reduced(stats) | step_metrics(figures),
+            metrics=self._reduced(stats) | step_metrics(figures, skipped),
             replay=summed_counts(counts, self.model.device) if counts else None,
             seconds_in_routes=seconds,
+            skipped=tuple(skipped),
         )
 
     def _audit(self, num_micro_batches: int, step: int) -> DispatchAudit | None:
@@ -370,11 +384,11 @@ class MegatronTrain(MegatronInfer):
             )
         return box[0]
 
-    def save_checkpoint(self, path: Path) -> None:
-        """As `TrainStrategy.save_checkpoint`: the fp32 weights and the buffers (an expert bias), Adam's moments, and
-        the number of optimizer steps taken, which is the position in the learning-rate schedule."""
+    def snapshot(self) -> Snapshot:
+        """As `TrainStrategy.snapshot`: the fp32 weights and the buffers (an expert bias), Adam's moments, and the
+        number of optimizer steps taken, which is the position in the learning-rate schedule."""
         megatron_cpu.install()
-        checkpoint.save(self.model, self.optimizer, path)
+        return checkpoint.snapshot(self.model, self.optimizer)
 
     def load_checkpoint(self, path: Path) -> None:
         """As `TrainStrategy.load_checkpoint`."""

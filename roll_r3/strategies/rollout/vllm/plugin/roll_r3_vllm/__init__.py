@@ -18,7 +18,7 @@ def register() -> None:
     """Called by vLLM in each of its processes, in some more than once."""
     # vLLM's own watch is over workers; the process above them would outlive a server that was killed.
     if (parent := multiprocessing.parent_process()) is not None:
-        shared = runpy.run_path(str(Path(__file__).parents[3] / "launching.py"))
+        shared = runpy.run_path(str(Path(__file__).parents[5] / "processes.py"))
         shared["die_with_parent"](parent.pid)
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 

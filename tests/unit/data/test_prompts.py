@@ -1,4 +1,4 @@
-"""Data files in, batches out; rewards by name and by import path."""
+"""Data files in, batches out."""
 
 from __future__ import annotations
 
@@ -7,24 +7,17 @@ from itertools import islice
 
 import pytest
 
-from roll_r3.config.pipeline import RewardConfig
-from roll_r3.config.rules.data import BUILT_IN_REWARDS
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.prompts import prompt_batches, read_prompts
 from roll_r3.data.tiny_task import BUNDLED_TASKS
-from roll_r3.errors import ConfigError, RollError
+from roll_r3.errors import ConfigError
 from roll_r3.models.tiny import byte_tokenizer
 from roll_r3.preflight.files import data_problems
-from roll_r3.rewards.rules import BUILT_IN, Rewards
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return byte_tokenizer()
-
-
-def test_the_configuration_knows_the_built_in_rewards():
-    assert frozenset(BUILT_IN) == BUILT_IN_REWARDS
 
 
 def write_rows(path, rows):
@@ -145,51 +138,3 @@ def test_what_was_drawn_is_passed_over(tokenizer, drawn):
 def test_more_prompts_than_data_repeat(tokenizer):
     prompts = read_prompts(DataArgs(file_name="bundled:addition_mod10"), tokenizer, 10)[:3]
     assert len(next(prompt_batches(prompts, 8, seed=0))) == 8
-
-
-def count_letters(response: str, ground_truth: str, letter: str = "a") -> float:
-    if response == "boom":
-        raise RuntimeError("no")
-    return float(response.count(letter))
-
-
-def test_rules_by_name_and_by_path():
-    rewards = Rewards(
-        {
-            "exact": RewardConfig(reward="exact_match"),
-            "letters": RewardConfig(reward=f"{__name__}:count_letters", tag_included=("abc",), kwargs={"letter": "b"}),
-            "math": RewardConfig(reward="math", tag_included=("math",)),
-        }
-    )
-    rewards.check_domains({"abc", "math", "other"})
-    assert rewards.score(" 4\n", "4", "other") == 1
-    assert rewards.score("5", "4", "other") == 0
-    assert rewards.score("abbb", "", "abc") == 3
-    assert rewards.score(r"so the answer is $\frac{1}{2}$", "0.5", "math") == 1
-    assert rewards.score(r"so the answer is $\frac{1}{3}$", "0.5", "math") == 0
-    with pytest.raises(RollError, match=r"rewards.letters .* raised RuntimeError: no for the response 'boom'"):
-        rewards.score("boom", "", "abc")
-
-
-@pytest.mark.parametrize(
-    ("rewards", "message"),
-    [
-        ({"a": {"reward": "nothing"}}, "neither exact_match, math nor"),
-        ({"a": {"reward": "no.such.module:f"}}, "cannot import"),
-        ({"a": {"reward": "math:no_such"}}, "cannot import"),
-        ({"a": {"reward": "math:pi"}}, "not a function"),
-        ({"a": {"reward": "math"}, "b": {"reward": "math"}}, "both score"),
-        (
-            {"a": {"reward": "math", "tag_included": ["x"]}, "b": {"reward": "math", "tag_included": ["x"]}},
-            "two reward rules",
-        ),
-    ],
-)
-def test_unusable_rules_are_named(rewards, message):
-    with pytest.raises(ConfigError, match=message):
-        Rewards({k: RewardConfig(**v) for k, v in rewards.items()})
-
-
-def test_a_domain_without_a_rule_is_named():
-    with pytest.raises(ConfigError, match="no rule scores the domains code"):
-        Rewards({"a": RewardConfig(reward="math", tag_included=("math",))}).check_domains({"math", "code"})

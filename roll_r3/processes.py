@@ -1,4 +1,7 @@
-"""What the main programs of servers share. Loaded by path, under interpreters that need not have roll_r3."""
+"""What the main programs of processes that roll_r3 starts share.
+
+The standard library only: servers load it by path, under interpreters that need not have roll_r3.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def leave_folder(program: str) -> None:
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when the one that started it dies.
 
-    Linux only; elsewhere an engine outlives a parent that was killed.
+    Linux only; elsewhere it outlives a parent that was killed.
 
     Args:
         parent: the process that should be this one's parent; where it is gone already, this one ends at once.
@@ -27,4 +30,4 @@ def die_with_parent(parent: int) -> None:
     set_parent_death_signal = 1
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
-        sys.exit(f"process {parent} that started this server is gone")
+        sys.exit(f"process {parent} that started this one is gone")

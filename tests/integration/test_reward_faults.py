@@ -1,0 +1,383 @@
+"""Reward rules that raise, hang, crash or answer nonsense, in the real processes that run them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from faults import Fault, nothing_left
+from whole_run import START_TIMEOUT, Run, few_steps
+
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.tiny_task import addition_mod10
+from roll_r3.errors import ConfigError, RollError
+from roll_r3.models.tiny import make_tiny_checkpoint
+from roll_r3.rewards.processes import Failure, RewardProcesses, Task
+from roll_r3.rewards.rules import Rule
+from roll_r3.rewards.scoring import Response, Rewards
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+
+LIMIT = 1.0
+MISBEHAVES = "reward_rules:misbehaves"
+
+Open = Callable[..., Rewards]
+
+
+@pytest.fixture
+def rewards(tmp_path: Path) -> Iterator[Open]:
+    """Rules in their processes, which have to be gone at the end."""
+    with ExitStack() as stack:
+
+        def opened(rule: str = MISBEHAVES, *, workers: int = 2, max_failed: float = 1.0, **fields: Any) -> Rewards:
+            config = RLVRConfig(
+                exp_name="x",
+                pretrain="p",
+                actor_train={},
+                actor_infer={},
+                rewards={"mine": {"reward": rule, "timeout": LIMIT, **fields}},
+                reward_workers=workers,
+                max_failed_rewards=max_failed,
+            )
+            found = stack.enter_context(Rewards(config, tmp_path))
+            found.wait_until_ready()
+            return found
+
+        yield opened
+    assert alive(tmp_path) == []
+
+
+def alive(log_dir: Path) -> list[str]:
+    """What of this process's children still runs and writes to the rules' logs."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            files = {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2)}
+        except OSError:
+            continue
+        if any(Path(file).parent == log_dir for file in files):
+            left.append(" ".join(process.cmdline()))
+    return left
+
+
+def score(rewards: Rewards, *texts: str) -> list[float | None]:
+    return rewards.score([Response(text, "", "default") for text in texts]).scores
+
+
+def test_scores_come_in_order_and_are_those_of_the_function_itself(rewards: Open) -> None:
+    rng = np.random.default_rng(0)
+    texts = [repr(x) for x in rng.standard_normal(50).tolist()]
+    texts[::7] = [f"seconds {x:.3f}" for x in rng.random(len(texts[::7])) / 20]  # so that they end in another order
+    wanted = [float(text.removeprefix("seconds ")) for text in texts]
+    assert score(rewards(workers=4), *texts) == wanted
+
+
+def test_every_domain_has_its_rule_and_kwargs(tmp_path: Path) -> None:
+    config = RLVRConfig(
+        exp_name="x",
+        pretrain="p",
+        actor_train={},
+        actor_infer={},
+        rewards={
+            "exact": {"reward": "exact_match"},
+            "letters": {"reward": f"{__name__}:count", "tag_included": ["abc"], "kwargs": {"letter": "b"}},
+            "math": {"reward": "math", "tag_included": ["math"]},
+        },
+        reward_workers=1,
+    )
+    with Rewards(config, tmp_path) as found:
+        found.wait_until_ready()
+        asked = [(" 4\n", "4", "other"), ("abbb", "", "abc"), (r"$\frac{1}{2}$", "0.5", "math"), ("5", "4", "default")]
+        assert found.score([Response(*each) for each in asked]).scores == [1.0, 3.0, 1.0, 0.0]
+
+
+def count(response: str, ground_truth: str, letter: str = "a") -> float:
+    return float(response.count(letter))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("raise no such luck", "raised ValueError: no such luck"),
+        ("quit", "raised SystemExit: enough"),
+        ("loop", "did not return within 1 s"),
+        ("sleep", "did not return within 1 s"),
+        ("fork", "ended its process (exit code 3)"),
+        ("exit 0", "ended its process (exit code 0)"),
+        ("exit 7", "ended its process (exit code 7)"),
+        ("segfault", "killed its process (SIGSEGV)"),
+        ("return None", "returned None, which is no number"),
+        ("return list", "returned a list, which is no number"),
+        ("return text", "returned a str, which is no number"),
+        ("return nan", "returned nan"),
+    ],
+)
+def test_a_rule_that_fails_costs_its_own_response_only(rewards: Open, text: str, reason: str) -> None:
+    found = rewards()
+    began = time.monotonic()
+    scored = found.score([Response(each, "", "default") for each in ("1", text, "2", "3")])
+    assert scored.scores == [1.0, None, 2.0, 3.0]
+    assert scored.why == f"rewards.mine ({MISBEHAVES}) {reason}"
+    assert time.monotonic() - began < LIMIT + 15
+    assert score(found, "4", "5", "6") == [4.0, 5.0, 6.0], "whatever was killed was replaced"
+
+
+def test_each_failure_is_in_the_log_with_its_response(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
+    score(rewards(), "1", "raise this", "long")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "rewards.mine (reward_rules:misbehaves) raised ValueError: this for the response 'raise this'" in said[0]
+    assert len(said[1]) < 1000
+
+
+def test_what_a_rule_prints_goes_to_a_log(rewards: Open, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert score(rewards(workers=1), "print 5000000", "raise seen") == [1.0, None]
+    out, err = capfd.readouterr()
+    assert len(out) + len(err) < 1000
+    log = (tmp_path / "rewards-0.log").read_text()
+    assert (log.count("x"), log.count("y")) > (5_000_000, 5_000_000)
+    assert "ValueError: seen" in log
+
+
+def test_what_a_rule_started_is_killed_with_it(rewards: Open, tmp_path: Path) -> None:
+    assert score(rewards(kwargs={"folder": str(tmp_path)}), "child", "1") == [None, 1.0]
+    assert ended(int((tmp_path / "child").read_text()))
+
+
+def ended(pid: int) -> bool:
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_death_between_two_responses_costs_nothing(rewards: Open) -> None:
+    found = rewards(workers=1)
+    (pid,) = score(found, "pid")
+    assert pid is not None
+    os.kill(int(pid), signal.SIGKILL)
+    assert ended(int(pid))
+    assert score(found, "1", "2") == [1.0, 2.0]
+    assert score(found, "late death") == [1.0]
+    time.sleep(0.5)
+    assert score(found, "3") == [3.0]
+
+
+def test_too_many_failures_stop_at_once_with_their_reasons(rewards: Open) -> None:
+    found = rewards(max_failed=0.25)
+    assert score(found, "raise a", "raise a", *["1"] * 6)[:3] == [None, None, 1.0]
+    began = time.monotonic()
+    with pytest.raises(RollError) as stopped:
+        score(found, "raise a", "raise a", "raise b", *["sleep"] * 5, *["1"] * 2)
+    assert time.monotonic() - began < LIMIT + 1, "the other responses are not waited for"
+    assert str(stopped.value).startswith(
+        "3 of the step's 10 responses have no reward, which is more than max_failed_rewards 0.25 allows: "
+        f"rewards.mine ({MISBEHAVES}) raised ValueError: a (2 times); rewards.mine ({MISBEHAVES}) raised ValueError: b"
+    )
+    assert score(found, "1", "2") == [1.0, 2.0], "nothing of what was abandoned is taken for an answer"
+
+
+def test_a_signal_that_breaks_off_leaves_no_answers_behind(rewards: Open) -> None:
+    """As SIGTERM does in a run."""
+
+    def breaks_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    found = rewards(workers=2)
+    previous = signal.signal(signal.SIGALRM, breaks_off)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            score(found, "seconds 0.6", "seconds 0.7", "1", "2")
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert score(found, "3", "4", "5") == [3.0, 4.0, 5.0]
+
+
+def test_no_failure_is_allowed_where_the_limit_is_0(rewards: Open) -> None:
+    with pytest.raises(RollError, match="1 of the step's 2 responses"):
+        score(rewards(max_failed=0.0), "1", "raise a")
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("no_such_module:f", "rewards.mine.reward: cannot import 'no_such_module:f'"),
+        ("broken_at_import:f", "rewards: an import raised ZeroDivisionError: division by zero"),
+        ("dead_at_import:f", r"reward process \d ended its process \(exit code 5\) while it imported the rules"),
+    ],
+)
+def test_a_rule_that_cannot_be_imported_stops_the_start(
+    rewards: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, said: str
+) -> None:
+    (tmp_path / "broken_at_import.py").write_text("1 / 0")
+    (tmp_path / "dead_at_import.py").write_text("import os; os._exit(5)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        rewards(rule)
+
+
+@pytest.mark.parametrize("busy", [True, False], ids=["in an endless loop", "idle"])
+def test_processes_die_with_the_driver(tmp_path: Path, busy: bool) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+sys.path[:] = {sys.path!r}
+from roll_r3.rewards.processes import RewardProcesses, Task
+from roll_r3.rewards.rules import Rule
+found = RewardProcesses([Rule("mine", "{MISBEHAVES}", {{}}, 600.0)], 2, Path({str(tmp_path)!r}))
+found.start()
+found.wait_until_ready()
+print("ready", flush=True)
+if {busy}:
+    found.score([Task(0, "loop", "")] * 2, 0)
+time.sleep(600)
+"""
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert driver.stdout is not None
+        assert driver.stdout.readline().strip() == "ready"
+        children = psutil.Process(driver.pid).children()
+        assert len(children) == 2
+        deadline = time.monotonic() + 30
+        while busy and min(child.cpu_times().user for child in children) < 1:
+            assert time.monotonic() < deadline, "they do not loop"
+            time.sleep(0.1)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert all(ended(child.pid) for child in children)
+
+
+def test_at_most_one_response_is_with_each_process(tmp_path: Path) -> None:
+    """However many there are: what is handed over and not yet scored is bounded."""
+    found = RewardProcesses([Rule("mine", MISBEHAVES, {}, 60.0)], 2, tmp_path)
+    found.start()
+    try:
+        found.wait_until_ready()
+        given: list[int] = []
+        for process in found._processes:
+            give = process.give
+
+            def counted(index: int, task: Task, give: Any = give) -> bool:
+                assert give(index, task)
+                given.append(sum(p.task is not None for p in found._processes))
+                return True
+
+            process.give = counted  # type: ignore[method-assign]
+        tasks = [Task(0, "seconds 0.01", "")] * 20
+        assert found.score(tasks, 0) == [0.01] * 20
+        assert (len(given), max(given)) == (20, 2)
+        assert not any(isinstance(answer, Failure) for answer in found.score(tasks, 0))
+    finally:
+        found.close()
+
+
+def test_a_step_of_cheap_rewards_stays_cheap(rewards: Open) -> None:
+    """128 responses through the processes; two orders below what a step takes."""
+    found = rewards("exact_match", workers=2)
+    responses = [Response(f"{i} " * 200, f"{i}", "default") for i in range(128)]
+    found.score(responses)
+    seconds = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        assert found.score(responses).scores == [0.0] * 128
+        seconds = min(seconds, time.perf_counter() - began)
+    print(f"{seconds * 1000:.1f} ms for 128 responses")
+    assert seconds < 0.5
+
+
+@pytest.fixture(scope="module")
+def fallen(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A whole run of three steps whose rule does all of `reward_rules.PLAN`, and of which nothing is left."""
+    path = tmp_path_factory.mktemp("fallen")
+    checkpoint = make_tiny_checkpoint(path / "tiny", examples=addition_mod10(), warm_start_steps=60)
+    with pytest.MonkeyPatch.context() as patch, nothing_left():
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        run = Run(
+            path,
+            checkpoint,
+            *few_steps(3),
+            "actor_infer.strategy_args.strategy_name=hf_infer",
+            "actor_infer.strategy_args.strategy_config.dtype=float32",
+            "adv_estimator=reinforce",
+            f"rewards.default={{reward: 'reward_rules:falls_over', timeout: 5, kwargs: {{folder: {path}}}}}",
+            "reward_workers=2",
+            config="quickstart_engines",
+        )
+        try:
+            assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+        finally:
+            run.end()
+    return run
+
+
+def test_a_run_goes_on_without_the_responses_that_have_no_reward(fallen: Run) -> None:
+    metrics = fallen.metrics()
+    assert [m["reward/failed"] for m in metrics] == [3, 0, 0]
+    assert [m["system/samples"] for m in metrics] == [125, 253, 381]
+    assert [m["router_replay/coverage"] for m in metrics] == [1.0] * 3
+    said = fallen.stderr.read_text()
+    assert said.count("which have no reward") == 1
+    assert "Traceback" not in said
+    log = (fallen.path / "logs" / "driver.log").read_text()
+    assert log.count("rewards.default (reward_rules:falls_over)") == 3
+    assert "Segmentation fault" in "".join((fallen.path / "logs" / f"rewards-{i}.log").read_text() for i in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("raise it", "raised ValueError: ", marks=pytest.mark.fault("a reward function raises")),
+        pytest.param("loop", "did not return within ", marks=pytest.mark.fault("a reward function never ends")),
+        pytest.param(
+            "segfault",
+            "killed its process (SIGSEGV)",
+            marks=pytest.mark.fault("a reward function crashes its process"),
+        ),
+    ],
+)
+def test_what_is_seen_of_a_reward_that_failed(fault: Fault, rewards: Open, fallen: Run, text: str, said: str) -> None:
+    (line,) = [line for line in fallen.stderr.read_text().splitlines() if "which have no reward" in line]
+    assert line.startswith("step 1: left out 3 of 128 responses, which have no reward: rewards.default (")
+    assert f"rewards.default (reward_rules:falls_over) {said}" in line
+    found = rewards()
+    began = time.monotonic()
+    assert score(found, text, "1", "2", "3") == [None, 1.0, 2.0, 3.0]
+    assert score(found, "4", "5") == [4.0, 5.0]
+    fault.user_sees(
+        f"step 1: left out 1 of 128 responses, which have no reward: rewards.mine (my.rules:score) {said}..."
+    )
+    fault.recovered(time.monotonic() - began)
+    fault.lost("the responses, which the step does without; with more than max_failed_rewards the run stops")
+
+
+@pytest.mark.fault("a gradient is not finite")
+def test_what_is_seen_of_an_advantage_that_overflows(fault: Fault, fallen: Run) -> None:
+    metrics = fallen.metrics()
+    made = [m["actor_train/optimizer_steps"] for m in metrics]
+    skipped = [m["actor_train/skipped_steps"] for m in metrics]
+    assert made[0] == made[2] == made[1] + skipped[1] == 2
+    assert (skipped[0], skipped[2]) == (0, 0)
+    assert 1 <= skipped[1] <= 2
+    lines = [line for line in fallen.stderr.read_text().splitlines() if "was left out" in line]
+    assert len(lines) == skipped[1]
+    assert all(re.match(r"step 2: the gradient norm is (nan|inf): optimizer step [12] was left out", x) for x in lines)
+    assert all(math.isfinite(metrics[2][name]) for name in ("actor_train/grad_norm", "actor/pg_loss"))
+    fault.user_sees("step 2: the gradient norm is nan: optimizer step 1 was left out")
+    fault.recovered(metrics[1]["time/step_train"])
+    fault.lost("that optimizer step; with more than max_skipped_steps in a row the run stops")

@@ -1,0 +1,97 @@
+"""Which rule scores what, and what counts as a score; the processes are in tests/integration/test_reward_faults.py."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.data import BUILT_IN_REWARDS
+from roll_r3.errors import ConfigError
+from roll_r3.rewards.rules import BUILT_IN, Rule, as_score
+from roll_r3.rewards.scoring import Rewards
+
+
+def test_the_rules_are_those_that_a_check_knows() -> None:
+    assert frozenset(BUILT_IN) == BUILT_IN_REWARDS
+
+
+def find(reward: str) -> Any:
+    return Rule("mine", reward, {}, 1.0).find()
+
+
+def test_built_in_rules() -> None:
+    exact, math = find("exact_match"), find("math")
+    assert (exact(" 4\n", "4"), exact("5", "4")) == (1, 0)
+    assert math(r"so the answer is $\frac{1}{2}$", "0.5") == 1
+    assert math(r"so the answer is $\frac{1}{3}$", "0.5") == 0
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("nothing", "'nothing' is neither exact_match, math nor"),
+        ("no.such.module:f", "cannot import"),
+        ("math:no_such", "cannot import"),
+        ("math:pi", "not a function"),
+    ],
+)
+def test_a_function_that_cannot_be_had_is_named(reward: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"rewards.mine.reward: .*{message}|rewards.mine.reward: {message}"):
+        find(reward)
+
+
+@pytest.mark.parametrize(
+    "value", [1, True, 0.1, np.float32(0.1), np.int64(3), np.bool_(True), torch.tensor(0.1), Decimal("0.5")]
+)
+def test_a_number_of_any_kind_is_a_score(value: Any) -> None:
+    assert type(as_score(value)) is float
+    assert as_score(value) == float(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "returned None, which is no number"),
+        ("1.0", "returned a str, which is no number"),
+        ([1.0], "returned a list, which is no number"),
+        (1j, "returned a complex, which is no number"),
+        (float("nan"), "returned nan"),
+        (np.float32("inf"), "returned inf"),
+    ],
+)
+def test_what_is_no_finite_number_is_none(value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        as_score(value)
+
+
+def rewards_of(**rewards: Any) -> Rewards:
+    return Rewards(
+        RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={}, rewards=rewards), Path("no/such/place")
+    )
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ({"a": {"reward": "math"}, "b": {"reward": "math"}}, "both score"),
+        (
+            {"a": {"reward": "math", "tag_included": ["x"]}, "b": {"reward": "math", "tag_included": ["x"]}},
+            "two reward rules",
+        ),
+    ],
+)
+def test_rules_that_claim_the_same_are_named(rewards: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rewards_of(**rewards)
+
+
+def test_a_domain_without_a_rule_is_named() -> None:
+    with pytest.raises(ConfigError, match="no rule scores the domains code"):
+        rewards_of(a={"reward": "math", "tag_included": ("math",)}).check_domains({"math", "code"})
+    rewards_of(a={"reward": "math", "tag_included": ("math",)}, b={"reward": "math"}).check_domains({"math", "code"})
