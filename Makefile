@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env quickstart test test-vllm check lint unit docs compatibility engines benchmarks format clean
+.PHONY: help install vllm-env quickstart test test-vllm check lint unit docs compatibility engines reliability benchmarks format clean
 
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -69,6 +69,9 @@ compatibility: install ## run the matrix of layouts and write docs/compatibility
 
 engines: install vllm-env ## run every rollout with every trainer and write docs/engines.md from it (an hour)
 	@VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTHON) -m pytest -s -k for_the_page tests/integration/test_pairs.py --write-engines
+
+reliability: install ## run the tests that break something and write docs/reliability.md from them (minutes)
+	@$(PYTHON) -m pytest -m "fault and not vllm" --write-reliability
 
 benchmarks: install ## measure what replay costs; ARGS=--write writes docs/performance.md (half an hour)
 	@$(PYTHON) -m examples.benchmarks $(ARGS)

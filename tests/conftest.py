@@ -35,3 +35,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-engines", action="store_true", help="run every rollout with every trainer and write docs/engines.md"
     )
+    parser.addoption(
+        "--write-reliability", action="store_true", help="write docs/reliability.md from the tests of faults that ran"
+    )

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from roll_r3.cluster.logs import log_end
-from roll_r3.errors import RollError, WorkerError
+from roll_r3.errors import LostWorkerError, RollError, WorkerError
 
 SETTLE_SECONDS = 5.0
 """After a failure, how long to wait for the others' own failures: when a rank dies, its peers see a closed connection
@@ -28,7 +28,9 @@ def wait_for(calls: Mapping[ray.ObjectRef, tuple[str, Path]]) -> dict[ray.Object
         reference -> result.
 
     Raises:
-        WorkerError: a worker died or raised; a dead one is named before those that only lost their peer.
+        LostWorkerError: a worker died, or raised what is no error of ours, as when it loses a peer; a dead one is named
+            before those that only lost it.
+        WorkerError: a worker raised an error of ours.
     """
     pending = list(calls)
     results: dict[ray.ObjectRef, Any] = {}
@@ -62,11 +64,11 @@ def _failure(failures: Mapping[tuple[str, Path], RayError]) -> WorkerError:
     also = f" (and, because of it or beside it, {', '.join(others)})" if others else ""
     if isinstance(error, RayActorError):
         # a worker that cannot even be made has no log yet: Ray's own words say why
-        return WorkerError(f"{name} died{also}: its process is gone\n{log_end(log) if log.exists() else error}")
+        return LostWorkerError(f"{name} died{also}: its process is gone\n{log_end(log) if log.exists() else error}")
     cause = _cause(error)
     if isinstance(cause, RollError):
         return WorkerError(f"{name} failed{also}: {cause}")
-    return WorkerError(f"{name} failed{also}: {type(cause).__name__}: {cause}\n{log_end(log)}")
+    return LostWorkerError(f"{name} failed{also}: {type(cause).__name__}: {cause}\n{log_end(log)}")
 
 
 def _cause(error: RayError) -> BaseException:

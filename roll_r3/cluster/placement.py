@@ -7,17 +7,19 @@ import logging
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 from ray._private import ray_constants
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import ConfigError, WorkerError
+from roll_r3.errors import ConfigError, LostWorkerError, WorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
 """What Ray's processes know each other by."""
 PLACEMENT_TIMEOUT = 300.0
 """Seconds to wait for the cluster to offer the devices."""
+RETURN_TIMEOUT = 600.0
+"""Seconds to wait for a cluster that lost a node to have as many devices as the run needs again."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or run one on this machine, closed to others, for the block's time.
 
     Raises:
+        LostWorkerError: Ray itself failed.
         WorkerError: Ray would listen on other addresses than loopback.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -87,6 +92,8 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
         if not os.environ.get("RAY_ADDRESS"):
             _check_is_closed(ray.util.get_node_ip_address())
         yield
+    except RayError as error:
+        raise LostWorkerError(f"Ray failed: {type(error).__name__}: {error}") from error
     finally:
         ray.shutdown()
 
@@ -100,8 +107,9 @@ def _close_to_others() -> None:
     # Unless clusters of several machines are off, Ray replaces 127.0.0.1 by this machine's address. It has read the
     # environment variable for that by now.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(32))  # a process reads it once: one for all its clusters
+    # Ray would write a token of its own into the home directory, and use it for ever. A process reads it once, so it is
+    # the same for all clusters that this process starts.
+    os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(32))
     if sys.platform == "linux":  # else gloo listens on the address that this machine's name stands for
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
@@ -134,14 +142,20 @@ def resolve_device_kind(config: RLVRConfig) -> str:
 
 
 @contextmanager
-def place(config: RLVRConfig) -> Iterator[Placement]:
+def place(config: RLVRConfig, *, again: str | None = None) -> Iterator[Placement]:
     """Reserve every device of the run for the block's time.
+
+    Args:
+        again: the kind of the devices that the run had before it lost some: it waits for them, and takes no others.
 
     Raises:
         ConfigError: the cluster cannot offer so many devices.
+        LostWorkerError: it could, and does not any more.
     """
-    kind, count = resolve_device_kind(config), device_count(config)
+    kind, count = again or resolve_device_kind(config), device_count(config)
     resource = "GPU" if kind == "cuda" else "CPU"
+    if again:
+        _await_return(resource, count)
     have = int(ray.cluster_resources().get(resource, 0))
     if have < count:
         raise ConfigError(
@@ -158,6 +172,18 @@ def place(config: RLVRConfig) -> Iterator[Placement]:
         yield Placement(kind, group, _number_devices(kind, group, count))
     finally:
         remove_placement_group(group)
+
+
+def _await_return(resource: str, count: int) -> None:
+    """Raises LostWorkerError: the cluster has not got so many any more, and no node joined it in time."""
+    deadline = time.monotonic() + RETURN_TIMEOUT
+    while (have := int(ray.cluster_resources().get(resource, 0))) < count:
+        if time.monotonic() > deadline:
+            raise LostWorkerError(
+                f"the cluster has {have} {resource}s left of the {count} that the run needs, and no node joined it "
+                f"within {RETURN_TIMEOUT:.0f} s"
+            )
+        time.sleep(1.0)
 
 
 def _number_devices(kind: str, group: PlacementGroup, count: int) -> tuple[Device, ...]:

@@ -23,7 +23,7 @@ from roll_r3.config.roll_yaml import include_defaults, translate
 from roll_r3.config.tree import Keys, at, children, dotted, join, overlap, remove
 from roll_r3.config.yaml_file import parse_yaml
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 1 << 20
 """Largest file that is read."""
 _MAX_ROUNDS = 100
 """How often what is wrong is taken out and the rest is looked at again."""

@@ -139,6 +139,13 @@ class RLVRConfig(Config):
     directory, from its newest whole one; without any it is as off. Or the path of a checkpoint: a new run goes on from
     there."""
 
+    max_recoveries: NonNegativeInt = 3
+    """New starts from the newest checkpoint that a run makes by itself when a worker or its node was lost: so many in a
+    row that get no further end it, and so does a loss before its first step. 0: the first loss ends it."""
+    sigterm_grace_period: PositiveFloat = 300.0
+    """Seconds from SIGTERM to the end at the latest. Within it the step that changes weights is finished and the newest
+    step is saved; a second SIGTERM waits for nothing."""
+
     track_with: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     """Trackers besides metrics.jsonl, which is always written."""
     num_logged_samples: NonNegativeInt = 4

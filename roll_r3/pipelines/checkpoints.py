@@ -11,7 +11,7 @@ from roll_r3.cluster.groups import ModelGroup
 from roll_r3.config.derived import saving_dir
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
-from roll_r3.errors import CheckpointError, RollError
+from roll_r3.errors import CheckpointError, LostWorkerError, RollError
 from roll_r3.saving.manifest import file_sum, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.saving.store import CHECKPOINTS, EXPORTS, Store
@@ -63,6 +63,17 @@ class Checkpoints:
         if self._is_due(step, self._config.save_hf_steps):
             self._saved(self._exports, step, self._trainer.save_hf)
 
+    def leave(self, step: int, samples_seen: int) -> None:
+        """Save a step that the run is left after, unless it is saved or no step is to be.
+
+        Raises:
+            CheckpointError: as `step_done`.
+        """
+        if self._config.save_steps == 0:
+            self._say("nothing is saved: save_steps is 0")
+        elif step > self._begun and not self._checkpoints.path(step).exists():
+            self._saved(self._checkpoints, step, lambda folder: self._save(folder, step, samples_seen))
+
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self._config.max_steps)
 
@@ -71,6 +82,9 @@ class Checkpoints:
         try:
             write(store.begin(step))
             path = store.finish(step)
+        except LostWorkerError:
+            store.abandon(step)
+            raise
         except (OSError, RollError) as error:
             store.abandon(step)
             left = ", ".join(f"step {s}" for s in store.steps()) or "nothing"

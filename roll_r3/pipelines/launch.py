@@ -1,45 +1,36 @@
-"""From a checked configuration to a finished run: directory, cluster, roles, loop, summary."""
+"""From a checked configuration to a finished run: what is read once, the directory, the starts, the summary."""
 
 from __future__ import annotations
 
-import json
 import logging
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.logs import FORMAT
-from roll_r3.cluster.placement import place, ray_cluster
 from roll_r3.config.derived import checkpoint_of, sglang, vllm, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Origins
 from roll_r3.config.yaml_file import to_yaml
-from roll_r3.data.prompts import prompt_batches, read_prompts
+from roll_r3.data.prompts import read_prompts
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
-from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
+from roll_r3.pipelines.checkpoints import stores_of
+from roll_r3.pipelines.leaving import Leaving
 from roll_r3.pipelines.resume import changes, data_of, find_resume_point, open_run_dir, put_back, replace_file
-from roll_r3.pipelines.rlvr import RLVRPipeline, ScoredSample
+from roll_r3.pipelines.starts import Starts
 from roll_r3.preflight.check import require_valid
 from roll_r3.preflight.surroundings import look_around
 from roll_r3.rewards.rules import Rewards
-from roll_r3.saving.state import TRAINER, check_goes_on
-from roll_r3.tracking.metric_log import MetricLog
+from roll_r3.saving.state import check_goes_on
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.report import run_summary
 from roll_r3.tracking.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
-
-SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
 def launch(config: RLVRConfig, origins: Origins) -> int:
@@ -58,7 +49,7 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
     config = with_absolute_paths(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.max_steps))
-        stack.enter_context(_leave_on_sigterm())
+        leaving = stack.enter_context(Leaving(config.sigterm_grace_period))
         point = find_resume_point(config, progress.say)
         if point is not None and point.state.step >= config.max_steps:
             progress.say(
@@ -70,42 +61,34 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
         _log_driver(run_dir)
         progress.say(f"run directory: {run_dir.path}")
         tokenizer, prompts, rewards = _prepare(config, origins, progress)
-        data = data_of(prompts, config.seed, point.state.data.drawn if point else ())
         if point is not None:
+            data = data_of(prompts, config.seed)
             check_goes_on(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=data)
-            put_back(run_dir, stores_of(config, run_dir.path.name)[0], point, progress.say)
+            put_back(run_dir, *stores_of(config, run_dir.path.name), point, progress.say)
             progress.say(f"going on after step {point.state.step}, from {point.checkpoint}")
             for change in changes(config, point):
                 progress.say(change)
         replace_file(run_dir.path / "config.yaml", to_yaml(config))
-        with progress.stage("starting Ray"):
-            stack.enter_context(ray_cluster(config))
-            placement = stack.enter_context(place(config))
-        roles = stack.enter_context(Roles(config, placement, run_dir.path / "logs"))
-        engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
-        with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"):
-            roles.start()
-        if point is not None:
-            with progress.stage("reading the checkpoint"):
-                roles.trainer.load_checkpoint(point.checkpoint / TRAINER)
-        pipeline = RLVRPipeline(
+        starts = Starts(
             config,
-            prompts=prompt_batches(prompts, config.rollout_batch_size, config.seed, drawn=data.drawn),
-            decoder=tokenizer,
+            run_dir=run_dir,
+            tokenizer=tokenizer,
+            prompts=prompts,
             rewards=rewards,
-            rollout=roles.rollout,
-            trainer=roles.trainer,
-            reference=roles.reference,
             progress=progress,
+            leaving=leaving,
         )
-        log = stack.enter_context(MetricLog(run_dir, config.track_with))
-        done = point.state.step if point else 0
-        with progress.stage("sending the first weights"):
-            pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
-        saving = Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
-        shown = _train(config, pipeline, done, log, saving, run_dir, progress)
-    mode = config.actor_train.router_replay.mode
-    print(run_summary(run_dir.path, log.history, *shown, replay_mode=mode, seconds=time.monotonic() - started))
+        finished = starts.run(point)
+    print(
+        run_summary(
+            run_dir.path,
+            finished.history,
+            finished.first,
+            finished.last,
+            replay_mode=config.actor_train.router_replay.mode,
+            seconds=time.monotonic() - started,
+        )
+    )
     return 0
 
 
@@ -165,33 +148,6 @@ def _read_tokenizer(checkpoint: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _train(
-    config: RLVRConfig,
-    pipeline: RLVRPipeline,
-    done: int,
-    log: MetricLog,
-    saving: Checkpoints,
-    run_dir: RunDir,
-    progress: Progress,
-) -> tuple[list[ScoredSample], list[ScoredSample]]:
-    """Every step of the run after the first `done`; the samples shown of the first of them and of the last."""
-    before: list[ScoredSample] = []
-    shown: list[ScoredSample] = []
-    with run_dir.samples_file.open("a") as samples_file:
-        for step in range(done + 1, config.max_steps + 1):
-            result = pipeline.step(step)
-            log.write(step, result.metrics)
-            # one sample of each of the first prompts says more than all samples of one prompt
-            shown = result.samples[:: config.num_return_sequences_in_group][: config.num_logged_samples]
-            before = before or shown
-            for sample in shown:
-                samples_file.write(json.dumps({"step": step} | asdict(sample), ensure_ascii=False) + "\n")
-            samples_file.flush()
-            progress.step_done(step, result.metrics)
-            saving.step_done(step, pipeline.samples_seen)
-    return before, shown
-
-
 def _log_driver(run_dir: RunDir) -> None:
     """This process's log goes to a file: the terminal is for progress."""
     handler = logging.FileHandler(run_dir.log_file("driver"))
@@ -199,17 +155,3 @@ def _log_driver(run_dir: RunDir) -> None:
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
-
-
-@contextmanager
-def _leave_on_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds like an error, so that engines and workers are ended in order."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(SIGTERM_EXIT)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

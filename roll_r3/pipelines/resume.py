@@ -57,15 +57,23 @@ def find_resume_point(config: RLVRConfig, say: Callable[[str], None]) -> ResumeP
     if run is None:
         say(f"resume_from_checkpoint: auto: no run in {experiment} has a checkpoint, starting from {config.pretrain}")
         return None
+    return newest_point(Store(experiment / run / CHECKPOINTS), run, say)
+
+
+def newest_point(checkpoints: Store, run: str, say: Callable[[str], None]) -> ResumePoint | None:
+    """The newest whole checkpoint of a run; None: it has none.
+
+    Raises:
+        CheckpointError: it has some, and all are damaged.
+    """
     try:
-        newest = Store(experiment / run / CHECKPOINTS).newest_whole(say)
+        newest = checkpoints.newest_whole(say)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}: the run does not start over by itself. Name another checkpoint in resume_from_checkpoint, or "
             "write off"
         ) from error
-    assert newest is not None, "newest_run has seen one"
-    return ResumePoint(newest, read_state(newest), run)
+    return None if newest is None else ResumePoint(newest, read_state(newest), run)
 
 
 def open_run_dir(config: RLVRConfig, point: ResumePoint | None, new: Callable[[], RunDir]) -> RunDir:
@@ -75,18 +83,24 @@ def open_run_dir(config: RLVRConfig, point: ResumePoint | None, new: Callable[[]
     return RunDir.reopen(config.output_dir, config.exp_name, point.run)
 
 
-def put_back(run_dir: RunDir, store: Store, point: ResumePoint, say: Callable[[str], None]) -> None:
-    """Make the run's files those of the checkpoint's step: what came after it is done again.
+def put_back(
+    run_dir: RunDir, checkpoints: Store, exports: Store, point: ResumePoint | None, say: Callable[[str], None]
+) -> None:
+    """Make the run's files those of the step that it goes on from: what came after it is done again.
 
-    Checkpoints of later steps, all of them damaged, are renamed.
+    What there is of later steps, checkpoints that are all damaged and exports, is renamed.
+
+    Args:
+        point: None: the run begins again.
     """
-    replace_file(run_dir.metrics_file, (point.checkpoint / METRICS).read_text())
-    if point.run is None:
-        return
-    for aside in store.set_aside_after(point.state.step):
+    done = point.state.step if point else 0
+    replace_file(run_dir.metrics_file, (point.checkpoint / METRICS).read_text() if point else "")
+    for aside in checkpoints.set_aside_after(done, "damaged"):
         say(f"what is left of a damaged checkpoint is in {aside}")
+    for aside in exports.set_aside_after(done, "earlier"):
+        say(f"weights of a step that is done again are in {aside}")
     if run_dir.samples_file.is_file():
-        replace_file(run_dir.samples_file, "".join(_until(run_dir.samples_file, point.state.step)))
+        replace_file(run_dir.samples_file, "".join(_until(run_dir.samples_file, done)))
 
 
 def replace_file(path: Path, text: str) -> None:

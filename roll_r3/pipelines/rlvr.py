@@ -15,7 +15,7 @@ from roll_r3.algorithms.advantages import response_advantages
 from roll_r3.algorithms.kl import kl_estimate
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.cluster.groups import ModelGroup, RolloutGroup
+from roll_r3.cluster.groups import BatchLogProbs, ModelGroup, RolloutGroup
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
@@ -52,6 +52,7 @@ class StepResult:
 class StepClock:
     """Seconds of each stage of one step."""
 
+    started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -60,9 +61,29 @@ class StepClock:
         yield
         self.seconds[f"time/step_{name}"] = time.perf_counter() - start
 
+    def stop(self) -> dict[str, float]:
+        """The seconds of all stages, and of the step as a whole."""
+        return self.seconds | {"time/step_total": time.perf_counter() - self.started}
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What a step learns from: its samples with rewards, advantages and the log-probabilities of all sides."""
+
+    step: int
+    clock: StepClock
+    results: list[GenerateResult]
+    trajectories: list[Trajectory]
+    samples: list[ScoredSample]
+    """Of `trajectories`, in their order."""
+    penalised: np.ndarray
+    """float64 [n]: scores less the KL penalty."""
+    batch: Batch
+    old: BatchLogProbs
+
 
 class RLVRPipeline:
-    """Reinforcement learning with verifiable rewards. One call of `step` is one step of the run."""
+    """Reinforcement learning with verifiable rewards. A step of the run is `sample`, then `learn`."""
 
     def __init__(
         self,
@@ -98,46 +119,49 @@ class RLVRPipeline:
         self._trainer.connect_engines(self._rollout.weight_targets())
         self._send_weights(version=done)
 
-    def step(self, step: int) -> StepResult:
-        """Run step `step`, counted from 1."""
+    def sample(self, step: int) -> Experience:
+        """The first half of step `step`, counted from 1: no weight changes, and it may be broken off anywhere."""
         clock = StepClock()
-        with clock.stage("total"):
-            with self._progress.stage("rollout", step), clock.stage("generate"):
-                prompts = next(self._prompts)
-                results = self._rollout.generate(self._requests(prompts, step))
-            with self._progress.stage("rewards", step), clock.stage("reward"):
-                trajectories, groups, samples = self._score(prompts, results)
-                batch = Batch.from_trajectories(trajectories).filled_up(self._samples_multiple())
-            reference = None
-            if self._reference is not None:
-                with self._progress.stage("reference", step), clock.stage("reference"):
-                    reference = self._reference.compute_log_probs(replace(batch, routes=None))
-                    batch = replace(batch, ref_log_probs_N=reference.log_probs_N)
-            with self._progress.stage("old log-probs", step), clock.stage("old_log_probs"):
-                old = self._trainer.compute_log_probs(batch)
-                batch = replace(batch, old_log_probs_N=old.log_probs_N)
-            scores = np.array([s.score for s in samples])
-            penalised = scores - self._kl_penalty(batch)[: len(scores)]
-            batch = self._with_advantages(batch, penalised, groups)
-            with self._progress.stage("update", step), clock.stage("train"):
-                update = self._trainer.train_step(batch, step)
-            with self._progress.stage("weights to the engines", step), clock.stage("model_update"):
-                self._send_weights(version=step)
-        self.samples_seen += len(trajectories)
+        with self._progress.stage("rollout", step), clock.stage("generate"):
+            prompts = next(self._prompts)
+            results = self._rollout.generate(self._requests(prompts, step))
+        with self._progress.stage("rewards", step), clock.stage("reward"):
+            trajectories, groups, samples = self._score(prompts, results)
+            batch = Batch.from_trajectories(trajectories).filled_up(self._samples_multiple())
+        if self._reference is not None:
+            with self._progress.stage("reference", step), clock.stage("reference"):
+                reference = self._reference.compute_log_probs(replace(batch, routes=None))
+                batch = replace(batch, ref_log_probs_N=reference.log_probs_N)
+        with self._progress.stage("old log-probs", step), clock.stage("old_log_probs"):
+            old = self._trainer.compute_log_probs(batch)
+            batch = replace(batch, old_log_probs_N=old.log_probs_N)
+        scores = np.array([s.score for s in samples])
+        penalised = scores - self._kl_penalty(batch)[: len(scores)]
+        batch = self._with_advantages(batch, penalised, groups)
+        return Experience(step, clock, results, trajectories, samples, penalised, batch, old)
+
+    def learn(self, experience: Experience) -> StepResult:
+        """The second half: update the weights and send them to the engines."""
+        step, clock, batch = experience.step, experience.clock, experience.batch
+        with self._progress.stage("update", step), clock.stage("train"):
+            update = self._trainer.train_step(batch, step)
+        with self._progress.stage("weights to the engines", step), clock.stage("model_update"):
+            self._send_weights(version=step)
+        self.samples_seen += len(experience.trajectories)
         record = StepRecord(
             step=step,
-            seconds=clock.seconds,
-            trajectories=trajectories,
-            scores=scores,
-            penalised=penalised,
+            seconds=clock.stop(),
+            trajectories=experience.trajectories,
+            scores=np.array([s.score for s in experience.samples]),
+            penalised=experience.penalised,
             batch=batch,
-            old=old,
+            old=experience.old,
             update=update,
-            dropped=sum(len(r.dropped) for r in results),
-            retries=sum(r.retries for r in results),
+            dropped=sum(len(r.dropped) for r in experience.results),
+            retries=sum(r.retries for r in experience.results),
             samples_seen=self.samples_seen,
         )
-        return StepResult(step_metrics(self._config, record), samples)
+        return StepResult(step_metrics(self._config, record), experience.samples)
 
     def _requests(self, prompts: Sequence[Prompt], step: int) -> list[GenerateRequest]:
         group = self._config.num_return_sequences_in_group

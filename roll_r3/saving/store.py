@@ -79,11 +79,11 @@ class Store:
         for step in self.steps()[:-newest] if newest else []:
             self._remove(step)
 
-    def set_aside_after(self, step: int) -> list[Path]:
+    def set_aside_after(self, step: int, suffix: str) -> list[Path]:
         """Rename what belongs to later steps, so that they can be saved anew; where it is now."""
         moved = []
         for later in [s for s in self.steps() if s > step]:
-            aside = self.path(later).with_suffix(".damaged")
+            aside = self.path(later).with_suffix(f".{suffix}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(self.path(later), aside)
             moved.append(aside)

@@ -76,3 +76,8 @@ def _read(metrics: Path) -> dict[int, dict[str, float]]:
         row = json.loads(line)
         rows[int(row.pop("step"))] = {name: math.nan if value is None else value for name, value in row.items()}
     return rows
+
+
+def last_step(metrics: Path) -> int:
+    """The last step that was written; 0: none."""
+    return max(_read(metrics), default=0)

@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from compatibility import Compatibility
 from distributed import Gang
+from faults import Fault, Outcome
+from reliability import write_page
+
+OUTCOMES = pytest.StashKey[dict[str, Outcome]]()
+"""Of the faults that this session has seen."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[OUTCOMES] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("fault") and "fault" not in getattr(item, "fixturenames", ()):
+            raise pytest.UsageError(f"{item.nodeid} has the marker `fault` and must take the fixture `fault`")
+
+
+@pytest.fixture
+def fault(request: pytest.FixtureRequest) -> Fault:
+    """Takes down what the test sees of the fault that its marker names; see faults.py."""
+    marker = request.node.get_closest_marker("fault")
+    assert marker is not None, "the fixture `fault` is for tests with the marker @pytest.mark.fault(name)"
+    return Fault(marker.args[0])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A test of a fault passes only if it has said everything of it."""
+    result = yield
+    if pyfuncitem.get_closest_marker("fault"):
+        fault: Fault = pyfuncitem.funcargs["fault"]
+        pyfuncitem.config.stash[OUTCOMES][fault.name] = fault.outcome
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What passed is written, also when another test failed."""
+    outcomes = session.config.stash[OUTCOMES]
+    if outcomes and session.config.getoption("--write-reliability"):
+        write_page(outcomes)
 
 
 @pytest.fixture(scope="module")

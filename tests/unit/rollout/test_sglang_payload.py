@@ -161,7 +161,7 @@ BAD_LOG_PROBS = {
     "infinite": ([[-0.5, 9, None], [float("-inf"), 8, None], [0.0, 258, None]], "finite"),
     "above zero": ([[-0.5, 9, None], [0.5, 8, None], [0.0, 258, None]], "not above 0"),
     "of another token": ([[-0.5, 9, None], [-1.5, 7, None], [0.0, 258, None]], "other tokens"),
-    "null": ([[-0.5, 9, None], [None, 8, None], [0.0, 258, None]], "finite"),
+    "null": ([[-0.5, 9, None], [None, 8, None], [0.0, 258, None]], "no numbers"),
     "not entries": ([-0.5, -1.5, 0.0], "cannot be read"),
 }
 

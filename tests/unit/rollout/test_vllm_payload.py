@@ -221,7 +221,7 @@ BAD_LOG_PROBS = {
     "infinite": ([(-0.5, 9), (float("-inf"), 8), (0.0, 258)], "finite"),
     "above zero": ([(-0.5, 9), (0.5, 8), (0.0, 258)], "not above 0"),
     "of another token": ([(-0.5, 9), (-1.5, 7), (0.0, 258)], "other tokens"),
-    "null": ([(-0.5, 9), (None, 8), (0.0, 258)], "finite"),
+    "null": ([(-0.5, 9), (None, 8), (0.0, 258)], "no numbers"),
 }
 
 

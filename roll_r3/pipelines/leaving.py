@@ -1,0 +1,73 @@
+"""SIGTERM: a step that has begun to change weights is finished, the newest is saved, and the process leaves in time."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Self
+
+EXIT_STATUS = 128 + signal.SIGTERM
+
+
+class LeaveNow(SystemExit):
+    """Nothing is waited for any more: the grace period is over, or a second SIGTERM came."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_STATUS)
+
+
+class Leave(SystemExit):
+    """SIGTERM came. Never raised between a step's first change of a weight and the end of what belongs to the step."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_STATUS)
+
+
+class Leaving:
+    """Takes SIGTERM for as long as its block runs; for the main thread."""
+
+    def __init__(self, grace_s: float) -> None:
+        """
+        Args:
+            grace_s: seconds from SIGTERM to `LeaveNow`.
+        """
+        self._grace_s = grace_s
+        self._asked = False
+        self._held = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number, handler in ((signal.SIGTERM, self._on_term), (signal.SIGALRM, self._on_alarm)):
+            self._previous[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A SIGTERM that comes while the block runs, or came before it, raises `Leave` at its end."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._asked:
+            raise Leave
+
+    def _on_term(self, signum: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise LeaveNow
+        self._asked = True
+        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+        if not self._held:
+            raise Leave
+
+    def _on_alarm(self, signum: int, frame: FrameType | None) -> None:
+        raise LeaveNow

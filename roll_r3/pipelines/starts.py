@@ -1,0 +1,147 @@
+"""The starts of a run: one as a rule, and another from the newest checkpoint when a worker or its node was lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from roll_r3.cluster.groups import Roles
+from roll_r3.cluster.placement import place, ray_cluster
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.prompts import Prompt, prompt_batches
+from roll_r3.errors import LostWorkerError
+from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
+from roll_r3.pipelines.leaving import Leave, Leaving
+from roll_r3.pipelines.recovery import Recoveries
+from roll_r3.pipelines.resume import ResumePoint, data_of, newest_point, put_back
+from roll_r3.pipelines.rlvr import RLVRPipeline, ScoredSample
+from roll_r3.rewards.rules import Rewards
+from roll_r3.saving.state import TRAINER
+from roll_r3.tracking.metric_log import MetricLog, last_step
+from roll_r3.tracking.progress import Progress
+from roll_r3.tracking.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is left to show of a run whose steps are all done."""
+
+    history: list[dict[str, float]]
+    """Metrics of every step."""
+    first: list[ScoredSample]
+    """Samples of the first step that the last start made."""
+    last: list[ScoredSample]
+
+
+class Starts:
+    """Everything that the starts of one run have in common."""
+
+    def __init__(
+        self,
+        config: RLVRConfig,
+        *,
+        run_dir: RunDir,
+        tokenizer: Any,
+        prompts: list[Prompt],
+        rewards: Rewards,
+        progress: Progress,
+        leaving: Leaving,
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._tokenizer, self._prompts, self._rewards = tokenizer, prompts, rewards
+        self._progress, self._leaving = progress, leaving
+        self._device_kind: str | None = None
+        """"cuda" or "cpu" once a start found out: a later one takes the same or none."""
+
+    def run(self, begin: ResumePoint | None) -> Finished:
+        """Every step after those of `begin`, in as many starts as the faults of the cluster make of it.
+
+        Raises:
+            LostWorkerError: a worker was lost, and a new start is of no use (see `Recoveries`).
+            RollError: what no new start would mend.
+            Leave: SIGTERM; what is to be saved is saved.
+        """
+        say, point = self._progress.say, begin
+        recoveries = Recoveries(self._config.max_recoveries, begin.state.step if begin else 0)
+        while True:
+            try:
+                return self._start(point)
+            except LostWorkerError as error:
+                recoveries.spend(error, last_step(self._run_dir.metrics_file))
+                logger.exception("start %d after a loss", recoveries.count)
+                say(f"LOST: {error}")
+            checkpoints, exports = stores_of(self._config, self._run_dir.path.name)
+            point = newest_point(checkpoints, self._run_dir.path.name, say) or begin
+            put_back(self._run_dir, checkpoints, exports, point, say)
+            where = f"after step {point.state.step}, from {point.checkpoint}" if point else "from the beginning"
+            say(f"going on {where} (new start {recoveries.count} of at most {self._config.max_recoveries})")
+
+    def _start(self, point: ResumePoint | None) -> Finished:
+        """Bring everything up, go on from `point`, and take everything down again."""
+        config, progress, run_dir = self._config, self._progress, self._run_dir
+        done = point.state.step if point else 0
+        data = data_of(self._prompts, config.seed, point.state.data.drawn if point else ())
+        with ExitStack() as stack:
+            with progress.stage("starting Ray"):
+                stack.enter_context(ray_cluster(config))
+                placement = stack.enter_context(place(config, again=self._device_kind))
+            self._device_kind = placement.kind
+            roles = stack.enter_context(Roles(config, placement, run_dir.path / "logs"))
+            engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
+            with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"):
+                roles.start()
+            if point is not None:
+                with progress.stage("reading the checkpoint"):
+                    roles.trainer.load_checkpoint(point.checkpoint / TRAINER)
+            pipeline = RLVRPipeline(
+                config,
+                prompts=prompt_batches(self._prompts, config.rollout_batch_size, config.seed, drawn=data.drawn),
+                decoder=self._tokenizer,
+                rewards=self._rewards,
+                rollout=roles.rollout,
+                trainer=roles.trainer,
+                reference=roles.reference,
+                progress=progress,
+            )
+            log = stack.enter_context(MetricLog(run_dir, config.track_with))
+            with progress.stage("sending the first weights"):
+                pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
+            saving = Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
+            shown = self._steps(pipeline, done, log, saving)
+            return Finished(log.history, *shown)
+
+    def _steps(
+        self, pipeline: RLVRPipeline, done: int, log: MetricLog, saving: Checkpoints
+    ) -> tuple[list[ScoredSample], list[ScoredSample]]:
+        """Every step after the first `done`; the samples shown of the first of them and of the last."""
+        before: list[ScoredSample] = []
+        shown: list[ScoredSample] = []
+        with self._run_dir.samples_file.open("a") as samples_file:
+            try:
+                for step in range(done + 1, self._config.max_steps + 1):
+                    experience = pipeline.sample(step)
+                    with self._leaving.held():
+                        result = pipeline.learn(experience)
+                        log.write(step, result.metrics)
+                        # one sample of each of the first prompts says more than all samples of one prompt
+                        group = self._config.num_return_sequences_in_group
+                        shown = result.samples[::group][: self._config.num_logged_samples]
+                        before = before or shown
+                        for sample in shown:
+                            line = json.dumps({"step": step} | asdict(sample), ensure_ascii=False)
+                            samples_file.write(line + "\n")
+                        samples_file.flush()
+                        self._progress.step_done(step, result.metrics)
+                        done = step
+                        saving.step_done(step, pipeline.samples_seen)
+            except Leave:
+                self._progress.say(f"SIGTERM: leaving after step {done}")
+                with self._leaving.held():
+                    saving.leave(done, pipeline.samples_seen)
+        return before, shown
