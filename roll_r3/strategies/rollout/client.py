@@ -26,7 +26,8 @@ class ServerClient:
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._base = f"http://{authority}"
         self._session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {api_key}"},
+            headers={"Authorization": f"Bearer {api_key}", "Accept-Encoding": "identity"},
+            auto_decompress=False,  # what is small as it comes could fill the memory when it is unpacked
             # A fresh connection per request: the server drops idle ones after 5 s, and a request that is just being
             # written to a dropped one fails.
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
