@@ -3,7 +3,7 @@
     python -m roll_r3.run --config FILE [section.field=value ...] [--validate-only | --print-config | --plan]
     python -m roll_r3.run --explain RULE
 
-Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted.
+Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted, 143 left on SIGTERM.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m roll_r3.run",
         description="Train a Mixture-of-Experts model by reinforcement learning with router replay, from a YAML file.",
-        epilog="Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted. "
+        epilog="Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted, 143 left on "
+        "SIGTERM. "
         "All fields: docs/configuration.md.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="the YAML file")

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -80,6 +81,7 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    sigterm = signal.getsignal(signal.SIGTERM)  # Ray takes it, and leaves at once
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **quiet)
@@ -88,6 +90,7 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
         cpus = max(device_count(config), os.cpu_count() or 1)
         _close_to_others()
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    signal.signal(signal.SIGTERM, sigterm)
     try:
         if not os.environ.get("RAY_ADDRESS"):
             _check_is_closed(ray.util.get_node_ip_address())

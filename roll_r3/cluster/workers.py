@@ -47,6 +47,7 @@ class RolloutWorker:
         self, config: RLVRConfig, engine_index: int, device: str, gpu_ids: tuple[int, ...], log_path: Path
     ) -> None:
         log_to_file(log_path)
+        logger.info("engine %d is process %d on %s", engine_index, os.getpid(), ray.util.get_node_ip_address())
         entry = STRATEGIES[config.actor_infer.strategy_args.strategy_name]
         self._model_path = checkpoint_of(config, "actor_infer")
         self._num_experts = 0

@@ -34,7 +34,8 @@ class Leaving:
             grace_s: seconds from SIGTERM to `LeaveNow`.
         """
         self._grace_s = grace_s
-        self._asked = False
+        self.asked = False
+        """SIGTERM came."""
         self._held = False
         self._previous: dict[int, object] = {}
 
@@ -58,13 +59,13 @@ class Leaving:
             yield
         finally:
             self._held = False
-        if self._asked:
+        if self.asked:
             raise Leave
 
     def _on_term(self, signum: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self.asked:
             raise LeaveNow
-        self._asked = True
+        self.asked = True
         signal.setitimer(signal.ITIMER_REAL, self._grace_s)
         if not self._held:
             raise Leave

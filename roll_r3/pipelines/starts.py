@@ -73,6 +73,9 @@ class Starts:
             try:
                 return self._start(point)
             except LostWorkerError as error:
+                if self._leaving.asked:  # whoever ends the run may have ended its workers too
+                    say(f"LOST: {error}\nleaving without another checkpoint")
+                    raise Leave from error
                 recoveries.spend(error, last_step(self._run_dir.metrics_file))
                 logger.exception("start %d after a loss", recoveries.count)
                 say(f"LOST: {error}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from whole_run import START_TIMEOUT, Run, few_steps
+from whole_run import START_TIMEOUT, Run, few_steps, learned
 
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -56,12 +56,6 @@ def whole(request, tmp_path_factory, checkpoint) -> tuple[str, Run]:
     return request.param, finish(
         start(tmp_path_factory.mktemp("whole"), checkpoint, request.param, "save_hf_steps=100")
     )
-
-
-def learned(run: Run) -> list[dict[str, float]]:
-    """What the steps measured, but for how long they took."""
-    timed = ("time/", "system/tps", "router_replay/time_share")
-    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in run.metrics()]
 
 
 def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, checkpoint):

@@ -61,3 +61,9 @@ class Run:
 
 def few_steps(steps: int, *more: str) -> tuple[str, ...]:
     return (f"max_steps={steps}", "rollout_batch_size=16", "num_return_sequences_in_group=8", *more)
+
+
+def learned(run: Run) -> list[dict[str, float]]:
+    """What the steps measured, but for how long they took."""
+    timed = ("time/", "system/tps", "router_replay/time_share")
+    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in run.metrics()]

@@ -18,7 +18,7 @@ import pytest
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import Prompt
-from roll_r3.errors import CheckpointError, ConfigError
+from roll_r3.errors import CheckpointError, ConfigError, LostWorkerError
 from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
 from roll_r3.pipelines.resume import (
     ResumePoint,
@@ -67,7 +67,7 @@ class FakeRun:
         self.done = self.point.state.step if self.point else 0
         data = data_of(PROMPTS, config.seed, self.point.state.data.drawn if self.point else ())
         if self.point:
-            put_back(self.run_dir, self.checkpoints, self.point, self.said.append)
+            put_back(self.run_dir, self.checkpoints, self.exports, self.point, self.said.append)
         trainer: Any = TwoFiles()
         self.saving = Checkpoints(config, self.run_dir, trainer, data=data, begun=self.done, say=self.said.append)
 
@@ -241,3 +241,48 @@ def test_changed_fields_are_named(tmp_path):
         "  max_steps: 10 -> 20",
         "  actor_train.strategy_args.strategy_config.tensor_model_parallel_size: 1 -> 2",
     ]
+
+
+def test_weights_of_a_step_that_is_done_again_are_in_nobodys_way(tmp_path):
+    config = config_of(tmp_path, save_steps=4, save_hf_steps=3, resume_from_checkpoint="auto")
+    FakeRun(config).run_to(7)
+    run = FakeRun(config).run_to(6)
+    assert run.exports.steps() == [3, 6]
+    assert sorted(path.name for path in run.exports.folder.iterdir())[-1] == "step-00000006.earlier"
+    assert any("done again" in said for said in run.said)
+
+
+def test_a_run_that_begins_again_has_no_history(tmp_path):
+    run = FakeRun(config_of(tmp_path, save_hf_steps=1)).run_to(1)
+    put_back(run.run_dir, run.checkpoints, run.exports, None, run.said.append)
+    assert run.run_dir.metrics_file.read_text() == run.run_dir.samples_file.read_text() == ""
+    assert run.exports.steps() == []
+
+
+def test_what_is_left_is_saved_once(tmp_path):
+    run = FakeRun(config_of(tmp_path, save_steps=3)).run_to(5)
+    run.saving.leave(5, 160)
+    run.saving.leave(5, 160)
+    assert run.checkpoints.steps() == [3, 5]
+    verify(run.checkpoints.path(5))
+    again = FakeRun(config_of(tmp_path, resume_from_checkpoint="auto"))
+    again.saving.leave(5, 160)
+    assert again.checkpoints.steps() == [3, 5], "nothing was done since"
+    none = FakeRun(config_of(tmp_path / "none", save_steps=0)).run_to(2)
+    none.saving.leave(2, 64)
+    assert none.checkpoints.steps() == []
+    assert none.said == ["nothing is saved: save_steps is 0"]
+
+
+def test_a_lost_worker_while_saving_is_no_full_disk(tmp_path):
+    run = FakeRun(config_of(tmp_path)).run_to(3)
+
+    def die(path: Path) -> None:
+        path.mkdir()
+        (path / "half").write_text("")
+        raise LostWorkerError("actor_train-1 died")
+
+    run.saving._trainer.save_checkpoint = die  # type: ignore[method-assign]
+    with pytest.raises(LostWorkerError, match="actor_train-1 died"):
+        run.run_to(4)
+    assert [path.name for path in run.checkpoints.folder.iterdir()] == ["step-00000002"]

@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(store):
     assert store.newest_whole(said.append) == store.path(1)
     assert "step-00000003 is DAMAGED: weights holds something else" in said[0]
     assert "step-00000002 is DAMAGED: it was not completed" in said[1]
-    aside = store.set_aside_after(1)
+    aside = store.set_aside_after(1, "damaged")
     assert [path.name for path in aside] == ["step-00000002.damaged", "step-00000003.damaged"]
     assert store.steps() == [1]
     save(store, 2)

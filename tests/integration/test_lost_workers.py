@@ -1,0 +1,183 @@
+"""Whole runs that lose a worker or its node, or are told to leave, and end as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from faults import Fault, nothing_left
+from ray.cluster_utils import Cluster
+from whole_run import START_TIMEOUT, Run, few_steps, learned
+
+from roll_r3.data.tiny_task import addition_mod10
+from roll_r3.models.tiny import make_tiny_checkpoint
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+
+STEPS = 5
+IN_PROCESS = (
+    *few_steps(STEPS),
+    "rollout_batch_size=8",
+    "actor_infer.strategy_args.strategy_name=hf_infer",
+    "actor_infer.strategy_args.strategy_config.dtype=float32",
+    "actor_train.strategy_args.strategy_name=megatron_train",
+)
+"""A rollout that samples to the bit what it sampled before."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return make_tiny_checkpoint(path, examples=addition_mod10(), warm_start_steps=60)
+
+
+def start(where: Path, checkpoint: Path, *more: str) -> Run:
+    return Run(where, checkpoint, *IN_PROCESS, *more, config="quickstart_engines")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, checkpoint) -> Run:
+    """A run that nothing disturbed."""
+    run = start(tmp_path_factory.mktemp("whole"), checkpoint)
+    try:
+        assert run.finish(2 * START_TIMEOUT) == 0, run.stderr.read_text()
+    finally:
+        run.end()
+    return run
+
+
+def process_of(run: Run, worker: str) -> int:
+    """Process id of the newest of a worker, as its log says."""
+    log = (run.path / "logs" / f"{worker}.log").read_text()
+    return int(re.findall(r"is process (\d+)", log)[-1])
+
+
+def wait_until_it_says(run: Run, text: str, timeout: float = 2 * START_TIMEOUT) -> None:
+    deadline = time.monotonic() + timeout
+    while text not in run.stderr.read_text():
+        assert run.process.poll() is None, run.stderr.read_text()
+        assert time.monotonic() < deadline, run.stderr.read_text()
+        time.sleep(0.1)
+
+
+def loses(run: Run, strike: Callable[[], object]) -> float:
+    """Break something after the third step; seconds until the run has made a step more than it had."""
+    run.wait_for_step(3)
+    struck = time.monotonic()
+    strike()
+    wait_until_it_says(run, "going on after step")
+    had = len(run.metrics())
+    run.wait_for_step(had + 1)
+    return time.monotonic() - struck
+
+
+def assert_as_undisturbed(run: Run, whole: Run) -> None:
+    assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+    assert [row["step"] for row in run.metrics()] == list(range(1, STEPS + 1)), "none lost, none twice"
+    assert learned(run) == learned(whole), "to the bit"
+
+
+@pytest.mark.fault("a training rank is killed")
+def test_a_killed_rank_is_started_anew(fault: Fault, whole, tmp_path, checkpoint):
+    with nothing_left():
+        run = start(tmp_path, checkpoint, "save_steps=2")
+        try:
+            fault.recovered(loses(run, lambda: os.kill(process_of(run, "actor_train-1"), signal.SIGKILL)))
+            assert_as_undisturbed(run, whole)
+        finally:
+            run.end()
+    said = run.stderr.read_text()
+    assert re.search(r"LOST: actor_train-1 died.*: its process is gone", said)
+    assert re.search(r"going on after step 2, from .*step-00000002 \(new start 1 of at most 3\)", said)
+    assert "Traceback (most recent call last)" not in re.sub(r"(?s)--- end of.*?---", "", said)
+    fault.user_sees(
+        "LOST: actor_train-1 died, with the end of its log; going on after step 2 (new start 1 of at most 3)"
+    )
+    fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
+
+
+@pytest.mark.fault("the worker of an engine is killed")
+def test_a_killed_rollout_worker_is_started_anew(fault: Fault, whole, tmp_path, checkpoint):
+    with nothing_left():
+        run = start(tmp_path, checkpoint, "save_steps=1")
+        try:
+            fault.recovered(loses(run, lambda: os.kill(process_of(run, "actor_infer-0"), signal.SIGKILL)))
+            assert_as_undisturbed(run, whole)
+        finally:
+            run.end()
+    assert re.search(r"LOST: actor_infer-0 died: its process is gone", run.stderr.read_text())
+    fault.user_sees("LOST: actor_infer-0 died, with the end of its log; going on after the last step that was saved")
+    fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
+
+
+@pytest.mark.fault("SIGTERM")
+def test_sigterm_saves_the_newest_step_and_leaves(fault: Fault, whole, tmp_path, checkpoint):
+    with nothing_left():
+        run = start(tmp_path, checkpoint, "save_steps=50")
+        try:
+            run.wait_for_step(2)
+            struck = time.monotonic()
+            run.process.send_signal(signal.SIGTERM)
+            assert run.finish(60) == 128 + signal.SIGTERM
+            fault.recovered(time.monotonic() - struck)
+        finally:
+            run.end()
+    said = run.stderr.read_text()
+    done = int(re.search(r"SIGTERM: leaving after step (\d)", said)[1])
+    assert len(run.metrics()) == done
+    assert f"step-{done:08d} in" in said, "saved, although no checkpoint was due"
+    with nothing_left():
+        again = start(tmp_path, checkpoint, "resume_from_checkpoint=auto", "save_steps=1")
+        try:
+            again.wait_for_step(done + 1)
+            os.killpg(again.process.pid, signal.SIGTERM)
+            assert again.finish(60) == 128 + signal.SIGTERM
+        finally:
+            again.end()
+    said = again.stderr.read_text()
+    assert f"going on after step {done}" in said
+    assert "new start" not in said, "workers that die of the same signal are no fault to go on from"
+    last = start(tmp_path, checkpoint, "resume_from_checkpoint=auto")
+    try:
+        assert_as_undisturbed(last, whole)
+    finally:
+        last.end()
+    fault.user_sees("SIGTERM: leaving after step 2; saved .../step-00000002; exit status 143")
+    fault.lost("nothing; what was sampled for the next step is sampled again")
+
+
+@pytest.fixture
+def cluster(monkeypatch) -> Iterator[Cluster]:
+    """Two nodes; a run that is started meanwhile joins them."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    yield nodes
+    nodes.shutdown()
+
+
+@pytest.mark.fault("a node of the Ray cluster is lost")
+def test_a_lost_node_is_waited_for(fault: Fault, whole, tmp_path, checkpoint, cluster):
+    """The engine's, all of it at once; another one joins after a while."""
+    run = start(tmp_path, checkpoint, "save_steps=1", "actor_infer.device_mapping=[2]")
+    try:
+
+        def strike() -> None:
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+            wait_until_it_says(run, "going on after step")
+            time.sleep(3)
+            assert run.process.poll() is None, "it waits"
+            cluster.add_node(num_cpus=1)
+
+        fault.recovered(loses(run, strike))
+        assert_as_undisturbed(run, whole)
+    finally:
+        run.end()
+    assert "LOST: " in run.stderr.read_text()
+    fault.user_sees("LOST: actor_infer-0 died; going on ...; it waits for a node to join in the place of the lost one")
+    fault.lost("nothing; steps since the last checkpoint are done again, to the bit")

@@ -1,0 +1,79 @@
+"""SIGTERM, sent to this process for real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from roll_r3.pipelines.leaving import EXIT_STATUS, Leave, LeaveNow, Leaving
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_it_leaves_at_once_where_nothing_is_held():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Leave) as raised, Leaving(60):
+        sigterm()
+    assert raised.value.code == EXIT_STATUS == 143
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), "nothing rings afterwards"
+
+
+def held(*actions: Callable[[], object], grace_s: float = 60) -> None:
+    """Do these, and another thing afterwards."""
+    with Leaving(grace_s) as leaving:
+        with leaving.held():
+            for action in actions:
+                action()
+        pytest.fail("it did not leave")
+
+
+def test_what_is_held_is_finished_first():
+    done: list[str] = []
+    with pytest.raises(Leave):
+        held(sigterm, lambda: done.append("the step"))
+    assert done == ["the step"]
+
+
+def test_what_is_saved_afterwards_is_held_too():
+    done: list[str] = []
+
+    def leave() -> None:
+        with Leaving(60) as leaving:
+            try:
+                sigterm()
+            except Leave:
+                with leaving.held():
+                    done.append("saved")
+
+    with pytest.raises(Leave):
+        leave()
+    assert done == ["saved"]
+
+
+def test_an_error_of_what_is_held_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        held(sigterm, lambda: 1 / 0)
+
+
+def test_the_grace_period_ends_what_is_held():
+    start = time.monotonic()
+    with pytest.raises(LeaveNow):
+        held(sigterm, lambda: time.sleep(30), grace_s=0.05)
+    assert time.monotonic() - start < 10
+
+
+def test_a_second_one_waits_for_nothing():
+    with pytest.raises(LeaveNow):
+        held(sigterm, sigterm)
+
+
+def test_nothing_happens_without_one():
+    with Leaving(60) as leaving, leaving.held():
+        pass
