@@ -41,7 +41,8 @@ def read_at_most(path: Path, most: int) -> bytes:
     if why := why_no_file(path):
         raise OSError(f"{path}: {why}")
     with path.open("rb") as stream:
-        content = stream.read(most + 1)
+        size = os.fstat(stream.fileno()).st_size
+        content = stream.read(min(size, most) + 1)  # memory is taken for as much as is asked for
     if len(content) > most:
         raise OSError(f"{path}: it has more than {most} bytes")
     return content

@@ -61,7 +61,7 @@ class Answer:
 
 def readable(said: object) -> str:
     """What a server said, for a message: not too long, and nothing in it that a terminal or a log chokes on."""
-    text = str(said)[:_SHOWN]
+    text = (f"{type(said).__name__}: {said}" if isinstance(said, Exception) else str(said))[:_SHOWN]
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

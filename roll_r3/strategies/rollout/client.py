@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 
+from roll_r3.strategies.rollout.answers import readable
 from roll_r3.strategies.rollout.sampling import SampleError
 
 
@@ -66,9 +67,9 @@ class ServerClient:
         except TimeoutError as error:
             raise SampleError(f"no answer within {timeout_s:g} s (strategy_config.request_timeout)") from error
         except aiohttp.ClientError as error:
-            raise UnreachableError(f"the connection to the server failed: {type(error).__name__}: {error}") from error
+            raise UnreachableError(f"the connection to the server failed: {readable(error)}") from error
         if status != 200:
-            raise SampleError(f"the server answered {status}: {body[:500].decode(errors='replace')}")
+            raise SampleError(f"the server answered {status}: {readable(body[:500].decode(errors='replace'))}")
         return body
 
     async def close(self) -> None:

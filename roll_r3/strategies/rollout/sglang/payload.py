@@ -58,7 +58,7 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
             raise ValueError("routed_experts is not in meta_info")
     except MISREAD as error:
         raise SampleError(
-            f"the answer cannot be read: {type(error).__name__}: {readable(error)}; it starts {body[:200]!r}"
+            f"the answer cannot be read: {readable(error)}; it starts {body[:200]!r}"
         ) from error
     return checked_sample(asked, answer, facts, lambda num_rows: _routes(payload, facts))
 
