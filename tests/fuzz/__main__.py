@@ -12,8 +12,8 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from families import FAMILIES  # noqa: E402
-from fuzz_harness import HEADING, Tally, tally  # noqa: E402
+from families import FAMILIES
+from fuzz_harness import HEADING, Tally, tally
 
 
 def main() -> int:

@@ -158,8 +158,10 @@ ENGINES = {
     "sglang": Engine(SGLANG, sglang.read_sample, sglang_says, ("meta_info",)),
     "vllm": Engine(VLLM, vllm.read_sample, vllm_says, ("choices", 0)),
 }
-LITERALS = [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"9" * 5000, b"0x1", b"01", b"1_0", b'"1"', b"true",
-            b"[" * 3000 + b"]" * 3000, b'{"a":' * 3000 + b"1" + b"}" * 3000, b"1.0", b"1e0", b"-0", b"5e-324"]  # fmt: skip
+LITERALS = [
+    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"9" * 5000, b"0x1", b"01", b"1_0", b'"1"', b"true",
+    b"[" * 3000 + b"]" * 3000, b'{"a":' * 3000 + b"1" + b"}" * 3000, b"1.0", b"1e0", b"-0", b"5e-324",
+]  # fmt: skip
 
 
 @st.composite

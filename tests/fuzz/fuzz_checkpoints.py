@@ -36,11 +36,26 @@ from roll_r3.tracking.run_dir import RunDir
 
 STEP = 4
 TENSORS = {"model.a": torch.arange(6.0).reshape(2, 3), "model.b": torch.arange(4.0) + 0.5}
-NAMES = ["../outside", "/etc/passwd", "a/../../outside", "trainer/../state.json", "", ".", "..", "a\0b", "a\\b", "c:\\x", "state.json/x"]
+NAMES = [
+    "../outside",
+    "/etc/passwd",
+    "a/../../outside",
+    "trainer/../state.json",
+    "",
+    ".",
+    "..",
+    "a\0b",
+    "a\\b",
+    "c:\\x",
+    "state.json/x",
+]
 SPECIAL = ["link", "link out", "link up", "fifo", "socket", "directory", "deep", "extra", "gone", "odd name"]
+_DOUBLED = b"a: &a {x: 1}\n" + b"".join(
+    b"b%d: &b%d {p: *%s, q: *%s, r: *%s, s: *%s}\n" % (i, i, *[b"b%d" % (i - 1) if i else b"a"] * 4) for i in range(16)
+)
 CONFIG_LINES = [
-    b"a: &a {x: 1}\n" + b"".join(b"b%d: &b%d {p: *%s, q: *%s, r: *%s, s: *%s}\n" % (i, i, *[b"a" if not i else b"b%d" % (i - 1)] * 4)
-    for i in range(16)), b"x: !!python/object/apply:os.mkdir [touched]\n", b"- a\n", b"", b"\xff", b"{" * 3000, b"a: ${a}\n", b"null"
+    _DOUBLED, b"x: !!python/object/apply:os.mkdir [touched]\n", b"- a\n", b"", b"\xff", b"{" * 3000, b"a: ${a}\n",
+    b"null",
 ]  # fmt: skip
 
 
@@ -53,7 +68,9 @@ def files() -> dict[str, bytes]:
         trainer="megatron_train",
         data=Data(prompts=100, sha256="a" * 64, seed=42, drawn=((STEP, 8),)),
     )
-    metrics = "".join(json.dumps({"step": step, "actor/lr": 1e-6, "critic/score/mean": None}) + "\n" for step in (1, 2, 3, 4))
+    metrics = "".join(
+        json.dumps({"step": step, "actor/lr": 1e-6, "critic/score/mean": None}) + "\n" for step in (1, 2, 3, 4)
+    )
     return {
         STATE: state.text().encode(),
         CONFIG: to_yaml(config).encode(),
@@ -103,14 +120,23 @@ def _checkpoints(draw: st.DrawFn) -> dict[str, Any]:
     elif kind == "config":
         value["files"][CONFIG] = draw(mutated(GOOD[CONFIG]) | st.sampled_from(CONFIG_LINES))
     elif kind == "metrics":
-        lines = st.sampled_from([b"[" * 100_000, b"[]", b"{}", b'{"step": "x"}', b'{"step": 1, "a": "b"}', b"\xff", b"",
-                                 b'{"step": 1e999}', b'{"step": ' + b"9" * 5000 + b"}", b"null", b'{"step": 5}'])  # fmt: skip
-        value["files"][METRICS] = draw(st.none() | mutated(GOOD[METRICS]) | lines.map(lambda x: GOOD[METRICS] + x + b"\n"))
+        lines = st.sampled_from([
+            b"[" * 100_000, b"[]", b"{}", b'{"step": "x"}', b'{"step": 1, "a": "b"}', b"\xff", b"",
+            b'{"step": 1e999}', b'{"step": ' + b"9" * 5000 + b"}", b"null", b'{"step": 5}',
+        ])  # fmt: skip
+        value["files"][METRICS] = draw(
+            st.none() | mutated(GOOD[METRICS]) | lines.map(lambda x: GOOD[METRICS] + x + b"\n")
+        )
     elif kind == "manifest":
         value["names"] = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=2))
-        value["replanted"] = draw(st.none() | replanted({"format": 1, "files": {STATE: {"size": 1, "sha256": "a" * 64}}}))
+        value["replanted"] = draw(
+            st.none() | replanted({"format": 1, "files": {STATE: {"size": 1, "sha256": "a" * 64}}})
+        )
     elif kind == "special":
-        value["special"] = (draw(st.sampled_from(SPECIAL)), draw(st.sampled_from(sorted([*GOOD, "complete", "manifest.json"]))))
+        value["special"] = (
+            draw(st.sampled_from(SPECIAL)),
+            draw(st.sampled_from(sorted([*GOOD, "complete", "manifest.json"]))),
+        )
     return value
 
 
@@ -325,7 +351,16 @@ def _slowly(data: bytes, name: str) -> np.ndarray | None:
         (length,) = struct.unpack_from("<Q", data)
         entry = json.loads(data[8 : 8 + length])[name]
         start, end = entry["data_offsets"]
-        kinds = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I32": "<i4", "I64": "<i8", "U8": "u1", "I8": "i1", "I16": "<i2"}
+        kinds = {
+            "F32": "<f4",
+            "F64": "<f8",
+            "F16": "<f2",
+            "I32": "<i4",
+            "I64": "<i8",
+            "U8": "u1",
+            "I8": "i1",
+            "I16": "<i2",
+        }
         held = np.frombuffer(data[8 + length + start : 8 + length + end], kinds[entry["dtype"]])
         return held.reshape(entry["shape"])
     except (KeyError, ValueError, TypeError, struct.error):

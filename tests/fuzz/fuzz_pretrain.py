@@ -28,8 +28,8 @@ _SIZES = {
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 16, "decoder_sparse_step": 1, "mlp_only_layers": [0], "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 8},
-    "deepseek_v3": {"n_routed_experts": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": None,
-                    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+    "deepseek_v3": {"n_routed_experts": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+                    "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
 }  # fmt: skip
 assert set(MODELS) <= set(ARCHITECTURES)
 
@@ -40,7 +40,9 @@ def _directories(draw: st.DrawFn) -> dict[str, Any]:
     name = draw(st.sampled_from(sorted(MODELS)))
     config: Any = {"model_type": name, **_SIZES, **MODELS[name]}
     index: Any = {"metadata": {"total_size": 1}, "weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}
-    kind = draw(st.sampled_from(["good", "config", "config", "config", "bytes", "hostile", "index", "index bytes", "special"]))
+    kind = draw(
+        st.sampled_from(["good", "config", "config", "config", "bytes", "hostile", "index", "index bytes", "special"])
+    )
     if kind == "config":
         config = draw(replanted(config))
     texts = {CONFIG: json.dumps(config, default=lambda _: None).encode(), INDEX: json.dumps(index).encode()}
@@ -48,14 +50,21 @@ def _directories(draw: st.DrawFn) -> dict[str, Any]:
         texts[CONFIG] = draw(mutated(texts[CONFIG]))
     elif kind == "hostile":
         value = draw(HOSTILE)
-        texts[CONFIG] = draw(st.sampled_from([json.dumps(value).encode(), b"[" * 100_000, b'{"a":' * 100_000, b"", b"\xff\xfe"]))
+        texts[CONFIG] = draw(
+            st.sampled_from([json.dumps(value).encode(), b"[" * 100_000, b'{"a":' * 100_000, b"", b"\xff\xfe"])
+        )
     elif kind == "index":
         names = ["../outside", "/etc/passwd", "/dev/zero", "\0", "x" * 5000, "", ".", "\ud800"]
         mapped = {"a": draw(st.sampled_from(names)), "b": "model-1.safetensors"}
-        texts[INDEX] = json.dumps(draw(replanted(index) | st.just({"weight_map": mapped})), default=lambda _: None).encode()
+        texts[INDEX] = json.dumps(
+            draw(replanted(index) | st.just({"weight_map": mapped})), default=lambda _: None
+        ).encode()
     elif kind == "index bytes":
         texts[INDEX] = draw(mutated(texts[INDEX]) | st.just(b"[" * 100_000))
-    special = (draw(st.sampled_from([CONFIG, INDEX])), draw(st.sampled_from(["fifo", "/dev/zero", "directory", "loop"])))
+    special = (
+        draw(st.sampled_from([CONFIG, INDEX])),
+        draw(st.sampled_from(["fifo", "/dev/zero", "directory", "loop"])),
+    )
     return {"kind": kind, "texts": texts, "special": special if kind == "special" else None}
 
 

@@ -30,26 +30,29 @@ def _fields(path: str = "") -> list[str]:
 
 FIELDS = sorted(set(_fields()))
 SCALARS = [
-    "!!python/object/apply:os.mkdir [touched]", "!!python/name:os.system ''", "!!python/object/new:os.mkdir [touched]",
-    "!!python/module:os", "!!binary aGVsbG8=", "!!set {a}", "!!timestamp 2001-01-01", "!!int 3x", "!!float abc",
-    "!<tag:yaml.org,2002:python/tuple> [1]", "!local x", "&a [*a]", "*nowhere", "&x 1", "<<", "${seed}", "${..}",
-    "${oc.env:HOME}", "${oc.eval:1}", "${a.b}", "${seed}${seed}", "${actor_train}", "${exp_name." + "a." * 60 + "b}",
-    "${rewards." + "9" * 5000 + "}", "???", "1e999", "-.inf", ".nan", "0x" + "f" * 5000, "9" * 5000, "1_000", "0o17", "1:30",
-    "2001-01-01", "yes", "~", "''", '"\\0"', '"\\ud800"', "|\n  x", "[1, 2", "{a: 1", "'", "range(10**9)",
-    "list(range(0,10**9))", "list(range(0, 9" + "9" * 5000 + "))", "[" * 200 + "]" * 200, "__import__('os').mkdir('touched')",
+    "!!python/object/apply:os.mkdir [touched]", "!!python/name:os.system ''",
+    "!!python/object/new:os.mkdir [touched]", "!!python/module:os", "!!binary aGVsbG8=", "!!set {a}",
+    "!!timestamp 2001-01-01", "!!int 3x", "!!float abc", "!<tag:yaml.org,2002:python/tuple> [1]", "!local x",
+    "&a [*a]", "*nowhere", "&x 1", "<<", "${seed}", "${..}", "${oc.env:HOME}", "${oc.eval:1}", "${a.b}",
+    "${seed}${seed}", "${actor_train}", "${exp_name." + "a." * 60 + "b}", "${rewards." + "9" * 5000 + "}", "???",
+    "1e999", "-.inf", ".nan", "0x" + "f" * 5000, "9" * 5000, "1_000", "0o17", "1:30", "2001-01-01", "yes", "~", "''",
+    '"\\0"', '"\\ud800"', "|\n  x", "[1, 2", "{a: 1", "'", "range(10**9)", "list(range(0,10**9))",
+    "list(range(0, 9" + "9" * 5000 + "))", "[" * 200 + "]" * 200, "__import__('os').mkdir('touched')",
 ]  # fmt: skip
 LINES = [
-    "<<: {seed: 3}", "seed: 1\nseed: 2", "? [a, b]\n: c", "? {a: b}\n: c", "1: 2", "true: x", "null: x", "--- \na: 1", "...",
-    "%YAML 9.9\n---", "defaults:\n  - /etc/passwd", "defaults: [../../../etc/passwd]", "hydra: {run: {dir: /tmp/x}}",
-    "a: &a [x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c,*c,*c,*c]",
+    "<<: {seed: 3}", "seed: 1\nseed: 2", "? [a, b]\n: c", "? {a: b}\n: c", "1: 2", "true: x", "null: x",
+    "--- \na: 1", "...", "%YAML 9.9\n---", "defaults:\n  - /etc/passwd", "defaults: [../../../etc/passwd]",
+    "hydra: {run: {dir: /tmp/x}}",
+    "a: &a [x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c,*c,*c]",
     "b0: x\n" + "".join(f"b{i}: ${{b{i - 1}}}${{b{i - 1}}}\n" for i in range(1, 40)), "x: ${y}\ny: ${x}", "\t- a",
     "k" * 5000 + ": 1", "".join(" " * i + "a:\n" for i in range(80)), "custom: {" + "a: {" * 60 + "}" * 61,
     "a: [" + "1," * 30_000 + "]",
 ]  # fmt: skip
 OVERRIDES = [
-    "", "=", "a", "=1", ".=1", "a..b=1", "actor_train.device_mapping.0=3", "actor_train.device_mapping." + "9" * 5000 + "=1",
-    "a." * 3000 + "b=1", "seed=!!python/object/apply:os.mkdir [touched]", "seed=${seed}", "exp_name=../../x", "seed = 1",
-    "seed=\0", "exp_name=\udcff", "actor_train=null", "actor_train.strategy_args.strategy_config.a.b.c=1", "seed=" + "[" * 900,
+    "", "=", "a", "=1", ".=1", "a..b=1", "actor_train.device_mapping.0=3",
+    "actor_train.device_mapping." + "9" * 5000 + "=1", "a." * 3000 + "b=1",
+    "seed=!!python/object/apply:os.mkdir [touched]", "seed=${seed}", "exp_name=../../x", "seed = 1", "seed=\0",
+    "exp_name=\udcff", "actor_train=null", "actor_train.strategy_args.strategy_config.a.b.c=1", "seed=" + "[" * 900,
 ]  # fmt: skip
 
 
@@ -150,5 +153,3 @@ class Yaml:
     def close(self) -> None:
         os.chdir(self._here)
         self._folder.cleanup()
-
-

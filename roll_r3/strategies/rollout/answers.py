@@ -73,7 +73,7 @@ def whole(value: Any, name: str) -> int:
 
 
 def token_ids(values: Any) -> npt.NDArray[np.int32]:
-    """A list of whole numbers, int32 [R]. Raises one of MISREAD: numpy would make numbers of `1.5`, `"3"` and `true`."""
+    """A list of whole numbers, int32 [R]. Raises one of MISREAD: numpy alone would take `1.5`, `"3"` and `true`."""
     if not isinstance(values, list) or not set(map(type, values)) <= {int}:
         raise ValueError(f"the token ids {readable(repr(values)[:_SHOWN])} are no list of whole numbers")
     return np.array(values, np.int32)

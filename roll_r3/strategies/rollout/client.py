@@ -38,7 +38,7 @@ class ServerClient:
         """True once the server can generate, and knows the key: another server on the same port does not."""
         try:
             for path in ("/health", self._keyed_path):  # the first may ask for no key
-                async with self._session.get(self._base + path, timeout=_timeout(timeout_s)) as response:
+                async with self._get(path, timeout_s) as response:
                     if response.status != 200:
                         return False
         except (aiohttp.ClientError, TimeoutError):
@@ -52,12 +52,16 @@ class ServerClient:
             UnreachableError: no connection, or it broke.
             SampleError: an HTTP error, or no answer in time.
         """
-        return await self._body(self._session.get(self._base + path, timeout=_timeout(timeout_s)), timeout_s)
+        return await self._body(self._get(path, timeout_s), timeout_s)
 
     async def post(self, path: str, request: dict[str, Any], timeout_s: float) -> bytes:
         """As `get`, of a request with a body."""
         url = self._base + path
-        return await self._body(self._session.post(url, json=request, timeout=_timeout(timeout_s)), timeout_s)
+        asking = self._session.post(url, json=request, timeout=_timeout(timeout_s), allow_redirects=False)
+        return await self._body(asking, timeout_s)
+
+    def _get(self, path: str, timeout_s: float) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._session.get(self._base + path, timeout=_timeout(timeout_s), allow_redirects=False)
 
     async def _body(self, answering: AbstractAsyncContextManager[aiohttp.ClientResponse], timeout_s: float) -> bytes:
         try:

@@ -70,7 +70,5 @@ def command_line(arguments: Mapping[str, Argument], *, negated: Collection[str] 
 def without_rank(inherited: Mapping[str, str]) -> dict[str, str]:
     """An environment without a trainer's place in its world, and without the key to Ray, which are not the server's."""
     return {
-        name: value
-        for name, value in inherited.items()
-        if name not in _RANK_VARIABLES and not name.startswith(_OURS)
+        name: value for name, value in inherited.items() if name not in _RANK_VARIABLES and not name.startswith(_OURS)
     }

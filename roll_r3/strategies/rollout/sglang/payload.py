@@ -57,9 +57,7 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         if payload is not None and meta["routed_experts"] != "":
             raise ValueError("routed_experts is not in meta_info")
     except MISREAD as error:
-        raise SampleError(
-            f"the answer cannot be read: {readable(error)}; it starts {body[:200]!r}"
-        ) from error
+        raise SampleError(f"the answer cannot be read: {readable(error)}; it starts {body[:200]!r}") from error
     return checked_sample(asked, answer, facts, lambda num_rows: _routes(payload, facts))
 
 

@@ -64,9 +64,7 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         if payload is not None and choice["routed_experts"] != "":
             raise ValueError("routed_experts is not in the choice")
     except MISREAD as error:
-        raise SampleError(
-            f"the answer cannot be read: {readable(error)}; it starts {body[:200]!r}"
-        ) from error
+        raise SampleError(f"the answer cannot be read: {readable(error)}; it starts {body[:200]!r}") from error
     return checked_sample(asked, answer, facts, lambda num_rows: read_npy(payload, num_rows, facts))
 
 
