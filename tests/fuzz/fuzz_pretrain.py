@@ -29,7 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 16, "decoder_sparse_step": 1, "mlp_only_layers": [0], "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 8},
     "deepseek_v3": {"n_routed_experts": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-                    "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+                    "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+                    "v_head_dim": 16},
 }  # fmt: skip
 assert set(MODELS) <= set(ARCHITECTURES)
 
