@@ -76,25 +76,34 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or run one on this machine, closed to others, for the block's time.
 
     Raises:
-        LostWorkerError: Ray itself failed.
+        LostWorkerError: Ray itself did not start, or failed.
         WorkerError: Ray would listen on other addresses than loopback.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     sigterm = signal.getsignal(signal.SIGTERM)  # Ray takes it, and leaves at once
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
-    else:
-        # on one machine a lost connection is a dead server, for which this process would wait a minute
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
-        # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
-        cpus = max(device_count(config), os.cpu_count() or 1)
-        _close_to_others()
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address="auto", **quiet)
+        else:
+            # on one machine a lost connection is a dead server, for which this process would wait a minute
+            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+            # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
+            cpus = max(device_count(config), os.cpu_count() or 1)
+            _close_to_others()
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    except Exception as error:  # of any kind, bare ones too
+        ray.shutdown()
+        raise LostWorkerError(
+            (f"the Ray cluster of RAY_ADDRESS={address} cannot be joined" if address else "Ray did not start here")
+            + f": {type(error).__name__}: {error}\nits own logs are in the newest directory under /tmp/ray, or under "
+            "RAY_TMPDIR; a machine on which its daemons do not start within half a minute is too busy for it"
+        ) from error
     signal.signal(signal.SIGTERM, sigterm)
     try:
-        if not os.environ.get("RAY_ADDRESS"):
+        if not address:
             _check_is_closed(ray.util.get_node_ip_address())
         yield
     except RayError as error:
