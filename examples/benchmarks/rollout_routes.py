@@ -110,19 +110,19 @@ async def one_round(engine: SglangRollout, page: int, requests: list[GenerateReq
     assert client is not None
     post = client.post
 
-    async def counted(path: str, request: dict[str, Any], timeout_s: float) -> bytes:
+    async def counted(path: str, request: dict[str, Any], timeout_s: float, *most_bytes: int) -> bytes:
         nonlocal num_bytes
-        body = await post(path, request, timeout_s)
+        body = await post(path, request, timeout_s, *most_bytes)
         num_bytes += len(body)
         return body
 
-    client.post = counted  # type: ignore[method-assign]
+    client.post = counted  # type: ignore[method-assign, assignment]
     start, cpu_start = time.perf_counter(), cpu_seconds(engine)
     results = await engine.generate(requests)
     seconds, cpu = time.perf_counter() - start, cpu_seconds(engine) - cpu_start
     client.post = post  # type: ignore[method-assign]
     samples = [trajectory for result in results for trajectory in result.trajectories]
-    if any(result.retries or result.dropped for result in results):
+    if any(result.retries or result.dropped or result.lost for result in results):
         raise SystemExit("a sample had to be asked for again: the figures would not be those of one round")
     tokens = sum(len(t.response_ids_R) for t in samples)
     return Round(tokens / seconds, num_bytes / len(samples), 1e6 * cpu / tokens)

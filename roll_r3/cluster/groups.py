@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from roll_r3.batch.batch import Batch, FloatN
 from roll_r3.batch.micro_batch import IntArray, assign_to_ranks
 from roll_r3.cluster.calls import wait_for
 from roll_r3.cluster.placement import Placement
-from roll_r3.cluster.workers import ModelWorker, RolloutWorker
+from roll_r3.cluster.workers import WRITING, ModelWorker, RolloutWorker
 from roll_r3.config.derived import engine_size, server
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
@@ -118,6 +118,26 @@ class RolloutGroup(_Group):
         answers = self._call_each("generate", [(share,) for share in shares])
         return [answers[i % size][i // size] for i in range(len(requests))]
 
+    def down(self, *, ask: bool) -> dict[str, str]:
+        """Worker's name -> why its engine is of no more use until it is started again, of those that are not.
+
+        Args:
+            ask: have each engine give a sign of life.
+        """
+        reasons = self._call("why_down", ask)
+        return {member.name: why for member, why in zip(self._members, reasons, strict=True) if why}
+
+    def restart(self, names: Collection[str]) -> dict[str, str]:
+        """Start engines anew, side by side; worker's name -> why its engine did not start, of those that did not."""
+        calls = {m.handle.restart.remote(): (m.name, m.log) for m in self._members if m.name in names}
+        results = wait_for(calls)
+        return {name: results[ref] for ref, (name, _) in calls.items() if results[ref]}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the workers, one to an engine."""
+        return tuple(member.name for member in self._members)
+
     def weight_targets(self) -> list[Any]:
         return self._call("weight_target")
 
@@ -163,7 +183,7 @@ class ModelGroup(_Group):
         for rank, device in enumerate(mapping):
             name, log = f"{role}-{rank}", log_dir / f"{role}-{rank}.log"
             env = {"OMP_NUM_THREADS": str(threads)}
-            actor = ray.remote(ModelWorker).options(
+            actor = ray.remote(concurrency_groups={WRITING: 1})(ModelWorker).options(
                 name=name, runtime_env={"env_vars": env}, **placement.options(device)
             )
             handle = actor.remote(config, role, rank, len(mapping), placement.kind, threads, log)
@@ -207,19 +227,25 @@ class ModelGroup(_Group):
         return BatchUpdate(first.metrics, first.replay, max(r.seconds_in_routes for r in results), first.skipped)
 
     def connect_engines(self, targets: Sequence[Any]) -> None:
-        """The first rank will send the weights."""
+        """The first rank will send the weights, and leaves the engines that it sent them to before."""
         first = self._members[0]
         wait_for({first.handle.connect_engines.remote(targets): (first.name, first.log)})
 
-    def update_weights(self, version: int) -> None:
-        self._call("update_weights", version)
+    def update_weights(self, version: int) -> str:
+        """Send the weights to the connected engines; why an engine did not take them, or empty."""
+        return next((failure for failure in self._call("update_weights", version) if failure), "")
 
-    def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
-        """Every rank writes its part of the model and its optimizer; the checksums of all files, by name."""
-        return {name: found for sums in self._call("save_checkpoint", path) for name, found in sums.items()}
+    def take_snapshot(self) -> None:
+        """Every rank copies its part of the model and its optimizer into its host's memory."""
+        self._call("take_snapshot")
+
+    def write_snapshot(self, path: Path) -> dict[str, FileSum]:
+        """Every rank writes its part of the snapshot, whatever else it is asked for meanwhile from other threads; the
+        checksums of all files, by name."""
+        return {name: found for sums in self._call("write_snapshot", path) for name, found in sums.items()}
 
     def load_checkpoint(self, path: Path) -> None:
-        """Every rank takes its part of what `save_checkpoint` wrote."""
+        """Every rank takes its part of what `write_snapshot` wrote."""
         self._call("load_checkpoint", path)
 
     def save_hf(self, path: Path) -> None:

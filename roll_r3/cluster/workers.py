@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.errors import CheckpointError, EngineError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.saving.manifest import FileSum, file_sum, files_below
@@ -29,6 +30,7 @@ from roll_r3.strategies.base import (
     GenerateResult,
     LogProbResult,
     ProcessInfo,
+    Snapshot,
     TrainResult,
     WeightChannel,
     WeightTarget,
@@ -38,6 +40,8 @@ from roll_r3.strategies.registry import STRATEGIES, load_attribute
 logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
+WRITING = "writing"
+"""The calls that a rank answers in a thread of their own, one at a time."""
 
 
 class RolloutWorker:
@@ -80,6 +84,19 @@ class RolloutWorker:
     async def weight_target(self) -> WeightTarget:
         return self._strategy.weight_target()
 
+    async def why_down(self, ask: bool) -> str:
+        """As `RolloutStrategy.why_down`."""
+        return await self._strategy.why_down(ask=ask)
+
+    async def restart(self) -> str:
+        """As `RolloutStrategy.restart`; why the engine did not start, or empty."""
+        try:
+            await self._strategy.restart()
+        except EngineError as error:
+            logger.warning("%s", error)
+            return str(error)
+        return ""
+
     async def weights_updated(self, version: int) -> None:
         await self._strategy.on_weights_updated(version)
 
@@ -101,6 +118,7 @@ class ModelWorker:
         self._process = ProcessInfo(rank=rank, world_size=world_size, local_rank=0, device=device)
         self._channel: WeightChannel | None = None
         self._bucket_bytes = 0
+        self._snapshot: Snapshot | None = None
 
     def host_store(self) -> tuple[str, int]:
         """On rank 0: the store that the role's ranks meet at, on this node's address; returns where it listens.
@@ -137,24 +155,39 @@ class ModelWorker:
         return self._strategy.train_step(shard, step)
 
     def connect_engines(self, targets: Sequence[WeightTarget]) -> None:
-        """On rank 0: get ready to send weights to these engines."""
+        """On rank 0: get ready to send weights to these engines, and to no others any more."""
+        if self._channel is not None:
+            self._channel.close()
         strategy = self._config.actor_infer.strategy_args
         channel = STRATEGIES[strategy.strategy_name].weight_channel
         assert channel is not None, f"{strategy.strategy_name} takes no weights"
         self._channel = load_attribute(channel)(targets, device=self._process.device)
         self._bucket_bytes = int(strategy.strategy_config.weight_bucket_mb * MIB)
 
-    def update_weights(self, version: int) -> None:
-        """Send this policy's weights to every connected engine; collective over all ranks."""
-        channel = self._channel
-        if channel is None:
-            for _ in self._strategy.export_weights():
-                pass  # gathering a tensor needs every rank; only the connected one keeps it
-            return
+    def update_weights(self, version: int) -> str:
+        """Send this policy's weights to every connected engine; collective over all ranks.
+
+        Returns:
+            On the connected rank, why an engine did not take them; empty when all did. What the engines hold after a
+            failure is of no version.
+        """
+        weights = self._strategy.export_weights()
+        failure = ""
+        if self._channel is not None:
+            try:
+                self._send(self._channel, weights, version)
+            except EngineError as error:
+                logger.warning("weights %d were not sent: %s", version, error)
+                failure = str(error)
+        for _ in weights:
+            pass  # gathering a tensor needs every rank, to the last one
+        return failure
+
+    def _send(self, channel: WeightChannel, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         start = time.perf_counter()
         sending = _seconds(lambda: channel.begin(version))
         tensors = 0
-        for bucket in channel.buckets(self._strategy.export_weights(), self._bucket_bytes):
+        for bucket in channel.buckets(weights, self._bucket_bytes):
             sending += _seconds(partial(channel.send, bucket))
             tensors += len(bucket)
             del bucket  # while the next one is gathered its memory is free
@@ -162,11 +195,27 @@ class ModelWorker:
         gathering = time.perf_counter() - start - sending
         logger.info("weights %d: %d tensors, gathered in %.2f s, sent in %.2f s", version, tensors, gathering, sending)
 
-    def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
-        """As `TrainStrategy.save_checkpoint`; returns the checksums of this rank's share of the files, by name."""
-        self._strategy.save_checkpoint(path)
-        share = files_below(path)[self._process.rank :: self._process.world_size]
-        return {name: file_sum(path / name) for name in share}
+    def take_snapshot(self) -> None:
+        """As `TrainStrategy.snapshot`; `write_snapshot` writes it."""
+        self._snapshot = self._strategy.snapshot()
+
+    @ray.method(concurrency_group=WRITING)
+    def write_snapshot(self, path: Path) -> dict[str, FileSum]:
+        """As `Snapshot.write`, beside whatever else this rank does, and let the snapshot go; returns the checksums of
+        this rank's share of the files, by name.
+
+        Raises:
+            RollError: as `Snapshot.write`.
+            CheckpointError: what was written cannot be read, or the disk does not keep it.
+        """
+        snapshot, self._snapshot = self._snapshot, None
+        assert snapshot is not None, "there is one to write"
+        snapshot.write(path)
+        try:
+            share = files_below(path)[self._process.rank :: self._process.world_size]
+            return {name: file_sum(path / name) for name in share}
+        except OSError as error:
+            raise CheckpointError(f"{path} is not kept: {type(error).__name__}: {error}") from error
 
     def load_checkpoint(self, path: Path) -> None:
         """As `TrainStrategy.load_checkpoint`."""

@@ -33,11 +33,14 @@ class RolloutCorrectionConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """Where checkpoints are written."""
+    """Where checkpoints are written, and whether the run waits for it."""
 
     output_dir: str | None = None
     """Checkpoints are written to output_dir/exp_name/<run>/checkpoints/, weights for transformers to .../hf/, on a disk
     that every node sees; default: `output_dir` of the run, so that they are in its directory."""
+    async_save: bool = False
+    """Train on while a checkpoint is written: the run waits only until every rank has copied its part into its host's
+    memory, and for the checkpoint before."""
 
 
 def _resume_from_yaml(value: Any) -> Any:

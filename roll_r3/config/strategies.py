@@ -24,6 +24,12 @@ class ServerConfig(Config):
     """Seconds a server may take until it answers."""
     request_timeout: PositiveFloat = 1800.0
     """Seconds a generation request may take, queueing in the engine included."""
+    hang_timeout: PositiveFloat = 300.0
+    """Seconds that an engine with requests may give no sign of life until it is killed and started again. It gives one
+    between any two batches of tokens, so this must be longer than the longest batch, not than a request."""
+    max_restarts: NonNegativeInt = 3
+    """How often an engine that died, hung or gave nothing usable is started again before a step of the run is done;
+    once more ends the run. The count of every engine begins anew with every step. 0: the first time ends the run."""
     max_concurrent_requests: PositiveInt = 512
     """Requests in flight per engine; more wait in the client."""
     max_retries: NonNegativeInt = 3

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from roll_r3.cluster.groups import ModelGroup
 from roll_r3.config.derived import saving_dir
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError, RollError
-from roll_r3.saving.manifest import file_sum, write_durably
+from roll_r3.pipelines.leaving import LeaveNow
+from roll_r3.saving.manifest import FileSum, file_sum, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.saving.store import CHECKPOINTS, EXPORTS, Store
+from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
 
 
@@ -25,7 +31,11 @@ def stores_of(config: RLVRConfig, run: str) -> tuple[Store, Store]:
 
 
 class Checkpoints:
-    """Saves the steps of a run that are due."""
+    """Saves the steps of a run that are due, one after the other.
+
+    A checkpoint is written in a thread beside the run. Without `checkpoint_config.async_save` the run waits for it at
+    once, and with it before the next one and at the end; the end may be an error.
+    """
 
     def __init__(
         self,
@@ -35,53 +45,123 @@ class Checkpoints:
         *,
         data: Data,
         begun: int,
-        say: Callable[[str], None],
+        progress: Progress,
     ) -> None:
         """
         Args:
             data: how far the run was in its prompts after step `begun`.
-            say: is told of everything that is saved.
+            progress: is told of everything that is saved, from the thread that writes.
         """
         self._config, self._run_dir, self._trainer = config, run_dir, trainer
         self._data, self._begun = data, begun
-        self._say = say
+        self._progress = progress
         self._checkpoints, self._exports = stores_of(config, run_dir.path.name)
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+        self._seconds = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for what is being written, unless nothing is waited for any more. Of two errors the first one goes on,
+        and the other is said."""
+        self._writer.shutdown(wait=False)
+        if isinstance(error, LeaveNow | KeyboardInterrupt):
+            return
+        if error is not None and self._under_way is not None and not self._under_way.done():
+            self._progress.say("the checkpoint that is being written is completed first")
+        try:
+            self.wait()
+        except RollError as failure:
+            if error is None:
+                raise
+            self._progress.say(str(failure))
 
     def step_done(self, step: int, samples_seen: int) -> None:
         """Save what is due after a step whose metrics are written.
 
         Raises:
-            CheckpointError: something could not be written, for want of space for instance; what was saved before is
-                as it was.
+            CheckpointError: something could not be written, now or since the step before, for want of space for
+                instance; what was saved before is as it was.
         """
+        start = time.perf_counter()
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
         if self._is_due(step, self._config.save_steps):
-            self._saved(self._checkpoints, step, lambda folder: self._save(folder, step, samples_seen))
-            try:
-                self._checkpoints.keep(self._config.max_ckpt_to_keep)
-            except OSError as error:  # it takes space, and the next save tries again: no reason to end a run
-                self._say(f"an older checkpoint could not be removed: {error}")
+            with self._progress.stage("saving", step):
+                self.wait()
+                self._begin(step, samples_seen)
+                if not self._config.checkpoint_config.async_save:
+                    self.wait()
         if self._is_due(step, self._config.save_hf_steps):
-            self._saved(self._exports, step, self._trainer.save_hf)
+            self.wait()
+            began = time.perf_counter()
+            with self._progress.stage("exporting", step), self._abandoned_on_failure(self._exports, step):
+                self._trainer.save_hf(self._exports.begin(step))
+                self._finished(self._exports, step, began)
+        self._seconds += time.perf_counter() - start
 
     def leave(self, step: int, samples_seen: int) -> None:
-        """Save a step that the run is left after, unless it is saved or no step is to be.
+        """Save a step that the run is left after, unless it is saved or no step is to be, and wait for it.
 
         Raises:
             CheckpointError: as `step_done`.
         """
+        self.wait()
         if self._config.save_steps == 0:
-            self._say("nothing is saved: save_steps is 0")
+            self._progress.say("nothing is saved: save_steps is 0")
         elif step > self._begun and not self._checkpoints.path(step).exists():
-            self._saved(self._checkpoints, step, lambda folder: self._save(folder, step, samples_seen))
+            self._begin(step, samples_seen)
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint under way, if there is one, is there. Raises as `step_done`."""
+        if self._under_way is None:
+            return
+        try:
+            self._under_way.result()
+        finally:
+            if self._under_way.done():  # a signal may end the waiting before
+                self._under_way = None
+
+    def seconds_waited(self) -> float:
+        """How long `step_done` has kept the run since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self._config.max_steps)
 
-    def _saved(self, store: Store, step: int, write: Callable[[Path], object]) -> None:
-        start = time.perf_counter()
+    def _begin(self, step: int, samples_seen: int) -> None:
+        """Keep what the step leaves behind, and have the rest of the checkpoint written."""
+        began = time.perf_counter()
+        with self._abandoned_on_failure(self._checkpoints, step):
+            folder = self._checkpoints.begin(step)
+            sums = self._write_own(folder, step, samples_seen)
+            self._trainer.take_snapshot()
+        self._under_way = self._writer.submit(self._complete, folder, step, sums, began)
+
+    def _complete(self, folder: Path, step: int, sums: dict[str, FileSum], began: float) -> None:
+        """In the writer's thread: everything that the run need not wait for."""
+        with self._abandoned_on_failure(self._checkpoints, step):
+            written = self._trainer.write_snapshot(folder / TRAINER)
+            self._checkpoints.seal(step, sums | {f"{TRAINER}/{name}": found for name, found in written.items()})
+            self._finished(self._checkpoints, step, began)
         try:
-            write(store.begin(step))
-            path = store.finish(step)
+            self._checkpoints.keep(self._config.max_ckpt_to_keep)
+        except OSError as error:  # it takes space, and the next save tries again: no reason to end a run
+            self._progress.say(f"an older checkpoint could not be removed: {error}")
+
+    def _finished(self, store: Store, step: int, began: float) -> None:
+        self._progress.say(f"saved {store.finish(step)} in {time.perf_counter() - began:.1f} s")
+
+    @contextmanager
+    def _abandoned_on_failure(self, store: Store, step: int) -> Iterator[None]:
+        try:
+            yield
         except LostWorkerError:
             store.abandon(step)
             raise
@@ -92,11 +172,9 @@ class Checkpoints:
                 f"step {step} was not saved: {error}\nthe run stops here; in {store.folder} there is {left}, and "
                 "resume_from_checkpoint: auto goes on from the newest checkpoint"
             ) from error
-        self._say(f"saved {path} in {time.perf_counter() - start:.1f} s")
 
-    def _save(self, folder: Path, step: int, samples_seen: int) -> None:
-        """Write a checkpoint and seal it."""
-        sums = {f"{TRAINER}/{name}": found for name, found in self._trainer.save_checkpoint(folder / TRAINER).items()}
+    def _write_own(self, folder: Path, step: int, samples_seen: int) -> dict[str, FileSum]:
+        """The driver's part of a checkpoint; checksums by name."""
         drawn = [*self._data.drawn, (step - self._begun, self._config.rollout_batch_size)]
         state = RunState(
             step=step,
@@ -107,7 +185,7 @@ class Checkpoints:
         write_durably(folder / STATE, state.text())
         write_durably(folder / CONFIG, to_yaml(self._config))
         shutil.copyfile(self._run_dir.metrics_file, folder / METRICS)
-        self._checkpoints.seal(step, sums | {name: file_sum(folder / name) for name in (STATE, CONFIG, METRICS)})
+        return {name: file_sum(folder / name) for name in (STATE, CONFIG, METRICS)}
 
 
 def _runs(drawn: list[tuple[int, int]]) -> list[tuple[int, int]]:

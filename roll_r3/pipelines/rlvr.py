@@ -20,6 +20,7 @@ from roll_r3.cluster.groups import BatchLogProbs, ModelGroup, RolloutGroup
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
+from roll_r3.pipelines.engines import Engines
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
 from roll_r3.rewards.scoring import Response, Rewards
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
@@ -106,7 +107,7 @@ class RLVRPipeline:
         self._prompts = prompts
         self._decoder = decoder
         self._rewards = rewards
-        self._rollout = rollout
+        self._engines = Engines(config, rollout, trainer, progress.say)
         self._trainer = trainer
         self._reference = reference
         self._progress = progress
@@ -121,15 +122,14 @@ class RLVRPipeline:
             samples_seen: in these steps.
         """
         self.samples_seen = samples_seen
-        self._trainer.connect_engines(self._rollout.weight_targets())
-        self._send_weights(version=done)
+        self._engines.send_weights(version=done)
 
     def sample(self, step: int) -> Experience:
         """The first half of step `step`, counted from 1: no weight changes, and it may be broken off anywhere."""
         clock = StepClock()
         with self._progress.stage("rollout", step), clock.stage("generate"):
             prompts = next(self._prompts)
-            results = self._rollout.generate(self._requests(prompts, step))
+            results = self._engines.generate(self._requests(prompts, step))
         with self._progress.stage("rewards", step), clock.stage("reward"):
             trajectories, groups, samples, failed = self._score(step, prompts, results)
             batch = Batch.from_trajectories(trajectories).filled_up(self._samples_multiple())
@@ -154,7 +154,7 @@ class RLVRPipeline:
             logger.warning("%s", text)
             self._progress.say(text)
         with self._progress.stage("weights to the engines", step), clock.stage("model_update"):
-            self._send_weights(version=step)
+            self._engines.send_weights(version=step)
         self.samples_seen += len(experience.trajectories)
         record = StepRecord(
             step=step,
@@ -168,6 +168,7 @@ class RLVRPipeline:
             dropped=sum(len(r.dropped) for r in experience.results),
             failed_rewards=experience.failed_rewards,
             retries=sum(r.retries for r in experience.results),
+            engine_restarts=self._engines.step_done(),
             samples_seen=self.samples_seen,
         )
         return StepResult(step_metrics(self._config, record), experience.samples)
@@ -234,7 +235,3 @@ class RLVRPipeline:
         advantages_n = np.zeros(batch.num_samples, np.float32)
         advantages_n[: len(scores)] = response_advantages(scores, groups, self._config)
         return replace(batch, advantages_N=np.where(batch.loss_mask_N, batch.per_sample(advantages_n), np.float32(0)))
-
-    def _send_weights(self, version: int) -> None:
-        self._trainer.update_weights(version)
-        self._rollout.weights_updated(version)

@@ -115,7 +115,9 @@ class Starts:
             log = stack.enter_context(MetricLog(run_dir, config.track_with))
             with progress.stage("sending the first weights"):
                 pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
-            saving = Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
+            saving = stack.enter_context(
+                Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, progress=progress)
+            )
             shown = self._steps(pipeline, done, log, saving)
             return Finished(log.history, *shown)
 
@@ -131,7 +133,7 @@ class Starts:
                     experience = pipeline.sample(step)
                     with self._leaving.held():
                         result = pipeline.learn(experience)
-                        log.write(step, result.metrics)
+                        log.write(step, result.metrics | {"time/step_save": saving.seconds_waited()})
                         # one sample of each of the first prompts says more than all samples of one prompt
                         group = self._config.num_return_sequences_in_group
                         shown = result.samples[::group][: self._config.num_logged_samples]
@@ -143,6 +145,7 @@ class Starts:
                         self._progress.step_done(step, result.metrics)
                         done = step
                         saving.step_done(step, pipeline.samples_seen)
+                    del experience  # else its routes would lie in the object store while the next step is sampled
             except Leave:
                 self._progress.say(f"SIGTERM: leaving after step {done}")
                 with self._leaving.held():

@@ -35,6 +35,7 @@ class StepRecord:
     dropped: int
     failed_rewards: int
     retries: int
+    engine_restarts: int
     samples_seen: int
 
 
@@ -58,6 +59,7 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         **r.update.metrics,
         "rollout/dropped_samples": r.dropped,
         "rollout/retries": r.retries,
+        "rollout/engine_restarts": r.engine_restarts,
         "reward/failed": r.failed_rewards,
         "system/global_step": r.step,
         "system/samples": r.samples_seen,

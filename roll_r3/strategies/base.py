@@ -62,6 +62,8 @@ class GenerateResult:
     """The samples that came back whole and passed every check, in the order asked for."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Sample id -> why it was given up after its retries."""
+    lost: tuple[str, ...] = ()
+    """Sample ids without an answer because the engine is down: no failure of theirs, and they cost no retries."""
     retries: int = 0
     """Requests that were sent again."""
 
@@ -104,8 +106,26 @@ class RolloutStrategy(Protocol):
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         """Sample; many requests are in flight at once. Results in the order of `requests`.
 
+        An engine that goes down meanwhile raises nothing: what came before is in the results, the rest is `lost`.
+
         Raises:
-            EngineError: the engine died (with the end of its log); a sample's own failure never raises.
+            EngineError: it was not started, or started again and not given weights since.
+        """
+
+    async def why_down(self, *, ask: bool) -> str:
+        """Why the engine is of no more use until `restart`; empty when it is.
+
+        Args:
+            ask: have it give a sign of life, however long the configuration lets it take.
+        """
+
+    async def restart(self) -> None:
+        """End what is left of the engine and start it anew, at weight version 0.
+
+        It may not be asked before `on_weights_updated`, and has another `weight_target`.
+
+        Raises:
+            EngineError: as `start`.
         """
 
     def weight_target(self) -> WeightTarget:
@@ -203,6 +223,20 @@ class InferStrategy(Protocol):
         """Leave the process group."""
 
 
+class Snapshot(Protocol):
+    """One rank's part of a checkpoint that is not written yet."""
+
+    def write(self, path: Path) -> None:
+        """Write it; collective, but over no group that training uses: a thread may call it while another one trains.
+
+        Args:
+            path: a directory to make, on a disk that all ranks share. It appears when all of it is there.
+
+        Raises:
+            RollError: there is something at `path`, or a rank could not write; on every rank.
+        """
+
+
 class TrainStrategy(InferStrategy, Protocol):
     """One rank of the policy that learns."""
 
@@ -215,22 +249,16 @@ class TrainStrategy(InferStrategy, Protocol):
         than `max_skipped_steps` in a row were left out.
         """
 
-    def save_checkpoint(self, path: Path) -> None:
-        """Write what training goes on from, each rank its part; collective.
+    def snapshot(self) -> Snapshot:
+        """Copy what training goes on from into the host's memory, each rank its part; collective.
 
         Weights, optimizer, and the position in the learning-rate schedule. No samples, no recorded routes, no
         configuration, nothing of the rollout; and no random state, since all that is random is drawn from the seed and
         the number of the step.
-
-        Args:
-            path: a directory to make, on a disk that all ranks share. It appears when all of it is there.
-
-        Raises:
-            RollError: there is something at `path`, or a rank could not write; on every rank.
         """
 
     def load_checkpoint(self, path: Path) -> None:
-        """Go on from what `save_checkpoint` of the same kind of strategy wrote, on whatever number of ranks and in
+        """Go on from what a snapshot of the same kind of strategy wrote, on whatever number of ranks and in
         whatever parallel layout; collective.
 
         Raises:

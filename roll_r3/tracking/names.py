@@ -84,6 +84,7 @@ METRICS: dict[str, Metric] = {
     ),
     "rollout/dropped_samples": Metric("samples", "samples given up after their retries"),
     "rollout/retries": Metric("requests", "requests that were sent again"),
+    "rollout/engine_restarts": Metric("restarts", "engines that were started again since the last step"),
     "reward/failed": Metric("samples", "samples left out of the step, because their rule failed to give a reward"),
     "time/step_total": Metric("s", "the whole step"),
     "time/step_generate": Metric("s", "rollout"),
@@ -92,6 +93,9 @@ METRICS: dict[str, Metric] = {
     "time/step_old_log_probs": Metric("s", "old log-probabilities"),
     "time/step_train": Metric("s", "optimizer steps"),
     "time/step_model_update": Metric("s", "sending weights to the engines"),
+    "time/step_save": Metric(
+        "s", "waiting for checkpoints and exported weights since the step before; not within time/step_total"
+    ),
     "system/global_step": Metric("steps", "this step, counted from 1"),
     "system/samples": Metric("samples", "samples trained on since the run began"),
     "system/tps": Metric("tokens/s", "tokens of the step, prompts included, over time/step_total"),

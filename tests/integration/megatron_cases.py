@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -274,6 +275,33 @@ def assert_copies_agree(outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         for key, digest in outcome.held.items():
             assert seen.setdefault(key, digest) == digest, key
+
+
+def written_while_it_trains(strategy: Any, path: Path, train: Callable[[], Any]) -> Any:
+    """What `train` returns. A snapshot is taken before it, and written once at once, once beside it and once after it,
+    to `path` and others beside that; all three hold the same tensors to the bit."""
+    now, beside, after = strategy.snapshot(), strategy.snapshot(), strategy.snapshot()
+    now.write(path)
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(beside.write, path.with_name("beside"))
+        outcome = train()
+        writing.result()
+    after.write(path.with_name("after"))
+    for name in ("beside", "after"):
+        assert_same_tensors(path.with_name(name), path)
+    return outcome
+
+
+def assert_same_tensors(found: Path, wanted: Path) -> None:
+    """The same files, with the same tensors to the bit; in which order a file describes itself is nobody's choice."""
+    from safetensors.torch import load_file
+
+    assert sorted(file.name for file in found.iterdir()) == sorted(file.name for file in wanted.iterdir())
+    for file in wanted.iterdir():
+        theirs, ours = load_file(found / file.name), load_file(file)
+        assert theirs.keys() == ours.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(theirs[name].view(torch.uint8), tensor.view(torch.uint8)), (found, name)
 
 
 def exported(strategy: Any) -> list[tuple[str, npt.NDArray[np.float32]]]:

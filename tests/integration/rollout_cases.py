@@ -138,8 +138,8 @@ class Sent:
         self._client, self._post = client, client.post
 
     def __enter__(self) -> Sent:
-        async def post(path: str, request: dict[str, Any], timeout_s: float) -> bytes:
-            body = await self._post(path, request, timeout_s)
+        async def post(path: str, request: dict[str, Any], timeout_s: float, *limit: int) -> bytes:
+            body = await self._post(path, request, timeout_s, *limit)
             self.requests.append(request)
             self.num_bytes.append(len(body))
             return body

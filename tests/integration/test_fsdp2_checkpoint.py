@@ -19,6 +19,7 @@ from megatron_cases import (
     open_strategy,
     read_weights,
     shard,
+    written_while_it_trains,
 )
 from torch.distributed.tensor import DTensor
 
@@ -58,7 +59,7 @@ def test_training_goes_on_from_a_checkpoint(name: str, gang: Gangs, models: dict
     assert largest_difference(whole[0][1], read_weights(models[name])) > 1e-3
     files = sorted(file.name for file in path.iterdir())
     assert files == [f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)]
-    assert [folder.name for folder in path.parent.iterdir()] == ["step2"]
+    assert sorted(folder.name for folder in path.parent.iterdir()) == ["after", "beside", "step2"]
 
 
 def _step_of(strategy: Any, process: ProcessInfo, batch: Batch, step: int) -> tuple[float, Any, Any]:
@@ -78,10 +79,9 @@ def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch
             buffer.add_(1.0)  # not what the model's own checkpoint holds
     for step in (1, 2):
         _step_of(strategy, process, batch, step)
-    strategy.save_checkpoint(path)
+    found = written_while_it_trains(strategy, path, lambda: _step_of(strategy, process, batch, 3))
     with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
-        strategy.save_checkpoint(path)
-    found = _step_of(strategy, process, batch, 3)
+        strategy.snapshot().write(path)
     strategy.close()
     return found
 
@@ -141,7 +141,7 @@ def _changed_checkpoint(process: ProcessInfo, case: Case, path: Path, change: st
         del saved[name]
     elif change == "another shape":
         saved[name] = torch.ones(5)
-    checkpoint.save(saved, path)
+    checkpoint.Snapshot(saved).write(path)
     with torch.no_grad():
         for tensor in strategy._state().values():
             tensor.fill_(7)
@@ -176,7 +176,7 @@ def _unwritten(process: ProcessInfo, case: Case, path: Path) -> list[str]:
     found = []
     with pytest.MonkeyPatch.context() as patch:
         with pytest.raises(RollError) as refused:
-            strategy.save_checkpoint(path / "file" / "saved")
+            strategy.snapshot().write(path / "file" / "saved")
         found.append(str(refused.value))
 
         def no_space(*names: Path) -> None:
@@ -184,7 +184,7 @@ def _unwritten(process: ProcessInfo, case: Case, path: Path) -> list[str]:
 
         patch.setattr(checkpoint.os, "rename", no_space)
         with pytest.raises(RollError) as refused:
-            strategy.save_checkpoint(path / "saved")
+            strategy.snapshot().write(path / "saved")
         found.append(str(refused.value))
     strategy.close()
     return found
@@ -192,7 +192,7 @@ def _unwritten(process: ProcessInfo, case: Case, path: Path) -> list[str]:
 
 def _save(process: ProcessInfo, case: Case, path: Path) -> None:
     strategy = open_strategy(process, case)
-    strategy.save_checkpoint(path)
+    strategy.snapshot().write(path)
     strategy.close()
 
 

@@ -273,6 +273,21 @@ def test_a_forward_that_failed_leaves_no_routes_to_the_next(tiny_moe, start):
     assert_is_what_the_model_computes(engine.generate(requests(2, 2)), tiny_moe)
 
 
+def test_an_engine_started_again_has_the_checkpoint_and_waits_for_weights(tiny_moe, start, update):
+    engine = start(tiny_moe)
+    weights = load_file(tiny_moe / "model.safetensors")
+    old = engine.rollout.weight_target()
+    assert update(engine, weights, 3) == ""
+    engine.run(engine.rollout.on_weights_updated(3))
+    engine.run(engine.rollout.restart())
+    assert engine.run(engine.rollout.why_down(ask=True)) == ""
+    assert engine.rollout.weight_target().api_key != old.api_key
+    with pytest.raises(EngineError, match="has the checkpoint's weights: an update comes first"):
+        engine.generate(requests(1, 1))
+    engine.run(engine.rollout.on_weights_updated(0))
+    assert_is_what_the_model_computes(engine.generate(requests(2, 2)), tiny_moe)
+
+
 def test_nothing_is_sampled_before_the_start_and_after_the_end(tiny_moe):
     engine = Engine(tiny_moe)
     engine.run(engine.rollout.stop())

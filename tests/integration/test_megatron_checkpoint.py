@@ -21,6 +21,7 @@ from megatron_cases import (
     open_strategy,
     read_weights,
     shard,
+    written_while_it_trains,
 )
 
 from roll_r3.batch.batch import Batch
@@ -77,7 +78,7 @@ def test_training_goes_on_to_the_bit(name: str, gang: Any, models: dict[str, Pat
     assert whole[0]["metrics"]["actor/lr"] > 0
     assert largest_difference(whole[0]["weights"], again[0]["weights"]) == 0
     assert largest_difference(whole[0]["weights"], read_weights(models[model])) > 1e-3
-    assert [folder.name for folder in path.parent.iterdir()] == ["step2"]
+    assert sorted(folder.name for folder in path.parent.iterdir()) == ["after", "beside", "step2"]
 
 
 OTHERS = {
@@ -172,7 +173,7 @@ def _unwritten(process: ProcessInfo, case: Case, path: Path) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(RollError) as refused:
-            strategy.save_checkpoint(path)
+            strategy.snapshot().write(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     strategy.close()
@@ -212,11 +213,11 @@ def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch
     strategy = open_strategy(process, case)
     for step in (1, 2):
         _step_of(strategy, batch, step)
-    strategy.save_checkpoint(path)
-    with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
-        strategy.save_checkpoint(path)
     saved = dict(exported(strategy))
-    outcome = _outcome(strategy, _step_of(strategy, batch, 3))
+    metrics = written_while_it_trains(strategy, path, lambda: _step_of(strategy, batch, 3))
+    with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
+        strategy.snapshot().write(path)
+    outcome = _outcome(strategy, metrics)
     strategy.close()
     return outcome | {"saved weights": saved}
 
@@ -231,7 +232,7 @@ def _one_more_step(process: ProcessInfo, case: Case, batch: Batch, path: Path) -
 
 def _save(process: ProcessInfo, case: Case, path: Path) -> None:
     strategy = open_strategy(process, case)
-    strategy.save_checkpoint(path)
+    strategy.snapshot().write(path)
     strategy.close()
 
 

@@ -172,7 +172,8 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     ("victim", "named"), [(engine_server, "actor_infer-0"), (second_rank, "actor_train-1")], ids=["engine", "rank"]
 )
 def test_a_killed_part_ends_the_run_and_is_named(tmp_path, checkpoint, victim, named):
-    run = Run(tmp_path, checkpoint, *few_steps(500), "max_recoveries=0")
+    limit = "actor_infer.strategy_args.strategy_config.max_restarts=0"
+    run = Run(tmp_path, checkpoint, *few_steps(500), "max_recoveries=0", limit)
     try:
         run.wait_for_step(1)
         processes = run.descendants()

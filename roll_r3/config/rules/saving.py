@@ -24,6 +24,15 @@ RULES: tuple[AnyRule, ...] = (
         right=("checkpoint_config.output_dir=/checkpoints",),
         depends=("save_hf_steps", "resume_from_checkpoint"),
     ),
+    unread(
+        "async-save-unread",
+        "checkpoint_config.async_save",
+        "save_steps",
+        lambda c: c.save_steps > 0,
+        "leave async_save out, or write save_steps: 50",
+        wrong=("save_steps=0", "checkpoint_config.async_save=true"),
+        right=("checkpoint_config.async_save=true",),
+    ),
     Rule(
         id="nothing-saved",
         fields=("save_steps", "save_hf_steps", "max_steps"),

@@ -7,7 +7,11 @@ from typing import Any
 
 import aiohttp
 
+from roll_r3.strategies.rollout.answers import readable
 from roll_r3.strategies.rollout.sampling import SampleError
+
+_PLAIN_ANSWER = 64 << 20
+"""Bytes that an answer without routes may have."""
 
 
 class UnreachableError(SampleError):
@@ -26,7 +30,8 @@ class ServerClient:
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._base = f"http://{authority}"
         self._session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {api_key}"},
+            headers={"Authorization": f"Bearer {api_key}", "Accept-Encoding": "identity"},
+            auto_decompress=False,  # what is small as it comes could fill the memory when it is unpacked
             # A fresh connection per request: the server drops idle ones after 5 s, and a request that is just being
             # written to a dropped one fails.
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
@@ -36,7 +41,7 @@ class ServerClient:
         """True once the server can generate, and knows the key: another server on the same port does not."""
         try:
             for path in ("/health", self._keyed_path):  # the first may ask for no key
-                async with self._session.get(self._base + path, timeout=_timeout(timeout_s)) as response:
+                async with self._get(path, timeout_s) as response:
                     if response.status != 200:
                         return False
         except (aiohttp.ClientError, TimeoutError):
@@ -48,26 +53,47 @@ class ServerClient:
 
         Raises:
             UnreachableError: no connection, or it broke.
-            SampleError: an HTTP error, or no answer in time.
+            SampleError: an HTTP error, no answer in time, or one that is too large.
         """
-        return await self._body(self._session.get(self._base + path, timeout=_timeout(timeout_s)), timeout_s)
+        return await self._body(self._get(path, timeout_s), timeout_s, _PLAIN_ANSWER)
 
-    async def post(self, path: str, request: dict[str, Any], timeout_s: float) -> bytes:
-        """As `get`, of a request with a body."""
-        url = self._base + path
-        return await self._body(self._session.post(url, json=request, timeout=_timeout(timeout_s)), timeout_s)
+    def _get(self, path: str, timeout_s: float) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._session.get(self._base + path, timeout=_timeout(timeout_s), allow_redirects=False)
 
-    async def _body(self, answering: AbstractAsyncContextManager[aiohttp.ClientResponse], timeout_s: float) -> bytes:
+    async def post(
+        self, path: str, request: dict[str, Any], timeout_s: float, most_bytes: int = _PLAIN_ANSWER
+    ) -> bytes:
+        """As `get`, of a request with a body.
+
+        Args:
+            most_bytes: an answer with more is refused, and no more of it is read than that.
+        """
+        answering = self._session.post(
+            self._base + path, json=request, timeout=_timeout(timeout_s), allow_redirects=False
+        )
+        return await self._body(answering, timeout_s, most_bytes)
+
+    async def _body(
+        self, answering: AbstractAsyncContextManager[aiohttp.ClientResponse], timeout_s: float, most_bytes: int
+    ) -> bytes:
         try:
             async with answering as response:
-                body = await response.read()
+                chunks, num_bytes = [], 0
+                async for chunk in response.content.iter_any():
+                    chunks.append(chunk)
+                    num_bytes += len(chunk)
+                    if num_bytes > most_bytes:
+                        raise SampleError(
+                            f"the answer has more than {most_bytes} bytes, which is more than what was asked for takes"
+                        )
+                body = b"".join(chunks)
                 status = response.status
         except TimeoutError as error:
             raise SampleError(f"no answer within {timeout_s:g} s (strategy_config.request_timeout)") from error
         except aiohttp.ClientError as error:
-            raise UnreachableError(f"the connection to the server failed: {type(error).__name__}: {error}") from error
+            raise UnreachableError(f"the connection to the server failed: {readable(error)}") from error
         if status != 200:
-            raise SampleError(f"the server answered {status}: {body[:500].decode(errors='replace')}")
+            raise SampleError(f"the server answered {status}: {readable(body[:500].decode(errors='replace'))}")
         return body
 
     async def close(self) -> None:

@@ -9,14 +9,20 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from roll_r3.errors import EngineError
+from roll_r3.strategies.rollout import segments
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
+_GONE_S = 10.0
+"""Seconds that the kernel may take to end a killed process; one with a GPU gives much memory back."""
 _LOG_TAIL_BYTES = 64 * 1024
 
 
@@ -48,6 +54,8 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._death: asyncio.Task[int] | None = None
+        self._segments_before: frozenset[str] = frozenset()
+        self._segments: set[str] = set()
 
     def launch(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the child and its watch; needs a running event loop.
@@ -58,6 +66,7 @@ class ServerProcess:
             EngineError: the program does not exist or may not be run.
         """
         assert self._process is None or self._process.poll() is not None, "the previous child is still running"
+        self._segments_before = segments.existing()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
@@ -94,6 +103,12 @@ class ServerProcess:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def note_shared_memory(self) -> None:
+        """Remember what the child and its children hold in shared memory by now: `stop` removes it, should they be
+        killed before they can."""
+        if self._process is not None:
+            self._segments |= segments.mapped(_living(self._process.pid)) - self._segments_before
+
     def log_tail(self, lines: int = 20) -> str:
         """The last lines that this child wrote."""
         if not self.log_path.exists():
@@ -118,19 +133,37 @@ class ServerProcess:
         return f"process {self.pid} {how}; the end of {self.log_path}:\n{self.log_tail()}"
 
     async def stop(self, grace_s: float = 8.0) -> None:
-        """End the whole process group: ask, wait `grace_s`, kill. Safe to call twice."""
+        """End the whole process group: ask, wait `grace_s`, kill, and wait until all are gone.
+
+        Safe to call twice. Their shared memory goes too, and a successor finds the devices' memory free.
+        """
         process = self._process
         if process is None:
             return
+        self.note_shared_memory()
         _signal_group(process.pid, signal.SIGTERM)
         if self._death is not None:
             await asyncio.wait([self._death], timeout=grace_s)
         # Children that outlived the leader are still in its group, so this is not only for a deaf leader.
         _signal_group(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _GONE_S
+        while (left := _living(process.pid)) and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
         if self._death is not None:
             await asyncio.wait([self._death], timeout=grace_s)
-        if process.poll() is None:
-            logger.warning("%s: process %d does not die even of SIGKILL", self._name, process.pid)
+        if left:
+            logger.warning("%s: processes %s do not die even of SIGKILL", self._name, left)
+        segments.remove(self._segments)
+
+
+def _living(group: int) -> list[int]:
+    """Its processes, without those that are dead and wait for their parent to take note."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

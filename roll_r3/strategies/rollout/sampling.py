@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.errors import RouteError
+from roll_r3.errors import EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Sample:
 
 
 Ask = Callable[[SampleRequest], Awaitable[Sample]]
-"""Raises SampleError or RouteError."""
+"""Raises SampleError or RouteError; EngineError when the engine is down, and for every sample after that."""
 
 
 class Sharing(Protocol):
@@ -62,6 +62,7 @@ class Sharing(Protocol):
 
         Raises:
             SampleError: the prompt did not get into the engine's cache; no sample was asked for.
+            EngineError: the same, since the engine is down.
         """
 
 
@@ -71,8 +72,9 @@ async def sample_all(
     """Ask for every sample of every request, all at once; `ask` limits how many are really in flight.
 
     A sample that fails is asked for again under the same id, up to `max_retries` times, then dropped with the last
-    reason; to share a prompt's rows costs none of these retries. Results come in the order of `requests`, trajectories
-    in the order of their `sample_ids`.
+    reason; to share a prompt's rows costs none of these retries. Samples that an engine which went down did not bring
+    are lost, the others are kept. Results come in the order of `requests`, trajectories in the order of their
+    `sample_ids`.
     """
     return list(await asyncio.gather(*(_sample_group(request, ask, sharing, max_retries) for request in requests)))
 
@@ -88,32 +90,43 @@ async def _sample_group(request: GenerateRequest, ask: Ask, sharing: Sharing, ma
             asked = True
         except SampleError as error:
             logger.warning("samples %s ... each fetch their prompt's routes: %s", request.sample_ids[0], error)
+        except EngineError:
+            pass  # which each of them will meet by itself
     alone = [
         SampleRequest(request.prompt_ids, sample_id, seed)
         for sample_id, seed in zip(request.sample_ids, request.seeds, strict=True)
         if sample_id not in came
     ]
     outcomes = await asyncio.gather(*(_sample(wanted, ask, max_retries) for wanted in alone))
-    dropped: dict[str, str] = {}
-    for wanted, (outcome, _) in zip(alone, outcomes, strict=True):
-        if isinstance(outcome, Trajectory):
-            came[wanted.sample_id] = outcome
-        else:
-            dropped[wanted.sample_id] = outcome
+    came |= {o.trajectory.sample_id: o.trajectory for o in outcomes if o.trajectory is not None}
+    by_id = {wanted.sample_id: outcome for wanted, outcome in zip(alone, outcomes, strict=True)}
+    lost = tuple(sample_id for sample_id, outcome in by_id.items() if outcome.lost)
     return GenerateResult(
         trajectories=tuple(came[sample_id] for sample_id in request.sample_ids if sample_id in came),
-        dropped=dropped,
-        retries=sum(retries for _, retries in outcomes) + (len(alone) if asked else 0),
+        dropped={sample_id: outcome.dropped for sample_id, outcome in by_id.items() if outcome.dropped},
+        lost=lost,
+        retries=sum(outcome.retries for outcome in outcomes) + (len(alone) - len(lost) if asked else 0),
     )
 
 
-async def _sample(wanted: SampleRequest, ask: Ask, max_retries: int) -> tuple[Trajectory | str, int]:
-    """The trajectory, or why it was given up; and how often it was asked for again."""
+@dataclass(frozen=True)
+class _Outcome:
+    """Of one sample: exactly one of the first three."""
+
+    trajectory: Trajectory | None = None
+    dropped: str = ""
+    lost: bool = False
+    retries: int = 0
+
+
+async def _sample(wanted: SampleRequest, ask: Ask, max_retries: int) -> _Outcome:
     reason = ""
     for attempt in range(max_retries + 1):
         try:
-            return (await ask(wanted)).trajectory, attempt
+            return _Outcome((await ask(wanted)).trajectory, retries=attempt)
         except (SampleError, RouteError) as error:
             reason = str(error)
             logger.warning("sample %s, attempt %d of %d: %s", wanted.sample_id, attempt + 1, max_retries + 1, reason)
-    return reason, max_retries
+        except EngineError:
+            return _Outcome(lost=True, retries=attempt)
+    return _Outcome(dropped=reason or "no reason given", retries=max_retries)

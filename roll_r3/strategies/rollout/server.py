@@ -20,6 +20,7 @@ from roll_r3.models.facts import ModelFacts, read_facts
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout.answers import Asked
 from roll_r3.strategies.rollout.client import ServerClient, UnreachableError
+from roll_r3.strategies.rollout.liveness import answers, until_silent
 from roll_r3.strategies.rollout.process import ServerProcess, free_port
 from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest, sample_all
 from roll_r3.strategies.rollout.server_args import CPU_SAMPLES, EVERY_ADDRESS
@@ -34,6 +35,8 @@ ConfigT = TypeVar("ConfigT", bound=ServerConfig)
 
 _LAUNCHES = 3
 """How often a server is launched anew because another process was quicker to take its port."""
+_EXIT_S = 1.0
+"""After a server failed a request: if the server is dying, its exit is noticed within this time."""
 _WARM_UP_PROMPT = (0, 1, 2, 3)
 _WARM_UP_TOKENS = 2
 
@@ -44,6 +47,8 @@ class ServerRollout(ABC, Generic[ConfigT]):
     Weight versions: the server starts at 0. A weight channel raises the server's version; after its `end()` returned,
     `on_weights_updated` must be told the same number. Until both agree every answer is refused, so nothing sampled
     from old or half-written weights can pass.
+
+    A server that dies, gives no sign of life or nothing usable is down: nothing more is asked of it until `restart`.
     """
 
     engine: ClassVar[str]
@@ -87,8 +92,8 @@ class ServerRollout(ABC, Generic[ConfigT]):
         self._node_address = node_address
         self._gpu_ids = gpu_ids
         self._name = f"engine {engine_index} ({self.engine})"
-        self._key = secrets.token_urlsafe(32)
-        self._process = ServerProcess(self._name, log_path, hide=self._key)
+        self._log_path = log_path
+        self._renew()
         self._port = 0
         self._client: ServerClient | None = None
         self._facts: ModelFacts | None = None
@@ -97,7 +102,14 @@ class ServerRollout(ABC, Generic[ConfigT]):
             self._ask_or_wait, self._prime, self._recomputed, self._slots, at_once=self._at_once(device)
         )
         self._weight_version = 0
+        self._weights_due = False
+        self._verdict = ""
         self._stopped = False
+
+    def _renew(self) -> None:
+        """A process that was not launched yet, with a key of its own."""
+        self._key = secrets.token_urlsafe(32)
+        self._process = ServerProcess(self._name, self._log_path, hide=self._key)
 
     @property
     @abstractmethod
@@ -171,6 +183,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
             async with asyncio.timeout(self._config.startup_timeout):
                 client = await self._launch(str(checkpoint), self._facts, environment)
                 await self._warm_up(client)
+                self._process.note_shared_memory()
         except TimeoutError as error:
             text = f"did not answer within {self._config.startup_timeout:g} s (strategy_config.startup_timeout)"
             tail = self._process.log_tail()
@@ -243,6 +256,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
         except (SampleError, RouteError) as error:
             why_not = str(error)
         if why_not:
+            self._sharing.engine_keeps(0)
             logger.warning("%s: every sample fetches its prompt's routes itself: %s", self._name, why_not)
 
     async def _why_not_shared(self, client: ServerClient) -> str:
@@ -269,29 +283,108 @@ class ServerRollout(ABC, Generic[ConfigT]):
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         """Sample; up to `max_concurrent_requests` samples are waited for at once. Results in request order.
 
+        A server that goes down under the requests, or is down already, leaves the samples that it did not bring lost.
+
         Raises:
-            EngineError: the server is not running or died under the requests (with the end of its log).
+            EngineError: the server was not started, was stopped, or was started again and not given weights since.
         """
         if self._client is None or self._stopped:
             raise EngineError(f"{self._name} is not running: start() comes first, and nothing after stop()")
-        return await self._or_death(self._sample_all(self._client, requests))
+        if self._weights_due:
+            raise EngineError(f"{self._name} was started again and has the checkpoint's weights: an update comes first")
+        if self._why_ended():
+            return [GenerateResult(trajectories=(), lost=request.sample_ids) for request in requests]
+        watch = asyncio.create_task(self._kill_if_silent(self._client))
+        try:
+            return await self._judged(await self._sample_all(self._client, requests))
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
 
     async def _sample_all(self, client: ServerClient, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         try:
-            closed = await self.why_closed(client)
-        except SampleError as error:
-            await asyncio.sleep(1.0)  # if the server died, its exit is noticed within this second
+            closed = await self._or_death(self.why_closed(client))
+        except (SampleError, EngineError) as error:
             closed = str(error)
         if closed:
             return [GenerateResult(trajectories=(), dropped=dict.fromkeys(r.sample_ids, closed)) for r in requests]
         return await sample_all(requests, self._ask_in_turn, self._sharing, max_retries=self._config.max_retries)
+
+    async def _kill_if_silent(self, client: ServerClient) -> None:
+        await until_silent(client.healthy, self._config.hang_timeout)
+        await self._kill_as_hung()
+
+    async def _kill_as_hung(self) -> None:
+        self._verdict = (
+            f"{self._name} gave no sign of life for {self._config.hang_timeout:g} s (strategy_config.hang_timeout) and "
+            f"was killed; the end of {self._log_path}:\n{self._process.log_tail()}"
+        )
+        logger.warning("%s", self._verdict)
+        await self._process.stop(grace_s=0.0)
+
+    async def _judged(self, results: list[GenerateResult]) -> list[GenerateResult]:
+        """What was dropped by an engine that is down is lost: another may bring it.
+
+        An engine that was asked for several prompts and brought no sample at all is taken for broken. Of a single
+        prompt that would be too little to say so.
+        """
+        dropped = [reason for result in results for reason in result.dropped.values()]
+        if not dropped:
+            return results
+        await asyncio.wait([self._process.death], timeout=_EXIT_S)
+        if not self._why_ended() and len(results) > 1 and len(dropped) == sum(_asked(r) for r in results):
+            self._verdict = (
+                f"{self._name} gave nothing usable: {len(dropped)} samples of {len(results)} prompts failed, "
+                f"with {self._config.max_retries} retries each (strategy_config.max_retries); the last: {dropped[-1]}"
+            )
+            logger.warning("%s", self._verdict)
+        if not self._why_ended():
+            return results
+        return [replace(result, dropped={}, lost=(*result.lost, *result.dropped)) for result in results]
+
+    def _why_ended(self) -> str:
+        """Why nothing more is asked of this server, with the end of its log; empty while something is."""
+        if not self._verdict and self._process.death.done():
+            return f"{self._name} died: {self._process.obituary()}"
+        return self._verdict
+
+    async def why_down(self, *, ask: bool) -> str:
+        """Why the server is of no more use until `restart`; empty when it is.
+
+        Args:
+            ask: have it give a sign of life; one that gives none within `hang_timeout` is killed.
+        """
+        if self._client is None:
+            raise EngineError(f"{self._name} is not running: start() comes first")
+        if ask and not self._why_ended():
+            try:
+                alive = await self._or_death(answers(self._client.healthy, self._config.hang_timeout))
+            except EngineError:
+                alive = True  # it was, until it died: that says more
+            if not alive:
+                await self._kill_as_hung()
+        return self._why_ended()
+
+    async def restart(self) -> None:
+        """End what is left of the server and launch another, with a port and a key of its own.
+
+        It may not be asked before `on_weights_updated`: it has the checkpoint's weights, under version 0.
+
+        Raises:
+            EngineError: as `start`.
+        """
+        await self.stop()
+        self._renew()
+        self._weight_version, self._weights_due = 0, True
+        self._verdict, self._stopped = "", False
+        await self.start()
 
     async def _or_death(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, or EngineError as soon as the server's process is gone."""
         task = asyncio.create_task(work)
         try:
             await asyncio.wait([task, self._process.death], return_when=asyncio.FIRST_COMPLETED)
-            if self._process.death.done():
+            if self._process.death.done() and (not task.done() or task.exception() is not None):
                 raise EngineError(f"{self._name} died: {self._process.obituary()}")
             return await task
         finally:
@@ -304,11 +397,13 @@ class ServerRollout(ABC, Generic[ConfigT]):
             return await self._ask_or_wait(wanted)
 
     async def _ask_or_wait(self, wanted: SampleRequest) -> Sample:
+        """Raises EngineError when the server dies, or is dead."""
+        if self._process.death.done():
+            raise EngineError(f"{self._name} died")  # thousands may wait in line: no look into the log for each
         try:
-            return await self._ask(wanted, max_new_tokens=self._max_new_tokens)
+            return await self._or_death(self._ask(wanted, max_new_tokens=self._max_new_tokens))
         except UnreachableError:
-            # If the server died, its exit is noticed within this second and ends the whole call.
-            await asyncio.sleep(1.0)
+            await self._or_death(asyncio.sleep(_EXIT_S))
             raise
 
     async def _ask(self, wanted: SampleRequest, *, max_new_tokens: int) -> Sample:
@@ -323,9 +418,8 @@ class ServerRollout(ABC, Generic[ConfigT]):
 
     async def _prime(self, wanted: SampleRequest) -> None:
         """Have the prompt computed. The rows of this request itself may be those of a copy that the cache refused."""
-        await self._answer_to(
-            Asked(sample=wanted, max_new_tokens=1, weight_version=self._weight_version, record_routes=False)
-        )
+        asked = Asked(sample=wanted, max_new_tokens=1, weight_version=self._weight_version, record_routes=False)
+        await self._or_death(self._answer_to(asked))
 
     async def _recomputed(self) -> int:
         assert self._client is not None, "start() comes first"
@@ -338,12 +432,14 @@ class ServerRollout(ABC, Generic[ConfigT]):
     async def _answer_to(self, asked: Asked) -> Sample:
         assert self._client is not None, "start() comes first"
         assert self._facts is not None, "start() comes first"
-        body = await self._client.post(self.generate_path, self.request(asked), self._config.request_timeout)
+        body = await self._client.post(
+            self.generate_path, self.request(asked), self._config.request_timeout, asked.most_bytes(self._facts)
+        )
         return await asyncio.to_thread(self.read, body, asked, self._facts)
 
     async def on_weights_updated(self, version: int) -> None:
         """Answers must come from this weight version from now on. Call it when the weight channel's `end` returned."""
-        self._weight_version = version
+        self._weight_version, self._weights_due = version, False
         self._sharing.weights_changed()
 
     @property
@@ -369,3 +465,8 @@ class ServerRollout(ABC, Generic[ConfigT]):
         await self._process.stop()
         if self._client is not None:
             await self._client.close()
+
+
+def _asked(result: GenerateResult) -> int:
+    """How many samples a result is about."""
+    return len(result.trajectories) + len(result.dropped) + len(result.lost)

@@ -29,7 +29,7 @@ import numpy as np
 
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.errors import RouteError
+from roll_r3.errors import EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest
 from roll_r3.strategies.rollout.sampling import Ask, Sample, SampleError, SampleRequest
 from roll_r3.strategies.rollout.slots import Slots
@@ -41,7 +41,7 @@ LEAST_ROWS = 64
 _LONGEST_PAUSE = 64
 
 Prime = Callable[[SampleRequest], Awaitable[None]]
-"""Puts a prompt into the engine's cache, under a key; raises SampleError or RouteError."""
+"""Puts a prompt into the engine's cache, under a key; raises what `Ask` does."""
 Recomputed = Callable[[], Awaitable[int]]
 """How often the engine has so far thrown away what a sample had computed, without saying so in its answer; raises
 SampleError."""
@@ -165,7 +165,7 @@ class PromptSharing:
         """Why the group cannot use the leader's rows; empty when this sample found the prompt in the cache."""
         try:
             sample = task.result()
-        except (SampleError, RouteError) as error:
+        except (SampleError, RouteError, EngineError) as error:
             return f"one of them failed: {error}"
         if sample.from_cache:
             return ""
@@ -188,7 +188,7 @@ class PromptSharing:
 async def _alone(leader: asyncio.Task[Sample]) -> dict[str, Trajectory]:
     try:
         trajectory = (await leader).trajectory
-    except (SampleError, RouteError):
+    except (SampleError, RouteError, EngineError):
         return {}
     return {trajectory.sample_id: trajectory}
 

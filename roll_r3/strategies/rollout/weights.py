@@ -35,6 +35,10 @@ from roll_r3.strategies.rollout.weight_group import from_the_trainer, join_group
 
 logger = logging.getLogger(__name__)
 
+_LEAVE_S = 20.0
+"""Seconds that engines get to leave a group."""
+_LONGEST_ANSWER = 1 << 20
+"""Bytes of an engine's answer that are read; they say that it succeeded, or why it did not."""
 _KEPT_IN_FP32 = ("e_score_correction_bias",)
 """Endings of names that engines hold in fp32 whatever their precision; all others are sent in the engine's."""
 
@@ -176,14 +180,15 @@ class ServerWeightChannel(ABC):
         self._version = None
 
     def close(self) -> None:
-        """Leave the group; engines that are gone already are of no concern."""
+        """Leave the group; engines that are gone already are of no concern, and none is waited for long."""
         if self._group is None:
             return
-        for target in self._targets if self._failure is None else ():
-            try:
-                self._leave(target)
-            except EngineError as error:
-                logger.info("%s did not leave the weight group: %s", target.name, error)
+        self._timeout_s = min(self._timeout_s, _LEAVE_S)
+        leaving = {target.name: _in_thread(partial(self._leave, target)) for target in self._targets}
+        wait(leaving.values(), timeout=_LEAVE_S)
+        for name, future in leaving.items():
+            if not future.done() or future.exception() is not None:
+                logger.info("%s did not leave the weight group: %s", name, future.exception() if future.done() else "")
         self._abandon_group()
 
     def _as_sent(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -287,7 +292,7 @@ class ServerWeightChannel(ABC):
         try:
             connection.request("POST", path, json.dumps(request), headers)
             response = connection.getresponse()
-            text = response.read().decode(errors="replace")
+            text = response.read(_LONGEST_ANSWER).decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
             what = "did not answer" if isinstance(error, TimeoutError) else "is not reachable"
             raise EngineError(f"{target.name} {what} at {path}: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: every rank writes its part, and any number of ranks reads them.
+"""Checkpoints to go on from: every rank writes its part of a snapshot, and any number of ranks reads them.
 
 The files are safetensors, headers and all: nothing of a checkpoint is ever unpickled.
 """
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from roll_r3.errors import ConfigError, RollError
+from roll_r3.strategies.train import world
 from roll_r3.strategies.train.together import together
 
 State = dict[str, torch.Tensor]
@@ -26,33 +27,48 @@ State = dict[str, torch.Tensor]
 torch.distributed.checkpoint its part. The shape is the whole tensor's; of each name a rank has one part at most."""
 
 
-def save(state: State, path: Path) -> None:
-    """Write `state` under `path`, which appears only when all of it is there; collective.
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in the host's memory, which no step of the optimizer writes into; of a DTensor a DTensor."""
+    return tensor.detach().to("cpu", copy=True)
 
-    A part that several ranks have is written by one of them, chosen so that all write about as much.
 
-    Args:
-        path: a directory to make, on a disk that all ranks share.
+class Snapshot:
+    """What every rank had at one moment, to be written while it trains on.
 
-    Raises:
-        RollError: there is something at `path`, or a rank could not write; on every rank.
+    It is a `strategies.base.Snapshot`.
     """
-    failing = f"the checkpoint {path} was not written"
-    with together(RollError, failing):
-        if path.exists():
-            raise RollError(f"{path} is there already: a checkpoint never overwrites one")
-    partial = path.with_name(f"{path.name}.partial")
-    with together(RollError, failing):
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    try:
-        state_dict_saver.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-    except CheckpointException as error:
-        raise RollError(f"{failing}: {_reasons(error)}") from error
-    with together(RollError, failing):
-        if dist.get_rank() == 0:
-            os.rename(partial, path)
+
+    def __init__(self, state: State) -> None:
+        """Collective.
+
+        Args:
+            state: in the host's memory, and nobody else's (see `host_copy`).
+        """
+        self._state = state
+        self._group = world.beside()
+
+    def write(self, path: Path) -> None:
+        """As `strategies.base.Snapshot.write`.
+
+        A part that several ranks have is written by one of them, chosen so that all write about as much.
+        """
+        failing = f"the checkpoint {path} was not written"
+        with together(RollError, failing, self._group):
+            if path.exists():
+                raise RollError(f"{path} is there already: a checkpoint never overwrites one")
+        partial = path.with_name(f"{path.name}.partial")
+        with together(RollError, failing, self._group):
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        try:
+            state_dict_saver.save(self._state, storage_writer=writer, process_group=self._group)
+        except CheckpointException as error:
+            raise RollError(f"{failing}: {_reasons(error)}") from error
+        with together(RollError, failing, self._group):
+            if dist.get_rank() == 0:
+                os.rename(partial, path)
 
 
 def load(states: Sequence[State], path: Path, *, within: str = "") -> None:

@@ -11,7 +11,7 @@ from roll_r3.errors import RollError
 
 
 @contextmanager
-def together(kind: type[RollError], failing: str) -> Iterator[None]:
+def together(kind: type[RollError], failing: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Whatever a rank raises in this block, every rank raises at its end; collective, and so a barrier.
 
     Else the others would wait, in the next collective call, for a rank that never comes. The block itself holds no
@@ -19,6 +19,7 @@ def together(kind: type[RollError], failing: str) -> Iterator[None]:
 
     Args:
         failing: begins the text of the error.
+        group: of all ranks; None: the one that training uses.
 
     Raises:
         kind: some rank's block raised; with each text that there is, and the first rank that says so.
@@ -33,8 +34,8 @@ def together(kind: type[RollError], failing: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  it is raised below
         failure = error
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, failure and _text(failure))
+    texts: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(texts, failure and _text(failure), group=group)
     first = {text: rank for rank, text in reversed(list(enumerate(texts))) if text}
     if first:
         reasons = "; ".join(f"rank {rank}: {text}" for text, rank in sorted(first.items(), key=lambda item: item[1]))

@@ -14,6 +14,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 _members = 0
 """Strategies of this process that use the world."""
+_beside: dist.ProcessGroup | None = None
 
 
 def join(process: ProcessInfo) -> torch.device:
@@ -38,9 +39,19 @@ def join(process: ProcessInfo) -> torch.device:
     return device
 
 
+def beside() -> dist.ProcessGroup:
+    """A second group of all ranks, over their hosts (gloo), for what a thread does while another one trains: calls of
+    two threads over one group would be taken for each other's. The first call makes it, and is collective."""
+    global _beside
+    if _beside is None:
+        _beside = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return _beside
+
+
 def leave() -> None:
     """Undo one `join`; the last one takes the world down."""
-    global _members
+    global _members, _beside
     _members -= 1
     if _members == 0:
         dist.destroy_process_group()
+        _beside = None

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import CheckpointError, ConfigError, LostWorkerError
 from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
+from roll_r3.pipelines.leaving import LeaveNow
 from roll_r3.pipelines.resume import (
     ResumePoint,
     changes,
@@ -30,6 +33,7 @@ from roll_r3.pipelines.resume import (
 )
 from roll_r3.saving.manifest import FileSum, file_sum, verify
 from roll_r3.saving.state import read_state
+from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
 
 PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i)) for i in range(10)]
@@ -38,13 +42,24 @@ PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i)) for i in range(10)]
 class TwoFiles:
     """In the place of the trainer's ranks."""
 
-    def save_checkpoint(self, path: Path) -> dict[str, FileSum]:
+    def __init__(self) -> None:
+        self.may_write = Event()
+        self.may_write.set()
+        self.calls: list[str] = []
+
+    def take_snapshot(self) -> None:
+        self.calls.append("snapshot")
+
+    def write_snapshot(self, path: Path) -> dict[str, FileSum]:
+        assert self.may_write.wait(30)
         path.mkdir()
         for name in "ab":
             (path / name).write_bytes(name.encode() * 5000)
+        self.calls.append("written")
         return {name: file_sum(path / name) for name in "ab"}
 
     def save_hf(self, path: Path) -> None:
+        self.calls.append("exported")
         (path / "model.safetensors").write_bytes(b"x")
 
 
@@ -68,8 +83,10 @@ class FakeRun:
         data = data_of(PROMPTS, config.seed, self.point.state.data.drawn if self.point else ())
         if self.point:
             put_back(self.run_dir, self.checkpoints, self.exports, self.point, self.said.append)
-        trainer: Any = TwoFiles()
-        self.saving = Checkpoints(config, self.run_dir, trainer, data=data, begun=self.done, say=self.said.append)
+        self.trainer: Any = TwoFiles()
+        progress = Progress(config.max_steps)
+        progress.say = self.said.append
+        self.saving = Checkpoints(config, self.run_dir, self.trainer, data=data, begun=self.done, progress=progress)
 
     def run_to(self, last: int) -> FakeRun:
         for step in range(self.done + 1, last + 1):
@@ -231,6 +248,132 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, size):
     assert again.checkpoints.steps() == [4]
 
 
+def beside(tmp_path: Path, **changed: Any) -> FakeRun:
+    """A run that writes its checkpoints beside its steps."""
+    return FakeRun(config_of(tmp_path, checkpoint_config={"async_save": True}, **changed))
+
+
+def test_a_checkpoint_is_written_beside_the_steps_that_follow(tmp_path):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+    run.run_to(3)
+    assert run.checkpoints.steps() == []
+    assert not any("saved" in said for said in run.said), "nothing is said to be saved before it is"
+    run.trainer.may_write.set()
+    run.saving.wait()
+    assert run.checkpoints.steps() == [2]
+    assert str(run.checkpoints.path(2)) in run.said[-1]
+    verify(run.checkpoints.path(2))
+    assert run.steps_in(run.checkpoints.path(2) / "metrics.jsonl") == [1, 2], "none of a step after it"
+    assert run.saving.seconds_waited() < 10
+
+
+def test_the_next_checkpoint_and_an_export_wait_for_the_one_before(tmp_path):
+    run = beside(tmp_path, save_hf_steps=5)
+    run.trainer.may_write.clear()
+    run.run_to(3)
+    assert run.trainer.calls == ["snapshot"]
+    Timer(0.3, run.trainer.may_write.set).start()
+    run.run_to(4)
+    assert run.trainer.calls[:3] == ["snapshot", "written", "snapshot"]
+    assert run.saving.seconds_waited() > 0.1
+    assert run.saving.seconds_waited() == 0
+    run.saving.wait()
+    run.trainer.may_write.clear()
+    run.done = 5
+    Timer(0.3, run.trainer.may_write.set).start()
+    run.saving.step_done(6, samples_seen=192)
+    Timer(0.3, run.trainer.may_write.set).start()
+    run.saving.step_done(10, samples_seen=320)
+    assert run.trainer.calls[-3:] == ["snapshot", "written", "exported"]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, SystemExit])
+def test_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, error):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+
+    def end() -> None:
+        with run.saving:
+            run.run_to(2)
+            Timer(0.3, run.trainer.may_write.set).start()
+            if error:
+                raise error
+
+    with pytest.raises(error) if error else nullcontext():
+        end()
+    verify(run.checkpoints.path(2))
+
+
+@pytest.mark.parametrize("at_once", [LeaveNow(), KeyboardInterrupt()], ids=["SIGTERM again", "Ctrl-C"])
+def test_who_is_to_leave_at_once_waits_for_nothing(tmp_path, at_once):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+
+    def end() -> None:
+        with run.saving:
+            run.run_to(2)
+            raise at_once
+
+    with pytest.raises(type(at_once)):
+        end()
+    assert run.checkpoints.steps() == []
+    run.trainer.may_write.set()
+
+
+def test_a_run_that_is_left_saves_no_step_twice(tmp_path):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+    Timer(0.3, run.trainer.may_write.set).start()
+    run.run_to(2).saving.leave(2, samples_seen=64)
+    assert run.trainer.calls == ["snapshot", "written"]
+    run.run_to(3).saving.leave(3, samples_seen=96)
+    assert run.checkpoints.steps() == [2, 3], "and is waited for"
+
+
+@pytest.mark.parametrize("notices", ["the step after it", "the next to be saved", "the end"])
+def test_a_full_disk_stops_a_run_that_did_not_wait(tmp_path, notices):
+    run = beside(tmp_path, max_ckpt_to_keep=1).run_to(3)
+    run.saving.wait()
+    run.trainer.may_write.clear()
+
+    def go_on() -> None:
+        with run.saving:
+            run.run_to(4)
+            if notices == "the step after it":
+                run.trainer.may_write.set()
+                while not run.saving._under_way.done():
+                    time.sleep(0.01)
+                run.run_to(5)
+                pytest.fail("the step after it says so")
+            Timer(0.2, run.trainer.may_write.set).start()
+            if notices == "the next to be saved":
+                run.run_to(6)
+                pytest.fail("the next to be saved waits for it, and says so")
+
+    with files_up_to(4096), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
+        go_on()
+    assert "there is step 2" in str(stopped.value)
+    assert not any("was not saved" in said for said in run.said), "it is raised, once"
+    assert [entry.name for entry in run.checkpoints.folder.iterdir()] == ["step-00000002"]
+    verify(run.checkpoints.path(2))
+
+
+def test_a_failure_to_save_does_not_hide_the_error_before_it(tmp_path):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+
+    def end() -> None:
+        with run.saving:
+            run.run_to(2)
+            run.trainer.may_write.set()
+            raise RuntimeError("the engine died")
+
+    with files_up_to(4096), pytest.raises(RuntimeError, match="the engine died"):
+        end()
+    assert "step 2 was not saved: " in run.said[-1]
+
+
 def test_changed_fields_are_named(tmp_path):
     run = FakeRun(config_of(tmp_path)).run_to(2)
     point = ResumePoint(run.checkpoints.path(2), read_state(run.checkpoints.path(2)), None)
@@ -274,15 +417,49 @@ def test_what_is_left_is_saved_once(tmp_path):
     assert none.said == ["nothing is saved: save_steps is 0"]
 
 
-def test_a_lost_worker_while_saving_is_no_full_disk(tmp_path):
-    run = FakeRun(config_of(tmp_path)).run_to(3)
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_lost_worker_while_saving_is_no_full_disk(tmp_path, async_save):
+    """The run goes on from an older checkpoint by itself, and nothing is in its way."""
+    run = FakeRun(config_of(tmp_path, checkpoint_config={"async_save": async_save})).run_to(3)
+    run.saving.wait()
 
     def die(path: Path) -> None:
         path.mkdir()
         (path / "half").write_text("")
         raise LostWorkerError("actor_train-1 died")
 
-    run.saving._trainer.save_checkpoint = die  # type: ignore[method-assign]
-    with pytest.raises(LostWorkerError, match="actor_train-1 died"):
+    run.trainer.write_snapshot = die
+    with pytest.raises(LostWorkerError, match="actor_train-1 died"), run.saving:
         run.run_to(4)
     assert [path.name for path in run.checkpoints.folder.iterdir()] == ["step-00000002"]
+
+
+SAYS_NO_CONFIGURATION = {
+    "aliases that double": "a: &a {x: 1}\n"
+    + "".join(f"b{i}: &b{i} {{p: *{f'b{i - 1}' if i else 'a'}, q: *{f'b{i - 1}' if i else 'a'}}}\n" for i in range(40)),
+    "a tag": "a: !!python/object/apply:os.mkdir [x]",
+    "no YAML": "{",
+    "nothing": None,
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("text", SAYS_NO_CONFIGURATION.values(), ids=SAYS_NO_CONFIGURATION)
+def test_a_checkpoint_whose_configuration_is_none_is_refused(tmp_path, text):
+    run = FakeRun(config_of(tmp_path)).run_to(2)
+    path = run.checkpoints.path(2)
+    (path / "config.yaml").unlink() if text is None else (path / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        changes(run.config, ResumePoint(path, read_state(path), None))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"step": "1"}', '{"step": 1, "a": "b"}', "\udcff", None])
+def test_metrics_that_are_none_are_refused(tmp_path, text):
+    run = FakeRun(config_of(tmp_path)).run_to(2)
+    path = run.checkpoints.path(2)
+    if text is None:
+        (path / "metrics.jsonl").unlink()
+    else:
+        (path / "metrics.jsonl").write_text(text, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match="does not hold the metrics"):
+        put_back(run.run_dir, run.checkpoints, run.exports, ResumePoint(path, read_state(path), None), run.said.append)

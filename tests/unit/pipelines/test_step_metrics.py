@@ -51,6 +51,7 @@ def record() -> StepRecord:
         dropped=1,
         failed_rewards=3,
         retries=2,
+        engine_restarts=1,
         samples_seen=8,
     )
 

@@ -50,7 +50,7 @@ def trajectory(prompt_ids: tuple[int, ...], sample_id: str, seed: int) -> Trajec
 class Sharing:
     """Shares the second prompt's rows, with what is told here coming back; by default no prompt's."""
 
-    def __init__(self, back: tuple[str, ...] | SampleError | None = None) -> None:
+    def __init__(self, back: tuple[str, ...] | SampleError | EngineError | None = None) -> None:
         self.back = back
 
     def shareable_rows(self, request: GenerateRequest) -> int:
@@ -58,7 +58,7 @@ class Sharing:
 
     async def share(self, request: GenerateRequest, rows: int) -> dict[str, Trajectory]:
         assert rows == 7
-        if isinstance(self.back, SampleError):
+        if isinstance(self.back, SampleError | EngineError):
             raise self.back
         return {sample_id: trajectory(request.prompt_ids, sample_id, 99) for sample_id in self.back or ()}
 
@@ -97,9 +97,27 @@ def test_no_retries_means_one_attempt() -> None:
     assert results[0].retries == 0
 
 
-def test_an_engines_death_is_no_samples_failure() -> None:
-    with pytest.raises(EngineError):
-        run(Engine({"a0": [EngineError("died")]}))
+def test_what_an_engine_that_died_did_not_bring_is_lost_and_the_rest_kept() -> None:
+    engine = Engine({"a0": [EngineError("died")], "b1": [SampleError("HTTP 500"), EngineError("died")]})
+    results = run(engine)
+    assert [[t.sample_id for t in r.trajectories] for r in results] == [["a1"], ["b0", "b2"]]
+    assert [(r.lost, r.dropped, r.retries) for r in results] == [(("a0",), {}, 0), (("b1",), {}, 1)]
+    assert engine.asked["a0", 10] == 1, "a dead engine is not asked again"
+
+
+@pytest.mark.parametrize("back", [(), ("b1",)])
+def test_a_shared_group_that_is_lost_costs_no_retries(back: tuple[str, ...]) -> None:
+    dead = {sample_id: [EngineError("died")] for sample_id in ("b0", "b1", "b2")}
+    results = run(Engine(dead), sharing=Sharing(back))
+    assert [t.sample_id for t in results[1].trajectories] == list(back)
+    assert results[1].lost == tuple(sample_id for sample_id in ("b0", "b1", "b2") if sample_id not in back)
+    assert results[1].retries == 0
+
+
+def test_a_group_whose_prompt_met_a_dead_engine_is_asked_for_and_lost() -> None:
+    dead = {sample_id: [EngineError("died")] for sample_id in ("b0", "b1", "b2")}
+    results = run(Engine(dead), sharing=Sharing(EngineError("died")))
+    assert results[1].lost == ("b0", "b1", "b2")
 
 
 def test_ids_and_seeds_must_pair() -> None:

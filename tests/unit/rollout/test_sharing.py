@@ -216,15 +216,24 @@ def test_a_prompt_that_does_not_get_into_the_cache_is_asked_for_by_nobody(error:
     assert engine.sharing._ahead.free == engine.sharing._ahead.total
 
 
-@pytest.mark.parametrize("late", ["a", "b", "d"])
-def test_the_death_of_an_engine_is_no_groups_doubt(late: str) -> None:
+@pytest.mark.parametrize(("dies", "kept"), [("a", set()), ("b", {"a"}), ("d", {"a"})])
+def test_of_a_group_whose_engine_died_only_the_leader_is_kept(dies: str, kept: set[str]) -> None:
+    """The others' first rows are the leader's only once all of them have answered."""
     engine = Engine()
-    engine.answers = {late: EngineError("died")}
+    engine.answers = {dies: EngineError("died")}
+    (came,) = engine.share(GROUP)
+    assert set(came) == kept
+    assert engine.sharing._ahead.free == engine.sharing._ahead.total
+    assert engine.sharing.shareable_rows(GROUP), "its cache lost nothing"
+
+
+def test_a_prompt_that_met_a_dead_engine_is_asked_for_by_nobody() -> None:
+    engine = Engine()
+    engine.prime_fails = EngineError("died")
     with pytest.raises(EngineError, match="died"):
         engine.share(GROUP)
-    engine.answers = {"b": False, "a": EngineError("died")}
-    with pytest.raises(EngineError, match="died"):
-        engine.share(GenerateRequest(PROMPT, GROUP.sample_ids, (13, 10, 11, 12)))
+    assert engine.wanted == {}
+    assert engine.sharing._ahead.free == engine.sharing._ahead.total
 
 
 def test_samples_of_a_prompt_in_the_cache_go_before_other_prompts() -> None:

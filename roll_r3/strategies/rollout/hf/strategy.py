@@ -81,6 +81,7 @@ class HfRollout:
         self._receiver: WeightReceiver | None = None
         self._stop_ids: frozenset[int] = frozenset()
         self._weight_version = 0
+        self._weights_due = False
 
     async def start(self) -> None:
         """Load the model.
@@ -112,6 +113,8 @@ class HfRollout:
         """
         if self._model is None:
             raise EngineError(f"{self._name} is not running: start() comes first, and nothing after stop()")
+        if self._weights_due:
+            raise EngineError(f"{self._name} was started again and has the checkpoint's weights: an update comes first")
         return await asyncio.to_thread(self._generate, requests)
 
     def _generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
@@ -212,7 +215,17 @@ class HfRollout:
 
     async def on_weights_updated(self, version: int) -> None:
         """Samples must come from this weight version from now on. Call it when the weight channel's `end` returned."""
-        self._weight_version = version
+        self._weight_version, self._weights_due = version, False
+
+    async def why_down(self, *, ask: bool) -> str:
+        """Never: what ends this engine ends its process, and whoever calls it sees that."""
+        return ""
+
+    async def restart(self) -> None:
+        """Load the checkpoint anew; nothing is sampled before `on_weights_updated`."""
+        await self.stop()
+        self._weight_version, self._weights_due = 0, True
+        await self.start()
 
     async def stop(self) -> None:
         """Let go of the model. Safe to call twice, and before `start`."""

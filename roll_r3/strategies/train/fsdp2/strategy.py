@@ -23,7 +23,7 @@ from roll_r3.config.strategies import Fsdp2Config
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
-from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
+from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Snapshot, TrainResult
 from roll_r3.strategies.train import checkpoint, world
 from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
@@ -279,10 +279,10 @@ class Fsdp2Train(Fsdp2Infer):
             skipped=tuple(skipped),
         )
 
-    def save_checkpoint(self, path: Path) -> None:
-        """As `TrainStrategy.save_checkpoint`: the fp32 weights and the buffers (an expert bias), Adam's moments, and
-        the number of optimizer steps taken, which is the position in the learning-rate schedule."""
-        checkpoint.save(self._state(), path)
+    def snapshot(self) -> Snapshot:
+        """As `TrainStrategy.snapshot`: the fp32 weights and the buffers (an expert bias), Adam's moments, and the
+        number of optimizer steps taken, which is the position in the learning-rate schedule."""
+        return checkpoint.Snapshot({name: checkpoint.host_copy(tensor) for name, tensor in self._state().items()})
 
     def load_checkpoint(self, path: Path) -> None:
         """As `TrainStrategy.load_checkpoint`."""

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.checkpointable import Checkpoin
 from megatron.core.parallel_state import get_tensor_model_parallel_world_size
 
 from roll_r3.strategies.train import checkpoint
-from roll_r3.strategies.train.checkpoint import State
+from roll_r3.strategies.train.checkpoint import Snapshot, State, host_copy
 from roll_r3.strategies.train.megatron.bridge import plain_norms, unwrap
 from roll_r3.strategies.train.megatron.model import MegatronModel
 from roll_r3.strategies.train.megatron.optimizer import MOMENTS, Optimizer, Slot
@@ -37,15 +37,15 @@ _ONE_NAME_EACH = {"non_homogeneous_layers": True, "singleton_local_shards": True
 """Has megatron name every layer, expert and half of a gated projection by itself: a rank has one part of a name."""
 
 
-def save(model: MegatronModel, optimizer: Optimizer, path: Path) -> None:
-    """Write weights, buffers, moments and the number of steps; collective. Raises as `checkpoint.save`."""
+def snapshot(model: MegatronModel, optimizer: Optimizer) -> Snapshot:
+    """Weights, buffers, moments and the number of steps, as they are now; collective."""
     parts = _Parts(model)
-    state = _merged(parts.buffers(), _gathered(parts, optimizer.slots()), [(DONE, torch.tensor([optimizer.done]))])
-    checkpoint.save(state, path)
+    done = (DONE, torch.tensor([optimizer.done]))
+    return Snapshot(_merged(parts.copied_buffers(), _gathered(parts, optimizer.slots()), [done]))
 
 
 def load(model: MegatronModel, optimizer: Optimizer, path: Path) -> None:
-    """Go on from what `save` wrote under whatever layout; collective. Raises as `checkpoint.load`."""
+    """Go on from what a snapshot wrote under whatever layout; collective. Raises as `checkpoint.load`."""
     parts, done = _Parts(model), torch.tensor([0])
     landings = [landing for slot in optimizer.slots() for landing in _landings(slot)]
     kept = [entry for landing in landings for entry in landing.entries(parts)]
@@ -120,11 +120,11 @@ class _Parts:
         """The model's own memory: parameters and buffers."""
         return _merged(*(self._entries(held, held.tensor, WEIGHTS) for held in self._held))
 
-    def buffers(self) -> Entries:
-        """What of it no optimizer has."""
+    def copied_buffers(self) -> Entries:
+        """Copies of what of it no optimizer has."""
         for held in self._held:
             if not isinstance(held.tensor, torch.nn.Parameter):
-                yield from self._entries(held, held.tensor, WEIGHTS)
+                yield from self._entries(held, host_copy(held.tensor), WEIGHTS)
 
     def of(self, slot: Slot, kind: str, rows: torch.Tensor, first_row: int = 0) -> Entries:
         """What an optimizer keeps of a parameter.
@@ -164,15 +164,16 @@ class _Parts:
 
 
 def _gathered(parts: _Parts, slots: list[Slot]) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the optimizer keeps; collective over the ranks that share out its state.
+    """Copies of what the optimizer keeps, in the host's memory; collective over the ranks that share out its state.
 
-    Such ranks put one parameter after the other together, and each keeps, in the host's memory, the whole of every
-    so-manieth: together they hold and write what they held in slices.
+    Such ranks put one parameter after the other together, and each keeps the whole of every so-manieth: together they
+    hold and write what they held in slices.
     """
     for number, slot in enumerate(slots):
         for kind in (MASTER, *MOMENTS):
             if slot.group is None or (kind == MASTER and slot.steps_on_parameter):
-                whole = slot.parameter if kind == MASTER and slot.steps_on_parameter else slot.kept(kind)
+                kept = slot.parameter if kind == MASTER and slot.steps_on_parameter else slot.kept(kind)
+                whole: torch.Tensor | None = host_copy(kept)
             else:
                 whole = _whole(slot, kind, owner=number % slot.group.size())
             if whole is not None:

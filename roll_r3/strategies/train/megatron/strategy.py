@@ -29,7 +29,7 @@ from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.layer_map import chunk_layers
 from roll_r3.platform import megatron_cpu
-from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, TrainResult
+from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Snapshot, TrainResult
 from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
@@ -384,11 +384,11 @@ class MegatronTrain(MegatronInfer):
             )
         return box[0]
 
-    def save_checkpoint(self, path: Path) -> None:
-        """As `TrainStrategy.save_checkpoint`: the fp32 weights and the buffers (an expert bias), Adam's moments, and
-        the number of optimizer steps taken, which is the position in the learning-rate schedule."""
+    def snapshot(self) -> Snapshot:
+        """As `TrainStrategy.snapshot`: the fp32 weights and the buffers (an expert bias), Adam's moments, and the
+        number of optimizer steps taken, which is the position in the learning-rate schedule."""
         megatron_cpu.install()
-        checkpoint.save(self.model, self.optimizer, path)
+        return checkpoint.snapshot(self.model, self.optimizer)
 
     def load_checkpoint(self, path: Path) -> None:
         """As `TrainStrategy.load_checkpoint`."""

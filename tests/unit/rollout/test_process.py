@@ -1,0 +1,61 @@
+"""What a killed server held in shared memory goes with it, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from roll_r3.strategies.rollout.process import ServerProcess
+
+pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux's shared memory")
+
+CODE = """
+import mmap, os, sys, time
+if os.fork():
+    os.wait()
+held = []
+for path in sys.argv[1:]:
+    file = os.open(path, os.O_CREAT | os.O_RDWR)
+    os.ftruncate(file, 4096)
+    held.append(mmap.mmap(file, 4096))
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def paths() -> Iterator[tuple[Path, Path]]:
+    """The server's own segment, and one that was there before it."""
+    own, older = (Path(f"/dev/shm/roll_r3_test_{os.getpid()}_{name}") for name in ("own", "older"))
+    older.write_bytes(bytes(4096))
+    yield own, older
+    own.unlink(missing_ok=True)
+    older.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
+def test_shared_memory_of_a_childs_child_is_removed(tmp_path: Path, paths: tuple[Path, Path], killed: bool) -> None:
+    own, older = paths
+
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        process.launch([sys.executable, "-c", CODE, str(own), str(older)], os.environ)
+        while "ready" not in process.log_tail():
+            await asyncio.sleep(0.05)
+        if killed:
+            process.note_shared_memory()
+            os.killpg(process.pid or 0, signal.SIGKILL)
+            await process.death
+        assert own.exists()
+        await process.stop()
+        assert not own.exists()
+        assert older.exists()
+        await process.stop()
+
+    asyncio.run(scenario())

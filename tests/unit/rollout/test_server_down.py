@@ -1,0 +1,208 @@
+"""When a server's answers are taken for its end: a program that sleeps stands in for it, and is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.errors import EngineError, RouteError
+from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.strategies.rollout import liveness
+from roll_r3.strategies.rollout.client import UnreachableError
+from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
+from roll_r3.strategies.rollout.server import ServerRollout
+from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
+
+REQUESTS = [GenerateRequest((1,), ("a0", "a1"), (0, 1)), GenerateRequest((2,), ("b0", "b1"), (2, 3))]
+
+Ask = Callable[[SampleRequest], Awaitable[Sample]]
+
+
+class Client:
+    """Gives signs of life, or none."""
+
+    alive = True
+
+    async def healthy(self, timeout_s: float) -> bool:
+        await asyncio.sleep(0 if self.alive else timeout_s)
+        return self.alive
+
+    async def close(self) -> None: ...
+
+
+def sample(wanted: SampleRequest) -> Sample:
+    ids = np.array([wanted.seed], np.int32)
+    return Sample(Trajectory(wanted.sample_id, ids, ids, np.zeros(1, np.float32), "stop", (0,)), from_cache=True)
+
+
+def run(
+    tmp_path: Path, scenario: Callable[[ServerRollout[Any]], Awaitable[None]], *, hang_timeout: float = 60.0
+) -> None:
+    config = RLVRConfig.model_validate(
+        {
+            "exp_name": "test",
+            "pretrain": "/models/tiny",
+            "actor_train": {},
+            "actor_infer": {
+                "strategy_args": {
+                    "strategy_name": "sglang",
+                    "strategy_config": {"max_retries": 1, "hang_timeout": hang_timeout},
+                }
+            },
+        }
+    )
+
+    async def with_a_server() -> None:
+        engine = SglangRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=tmp_path / "log")
+        engine._process.launch([sys.executable, "-c", "import time; time.sleep(600)"], os.environ)
+        engine._client = Client()  # type: ignore[assignment]
+        try:
+            await scenario(engine)
+        finally:
+            await engine.stop()
+
+    asyncio.run(with_a_server())
+
+
+def answering(engine: ServerRollout[Any], answer: Callable[[SampleRequest], Sample]) -> list[str]:
+    """Have the engine answer like this; what it is asked for."""
+    asked: list[str] = []
+
+    async def ask(wanted: SampleRequest, *, max_new_tokens: int) -> Sample:
+        asked.append(wanted.sample_id)
+        return answer(wanted)
+
+    engine._ask = ask  # type: ignore[method-assign]
+    return asked
+
+
+def bad(wanted: SampleRequest) -> Sample:
+    raise RouteError(f"{wanted.sample_id} has an expert twice")
+
+
+def lost_of(results: list[GenerateResult]) -> list[tuple[str, ...]]:
+    return [result.lost for result in results]
+
+
+def test_an_engine_none_of_whose_answers_is_usable_is_down_and_asked_for_nothing_more(tmp_path: Path) -> None:
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        asked = answering(engine, bad)
+        results = await engine.generate(REQUESTS)
+        assert lost_of(results) == [("a0", "a1"), ("b0", "b1")]
+        assert not any(result.dropped for result in results)
+        why = await engine.why_down(ask=True)
+        assert "gave nothing usable: 4 samples of 2 prompts failed, with 1 retries each" in why
+        assert "b1 has an expert twice" in why
+        assert lost_of(await engine.generate(REQUESTS)) == [("a0", "a1"), ("b0", "b1")]
+        assert len(asked) == 8
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("requests", "good"), [(REQUESTS[:1], ()), (REQUESTS, ("b1",))], ids=["one prompt", "one sample came"]
+)
+def test_samples_that_fail_beside_or_alone_are_dropped(
+    tmp_path: Path, requests: list[GenerateRequest], good: tuple[str, ...]
+) -> None:
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        answering(engine, lambda wanted: sample(wanted) if wanted.sample_id in good else bad(wanted))
+        results = await engine.generate(requests)
+        assert lost_of(results) == [()] * len(requests)
+        assert results[0].dropped.keys() == {"a0", "a1"}
+        assert await engine.why_down(ask=True) == ""
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("error", [SampleError("HTTP 500"), UnreachableError("reset")], ids=["refused", "unreachable"])
+def test_what_a_dying_server_refuses_is_lost_not_dropped(tmp_path: Path, error: SampleError) -> None:
+    """Its exit is seen a moment later."""
+
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        def answer(wanted: SampleRequest) -> Sample:
+            if wanted.sample_id == "a0":
+                return sample(wanted)
+            os.kill(engine._process.pid or 0, signal.SIGKILL)
+            raise error
+
+        answering(engine, answer)
+        results = await engine.generate(REQUESTS)
+        assert [t.sample_id for t in results[0].trajectories] == ["a0"]
+        assert lost_of(results) == [("a1",), ("b0", "b1")]
+        assert not results[0].dropped and not results[1].dropped
+        assert "engine 0 (SGLang) died" in await engine.why_down(ask=False)
+
+    run(tmp_path, scenario)
+
+
+def test_a_server_without_a_sign_of_life_is_killed_under_its_requests(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(liveness, "_REFUSED_S", 0.0)
+
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        async def never(wanted: SampleRequest, *, max_new_tokens: int) -> Sample:
+            if wanted.sample_id == "a0":
+                return sample(wanted)
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        engine._ask = never  # type: ignore[method-assign]
+        assert isinstance(engine._client, Client)
+        engine._client.alive = False
+        results = await engine.generate(REQUESTS)
+        assert [t.sample_id for t in results[0].trajectories] == ["a0"]
+        assert lost_of(results) == [("a1",), ("b0", "b1")]
+        assert "gave no sign of life for 0.3 s (strategy_config.hang_timeout) and was killed" in await engine.why_down(
+            ask=False
+        )
+        assert not engine._process.running
+
+    run(tmp_path, scenario, hang_timeout=0.3)
+
+
+def test_a_silent_server_without_requests_is_found_by_asking(tmp_path: Path) -> None:
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        assert isinstance(engine._client, Client)
+        assert await engine.why_down(ask=True) == ""
+        engine._client.alive = False
+        assert await engine.why_down(ask=False) == ""
+        assert "gave no sign of life" in await engine.why_down(ask=True)
+        assert not engine._process.running
+
+    run(tmp_path, scenario, hang_timeout=0.3)
+
+
+def test_a_server_started_again_is_a_new_one_and_not_asked_before_its_weights(tmp_path: Path) -> None:
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        answering(engine, bad)
+        await engine.generate(REQUESTS)
+        await engine.on_weights_updated(4)
+        old, key = engine._process, engine._key
+
+        async def start() -> None:
+            engine._process.launch([sys.executable, "-c", "import time; time.sleep(600)"], os.environ)
+            engine._client = Client()  # type: ignore[assignment]
+
+        engine.start = start  # type: ignore[method-assign]
+        await engine.restart()
+        assert not old.running and engine._process.running
+        assert engine._key != key
+        assert engine._weight_version == 0, "as its server says"
+        assert await engine.why_down(ask=True) == ""
+        with pytest.raises(EngineError, match="has the checkpoint's weights: an update comes first"):
+            await engine.generate(REQUESTS)
+        await engine.on_weights_updated(4)
+        answering(engine, sample)
+        assert [len(result.trajectories) for result in await engine.generate(REQUESTS)] == [2, 2]
+
+    run(tmp_path, scenario)
