@@ -101,9 +101,9 @@ class Life:
     def stage(self) -> str:
         """The last that it began, as the driver's log has it."""
         logs = sorted(self.where.glob("*/latest/logs/driver.log"))
-        lines = logs[-1].read_text().splitlines() if logs else []
-        stages = [line.partition(" roll_r3.tracking.progress: ")[2] for line in lines if "tracking.progress: " in line]
-        return stages[-1] if stages and "run directory" in self.said else "importing"
+        stages = re.findall(r" step \d+: .*|tracking\.progress: .*", logs[-1].read_text()) if logs else []
+        begun = [stage.rpartition("progress: ")[2].strip() for stage in stages]
+        return begun[-1] if begun and "run directory" in self.said else "importing"
 
 
 def metrics(where: Path) -> Metrics:

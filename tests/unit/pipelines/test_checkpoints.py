@@ -33,7 +33,6 @@ from roll_r3.pipelines.resume import (
 )
 from roll_r3.saving.manifest import FileSum, file_sum, verify
 from roll_r3.saving.state import read_state
-from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
 
 PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i)) for i in range(10)]
@@ -84,9 +83,7 @@ class FakeRun:
         if self.point:
             put_back(self.run_dir, self.checkpoints, self.exports, self.point, self.said.append)
         self.trainer: Any = TwoFiles()
-        progress = Progress(config.max_steps)
-        progress.say = self.said.append
-        self.saving = Checkpoints(config, self.run_dir, self.trainer, data=data, begun=self.done, progress=progress)
+        self.saving = Checkpoints(config, self.run_dir, self.trainer, data=data, begun=self.done, say=self.said.append)
 
     def run_to(self, last: int) -> FakeRun:
         for step in range(self.done + 1, last + 1):
