@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env quickstart test test-vllm check lint unit docs compatibility engines reliability benchmarks format clean
+.PHONY: help install vllm-env quickstart test test-vllm check lint unit docs fuzz compatibility engines reliability benchmarks format clean
 
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -63,6 +63,9 @@ docs: install ## write what is generated: the configuration's pages and the sche
 	@$(PYTHON) -m roll_r3.config.schema
 	@$(PYTHON) -m roll_r3.preflight.docs
 	@$(PYTHON) -m roll_r3.config.roll_yaml
+
+fuzz: install ## give what reads from outside hostile inputs; ARGS="--inputs 10000" (a quarter of an hour)
+	@$(PYTHON) tests/fuzz $(ARGS)
 
 compatibility: install ## run the matrix of layouts and write docs/compatibility.md from it (minutes)
 	@$(PYTHON) -m pytest tests/integration/test_megatron_matrix.py --write-compatibility

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from roll_r3.pipelines.leaving import LeaveNow
 from roll_r3.saving.manifest import FileSum, file_sum, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.saving.store import CHECKPOINTS, EXPORTS, Store
+from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
 
 
@@ -44,16 +45,16 @@ class Checkpoints:
         *,
         data: Data,
         begun: int,
-        say: Callable[[str], None],
+        progress: Progress,
     ) -> None:
         """
         Args:
             data: how far the run was in its prompts after step `begun`.
-            say: is told of everything that is saved, from the thread that writes.
+            progress: is told of everything that is saved, from the thread that writes.
         """
         self._config, self._run_dir, self._trainer = config, run_dir, trainer
         self._data, self._begun = data, begun
-        self._say = say
+        self._progress = progress
         self._checkpoints, self._exports = stores_of(config, run_dir.path.name)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
@@ -71,13 +72,13 @@ class Checkpoints:
         if isinstance(error, LeaveNow | KeyboardInterrupt):
             return
         if error is not None and self._under_way is not None and not self._under_way.done():
-            self._say("the checkpoint that is being written is completed first")
+            self._progress.say("the checkpoint that is being written is completed first")
         try:
             self.wait()
         except RollError as failure:
             if error is None:
                 raise
-            self._say(str(failure))
+            self._progress.say(str(failure))
 
     def step_done(self, step: int, samples_seen: int) -> None:
         """Save what is due after a step whose metrics are written.
@@ -90,14 +91,15 @@ class Checkpoints:
         if self._under_way is not None and self._under_way.done():
             self.wait()
         if self._is_due(step, self._config.save_steps):
-            self.wait()
-            self._begin(step, samples_seen)
-            if not self._config.checkpoint_config.async_save:
+            with self._progress.stage("saving", step):
                 self.wait()
+                self._begin(step, samples_seen)
+                if not self._config.checkpoint_config.async_save:
+                    self.wait()
         if self._is_due(step, self._config.save_hf_steps):
             self.wait()
             began = time.perf_counter()
-            with self._abandoned_on_failure(self._exports, step):
+            with self._progress.stage("exporting", step), self._abandoned_on_failure(self._exports, step):
                 self._trainer.save_hf(self._exports.begin(step))
                 self._finished(self._exports, step, began)
         self._seconds += time.perf_counter() - start
@@ -110,7 +112,7 @@ class Checkpoints:
         """
         self.wait()
         if self._config.save_steps == 0:
-            self._say("nothing is saved: save_steps is 0")
+            self._progress.say("nothing is saved: save_steps is 0")
         elif step > self._begun and not self._checkpoints.path(step).exists():
             self._begin(step, samples_seen)
             self.wait()
@@ -151,10 +153,10 @@ class Checkpoints:
         try:
             self._checkpoints.keep(self._config.max_ckpt_to_keep)
         except OSError as error:  # it takes space, and the next save tries again: no reason to end a run
-            self._say(f"an older checkpoint could not be removed: {error}")
+            self._progress.say(f"an older checkpoint could not be removed: {error}")
 
     def _finished(self, store: Store, step: int, began: float) -> None:
-        self._say(f"saved {store.finish(step)} in {time.perf_counter() - began:.1f} s")
+        self._progress.say(f"saved {store.finish(step)} in {time.perf_counter() - began:.1f} s")
 
     @contextmanager
     def _abandoned_on_failure(self, store: Store, step: int) -> Iterator[None]:

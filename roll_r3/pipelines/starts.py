@@ -116,7 +116,7 @@ class Starts:
             with progress.stage("sending the first weights"):
                 pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
             saving = stack.enter_context(
-                Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
+                Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, progress=progress)
             )
             shown = self._steps(pipeline, done, log, saving)
             return Finished(log.history, *shown)

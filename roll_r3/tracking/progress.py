@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 SHOWN = {
     "reward": "critic/score/mean",
@@ -64,7 +67,11 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, step: int = 0) -> Iterator[None]:
-        """Show `name` while the block runs. Outside a terminal only stages before the first step are printed."""
+        """Show `name` while the block runs. Outside a terminal only stages before the first step are printed.
+
+        All of them are logged: the log's last line says where a run hangs, or where it was killed.
+        """
+        logger.info("step %d: %s", step, name) if step else logger.info("%s", name)
         self._stage, self._stage_started, self._step = name, time.monotonic(), step
         if self._live is None and step == 0:
             self.say(f"{name} ...")

@@ -3,16 +3,18 @@
 Everything that is started within a block carries a token in its environment, and its children inherit it. Ray's and
 SGLang's processes give themselves a title, which overwrites what /proc shows of their environment, and they may lose
 their parent, so the processes are also looked for while the block runs: who was seen with the token once, or as the
-child of one who was, belongs to it for good.
+child of one who was, belongs to it for good. So does the shared memory that they were seen to have: others on the
+machine have theirs.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -22,12 +24,15 @@ from uuid import uuid4
 
 TOKEN = "ROLL_R3_TEST_TOKEN"
 """The environment's variable. Its value names the blocks from the outermost to the innermost."""
-LOOK_EVERY = 0.25
+LOOK_EVERY = 0.5
 """Seconds."""
-GRACE = 10.0
-"""Seconds that what was started has to be gone, from the block's end on."""
+LOOKS_A_LOOK_AT_MEMORY = 4
+"""It costs more, and whose memory is left has had it for long."""
+GRACE = 60.0
+"""Seconds that what was started has to be gone, from the block's end on; on a busy machine too."""
 _PROC, _SHM = Path("/proc"), Path("/dev/shm")
 _LISTENS = "0A"
+_MAPPED = re.compile(rb" (\d+) +/dev/shm/")
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class _Stat:
 class Descendants:
     """Every process that is started with `token` in its environment, and their children.
 
-    Usable as a context manager: it looks while the block runs.
+    It looks for them until it is closed, or until its block ends.
     """
 
     def __init__(self) -> None:
@@ -52,21 +57,30 @@ class Descendants:
         self._seen: dict[int, int] = {}
         """Process id -> when it started."""
         self._before = _segments()
+        self._held: set[int] = set()
+        """Inodes of the shared memory that they were seen to have."""
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look_on, daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Look no more."""
         self._stop.set()
         self._thread.join()
 
     def _look_on(self) -> None:
+        looks = 0
         while not self._stop.wait(LOOK_EVERY):
-            self.alive()
+            pids, looks = self.alive(), looks + 1
+            if looks % LOOKS_A_LOOK_AT_MEMORY == 0:
+                self._held |= _memory_of(pids)
 
     def alive(self) -> list[int]:
         """The process ids of those that run; a zombie has nothing any more."""
@@ -94,20 +108,29 @@ class Descendants:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
-    def left(self, grace: float = GRACE) -> list[str]:
-        """What is still there after `grace` seconds, each in words; returns as soon as there is nothing."""
+    def left(self, grace: float = GRACE, *, may_stay: tuple[str, ...] = ()) -> list[str]:
+        """What is still there after `grace` seconds, each in words; returns as soon as there is nothing.
+
+        Args:
+            may_stay: beginnings of the commands of processes that are not waited for.
+        """
         deadline = time.monotonic() + grace
-        while (left := self._left()) and time.monotonic() < deadline:
+        while (left := self._left(may_stay)) and time.monotonic() < deadline:
             time.sleep(0.2)
         return left
 
-    def _left(self) -> list[str]:
+    def _left(self, may_stay: tuple[str, ...]) -> list[str]:
         left = []
         for pid in self.alive():
+            if may_stay and _command(pid).startswith(may_stay):
+                continue
             ports = "".join(f", listens on port {port}" for port in _ports(pid))
             left.append(f"process {pid} ({_command(pid)}){ports}")
-        if segments := _segments() - self._before:
-            left += [f"shared memory {name}" for name in sorted(segments - _in_use(segments))]
+        segments = _segments()
+        mine = {path for path, inode in segments.items() if inode in self._held and self._before.get(path) != inode}
+        if mine:
+            used = _memory_of([int(process.name) for process in _PROC.iterdir() if process.name.isdigit()])
+            left += [f"shared memory {path}" for path in sorted(mine) if segments[path] not in used]
         return left
 
 
@@ -171,18 +194,25 @@ def _ports(pid: int) -> list[int]:
     return sorted(ports)
 
 
-def _segments() -> set[str]:
-    return {str(path) for path in _SHM.iterdir()} if _SHM.is_dir() else set()
-
-
-def _in_use(segments: set[str]) -> set[str]:
-    """Those that some process of the machine has open or mapped."""
-    used = set()
-    for process in _PROC.iterdir():
-        if not process.name.isdigit():
-            continue
-        used |= segments & _links(int(process.name))
+def _segments() -> dict[str, int]:
+    """Path -> inode: a semaphore is mapped under another name than the one that it gets."""
+    segments = {}
+    for entry in os.scandir(_SHM) if _SHM.is_dir() else ():
         with suppress(OSError):
-            maps = (process / "maps").read_text(errors="replace")
-            used |= {segment for segment in segments - used if segment in maps}
-    return used
+            segments[entry.path] = entry.inode()
+    return segments
+
+
+def _memory_of(pids: Iterable[int]) -> set[int]:
+    """Inodes of the shared memory that these processes have open or mapped."""
+    inodes = set()
+    for pid in pids:
+        process = _PROC / str(pid)
+        with suppress(OSError):
+            inodes |= {int(inode) for inode in _MAPPED.findall((process / "maps").read_bytes())}
+        with suppress(OSError):
+            for file in (process / "fd").iterdir():
+                with suppress(OSError):
+                    if os.readlink(file).startswith(f"{_SHM}/"):
+                        inodes.add(file.stat().st_ino)
+    return inodes

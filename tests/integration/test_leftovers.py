@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from faults import nothing_left
-from leftovers import Descendants
+from leftovers import LOOK_EVERY, LOOKS_A_LOOK_AT_MEMORY, Descendants
 
 TITLED = "from ray._raylet import setproctitle; setproctitle('ray::hidden'); print(flush=True); "
 LISTENS = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(flush=True); "
@@ -65,15 +65,40 @@ def test_one_that_overwrites_its_environment_is_found():
         within(body)
 
 
-def test_shared_memory_is_left_when_nobody_has_it():
+@pytest.mark.parametrize("kind", ["open", "mapped"])
+def test_shared_memory_is_left_when_nobody_has_it(kind):
+    name = f"/dev/shm/roll_r3_test_{os.getpid()}"
+    hold = f"import mmap; f = open('{name}', 'w+b'); f.truncate(64); print(flush=True); "
+    if kind == "mapped":
+        hold += "m = mmap.mmap(f.fileno(), 64); f.close(); "
+    others = SharedMemory(create=True, size=64)
+
+    def body(_: Descendants) -> None:
+        process = started(hold + SLEEPS)
+        time.sleep(2 * LOOK_EVERY * LOOKS_A_LOOK_AT_MEMORY)
+        process.kill()
+        process.wait()
+
+    try:
+        with pytest.raises(AssertionError) as found:
+            within(body)
+        assert str(found.value).splitlines()[1:] == [f"shared memory {name}"]
+    finally:
+        os.unlink(name)
+        others.close()
+        others.unlink()
+
+
+def test_memory_that_somebody_has_is_not_left():
     name = f"roll_r3_test_{os.getpid()}"
     with nothing_left(0):
-        held = SharedMemory(f"{name}_held", create=True, size=64)
+        held = SharedMemory(name, create=True, size=64)
+        process = started(f"import mmap; f = open('/dev/shm/{name}', 'r+b'); print(flush=True); " + SLEEPS)
+        time.sleep(2 * LOOK_EVERY * LOOKS_A_LOOK_AT_MEMORY)
+        process.kill()
+        process.wait()
     held.close()
     held.unlink()
-    with pytest.raises(AssertionError, match=f"shared memory /dev/shm/{name}"):
-        within(lambda _: SharedMemory(name, create=True, size=64).close())
-    SharedMemory(name).unlink()
 
 
 def test_a_blocks_own_error_is_the_one_that_is_seen():

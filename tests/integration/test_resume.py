@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import shutil
 import signal
+import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from faults import Fault
+from leftovers import GRACE
 from whole_run import START_TIMEOUT, Run, few_steps, learned
 
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 
-STEPS = 4
+STEPS = 10
+STARTING = "starting hf_infer and 2 training ranks"
+STAGES = ("rollout", "rewards", "old log-probs", "update", "weights to the engines", "saving")
 RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""They look once in a while whether there is something left to serve."""
+"""When Ray's daemon is gone they try to tell the driver, and give up after a minute."""
+RAYS_LAST_WORD = 90.0
+"""Seconds; on a busy machine too."""
+DISK_KB = 9 << 10
+"""Of the small disk."""
 IN_PROCESS = (
     *few_steps(STEPS),
     "rollout_batch_size=8",
@@ -58,70 +68,274 @@ def whole(request, tmp_path_factory, checkpoint) -> tuple[str, Run]:
     )
 
 
-def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, checkpoint):
-    """Killed in the third step or after it, what it saved last damaged: what was lost is done again, to the bit."""
+def driver_log(run: Run) -> str:
+    """Of the run's directory: also what the processes wrote that the run goes on from."""
+    logs = sorted(run.output.glob("*/latest/logs/driver.log"))
+    return logs[-1].read_text() if logs else ""
+
+
+def wait_until(run: Run, true: Callable[[], bool], every: float = 0.1) -> None:
+    deadline = time.monotonic() + 2 * START_TIMEOUT
+    while not true():
+        assert run.process.poll() is None, run.stderr.read_text()
+        assert time.monotonic() < deadline, run.stderr.read_text()
+        time.sleep(every)
+
+
+def kill_in(run: Run, stage: str) -> bool:
+    """Kill the driver, and nothing else, when it begins a stage; whether it was still in it."""
+    wait_until(run, lambda: f"tracking.progress: {stage}" in driver_log(run), every=0.003)
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    return re.findall(r"tracking\.progress: (.*)", driver_log(run))[-1].startswith(stage)
+
+
+def goes_on(run: Run, *, after: int) -> float:
+    """Seconds until it has made a step after the one that it goes on from."""
+    began = time.monotonic()
+    wait_until(run, lambda: "sending the first weights" in run.stderr.read_text())
+    wait_until(run, lambda: len(run.metrics()) > after)
+    assert f"going on after step {after}, from" in run.stderr.read_text()
+    return time.monotonic() - began
+
+
+def assert_nothing_left(run: Run, grace: float = GRACE, *, may_stay: tuple[str, ...] = ()) -> None:
+    left = run.started.left(grace, may_stay=may_stay)
+    assert left == [], "left behind:\n" + "\n".join(left)
+
+
+def saved_steps(run: Run) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in sorted((run.path / "checkpoints").glob("step-*[0-9]"))]
+
+
+@pytest.mark.fault("the driver is killed with kill -9, while it starts and in each stage of a step")
+def test_a_driver_that_is_killed_in_any_stage_goes_on(fault: Fault, whole, tmp_path, checkpoint, monkeypatch):
+    """One run: each process of it makes the step that was lost and one more, and is killed in the one after that."""
     trainer, wanted = whole
     if trainer != "megatron_train":
         pytest.skip("the driver is the same")
-    run = start(tmp_path, checkpoint, trainer, "resume_from_checkpoint=auto", "max_ckpt_to_keep=2")
-    processes: list[psutil.Process] = []
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+
+    def process() -> Run:
+        slow = "rewards.default.reward=slow_reward:exact_match_slowly"
+        return start(tmp_path, checkpoint, trainer, "resume_from_checkpoint=auto", slow)
+
+    runs, seconds, stages, done = [process()], [], [STARTING, *STAGES], 0
     try:
-        run.wait_for_step(3)
-        processes = run.descendants()
-        os.kill(run.process.pid, signal.SIGKILL)
-        run.process.wait()
-        _, left = psutil.wait_procs([p for p in processes if not p.name().startswith(RAYS_OWN)], timeout=60)
-        assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == [], "they end with the run"
+        while stages:
+            run = runs[-1]
+            if kill_in(run, stages[0] if stages[0] == STARTING else f"step {done + 2}: {stages[0]}"):
+                stages.pop(0)
+            assert_nothing_left(run, may_stay=RAYS_OWN)
+            said = run.stderr.read_text()
+            done = max(saved_steps(run), default=0)
+            reported = [int(step) for step in re.findall(r"saved .*/step-(\d+) in", said)]
+            assert set(reported) <= set(saved_steps(run)), "what was reported as saved is there"
+            assert len(run.metrics()) - done <= 1, "one step at most is to be done again"
+            if not stages:  # besides, what it saved last is damaged
+                os.truncate(shard := shard_of(run.path / "checkpoints" / f"step-{done:08d}"), shard.stat().st_size - 1)
+                done -= 1
+            assert len(runs) < 2 * len(STAGES), "a stage is too short to be hit"
+            runs.append(process())
+            if done:
+                seconds.append(goes_on(runs[-1], after=done))
+        run = runs[-1]
+        assert run.finish(2 * START_TIMEOUT) == 0, run.stderr.read_text()
+        print(f"{len(runs) - 1} kills; {max(seconds):.1f} s at most until the lost step was done")
+        for each in runs:
+            assert_nothing_left(each, RAYS_LAST_WORD)
+    finally:
+        for each in runs:
+            each.end()
+    said = run.stderr.read_text()
+    assert re.search(rf"step-{done + 1:08d} is DAMAGED: trainer/shard.* bytes, and had", said)
+    assert [row["step"] for row in run.metrics()] == list(range(1, STEPS + 1)), "none lost, none twice"
+    assert learned(run) == learned(wanted), "to the bit"
+    assert saved_steps(run) == list(range(1, STEPS + 1))
+    sent = re.findall(r"weights (\d+): ", (run.path / "logs" / "actor_train-0.log").read_text())
+    assert [int(version) for version in sent][-(STEPS - done) - 1 :] == list(range(done, STEPS + 1))
+    fault.user_sees("nothing; the last stage is in logs/driver.log. Started again: going on after step ..., from ...")
+    fault.recovered(max(seconds))
+    fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
+
+
+@pytest.mark.fault("the driver and all of its process group are killed with kill -9")
+def test_nothing_outlives_a_process_group_that_is_killed(fault: Fault, tmp_path, checkpoint):
+    run = start(tmp_path, checkpoint, "megatron_train")
+    try:
+        run.wait_for_step(1)
+        os.killpg(run.process.pid, signal.SIGKILL)
+        struck = time.monotonic()
+        assert_nothing_left(run, RAYS_LAST_WORD)
+        fault.recovered(time.monotonic() - struck)
     finally:
         run.end()
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-    said, folder = run.stderr.read_text(), run.path / "checkpoints"
-    saved = [int(step) for step in re.findall(r"saved .*/step-(\d+) in", said)]
-    there = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
-    assert saved[-1] in (2, 3)
-    assert saved[-1] in there, "what was reported as saved is there"
-    assert len(there) <= 3
-    newest = folder / f"step-{there[-1]:08d}"
-    part = next((newest / "trainer").iterdir())
-    part.write_bytes(part.read_bytes()[:-1])
+    fault.user_sees("nothing; engines and ranks, which have process groups of their own, end by themselves")
+    fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
-    again = finish(start(tmp_path, checkpoint, trainer, "resume_from_checkpoint=auto", "max_ckpt_to_keep=2"))
-    said = again.stderr.read_text()
-    assert f"{newest.name} is DAMAGED: trainer/{part.name} has" in said
-    assert f"going on after step {there[-2]}, from" in said
-    assert again.path.resolve() == run.path.resolve()
-    assert [row["step"] for row in again.metrics()] == [1, 2, 3, 4], "none lost, none twice"
-    assert learned(again) == learned(wanted)
-    sent = re.findall(r"weights (\d+): ", (run.path / "logs" / "actor_train-0.log").read_text())
-    assert [int(version) for version in sent][-(STEPS - there[-2]) - 1 :] == list(range(there[-2], STEPS + 1))
-    assert sorted(path.name for path in folder.glob("step-*[0-9]")) == ["step-00000003", "step-00000004"]
 
-    last = time.monotonic()
-    done = finish(start(tmp_path, checkpoint, trainer, "resume_from_checkpoint=auto"))
-    assert "nothing to do" in done.stderr.read_text()
-    print(f"a finished run says so in {time.monotonic() - last:.0f} s")
-    assert learned(done) == learned(wanted)
+@pytest.mark.fault("Ctrl-C, and once more before the run has left")
+def test_an_impatient_ctrl_c_leaves_nothing(fault: Fault, tmp_path, checkpoint):
+    """A terminal sends it to every process of the group."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
+    run = start(tmp_path, checkpoint, "megatron_train")
+    try:
+        run.wait_for_step(1)
+        struck = time.monotonic()
+        os.killpg(run.process.pid, signal.SIGINT)
+        time.sleep(0.3)
+        assert run.process.poll() is None
+        os.killpg(run.process.pid, signal.SIGINT)
+        assert run.process.wait(60) == 130, run.stderr.read_text()
+        fault.recovered(time.monotonic() - struck)
+        assert_nothing_left(run, RAYS_LAST_WORD)
+    finally:
+        run.end()
+    assert run.stderr.read_text().rstrip().endswith("interrupted"), run.stderr.read_text()
+    fault.user_sees("interrupted; exit status 130")
+    fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk for one checkpoint and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = f"size={DISK_KB}k"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True).returncode == 0
+    yield folder
+    if mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.fault("the disk is full while a checkpoint is written")
+def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(fault: Fault, whole, tmp_path, checkpoint, small_disk):
+    """A disk that is full where this may mount one; else files of the second rank cannot grow any more."""
+    trainer, wanted = whole
+    where = f"checkpoint_config.output_dir={small_disk}"
+    run = start(tmp_path, checkpoint, trainer, where)
+    try:
+        if not os.path.ismount(small_disk):
+            run.wait_for_step(1)
+            rank = int(re.findall(r"is process (\d+)", (run.path / "logs" / "actor_train-1.log").read_text())[-1])
+            resource.prlimit(rank, resource.RLIMIT_FSIZE, (4096, 4096))
+        assert run.finish(2 * START_TIMEOUT) == 1, run.stderr.read_text()
+    finally:
+        run.end()
+    said = run.stderr.read_text()
+    lost = int(re.search(r"error: step (\d+) was not saved: .*(No space left|File too large)", said)[1])
+    assert f"there is {', '.join(f'step {step}' for step in range(1, lost)) or 'nothing'}, and resume" in said
+    assert "going on after" not in said, "another start would find the disk as full"
+    folder = next(small_disk.glob("*/*/checkpoints"))
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in range(1, lost)]
+    assert lost > 1
+    if os.path.ismount(small_disk):
+        subprocess.run(["mount", "-o", f"remount,size={100 * DISK_KB}k", small_disk], check=True)
+    began = time.monotonic()
+    again = start(tmp_path, checkpoint, trainer, where, "resume_from_checkpoint=auto")
+    try:
+        wait_until(again, lambda: f"saved {folder}/step-{lost:08d}" in again.stderr.read_text())
+        fault.recovered(time.monotonic() - began)
+        assert again.finish(START_TIMEOUT) == 0, again.stderr.read_text()
+    finally:
+        again.end()
+    assert f"going on after step {lost - 1}, from" in again.stderr.read_text()
+    assert learned(again) == learned(wanted), "to the bit"
+    fault.user_sees(
+        "error: step 2 was not saved: ... No space left on device; the run stops here; in ... there is step 1"
+    )
+    fault.lost("nothing; the step that was not saved is done again once there is space")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def relink(path: Path) -> None:
+    path.rename(path.parent.parent.parent / path.name)
+    path.symlink_to(path.parent.parent.parent / path.name)
+
+
+def edit(path: Path) -> None:
+    path.write_text(path.read_text().replace('"size"', ' "size"', 1))
+
+
+DAMAGE = {
+    STEPS: (lambda step: os.truncate(shard_of(step), shard_of(step).stat().st_size - 1), r"shard.* bytes, and had \d+"),
+    STEPS - 1: (lambda step: flip(shard_of(step)), r"shard.* holds something else than when it was saved"),
+    STEPS - 2: (lambda step: (step / "complete").unlink(), "it was not completed: it has no marker"),
+    STEPS - 3: (lambda step: edit(step / "manifest.json"), r"manifest\.json is not the one that the marker seals"),
+    STEPS - 4: (lambda step: relink(step / "state.json"), r"state\.json is neither a file nor a directory"),
+}
+"""Step -> what is done to its checkpoint, and what is said of it."""
+
+
+def shard_of(step: Path) -> Path:
+    """A file of tensors of a checkpoint."""
+    return next((step / "trainer").glob("shard-*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def damaged(whole, tmp_path_factory, checkpoint) -> tuple[Run, float]:
+    """A run whose five newest checkpoints are damaged, each in its own way, started again; and seconds until it had
+    found one to go on from."""
+    trainer, wanted = whole
+    if trainer != "megatron_train":
+        pytest.skip("the driver is the same")
+    where = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(wanted.output, where / "output", symlinks=True)
+    for step, (damage, _) in DAMAGE.items():
+        damage(next((where / "output").glob(f"*/2*/checkpoints/step-{step:08d}")))
+    struck = time.monotonic()
+    last = f"max_steps={min(DAMAGE) - 1}"
+    run = finish(start(where, checkpoint, trainer, "resume_from_checkpoint=auto", last))
+    return run, time.monotonic() - struck
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(STEPS, marks=pytest.mark.fault("a checkpoint's file of tensors is truncated")),
+        pytest.param(STEPS - 1, marks=pytest.mark.fault("a bit of a checkpoint's tensors flips")),
+        pytest.param(STEPS - 2, marks=pytest.mark.fault("a checkpoint's marker is missing")),
+        pytest.param(STEPS - 3, marks=pytest.mark.fault("a checkpoint's manifest is edited")),
+        pytest.param(STEPS - 4, marks=pytest.mark.fault("a file of a checkpoint is replaced by a link")),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_aloud(fault: Fault, damaged, step):
+    run, seconds = damaged
+    said = run.stderr.read_text()
+    assert re.search(rf"step-{step:08d} is DAMAGED: .*{DAMAGE[step][1]}.*; looking for one before it", said)
+    whole_one = min(DAMAGE) - 1
+    assert re.search(rf"nothing to do: \S+/step-{whole_one:08d} is of step {whole_one}", said), "it is the one it takes"
+    words = (
+        re.sub(r"\\d\+", "...", DAMAGE[step][1]).replace("\\", "").replace("shard.*", "shard-....safetensors has ...")
+    )
+    fault.user_sees(f"checkpoint .../step-... is DAMAGED: {words}; looking for one before it")
+    fault.recovered(seconds)
+    fault.lost("the steps from the checkpoint before it on, which are done again")
 
 
 def test_a_new_run_goes_on_from_a_path(whole, tmp_path, checkpoint):
     """As the run that it came from: FSDP2's to the bit; Megatron's, on one rank in the place of two, to rounding."""
     trainer, wanted = whole
-    step = wanted.path.resolve() / "checkpoints" / "step-00000002"
+    done = STEPS - 2
+    step = wanted.path.resolve() / "checkpoints" / f"step-{done:08d}"
     one = ("actor_train.device_mapping=[0]", "actor_train.training_args.per_device_train_batch_size=64")
     layout = one if trainer == "megatron_train" else ()
     run = finish(start(tmp_path, checkpoint, trainer, f"resume_from_checkpoint={step}", *layout))
     said = run.stderr.read_text()
-    assert f"going on after step 2, from {step}" in said
+    assert f"going on after step {done}, from {step}" in said
     assert ("  actor_train.device_mapping: [0, 1] -> [0]" in said) == bool(layout)
     found, known = learned(run), learned(wanted)
-    assert found[:2] == known[:2], "the history comes along"
+    assert found[:done] == known[:done], "the history comes along"
     if not layout:
         assert found == known
-    for name, value in known[2].items():
-        assert found[2][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    assert found[3]["actor/lr"] == known[3]["actor/lr"]
+    for name, value in known[done].items():
+        assert found[done][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert found[done + 1]["actor/lr"] == known[done + 1]["actor/lr"]
 
 
 def test_what_is_exported_of_a_checkpoint_is_what_the_run_writes(whole, tmp_path):
@@ -130,7 +344,8 @@ def test_what_is_exported_of_a_checkpoint_is_what_the_run_writes(whole, tmp_path
     from roll_r3 import export
 
     _, run = whole
-    saved, written = run.path / "checkpoints" / "step-00000004", run.path / "hf" / "step-00000004"
+    name = f"step-{STEPS:08d}"
+    saved, written = run.path / "checkpoints" / name, run.path / "hf" / name
     arguments = ["--checkpoint", str(saved), "--output", str(tmp_path / "hf")]
     assert export.main(arguments) == 0
     name = "model-00001-of-00001.safetensors"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+from leftovers import TOKEN, Descendants
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT = 300
@@ -29,7 +31,10 @@ class Run:
         command = [sys.executable, "-m", "roll_r3.run", "--config", str(ROOT / "configs" / f"{config}.yaml")]
         command += [f"pretrain={checkpoint}", f"output_dir={self.output}", *overrides]
         with self.stdout.open("w") as out, self.stderr.open("w") as err:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
+            self.started = Descendants()
+            """Every process of it, also those that have lost their parent."""
+            env = os.environ | {TOKEN: self.started.token}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True)
 
     @property
     def path(self) -> Path:
@@ -50,12 +55,15 @@ class Run:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def finish(self, timeout: float) -> int:
-        return self.process.wait(timeout)
+        """The exit status of a run that ends by itself; then nothing of it is there any more."""
+        status = self.process.wait(timeout)
+        left = self.started.left()
+        assert left == [], "left behind:\n" + "\n".join(left)
+        return status
 
     def end(self) -> None:
-        if self.process.poll() is None:
-            for process in [*self.descendants(), psutil.Process(self.process.pid)]:
-                process.kill()
+        self.started.kill()
+        self.started.close()
         self.process.wait()
 
 

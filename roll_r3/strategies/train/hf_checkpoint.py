@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from roll_r3.errors import CheckpointError
 
 SHARD_BYTES = 5 << 30
 """Size at which a saved checkpoint starts another file."""
@@ -24,9 +26,15 @@ def save_hf(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Pat
         weights: (name, whole tensor) pairs, the same on every rank; to draw one may be collective, so all ranks draw.
         source: the checkpoint that the weights began as.
         path: a directory, made if it is not there.
+
+    Raises:
+        CheckpointError: it could not be written, for want of space for instance; on rank 0, for which the others wait.
     """
     if dist.get_rank() == 0:
-        _write_checkpoint(weights, source, path)
+        try:
+            _write_checkpoint(weights, source, path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
     else:
         for _ in weights:
             pass
