@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env quickstart test test-vllm check lint unit docs compatibility engines reliability benchmarks format clean
+.PHONY: help install vllm-env quickstart test test-vllm check lint unit docs fuzz compatibility engines reliability benchmarks format clean
 
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -11,6 +11,9 @@ PYTHON := $(VENV)/bin/python
 TINY := output/tiny/qwen3_moe
 # Overrides for the quickstart, as in: make quickstart ARGS="seed=7 max_steps=5"; which benchmarks, and --write
 ARGS ?=
+# Most tests wait for processes more than they compute; a file's tests share what they start
+TEST_PROCESSES ?= 2
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,8 +33,10 @@ quickstart: install ## train a tiny MoE model with router replay on this machine
 	@$(PYTHON) -m roll_r3.run --config configs/quickstart.yaml $(ARGS)
 
 test: install ## run all tests, those with real engines too, but for vLLM's
-	@echo "== all tests"
-	@$(PYTHON) -m pytest -m "not vllm"
+	@echo "== all tests, $(TEST_PROCESSES) files at a time"
+	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not vllm" --ignore tests/benchmarks
+	@echo "== what replay may cost, with nothing beside it"
+	@$(PYTHON) -m pytest tests/benchmarks
 
 test-vllm: install vllm-env ## run the tests against a real vLLM server (minutes)
 	@echo "== the tests of the vLLM rollout"
@@ -56,13 +61,16 @@ lint: install
 
 unit: install
 	@echo "== unit tests"
-	@$(PYTHON) -m pytest tests/unit
+	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) tests/unit
 
 docs: install ## write what is generated: the configuration's pages and the schema for editors
 	@$(PYTHON) -m roll_r3.config.docs
 	@$(PYTHON) -m roll_r3.config.schema
 	@$(PYTHON) -m roll_r3.preflight.docs
 	@$(PYTHON) -m roll_r3.config.roll_yaml
+
+fuzz: install ## give what reads from outside hostile inputs; ARGS="--inputs 10000" (a quarter of an hour)
+	@$(PYTHON) tests/fuzz $(ARGS)
 
 compatibility: install ## run the matrix of layouts and write docs/compatibility.md from it (minutes)
 	@$(PYTHON) -m pytest tests/integration/test_megatron_matrix.py --write-compatibility

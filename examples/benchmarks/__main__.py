@@ -26,7 +26,6 @@ BENCHMARKS = (
     "route_preparation",
     "replay_step_time",
     "rollout_routes",
-    "memory_over_steps",
 )
 """Modules beside this one; `measure(rounds)` of each makes its part of the report."""
 

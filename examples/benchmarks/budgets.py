@@ -22,6 +22,3 @@ SHARE = 0.03
 STEP = 1.3
 """The fastest step of a tiny model with R3 over the fastest without. The target for real ones is `STEP_TARGET`."""
 STEP_TARGET = 1.02
-GROWTH_FROM, GROWTH_TO, GROWTH = 20, 40, 1.1
-"""Of a run, two steps, and what its processes hold after the later one over what they held after the earlier one. What
-is held once is a hundredth of that; steps that left their samples behind would show."""

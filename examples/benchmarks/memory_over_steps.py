@@ -1,7 +1,7 @@
 """Whether a run that makes many steps holds more and more: memory, objects, references and open files of its processes.
 
-    .venv/bin/python -m examples.benchmarks memory_over_steps                    # 200 steps, minutes
-    .venv/bin/python -m examples.benchmarks.memory_over_steps --steps 40 --from-step 10
+    .venv/bin/python -m examples.benchmarks.memory_over_steps                    # 200 steps, minutes
+    .venv/bin/python -m examples.benchmarks.memory_over_steps --steps 40 --from-step 20
     .venv/bin/python -m examples.benchmarks.memory_over_steps actor_infer.strategy_args.strategy_name=sglang
 
 The real program trains a tiny model with R3, saves every fifth step and keeps two checkpoints. After every step a
@@ -69,11 +69,6 @@ class Seen:
     processes: dict[str, Held] = field(default_factory=lambda: defaultdict(Held))
     store_megabytes: dict[int, float] = field(default_factory=dict)
     store_objects: dict[int, float] = field(default_factory=dict)
-
-
-def measure(rounds: int) -> Report:
-    """The whole benchmark; one run is made, however many `rounds`."""
-    return run(STEPS, FROM_STEP)
 
 
 def run(steps: int, from_step: int, overrides: Sequence[str] = ()) -> Report:

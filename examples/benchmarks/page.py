@@ -40,7 +40,6 @@ def render(report: Report) -> str:
         _preparation(report["route_preparation"]),
         _memory(report["route_preparation"]),
         _recording(report["rollout_routes"]),
-        _many_steps(report["memory_over_steps"]),
     ]
     return "\n".join(line for section in sections for line in section)
 
@@ -287,33 +286,6 @@ def _recording(report: Report) -> list[str]:
         f"{decoding['longest_pause_over_decoding']:.2f}",
         "of that time.",
         "",
-    ]
-
-
-def _many_steps(report: Report) -> list[str]:
-    units = {"megabytes": "MB", "files": "open files", "references": "references"}
-
-    def cell(found: Report | None, what: str) -> str:
-        if found is None:
-            return "-"
-        digits = 1 if what == "megabytes" else 0
-        both = f"{found['before']:.{digits}f} to {found['after']:.{digits}f}"
-        return both if found["ratio"] is None else f"{both} ({found['ratio']:.3f})"
-
-    rows = [[name, *(cell(held.get(what), what) for what in units)] for name, held in report["processes"].items()]
-    store = report["store"]
-    return [
-        "## Memory over many steps",
-        "",
-        f"What the processes of a run hold after step {report['from_step']} and after step {report['steps']}, and the "
-        "ratio of the two. A tiny model with R3,",
-        "Megatron on two ranks, `hf_infer`, TensorBoard, a checkpoint beside every fifth step, two of them kept. The",
-        "memory is a process's own (USS), without what it shares with others; references are to objects of Ray. Object",
-        f"store: {cell(store['megabytes'], 'megabytes')} MB, {cell(store['objects'], 'objects')} objects.",
-        f"Bound on the memory of driver and workers, from step {budgets.GROWTH_FROM} to step {budgets.GROWTH_TO}: "
-        f"{budgets.GROWTH}; references and open files may not grow at all.",
-        "",
-        *_table(["process", *units.values()], rows),
     ]
 
 

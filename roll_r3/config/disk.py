@@ -32,6 +32,22 @@ def why_no_file(path: Path) -> str:
     return "" if stat.S_ISREG(mode) else "it is a pipe or a device, not a file"
 
 
+def read_at_most(path: Path, most: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        OSError: it cannot be read, is a pipe or a device, or has more than `most` bytes.
+    """
+    if why := why_no_file(path):
+        raise OSError(f"{path}: {why}")
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        content = stream.read(min(size, most) + 1)  # memory is taken for as much as is asked for
+    if len(content) > most:
+        raise OSError(f"{path}: it has more than {most} bytes")
+    return content
+
+
 def unseen(path: Path) -> str:
     """Why it cannot be known what stands at `path`; empty when it can, or when nothing does."""
     mode = _mode(path)

@@ -130,7 +130,11 @@ class Sizes:
         node = at(self._data, place)
         if isinstance(node, dict):
             return (*place, name) if name in node else None
-        if not isinstance(node, list) or not re.fullmatch(r"-?\d+", name) or not -len(node) <= int(name) < len(node):
+        if (
+            not isinstance(node, list)
+            or not re.fullmatch(r"-?\d{1,9}", name)
+            or not -len(node) <= int(name) < len(node)
+        ):
             return None
         return (*place, int(name) % len(node))
 

@@ -21,9 +21,9 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import ABSENT, Finding, InvalidConfigError, Origins, show_value
 from roll_r3.config.roll_yaml import include_defaults, translate
 from roll_r3.config.tree import Keys, at, children, dotted, join, overlap, remove
-from roll_r3.config.yaml_file import parse_yaml
+from roll_r3.config.yaml_file import MAX_DEPTH, parse_yaml
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 1 << 20
 """Largest file that is read."""
 _MAX_ROUNDS = 100
 """How often what is wrong is taken out and the rest is looked at again."""
@@ -184,9 +184,9 @@ def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> list[
     """Set one `a.b.c=value` in `data`, and its place in `places`; returns what is wrong with it."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
-    if not equals or not all(keys) or any(c.isspace() for c in path):
+    if not equals or not all(keys) or any(c.isspace() for c in path) or len(keys) > MAX_DEPTH:
         fix = "write section.field=value, without spaces around ="
-        return [Finding("override", "error", (), f"{override!r} is not an override", fix)]
+        return [Finding("override", "error", (), f"{show_value(override)!r} is not an override", fix)]
     place = f"override {show_value(override)}"
     parsed = parse_yaml(text, place, path)
     if parsed.findings:
@@ -216,9 +216,12 @@ def _cannot_set(node: Any, key: str, here: str, override: str) -> Finding | None
     if isinstance(node, dict):
         return None
     if not isinstance(node, list):
-        why = f"{override!r}: {here} holds a value, it is not a section, so nothing can be set inside it"
+        why = f"{show_value(override)!r}: {here} holds a value, it is not a section, so nothing can be set inside it"
         return Finding("override", "error", ((here, node),), why, f"set {here} itself")
-    if key.isdecimal() and int(key) < len(node):
+    if key.isdecimal() and len(key) <= len(str(len(node))) and int(key) < len(node):
         return None
-    why = f"{override!r}: {here} is a list of {len(node)} items and {key} is none of them (they count from 0)"
+    why = (
+        f"{show_value(override)!r}: {here} is a list of {len(node)} items and {show_value(key)} is none of them (they "
+        "count from 0)"
+    )
     return Finding("override", "error", ((here, node),), why, f"set the whole list: {here}=[...]")

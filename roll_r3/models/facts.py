@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roll_r3.config.disk import why_no_file
+from roll_r3.config.disk import read_at_most, why_no_file
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import Architecture
@@ -16,6 +16,8 @@ from roll_r3.models.architectures.base import Architecture
 MAX_EXPERTS = 1 << 16
 """Routes hold an expert's number in at most 16 bits."""
 _MAX_LAYERS = 10_000
+MAX_CONFIG = 16 << 20
+"""Bytes of a config.json that is read."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,13 @@ def read_facts(checkpoint: str | Path) -> ModelFacts:
     if why := why_no_file(path):
         raise ConfigError(f"{path} cannot be read ({why}): a Hugging Face checkpoint directory holds one")
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(read_at_most(path, MAX_CONFIG).decode())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is not a JSON object")
     return facts_of(config)
 
 

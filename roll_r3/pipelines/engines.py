@@ -115,7 +115,7 @@ class Engines:
         logger.warning("%s failed, and is started again (%d of %d): %s", name, failures, self._max_restarts, why)
         self._say(
             f"{name} failed, and is started again ({failures} of {self._max_restarts} times before a step is done): "
-            f"{why.splitlines()[0]}"
+            f"{why.splitlines()[0].partition('; the end of ')[0]} (more in logs/driver.log)"
         )
 
 

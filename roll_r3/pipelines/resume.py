@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from roll_r3.config.derived import saving_dir
+from roll_r3.config.disk import read_at_most
+from roll_r3.config.load import MAX_BYTES
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.report import show_value
 from roll_r3.config.tree import join
-from roll_r3.config.yaml_file import to_yaml
+from roll_r3.config.yaml_file import parse_yaml, to_yaml
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import CheckpointError, ConfigError
 from roll_r3.saving.manifest import verify, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, Data, RunState, fingerprint, read_state
 from roll_r3.saving.store import CHECKPOINTS, Store, newest_run
 from roll_r3.tracking.run_dir import RunDir
+
+_MAX_METRICS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def put_back(
         point: None: the run begins again.
     """
     done = point.state.step if point else 0
-    replace_file(run_dir.metrics_file, (point.checkpoint / METRICS).read_text() if point else "")
+    replace_file(run_dir.metrics_file, _metrics_of(point.checkpoint) if point else "")
     for aside in checkpoints.set_aside_after(done, "damaged"):
         say(f"what is left of a damaged checkpoint is in {aside}")
     for aside in exports.set_aside_after(done, "earlier"):
@@ -113,25 +116,59 @@ def replace_file(path: Path, text: str) -> None:
 def _until(samples: Path, step: int) -> list[str]:
     """The lines of samples.jsonl up to a step; the last line may be cut off."""
     kept = []
-    for line in samples.read_text().splitlines(keepends=True):
+    for line in samples.read_text(errors="replace").splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return kept
 
 
+def _metrics_of(checkpoint: Path) -> str:
+    """The metrics of a checkpoint's steps, as they were written.
+
+    Raises:
+        CheckpointError: they are not there, or are something else.
+    """
+    path = checkpoint / METRICS
+    try:
+        text = read_at_most(path, _MAX_METRICS).decode()
+        for line in text.splitlines():
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row.pop("step", None)) is not int:
+                raise ValueError("a line is not of a step")
+            if not all(value is None or type(value) in (int, float) for value in row.values()):
+                raise ValueError("a metric is no number")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} does not hold the metrics of the run so far: {error}") from error
+    return text
+
+
 def changes(config: RLVRConfig, point: ResumePoint) -> list[str]:
-    """The fields that are not as in the run so far, and how."""
-    before = _flat(yaml.safe_load((point.checkpoint / CONFIG).read_text()))
-    after = _flat(yaml.safe_load(to_yaml(config)))
+    """The fields that are not as in the run so far, and how.
+
+    Raises:
+        CheckpointError: the checkpoint does not say what they were.
+    """
+    path = point.checkpoint / CONFIG
+    try:
+        earlier = parse_yaml(read_at_most(path, MAX_BYTES).decode(), str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if earlier.findings:
+        raise CheckpointError(f"{path} cannot be read: {earlier.findings[0].why}")
+    before, after = _flat(earlier.value), _flat(parse_yaml(to_yaml(config), "this run").value)
     paths = [path for path in before | after if before.get(path) != after.get(path)]
     return [
-        f"  {path}: {before.get(path, 'not there')} -> {after.get(path, 'not there')}"
+        f"  {path}: {_shown(before, path)} -> {_shown(after, path)}"
         for path in paths
         if path != "resume_from_checkpoint"
     ]
+
+
+def _shown(values: dict[str, Any], path: str) -> str:
+    return show_value(values[path]) if path in values else "not there"
 
 
 def _flat(node: Any, path: str = "") -> dict[str, Any]:

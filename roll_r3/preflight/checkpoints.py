@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roll_r3.config.disk import is_directory, is_file, matches, unseen, why_no_file
+from roll_r3.config.disk import is_directory, is_file, matches, read_at_most, unseen, why_no_file
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.checkpoint import cached_file, is_hub_name
 from roll_r3.models.facts import ModelFacts, facts_of
 from roll_r3.models.known import known_config
 
+_MAX_JSON = 256 << 20
+"""Bytes of a description that is read; the index of a large model has a few millions."""
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "*.model")
 """What a tokenizer is made from: a file of its own, or code that comes with the checkpoint."""
@@ -90,6 +92,6 @@ def _read(path: Path) -> Model | str:
 def _read_json(path: Path) -> Any:
     """The file's content; None when it cannot be read."""
     try:
-        return json.loads(path.read_text()) if is_file(path) else None
+        return json.loads(read_at_most(path, _MAX_JSON).decode()) if is_file(path) else None
     except (OSError, ValueError, RecursionError):
         return None

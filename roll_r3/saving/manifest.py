@@ -17,11 +17,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from roll_r3.config.disk import read_at_most, why_no_file
 from roll_r3.errors import CheckpointError
 
 MANIFEST, MARKER = "manifest.json", "complete"
 _CHUNK = 8 << 20
 _MAX_MANIFEST = 256 << 20
+_MAX_MARKER = 1024
+_MAX_DEPTH = 64
+"""Directories in one another; a checkpoint has two."""
 _THREADS = 8
 
 
@@ -66,11 +70,13 @@ def files_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in _walk(folder))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, depth: int = 0) -> Iterator[Path]:
+    if depth > _MAX_DEPTH:
+        raise CheckpointError(f"{folder} is {depth} directories deep")
     for entry in os.scandir(folder):
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISDIR(mode):
-            yield from _walk(Path(entry.path))
+            yield from _walk(Path(entry.path), depth + 1)
         elif stat.S_ISREG(mode):
             yield Path(entry.path)
         else:
@@ -124,12 +130,12 @@ def verify(folder: Path) -> None:
 def _listed(folder: Path) -> dict[str, FileSum]:
     """What the list says; it is not looked at unless the marker seals it."""
     marker, path = folder / MARKER, folder / MANIFEST
-    if not marker.is_file():
+    if why_no_file(marker):
         raise CheckpointError("it was not completed: it has no marker")
-    if not path.is_file() or path.stat().st_size > _MAX_MANIFEST:
+    if why_no_file(path):
         raise CheckpointError(f"it has no {MANIFEST}")
-    text = path.read_bytes()
-    if hashlib.sha256(text).hexdigest() != marker.read_text(errors="replace").strip():
+    text, sealed = read_at_most(path, _MAX_MANIFEST), read_at_most(marker, _MAX_MARKER)
+    if hashlib.sha256(text).hexdigest() != sealed.decode(errors="replace").strip():
         raise CheckpointError(f"{MANIFEST} is not the one that the marker seals")
     try:
         files = _Manifest.model_validate_json(text).files

@@ -6,16 +6,23 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from roll_r3.config.disk import read_at_most
 from roll_r3.errors import CheckpointError, ConfigError
 
 STATE = "state.json"
 TRAINER, CONFIG, METRICS = "trainer", "config.yaml", "metrics.jsonl"
 """What a checkpoint holds besides: the trainer's tensors, the resolved configuration, the metrics of all its steps."""
 _MAX_BYTES = 16 << 20
+_SHOWN = 1000
+"""Characters of a message about a file that is not as it should be."""
+
+
+NonNegativeInt = Annotated[int, Field(ge=0, lt=1 << 63)]
+PositiveInt = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
 class _Strict(BaseModel):
@@ -47,6 +54,13 @@ class RunState(_Strict):
     """Name of the strategy that wrote the tensors."""
     data: Data
 
+    @model_validator(mode="after")
+    def _drawn_in_steps(self) -> Self:
+        """Else what was drawn would be drawn again for as long as somebody wrote there."""
+        if (batches := sum(count for count, _ in self.data.drawn)) != self.step:
+            raise ValueError(f"{batches} batches were drawn in {self.step} steps")
+        return self
+
     def text(self) -> str:
         return self.model_dump_json(indent=1) + "\n"
 
@@ -59,10 +73,9 @@ def read_state(checkpoint: Path) -> RunState:
     """
     path = checkpoint / STATE
     try:
-        with path.open("rb") as stream:
-            return RunState.model_validate_json(stream.read(_MAX_BYTES))
+        return RunState.model_validate_json(read_at_most(path, _MAX_BYTES))
     except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{path} does not say how far the run was: {error}") from error
+        raise CheckpointError(f"{path} does not say how far the run was: {str(error)[:_SHOWN]}") from error
 
 
 def fingerprint(rows: Sequence[tuple[object, ...]]) -> str:

@@ -11,15 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.benchmarks import (
-    budgets,
-    memory_over_steps,
-    page,
-    replay_step_time,
-    route_delivery,
-    route_preparation,
-    route_wire,
-)
+from examples.benchmarks import budgets, page, replay_step_time, route_delivery, route_preparation, route_wire
 from examples.benchmarks.measuring import Report, facts, machine, ratio
 from examples.benchmarks.replay_step_time import RECOMPUTED, TINY
 from examples.benchmarks.rollout_routes import Shape
@@ -61,11 +53,6 @@ def delivery() -> Report:
             **route_delivery.large(SPEED_OF, Split(sp=2, stages=4, dp=2), prompts=2, tokens_per_sample=2048),
         },
     }
-
-
-@pytest.fixture(scope="module")
-def steps() -> Report:
-    return memory_over_steps.run(budgets.GROWTH_TO, budgets.GROWTH_FROM)
 
 
 @pytest.fixture(scope="module")
@@ -159,22 +146,6 @@ def test_a_step_spends_next_to_nothing_on_routes(step: Report) -> None:
 
 
 @pytest.mark.integration
-def test_a_run_holds_no_more_step_by_step(steps: Report) -> None:
-    processes = steps["processes"]
-    assert {"driver", "actor_infer-0", "actor_train-0", "actor_train-1", "raylet", "gcs_server"} == set(processes)
-    for name, held in processes.items():
-        if (
-            "references" in held
-        ):  # the workers and the driver; Ray's own processes keep records of the run, up to a bound
-            assert held["megabytes"]["ratio"] < budgets.GROWTH, (name, held)
-            assert held["references"]["after"] <= held["references"]["before"], (name, held)
-            assert held["files"]["after"] <= held["files"]["before"], (name, held)
-    assert sum("references" in held for held in processes.values()) == 4
-    store = steps["store"]
-    assert store["objects"]["after"] <= store["objects"]["before"], store
-
-
-@pytest.mark.integration
 def test_the_page_has_every_figure(
     wire: Report,
     answer: Report,
@@ -183,7 +154,6 @@ def test_the_page_has_every_figure(
     preparation: Report,
     memory: Report,
     step: Report,
-    steps: Report,
 ) -> None:
     text = page.render(
         {
@@ -205,14 +175,13 @@ def test_the_page_has_every_figure(
                 },
                 "decoding": {"rows": 1, "megabytes": 1.0, "ms": 1.0, "longest_pause_over_decoding": 0.5},
             },
-            "memory_over_steps": steps,
         }
     )
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
-    assert len(tables) == 12
+    assert len(tables) == 11
     for table in tables:
         assert len({line.count(" | ") for line in table}) == 1, table
-    assert sum(len(table) - 2 for table in tables) == 18 + len(sizes) + len(steps["processes"])
+    assert sum(len(table) - 2 for table in tables) == 18 + len(sizes)
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     committed = (ROOT / page.OUTPUT).read_text()
     assert [heading for heading in headings if heading not in committed] == [], "run make benchmarks ARGS=--write"

@@ -130,6 +130,13 @@ def rope_settings(config: RawConfig) -> Mapping[str, Any]:
 
 def unbuildable(architecture: Architecture, config: RawConfig) -> list[str]:
     """Why megatron-core cannot build a checkpoint with this config.json; empty when it can."""
+    try:
+        return _unbuildable(architecture, config)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a field of another type, or a 0
+        return [f"its settings cannot be read: {error}"]
+
+
+def _unbuildable(architecture: Architecture, config: RawConfig) -> list[str]:
     reasons = architecture.refuses(config)
     rope = rope_settings(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"

@@ -30,6 +30,10 @@ _TOKEN_BYTES = 4096
 _HEAD_BYTES = 1 << 20
 """Room for what an answer holds besides."""
 _ROUTES = re.compile(rb'(?<!\\)"routed_experts"\s*:\s*"')
+_SHOWN = 500
+"""Characters that a message shows of what a server said."""
+MISREAD = (ValueError, KeyError, TypeError, OverflowError, AttributeError)
+"""What comes of reading an answer that is not in the form that it should have."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,26 @@ class Answer:
     """How many of them came from its prefix cache, for certain; 0 where it does not say."""
 
 
+def readable(said: object) -> str:
+    """What a server said, for a message: not too long, and nothing in it that a terminal or a log chokes on."""
+    text = (f"{type(said).__name__}: {said}" if isinstance(said, Exception) else str(said))[:_SHOWN]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def whole(value: Any, name: str) -> int:
+    """A number that is written as a whole one. Raises ValueError: `3.0`, `"3"` and `true` are none."""
+    if type(value) is not int:
+        raise ValueError(f"{name} is {readable(repr(value))}, which is no whole number")
+    return value
+
+
+def token_ids(values: Any) -> npt.NDArray[np.int32]:
+    """A list of whole numbers, int32 [R]. Raises one of MISREAD: numpy alone would take `1.5`, `"3"` and `true`."""
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        raise ValueError(f"the token ids {readable(repr(values)[:_SHOWN])} are no list of whole numbers")
+    return np.array(values, np.int32)
+
+
 def read_finish_reason(kind: Any, detail: str) -> FinishReason:
     """Raises SampleError unless the response came to an end of its own.
 
@@ -75,9 +99,9 @@ def read_finish_reason(kind: Any, detail: str) -> FinishReason:
         detail: what it said besides.
     """
     if kind == "abort":
-        raise SampleError(f"the engine aborted the request: {detail}")
+        raise SampleError(f"the engine aborted the request: {readable(detail)}")
     if kind not in ("stop", "length"):
-        raise SampleError(f"the engine finished with {kind!r}, which is not stop, length or abort")
+        raise SampleError(f"the engine finished with {readable(repr(kind))}, which is not stop, length or abort")
     return "stop" if kind == "stop" else "length"
 
 
@@ -86,16 +110,22 @@ def parsed(body: bytes) -> tuple[Any, memoryview | None]:
 
     Routes are nearly all of a long answer, and a parser would make a string of them while nothing else can run. Base64
     needs no escapes, so its text ends at the next quotation mark; the name in quotation marks cannot be part of
-    another string, where they would be escaped.
+    another string, where they would be escaped. What is left of them in the JSON is an empty text, by which a reader
+    sees that they stood where they belong.
 
     Raises:
-        ValueError: not JSON.
+        ValueError: not JSON, or nested too deeply, or routes are there twice.
     """
     start = found.end() if (found := _ROUTES.search(body)) else -1
     end = body.find(b'"', start) if found else -1
-    if end < 0:
-        return json.loads(body), None
-    return json.loads(body[:start] + body[end:]), memoryview(body)[start:end]
+    if end >= 0 and _ROUTES.search(body, end):
+        raise ValueError("routed_experts is there twice")
+    try:
+        if end < 0:
+            return json.loads(body), None
+        return json.loads(body[:start] + body[end:]), memoryview(body)[start:end]
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def decoded(payload: memoryview | None) -> bytes:
@@ -123,7 +153,8 @@ def checked_sample(
     """
     response_ids_R, prompt_ids = answer.response_ids_R, asked.sample.prompt_ids
     if stale := sorted({version for version in answer.weight_versions if version != str(asked.weight_version)}):
-        raise SampleError(f"the answer comes from weights of version {', '.join(stale)}, not {asked.weight_version}")
+        versions = readable(", ".join(stale[:5]))
+        raise SampleError(f"the answer comes from weights of version {versions}, not {asked.weight_version}")
     if answer.prompt_tokens != len(prompt_ids):
         raise SampleError(f"the engine saw {answer.prompt_tokens} prompt tokens of {len(prompt_ids)}")
     if response_ids_R.ndim != 1 or not len(response_ids_R):
@@ -158,10 +189,13 @@ def checked_sample(
 def _log_probs(entries: Sequence[Sequence[Any]], response_ids_R: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
     """Each entry must belong to the token at its place."""
     try:
-        log_probs_R = np.array([entry[0] for entry in entries], np.float32)
-        ids_R = np.array([entry[1] for entry in entries], np.int64)
-    except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
-        raise RouteError(f"the log-probabilities cannot be read: {error}") from error
+        values = [entry[0] for entry in entries]
+        if not set(map(type, values)) <= {float, int}:
+            raise ValueError("some are no numbers")
+        log_probs_R = np.array(values, np.float32)
+        ids_R = token_ids([entry[1] for entry in entries])
+    except (*MISREAD, IndexError) as error:
+        raise RouteError(f"the log-probabilities cannot be read: {readable(error)}") from error
     check_log_probs(log_probs_R, len(response_ids_R))
     if (ids_R != response_ids_R).any():
         raise RouteError(

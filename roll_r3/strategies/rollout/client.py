@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 
+from roll_r3.strategies.rollout.answers import readable
 from roll_r3.strategies.rollout.sampling import SampleError
 
 _PLAIN_ANSWER = 64 << 20
@@ -29,7 +30,8 @@ class ServerClient:
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._base = f"http://{authority}"
         self._session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {api_key}"},
+            headers={"Authorization": f"Bearer {api_key}", "Accept-Encoding": "identity"},
+            auto_decompress=False,  # what is small as it comes could fill the memory when it is unpacked
             # A fresh connection per request: the server drops idle ones after 5 s, and a request that is just being
             # written to a dropped one fails.
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
@@ -39,7 +41,7 @@ class ServerClient:
         """True once the server can generate, and knows the key: another server on the same port does not."""
         try:
             for path in ("/health", self._keyed_path):  # the first may ask for no key
-                async with self._session.get(self._base + path, timeout=_timeout(timeout_s)) as response:
+                async with self._get(path, timeout_s) as response:
                     if response.status != 200:
                         return False
         except (aiohttp.ClientError, TimeoutError):
@@ -53,8 +55,10 @@ class ServerClient:
             UnreachableError: no connection, or it broke.
             SampleError: an HTTP error, no answer in time, or one that is too large.
         """
-        answering = self._session.get(self._base + path, timeout=_timeout(timeout_s))
-        return await self._body(answering, timeout_s, _PLAIN_ANSWER)
+        return await self._body(self._get(path, timeout_s), timeout_s, _PLAIN_ANSWER)
+
+    def _get(self, path: str, timeout_s: float) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._session.get(self._base + path, timeout=_timeout(timeout_s), allow_redirects=False)
 
     async def post(
         self, path: str, request: dict[str, Any], timeout_s: float, most_bytes: int = _PLAIN_ANSWER
@@ -64,7 +68,9 @@ class ServerClient:
         Args:
             most_bytes: an answer with more is refused, and no more of it is read than that.
         """
-        answering = self._session.post(self._base + path, json=request, timeout=_timeout(timeout_s))
+        answering = self._session.post(
+            self._base + path, json=request, timeout=_timeout(timeout_s), allow_redirects=False
+        )
         return await self._body(answering, timeout_s, most_bytes)
 
     async def _body(
@@ -85,9 +91,9 @@ class ServerClient:
         except TimeoutError as error:
             raise SampleError(f"no answer within {timeout_s:g} s (strategy_config.request_timeout)") from error
         except aiohttp.ClientError as error:
-            raise UnreachableError(f"the connection to the server failed: {type(error).__name__}: {error}") from error
+            raise UnreachableError(f"the connection to the server failed: {readable(error)}") from error
         if status != 200:
-            raise SampleError(f"the server answered {status}: {body[:500].decode(errors='replace')}")
+            raise SampleError(f"the server answered {status}: {readable(body[:500].decode(errors='replace'))}")
         return body
 
     async def close(self) -> None:

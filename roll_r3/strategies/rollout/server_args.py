@@ -15,6 +15,7 @@ many."""
 
 Argument = str | int | float | bool | None
 
+_OURS = ("TORCHELASTIC_", "RAY_AUTH_")
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -67,9 +68,7 @@ def command_line(arguments: Mapping[str, Argument], *, negated: Collection[str] 
 
 
 def without_rank(inherited: Mapping[str, str]) -> dict[str, str]:
-    """An environment without a trainer's place in its world, which is not the server's."""
+    """An environment without a trainer's place in its world, and without the key to Ray, which are not the server's."""
     return {
-        name: value
-        for name, value in inherited.items()
-        if name not in _RANK_VARIABLES and not name.startswith("TORCHELASTIC_")
+        name: value for name, value in inherited.items() if name not in _RANK_VARIABLES and not name.startswith(_OURS)
     }

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _LEAVE_S = 20.0
 """Seconds that engines get to leave a group."""
+_LONGEST_ANSWER = 1 << 20
+"""Bytes of an engine's answer that are read; they say that it succeeded, or why it did not."""
 _KEPT_IN_FP32 = ("e_score_correction_bias",)
 """Endings of names that engines hold in fp32 whatever their precision; all others are sent in the engine's."""
 
@@ -290,7 +292,7 @@ class ServerWeightChannel(ABC):
         try:
             connection.request("POST", path, json.dumps(request), headers)
             response = connection.getresponse()
-            text = response.read().decode(errors="replace")
+            text = response.read(_LONGEST_ANSWER).decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
             what = "did not answer" if isinstance(error, TimeoutError) else "is not reachable"
             raise EngineError(f"{target.name} {what} at {path}: {type(error).__name__}: {error}") from error

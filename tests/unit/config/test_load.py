@@ -175,3 +175,23 @@ def test_every_shipped_configuration_loads():
     assert files
     for file in files:
         load(file)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "override", ["actor_train.device_mapping." + "9" * 5000 + "=1", "a." * 3000 + "b=1"], ids=["number", "depth"]
+)
+def test_an_override_that_leads_nowhere_is_named(load_text, override):
+    with pytest.raises(InvalidConfigError) as refused:
+        load_text(MINIMAL, "actor_train.device_mapping=[0]", override)
+    assert len(str(refused.value)) < 1000
+
+
+def test_an_item_far_beyond_a_list_is_not_resolved(load_text):
+    assert "cannot be resolved" in only(load_text, MINIMAL + "seed: ${actor_train.x." + "9" * 5000 + "}").why
+
+
+@pytest.mark.timeout(60)
+def test_a_file_of_many_values_is_left_early(load_text):
+    """Composing half a million nodes takes minutes and a gigabyte."""
+    assert "more than" in only(load_text, "a: [" + "1," * 500_000 + "]").why

@@ -8,6 +8,8 @@ import runpy
 import pytest
 
 from roll_r3.errors import ConfigError
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.architectures.base import unbuildable
 from roll_r3.models.checkpoint import hub_cache, is_hub_name, resolve_checkpoint
 from roll_r3.models.facts import facts_of, read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -148,3 +150,24 @@ def test_the_hubs_cache_is_where_its_client_has_it(monkeypatch, environment):
     for name, value in {"HOME": "/home/someone", **environment}.items():
         monkeypatch.setenv(name, value)
     assert str(hub_cache()) == runpy.run_path(constants.__file__)["HF_HUB_CACHE"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '"x"', "null", "\udcff"])
+def test_a_file_that_is_no_description_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ConfigError, match="is not"):
+        read_facts(tmp_path)
+
+
+def test_a_file_larger_than_any_description_is_not_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as stream:
+        stream.truncate(1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(ConfigError, match="more than"):
+        read_facts(tmp_path)
+
+
+def test_settings_that_cannot_be_read_are_a_reason():
+    config = {"num_experts_per_tok": 2, "topk_group": 0}
+    assert unbuildable(ARCHITECTURES["deepseek_v3"], config) == [
+        "its settings cannot be read: integer division or modulo by zero"
+    ]

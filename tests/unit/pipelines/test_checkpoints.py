@@ -429,3 +429,34 @@ def test_a_lost_worker_while_saving_is_no_full_disk(tmp_path, async_save):
     with pytest.raises(LostWorkerError, match="actor_train-1 died"), run.saving:
         run.run_to(4)
     assert [path.name for path in run.checkpoints.folder.iterdir()] == ["step-00000002"]
+
+
+SAYS_NO_CONFIGURATION = {
+    "aliases that double": "a: &a {x: 1}\n"
+    + "".join(f"b{i}: &b{i} {{p: *{f'b{i - 1}' if i else 'a'}, q: *{f'b{i - 1}' if i else 'a'}}}\n" for i in range(40)),
+    "a tag": "a: !!python/object/apply:os.mkdir [x]",
+    "no YAML": "{",
+    "nothing": None,
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("text", SAYS_NO_CONFIGURATION.values(), ids=SAYS_NO_CONFIGURATION)
+def test_a_checkpoint_whose_configuration_is_none_is_refused(tmp_path, text):
+    run = FakeRun(config_of(tmp_path)).run_to(2)
+    path = run.checkpoints.path(2)
+    (path / "config.yaml").unlink() if text is None else (path / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        changes(run.config, ResumePoint(path, read_state(path), None))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"step": "1"}', '{"step": 1, "a": "b"}', "\udcff", None])
+def test_metrics_that_are_none_are_refused(tmp_path, text):
+    run = FakeRun(config_of(tmp_path)).run_to(2)
+    path = run.checkpoints.path(2)
+    if text is None:
+        (path / "metrics.jsonl").unlink()
+    else:
+        (path / "metrics.jsonl").write_text(text, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match="does not hold the metrics"):
+        put_back(run.run_dir, run.checkpoints, run.exports, ResumePoint(path, read_state(path), None), run.said.append)

@@ -43,7 +43,7 @@ class Cluster:
         self.log.append([(r.sample_ids, r.seeds) for r in requests])
         assert not self.is_down
         lost = self.loses.pop(0) if self.loses else {}
-        self.is_down = dict.fromkeys(lost, "engine died: killed\nlog")
+        self.is_down = dict.fromkeys(lost, "engine died: killed; the end of x.log:\nlog")
         gone = {sample_id for ids in lost.values() for sample_id in ids}
         return [
             GenerateResult(
@@ -134,12 +134,14 @@ def test_an_engine_that_goes_down_too_often_in_a_step_ends_the_run() -> None:
     with pytest.raises(EngineError) as caught:
         made.generate(REQUESTS)
     assert str(caught.value) == (
-        "actor_infer-1 failed: engine died: killed\nlog\nIt failed 3 times before a step was done, and "
+        "actor_infer-1 failed: engine died: killed; the end of x.log:\nlog\n"
+        "It failed 3 times before a step was done, and "
         "actor_infer.strategy_args.strategy_config.max_restarts is 2"
     )
     assert said[1] == "samples asked for again: 1"
     assert [line for line in said if "failed" in line] == [
-        f"actor_infer-1 failed, and is started again ({n} of 2 times before a step is done): engine died: killed"
+        f"actor_infer-1 failed, and is started again ({n} of 2 times before a step is done): engine died: killed "
+        "(more in logs/driver.log)"
         for n in (1, 2)
     ]
 

@@ -6,9 +6,11 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from roll_r3.strategies.rollout.hf import receiver as module
 from roll_r3.strategies.rollout.hf.receiver import MAX_BODY, WeightReceiver
@@ -96,3 +98,43 @@ def test_whatever_fails_is_answered(
     assert status == 400 and said in message
     assert call(receiver, b"{}", key=receiver.key) == (200, ""), "it goes on"
     assert call(receiver, b"{}", path="/other", key=receiver.key) == (404, "no such call")
+
+
+def test_nesting_without_end_is_refused(receiver: WeightReceiver) -> None:
+    status, message = call(receiver, b"[" * 100_000, key=receiver.key)
+    assert status == 400 and "is no JSON" in message
+
+
+@pytest.fixture
+def joined(receiver: WeightReceiver) -> Iterator[WeightReceiver]:
+    """In a group of one: what it broadcasts to itself is what the memory held."""
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+    request = {"master_address": "127.0.0.1", "master_port": store.port, "rank_offset": 0, "world_size": 1}
+    assert receiver.answer("/init_weights_update_group", request | {"backend": "gloo", "group_name": "g"})[0] == 200
+    yield receiver
+    receiver.answer("/destroy_weights_update_group", {})
+    del store
+
+
+ONE = {"names": ["w"], "dtypes": ["float32"], "shapes": [[2]], "weight_version": "1-incomplete"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtypes": []},
+        {"names": ["w", "w"], "dtypes": ["float32"] * 2, "shapes": [[2]] * 2},
+        {"weight_version": "1"},
+        {"weight_version": 1},
+        {"dtypes": ["save"]},
+        {"shapes": [[2.0]]},
+        {"names": ["x"]},
+    ],
+)
+def test_an_update_that_is_refused_changes_nothing(joined: WeightReceiver, changes: dict[str, object]) -> None:
+    joined._missing.clear()  # as between two updates
+    path = "/update_weights_from_distributed"
+    assert joined.answer(path, ONE | changes)[0] == 400
+    assert joined.version == "0"
+    assert joined.answer(path, ONE)[0] == 200
+    assert joined.version == "1-incomplete"

@@ -161,7 +161,7 @@ BAD_LOG_PROBS = {
     "infinite": ([[-0.5, 9, None], [float("-inf"), 8, None], [0.0, 258, None]], "finite"),
     "above zero": ([[-0.5, 9, None], [0.5, 8, None], [0.0, 258, None]], "not above 0"),
     "of another token": ([[-0.5, 9, None], [-1.5, 7, None], [0.0, 258, None]], "other tokens"),
-    "null": ([[-0.5, 9, None], [None, 8, None], [0.0, 258, None]], "finite"),
+    "null": ([[-0.5, 9, None], [None, 8, None], [0.0, 258, None]], "no numbers"),
     "not entries": ([-0.5, -1.5, 0.0], "cannot be read"),
 }
 
@@ -196,3 +196,54 @@ BAD_ANSWERS = {
 def test_broken_answers_are_refused(value: Any, message: str) -> None:
     with pytest.raises(SampleError, match=message):
         read(value)
+
+
+NO_NUMBERS = {
+    "fractions": {"output_ids": [9.5, 8, 258]},
+    "fractions that are whole": {"output_ids": [9.0, 8, 258]},
+    "text": {"output_ids": ["9", 8, 258]},
+    "truth": {"output_ids": [True, 8, 258]},
+    "a text of numbers": {"output_ids": "987"},
+}
+
+
+@pytest.mark.parametrize("changes", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_what_is_no_whole_number_is_no_token(changes: dict[str, Any]) -> None:
+    with pytest.raises(SampleError, match="no list of whole numbers"):
+        read(answer() | changes)
+
+
+@pytest.mark.parametrize("name", ["prompt_tokens", "cached_tokens", "num_retractions"])
+def test_a_count_that_is_no_whole_number_is_refused(name: str) -> None:
+    for value in (3.0, "3", True):
+        with pytest.raises(SampleError, match=f"{name} is .*, which is no whole number"):
+            read(answer(**({"cached_tokens": 3, "num_retractions": 0} | {name: value})))
+
+
+@pytest.mark.parametrize("entry", [["-0.5", 9, None], [True, 9, None], [-0.5, 9.0, None], [-0.5, "9", None]])
+def test_log_probabilities_that_are_no_numbers_are_refused(entry: list[Any]) -> None:
+    with pytest.raises(RouteError, match="cannot be read"):
+        read(answer(output_token_logprobs=[entry, [-1.5, 8, None], [0.0, 258, None]]))
+
+
+def test_nesting_without_end_is_refused() -> None:
+    body = json.dumps(answer()).encode()[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    with pytest.raises(SampleError, match="nested too deeply"):
+        read(body)
+
+
+def test_routes_are_there_once_and_in_their_place() -> None:
+    whole = answer()
+    with pytest.raises(SampleError, match="there twice"):
+        read({"routed_experts": "AAAA", **whole})
+    elsewhere = {**answer(), "routed_experts": whole["meta_info"].pop("routed_experts")}
+    elsewhere["meta_info"]["routed_experts"] = None
+    with pytest.raises(SampleError, match="not in meta_info"):
+        read(elsewhere)
+
+
+def test_a_message_can_be_shown_whatever_the_server_said() -> None:
+    for reason in ("\ud800\x1b[2J\n" * 1000, {"a": ["x" * 100_000]}):
+        with pytest.raises(SampleError) as refused:
+            read(answer(finish_reason={"type": "abort", "message": reason}))
+        assert str(refused.value).isprintable() and len(str(refused.value)) < 4000

@@ -9,6 +9,7 @@ import pytest
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import SglangConfig
 from roll_r3.errors import EngineError
+from roll_r3.strategies.rollout.server_args import without_rank
 from roll_r3.strategies.rollout.sglang import launcher
 from roll_r3.strategies.rollout.sglang.server import (
     CPU_PATH,
@@ -204,3 +205,11 @@ def test_a_server_on_every_address_is_reached_at_its_nodes(tmp_path, host, reach
         config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=tmp_path / "log", node_address="10.1.2.3"
     )
     assert engine.reachable_host == reached
+
+
+def test_the_key_to_ray_does_not_leak_into_the_server() -> None:
+    assert without_rank({"RAY_AUTH_TOKEN": "t", "RAY_AUTH_MODE": "token", "HOME": "/h"}) == {"HOME": "/h"}
+
+
+def test_files_of_pickles_are_not_asked_for() -> None:
+    assert value_of(arguments(SglangConfig()), "--load-format") == "safetensors"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,3 +157,21 @@ def test_a_target_travels_but_does_not_show_its_key() -> None:
     assert KEY not in repr(target)
     assert KEY not in str(target)
     assert pickle.loads(pickle.dumps(target)) == target
+
+
+def test_of_an_answer_without_end_little_is_read() -> None:
+    """And none of what follows it on the line."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def endless() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 500 no\r\n\r\n")
+                while True:
+                    connection.sendall(b"x" * (1 << 20))
+
+        threading.Thread(target=endless, daemon=True).start()
+        channel = SglangWeightChannel([target_at(server.getsockname()[1])], device="cpu", timeout_s=20.0)
+        with pytest.raises(EngineError, match="refused /flush_cache"):
+            channel._post(target_at(server.getsockname()[1]), "/flush_cache", {})

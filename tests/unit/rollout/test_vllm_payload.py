@@ -221,7 +221,7 @@ BAD_LOG_PROBS = {
     "infinite": ([(-0.5, 9), (float("-inf"), 8), (0.0, 258)], "finite"),
     "above zero": ([(-0.5, 9), (0.5, 8), (0.0, 258)], "not above 0"),
     "of another token": ([(-0.5, 9), (-1.5, 7), (0.0, 258)], "other tokens"),
-    "null": ([(-0.5, 9), (None, 8), (0.0, 258)], "finite"),
+    "null": ([(-0.5, 9), (None, 8), (0.0, 258)], "no numbers"),
 }
 
 
@@ -263,3 +263,22 @@ def test_broken_answers_are_refused(value, message):
 def test_more_tokens_than_were_asked_for_are_refused():
     with pytest.raises(SampleError, match="3 tokens, more than the 2 asked"):
         read(answer(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("ids", [[9.0, 8, 258], ["9", 8, 258], [True, 8, 258]])
+def test_what_is_no_whole_number_is_no_token(ids):
+    with pytest.raises(SampleError, match="no list of whole numbers"):
+        read(answer(token_ids=ids))
+
+
+def test_spans_that_overlap_do_not_cover_the_response():
+    spans = [{"version": "4", "start": 0, "end": 3}, {"version": "4", "start": 3, "end": 1}]
+    with pytest.raises(SampleError, match="do not cover"):
+        read(answer(weight_versions=[*spans, {"version": "4", "start": 1, "end": 3}]))
+
+
+def test_routes_are_in_their_place():
+    value = answer(routed_experts=None)
+    value["usage"]["routed_experts"] = encode(routes())
+    with pytest.raises(SampleError, match="not in the choice"):
+        read(value)

@@ -110,3 +110,19 @@ def test_what_is_sealed_is_what_is_there(sealed):
 def test_nothing_there_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="it was not completed"):
         verify(tmp_path / "nowhere")
+
+
+def test_directories_without_end_are_refused(sealed):
+    folder = sealed
+    for _ in range(1500):
+        folder = folder / "d"
+        folder.mkdir()
+    with pytest.raises(CheckpointError, match="directories deep"):
+        verify(sealed)
+
+
+def test_of_a_marker_little_is_read(sealed):
+    with (sealed / MARKER).open("r+b") as stream:
+        stream.truncate(1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(CheckpointError, match="more than"):
+        verify(sealed)

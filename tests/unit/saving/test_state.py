@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from roll_r3.errors import CheckpointError, ConfigError
@@ -54,3 +56,24 @@ def test_a_fingerprint_tells_rows_and_their_order_apart():
     assert fingerprint(rows) == fingerprint(list(rows))
     others = [rows[::-1], rows[:1], [((1,), "2", "x"), rows[1]], [((1, 2), "3", "default"), ((1,), "2x", "default")]]
     assert len({fingerprint(other) for other in [rows, *others]}) == 5
+
+
+def test_as_many_batches_were_drawn_as_there_were_steps(tmp_path):
+    """Drawing them again takes as long as somebody wrote there."""
+    (tmp_path / STATE).write_text(RUN.text().replace("16", str(10**18)).replace("3,", f"{10**18},"))
+    with pytest.raises(CheckpointError, match="batches were drawn in 4 steps"):
+        read_state(tmp_path)
+
+
+@pytest.mark.timeout(10)
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / STATE)
+    with pytest.raises(CheckpointError, match="a pipe or a device"):
+        read_state(tmp_path)
+
+
+def test_a_message_is_short(tmp_path):
+    (tmp_path / STATE).write_text('{"x' + '": 1, "x'.join(map(str, range(5000))) + '": 1}')
+    with pytest.raises(CheckpointError) as refused:
+        read_state(tmp_path)
+    assert len(str(refused.value)) < 2000

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from roll_r3.strategies.rollout.weight_group import from_the_trainer, join_group, leave_group
@@ -30,6 +31,17 @@ REQUEST_TIMEOUT = 30.0
 """Seconds of silence on a connection while a request is read."""
 MAX_BODY = 16 << 20
 """Bytes of a request: the names, dtypes and shapes of one bucket of weights take less."""
+
+
+class _Update(BaseModel):
+    """What comes in one bucket: nothing for a version that is whole, else tensors for one that is not."""
+
+    model_config = ConfigDict(strict=True)
+
+    names: list[str]
+    dtypes: list[Literal["float32", "bfloat16", "float16", "float64"]]
+    shapes: list[list[int]]
+    weight_version: str
 
 
 class WeightReceiver:
@@ -120,11 +132,12 @@ class WeightReceiver:
         if self._group is None:
             raise ValueError("no group was joined: /init_weights_update_group comes first")
         device = next(iter(self._tensors.values())).device
-        self._check(request)
-        self.version = request["weight_version"]
+        update = _Update.model_validate(request)
+        self._check(update)
+        self.version = update.weight_version
         received = [
-            (name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
-            for name, dtype, shape in zip(request["names"], request["dtypes"], request["shapes"], strict=True)
+            (name, torch.empty(self._tensors[name].shape, dtype=getattr(torch, dtype), device=device))
+            for name, dtype in zip(update.names, update.dtypes, strict=True)
         ]
         for work in [self._group.broadcast([tensor], from_the_trainer()) for _, tensor in received]:
             work.wait()
@@ -132,13 +145,16 @@ class WeightReceiver:
             self._tensors[name].copy_(tensor)
             self._missing.discard(name)
 
-    def _check(self, request: Answer) -> None:
-        for name, shape in zip(request["names"], request["shapes"], strict=True):
+    def _check(self, update: _Update) -> None:
+        """Before anything is allocated, or the version changes."""
+        if not len(set(update.names)) == len(update.names) == len(update.dtypes) == len(update.shapes):
+            raise ValueError("names, dtypes and shapes are not as many as each other, or a name is there twice")
+        for name, shape in zip(update.names, update.shapes, strict=True):
             if name not in self._tensors or list(self._tensors[name].shape) != shape:
                 held = list(self._tensors[name].shape) if name in self._tensors else "no such tensor"
                 raise ValueError(f"{name} has shape {shape}, the model has {held}")
-        if request["weight_version"].isdecimal() and self._missing:
-            names = sorted(self._missing)
+        if update.weight_version.isdecimal() and (update.names or self._missing):
+            names = sorted(self._missing) or update.names
             raise ValueError(f"{len(names)} of {len(self._tensors)} weights never came: {', '.join(names[:5])} ...")
 
 
@@ -169,7 +185,7 @@ def _handler(receiver: WeightReceiver) -> type[BaseHTTPRequestHandler]:
                 return _refused(413, f"a request of {length} bytes; {MAX_BODY} are the most")
             try:
                 request = json.loads(self.rfile.read(int(length)) or "{}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 return _refused(400, f"the request is no JSON: {error}")
             if not isinstance(request, dict):
                 return _refused(400, "the request is no JSON object")

@@ -13,7 +13,18 @@ import numpy.typing as npt
 
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
-from roll_r3.strategies.rollout.answers import Answer, Asked, checked_sample, decoded, parsed, read_finish_reason
+from roll_r3.strategies.rollout.answers import (
+    MISREAD,
+    Answer,
+    Asked,
+    checked_sample,
+    decoded,
+    parsed,
+    read_finish_reason,
+    readable,
+    token_ids,
+    whole,
+)
 from roll_r3.strategies.rollout.sampling import Sample, SampleError
 
 _ID = np.dtype("<i4")
@@ -37,16 +48,16 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         reason = meta["finish_reason"]
         answer = Answer(
             finish_reason=read_finish_reason(reason["type"], reason.get("message", "no reason given")),
-            response_ids_R=np.array(said["output_ids"], np.int32),
+            response_ids_R=token_ids(said["output_ids"]),
             log_prob_entries=meta["output_token_logprobs"],
             weight_versions=_weight_versions(meta),
-            prompt_tokens=meta["prompt_tokens"],
+            prompt_tokens=whole(meta["prompt_tokens"], "prompt_tokens"),
             cached_tokens=_cached_tokens(meta),
         )
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise SampleError(
-            f"the answer cannot be read: {type(error).__name__}: {error}; it starts {body[:200]!r}"
-        ) from error
+        if payload is not None and meta["routed_experts"] != "":
+            raise ValueError("routed_experts is not in meta_info")
+    except MISREAD as error:
+        raise SampleError(f"the answer cannot be read: {readable(error)}; it starts {body[:200]!r}") from error
     return checked_sample(asked, answer, facts, lambda num_rows: _routes(payload, facts))
 
 
@@ -57,7 +68,9 @@ def _weight_versions(meta: Mapping[str, Any]) -> list[str]:
 
 def _cached_tokens(meta: Mapping[str, Any]) -> int:
     """As when the prompt was first computed. A request that was retracted may have computed it again since then."""
-    return int(meta["cached_tokens"]) if meta.get("num_retractions") == 0 else 0
+    retractions = meta.get("num_retractions")
+    never = retractions is not None and whole(retractions, "num_retractions") == 0
+    return whole(meta["cached_tokens"], "cached_tokens") if never else 0
 
 
 def _routes(payload: memoryview | None, facts: ModelFacts) -> npt.NDArray[np.integer]:

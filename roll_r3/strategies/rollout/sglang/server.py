@@ -115,6 +115,7 @@ def server_arguments(
         "trust_remote_code": trust_remote_code,
         "host": config.host,
         "port": port,
+        "load_format": "safetensors",  # else files of pickles would do where there are none
         "device": device,
         "dtype": config.dtype,
         "tp_size": config.tp_size,

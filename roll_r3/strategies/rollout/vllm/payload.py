@@ -13,7 +13,18 @@ import numpy.typing as npt
 
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
-from roll_r3.strategies.rollout.answers import Answer, Asked, checked_sample, decoded, parsed, read_finish_reason
+from roll_r3.strategies.rollout.answers import (
+    MISREAD,
+    Answer,
+    Asked,
+    checked_sample,
+    decoded,
+    parsed,
+    read_finish_reason,
+    readable,
+    token_ids,
+    whole,
+)
 from roll_r3.strategies.rollout.sampling import Sample, SampleError
 
 _MAGIC = b"\x93NUMPY\x01\x00"
@@ -44,30 +55,31 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         (choice,) = said["choices"]
         answer = Answer(
             finish_reason=read_finish_reason(choice["finish_reason"], "a weight update, or the server is going down"),
-            response_ids_R=np.array(choice["token_ids"], np.int32),
+            response_ids_R=token_ids(choice["token_ids"]),
             log_prob_entries=[(entry["logprob"], entry["token_id"]) for entry in choice["logprobs"]["content"]],
             weight_versions=_weight_versions(choice),
-            prompt_tokens=said["usage"]["prompt_tokens"],
+            prompt_tokens=whole(said["usage"]["prompt_tokens"], "prompt_tokens"),
             cached_tokens=_cached_tokens(said["usage"]),
         )
-    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
-        raise SampleError(
-            f"the answer cannot be read: {type(error).__name__}: {error}; it starts {body[:200]!r}"
-        ) from error
+        if payload is not None and choice["routed_experts"] != "":
+            raise ValueError("routed_experts is not in the choice")
+    except MISREAD as error:
+        raise SampleError(f"the answer cannot be read: {readable(error)}; it starts {body[:200]!r}") from error
     return checked_sample(asked, answer, facts, lambda num_rows: read_npy(payload, num_rows, facts))
 
 
 def _cached_tokens(usage: dict[str, Any]) -> int:
     """As when the prompt was first computed, which is when its rows were read; a preemption changes none of them."""
     details = usage.get("prompt_tokens_details")
-    return int(details["cached_tokens"]) if details else 0
+    return whole(details["cached_tokens"], "cached_tokens") if details else 0
 
 
 def _weight_versions(choice: dict[str, Any]) -> list[str]:
     """Of every response token, none left out."""
     spans = choice["weight_versions"]
-    ends = [0, *(span["end"] for span in spans)]
-    if [span["start"] for span in spans] != ends[:-1] or ends[-1] != len(choice["token_ids"]):
+    ends = [0, *(whole(span["end"], "end") for span in spans)]
+    starts = [whole(span["start"], "start") for span in spans]
+    if starts != ends[:-1] or ends != sorted(ends) or ends[-1] != len(choice["token_ids"]):
         raise ValueError(f"weight_versions {spans} do not cover the response")
     return [str(span["version"]) for span in spans]
 

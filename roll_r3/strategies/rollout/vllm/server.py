@@ -212,6 +212,7 @@ def server_arguments(
         "trust_remote_code": trust_remote_code,
         "host": config.host,
         "port": port,
+        "load_format": "safetensors",  # else files of pickles would do where there are none
         "dtype": config.dtype,
         "tensor_parallel_size": config.tp_size,
         "distributed_executor_backend": "mp",

@@ -1,0 +1,244 @@
+"""Hostile bodies in the place of a server's answer. What is right is checked again with the standard library alone."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import io
+import json
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fuzz_harness import Verdict, Wrong, mutated, replanted
+from hypothesis import strategies as st
+
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.errors import RouteError
+from roll_r3.models.facts import facts_of
+from roll_r3.strategies.rollout.answers import Asked
+from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
+from roll_r3.strategies.rollout.sglang import payload as sglang
+from roll_r3.strategies.rollout.vllm import payload as vllm
+
+PROMPT, RESPONSE, LOG_PROBS = (5, 6, 7), [9, 8, 258], [-0.5, -1.5, 0.0]
+ROWS, LAYERS, TOP_K, EXPERTS, VOCAB, VERSION, MOST = 5, 3, 2, 16, 260, 4, 8
+FACTS = facts_of(
+    {"model_type": "qwen3_moe", "num_hidden_layers": LAYERS, "mlp_only_layers": [0], "decoder_sparse_step": 1,
+     "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "num_attention_heads": 4, "vocab_size": VOCAB,
+     "max_position_embeddings": 64}
+)  # fmt: skip
+MESSAGE = 4000
+"""Characters of the longest message."""
+
+
+def _routes() -> np.ndarray:
+    ids_RLK = np.zeros((ROWS, LAYERS, TOP_K), np.int32)
+    for row in range(ROWS):
+        for layer in range(1, LAYERS):
+            ids_RLK[row, layer] = [(row + layer) % EXPERTS, (row + layer + 1) % EXPERTS]
+    return ids_RLK
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+SGLANG = {
+    "text": 'it says "routed_experts": "x"',
+    "output_ids": RESPONSE,
+    "meta_info": {
+        "finish_reason": {"type": "stop", "matched": 258},
+        "prompt_tokens": len(PROMPT),
+        "cached_tokens": 2,
+        "num_retractions": 0,
+        "weight_version": "4",
+        "weight_versions": [{"version": "4", "start": 0, "end": 3}],
+        "output_token_logprobs": [[p, i, None] for p, i in zip(LOG_PROBS, RESPONSE, strict=True)],
+        "routed_experts": _text(_routes().astype("<i4").tobytes()),
+    },
+}
+VLLM = {
+    "usage": {"prompt_tokens": len(PROMPT), "prompt_tokens_details": {"cached_tokens": 2}},
+    "choices": [
+        {
+            "finish_reason": "stop",
+            "token_ids": RESPONSE,
+            "weight_versions": [{"version": "4", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 3}],
+            "logprobs": {"content": [{"logprob": p, "token_id": i} for p, i in zip(LOG_PROBS, RESPONSE, strict=True)]},
+            "routed_experts": _text(_npy(_routes().astype(np.uint8))),
+        }
+    ],
+}
+
+
+class NotRight(Exception):
+    """The answer breaks the contract."""
+
+
+def need(condition: object, what: str) -> None:
+    if not condition:
+        raise NotRight(what)
+
+
+def _common(ids: Any, entries: list[tuple[Any, Any]], reason: Any, versions: list[Any], prompt: Any) -> None:
+    need(isinstance(ids, list) and 1 <= len(ids) <= MOST, "tokens")
+    need(all(type(i) is int and 0 <= i < VOCAB for i in ids), "a token")
+    need(len(entries) == len(ids), "as many log-probabilities as tokens")
+    for (value, token), i in zip(entries, ids, strict=True):
+        need(type(value) in (int, float) and math.isfinite(value) and value <= 1e-4, "a log-probability")
+        need(type(token) is int and token == i, "its token")
+    need(reason in ("stop", "length") and (reason == "stop" or len(ids) == MOST), "the end")
+    need(versions and all(str(v) == str(VERSION) for v in versions), "versions")
+    need(type(prompt) is int and prompt == len(PROMPT), "the prompt")
+
+
+def _ids(flat: list[int], count: int) -> list[list[list[int]]]:
+    """[rows][layers][k], checked."""
+    rows = len(PROMPT) + count - 1
+    need(len(flat) == rows * LAYERS * TOP_K, "as many ids as there are to be")
+    shaped = [[flat[(r * LAYERS + m) * TOP_K :][:TOP_K] for m in range(LAYERS)] for r in range(rows)]
+    routed = [ids for row in shaped for ids in row[1:]]  # what a dense layer's place holds is never used
+    need(all(0 <= i < EXPERTS for ids in routed for i in ids), "an expert")
+    need(all(len(set(ids)) == TOP_K for ids in routed), "an expert twice")
+    return shaped
+
+
+def sglang_says(body: bytes) -> tuple[list[int], list[float], list[list[list[int]]]]:
+    said = json.loads(body)
+    meta = said["meta_info"]
+    entries = [(entry[0], entry[1]) for entry in meta["output_token_logprobs"]]
+    versions = [meta["weight_version"], *(span["version"] for span in meta.get("weight_versions") or ())]
+    _common(said["output_ids"], entries, meta["finish_reason"]["type"], versions, meta["prompt_tokens"])
+    data = base64.b64decode(meta["routed_experts"], validate=True)
+    need(len(data) % 4 == 0, "whole ids")
+    flat = list(struct.unpack(f"<{len(data) // 4}i", data))
+    return said["output_ids"], [value for value, _ in entries], _ids(flat, len(said["output_ids"]))
+
+
+def vllm_says(body: bytes) -> tuple[list[int], list[float], list[list[list[int]]]]:
+    said = json.loads(body)
+    need(len(said["choices"]) == 1, "one choice")
+    choice = said["choices"][0]
+    entries = [(entry["logprob"], entry["token_id"]) for entry in choice["logprobs"]["content"]]
+    spans = choice["weight_versions"]
+    covered = [t for span in spans for t in range(span["start"], span["end"])]
+    need(covered == list(range(len(choice["token_ids"]))), "every token has a version")
+    versions = [span["version"] for span in spans]
+    _common(choice["token_ids"], entries, choice["finish_reason"], versions, said["usage"]["prompt_tokens"])
+    data = base64.b64decode(choice["routed_experts"], validate=True)
+    need(data[:8] == b"\x93NUMPY\x01\0", "npy")
+    end = 10 + struct.unpack_from("<H", data, 8)[0]
+    head = ast.literal_eval(data[10:end].decode().strip())
+    need(head["fortran_order"] is False and head["shape"][1:] == (LAYERS, TOP_K), "its shape")
+    kind = {"|u1": "B", "<u2": "H", "<i4": "i"}[head["descr"]]
+    flat = list(struct.unpack(f"<{(len(data) - end) // struct.calcsize(kind)}{kind}", data[end:]))
+    return choice["token_ids"], [value for value, _ in entries], _ids(flat, len(choice["token_ids"]))
+
+
+@dataclass(frozen=True)
+class Engine:
+    good: dict[str, Any]
+    read: Callable[..., Sample]
+    says: Callable[[bytes], tuple[list[int], list[float], list[list[list[int]]]]]
+    holder: tuple[Any, ...]
+    """Where routes are."""
+
+
+ENGINES = {
+    "sglang": Engine(SGLANG, sglang.read_sample, sglang_says, ("meta_info",)),
+    "vllm": Engine(VLLM, vllm.read_sample, vllm_says, ("choices", 0)),
+}
+LITERALS = [
+    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"9" * 5000, b"0x1", b"01", b"1_0", b'"1"', b"true",
+    b"[" * 3000 + b"]" * 3000, b'{"a":' * 3000 + b"1" + b"}" * 3000, b"1.0", b"1e0", b"-0", b"5e-324",
+]  # fmt: skip
+
+
+@st.composite
+def _bodies(draw: st.DrawFn) -> tuple[str, bytes]:
+    name = draw(st.sampled_from(sorted(ENGINES)))
+    good = ENGINES[name].good
+    kind = draw(st.sampled_from(["good", "replanted", "replanted", "replanted", "bytes", "literal", "routes", "deep"]))
+    value: Any = good
+    if kind == "replanted":
+        value = draw(replanted(good))
+    elif kind == "routes":
+        value = _with_routes(good, ENGINES[name].holder, draw(mutated(_routes_of(good, ENGINES[name].holder))))
+    body = json.dumps(value, default=lambda _: None).encode()
+    if kind == "bytes":
+        body = draw(mutated(body))
+    elif kind == "literal":
+        numbers = [i for i in range(len(body)) if body[i : i + 1].isdigit() and not body[i - 1 : i].isalnum()]
+        at = draw(st.sampled_from(numbers))
+        body = body[:at] + draw(st.sampled_from(LITERALS)) + body[at + 1 :]
+    elif kind == "deep":
+        depth = draw(st.sampled_from([50, 900, 1100, 100_000]))
+        body = body[:-1] + b', "x": ' + b"[" * depth + b"]" * depth + b"}"
+    elif draw(st.integers(0, 20)) == 0:
+        body = body.decode().encode(draw(st.sampled_from(["utf-16", "utf-32", "utf-8-sig"])))
+    return name, body
+
+
+def _routes_of(good: dict[str, Any], holder: tuple[Any, ...]) -> bytes:
+    node: Any = good
+    for key in holder:
+        node = node[key]
+    return base64.b64decode(node["routed_experts"])
+
+
+def _with_routes(good: dict[str, Any], holder: tuple[Any, ...], data: bytes) -> Any:
+    changed = json.loads(json.dumps(good))
+    node = changed
+    for key in holder:
+        node = node[key]
+    node["routed_experts"] = _text(data)
+    return changed
+
+
+class Answers:
+    name = "answers"
+
+    def inputs(self) -> st.SearchStrategy[Any]:
+        return _bodies()
+
+    def judge(self, value: tuple[str, bytes]) -> Verdict:
+        name, body = value
+        asked = Asked(SampleRequest(PROMPT, "s", 0), max_new_tokens=MOST, weight_version=VERSION, record_routes=True)
+        try:
+            found = ENGINES[name].read(body, asked, FACTS).trajectory
+        except (SampleError, RouteError) as error:
+            text = str(error)
+            if not text or len(text) > MESSAGE or not text.isprintable():
+                raise Wrong(f"a message that cannot be shown: {len(text)} characters: {text[:200]!r}") from error
+            if body == json.dumps(ENGINES[name].good).encode():
+                raise Wrong(f"refused, and is right: {text}") from error
+            return "refused"
+        try:
+            says = ENGINES[name].says(body)
+        except Exception as error:
+            raise Wrong(f"taken, though {type(error).__name__}: {error}") from error
+        _compare(found, says)
+        return "taken"
+
+    def close(self) -> None: ...
+
+
+def _compare(found: Trajectory, says: tuple[list[int], list[float], list[list[list[int]]]]) -> None:
+    ids, log_probs, routes = says
+    if found.response_ids_R.tolist() != ids:
+        raise Wrong("other tokens than it says")
+    if not np.array_equal(found.log_probs_R, np.minimum(np.array(log_probs, np.float32), np.float32(0))):
+        raise Wrong("other log-probabilities than it says")
+    assert found.routes is not None
+    if found.routes.ids_MRK.transpose(1, 0, 2).tolist() != [row[1:] for row in routes]:
+        raise Wrong("other routes than it says")

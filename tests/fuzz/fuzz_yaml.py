@@ -1,0 +1,155 @@
+"""Hostile YAML files and overrides, through the command line's own main()."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fuzz_harness import HOSTILE, Verdict, Wrong, mutated
+from hypothesis import strategies as st
+
+from roll_r3.config.explain import fields_at
+from roll_r3.config.load import load_text
+from roll_r3.config.rules.example import MINIMAL
+from roll_r3.run import main
+
+QUICKSTART = (Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_bytes()
+MESSAGE = 200_000
+"""Characters of the longest report: a finding a line, and a line may be wrong in every field."""
+
+
+def _fields(path: str = "") -> list[str]:
+    inner = [f"{path}.{name}" if path else name for name in fields_at(path)]
+    return inner + [deeper for field in inner for deeper in _fields(field)]
+
+
+FIELDS = sorted(set(_fields()))
+SCALARS = [
+    "!!python/object/apply:os.mkdir [touched]", "!!python/name:os.system ''",
+    "!!python/object/new:os.mkdir [touched]", "!!python/module:os", "!!binary aGVsbG8=", "!!set {a}",
+    "!!timestamp 2001-01-01", "!!int 3x", "!!float abc", "!<tag:yaml.org,2002:python/tuple> [1]", "!local x",
+    "&a [*a]", "*nowhere", "&x 1", "<<", "${seed}", "${..}", "${oc.env:HOME}", "${oc.eval:1}", "${a.b}",
+    "${seed}${seed}", "${actor_train}", "${exp_name." + "a." * 60 + "b}", "${rewards." + "9" * 5000 + "}", "???",
+    "1e999", "-.inf", ".nan", "0x" + "f" * 5000, "9" * 5000, "1_000", "0o17", "1:30", "2001-01-01", "yes", "~", "''",
+    '"\\0"', '"\\ud800"', "|\n  x", "[1, 2", "{a: 1", "'", "range(10**9)", "list(range(0,10**9))",
+    "list(range(0, 9" + "9" * 5000 + "))", "[" * 200 + "]" * 200, "__import__('os').mkdir('touched')",
+]  # fmt: skip
+LINES = [
+    "<<: {seed: 3}", "seed: 1\nseed: 2", "? [a, b]\n: c", "? {a: b}\n: c", "1: 2", "true: x", "null: x",
+    "--- \na: 1", "...", "%YAML 9.9\n---", "defaults:\n  - /etc/passwd", "defaults: [../../../etc/passwd]",
+    "hydra: {run: {dir: /tmp/x}}",
+    "a: &a [x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c,*c,*c]",
+    "b0: x\n" + "".join(f"b{i}: ${{b{i - 1}}}${{b{i - 1}}}\n" for i in range(1, 40)), "x: ${y}\ny: ${x}", "\t- a",
+    "k" * 5000 + ": 1", "".join(" " * i + "a:\n" for i in range(80)), "custom: {" + "a: {" * 60 + "}" * 61,
+    "a: [" + "1," * 30_000 + "]",
+]  # fmt: skip
+OVERRIDES = [
+    "", "=", "a", "=1", ".=1", "a..b=1", "actor_train.device_mapping.0=3",
+    "actor_train.device_mapping." + "9" * 5000 + "=1", "a." * 3000 + "b=1",
+    "seed=!!python/object/apply:os.mkdir [touched]", "seed=${seed}", "exp_name=../../x", "seed = 1", "seed=\0",
+    "exp_name=\udcff", "actor_train=null", "actor_train.strategy_args.strategy_config.a.b.c=1", "seed=" + "[" * 900,
+]  # fmt: skip
+
+
+@st.composite
+def _files(draw: st.DrawFn) -> tuple[bytes, tuple[str, ...]]:
+    text = draw(st.sampled_from([MINIMAL.encode(), QUICKSTART]))
+    kind = draw(st.sampled_from(["planted", "planted", "lines", "mutated", "overridden", "as it is"]))
+    overrides: list[str] = []
+    if kind == "planted":
+        for _ in range(draw(st.integers(1, 2))):
+            value = draw(st.sampled_from(SCALARS) | HOSTILE.map(lambda v: yaml.safe_dump(v, default_flow_style=True)))
+            overrides.append(f"{draw(st.sampled_from(FIELDS))}={value.removesuffix('...').strip()}")
+        if draw(st.booleans()):  # the same, in the file
+            text += b"".join(_as_lines(*override.split("=", 1)) for override in overrides)
+            overrides = []
+    elif kind == "lines":
+        lines = draw(st.lists(st.sampled_from(LINES), min_size=1, max_size=2))
+        text = text + ("\n".join(lines) + "\n").encode()
+    elif kind == "mutated":
+        text = draw(mutated(text))
+    elif kind == "overridden":
+        overrides = draw(st.lists(st.sampled_from(OVERRIDES), min_size=1, max_size=3))
+    whole = draw(st.sampled_from(["", "", "", "", "utf-16", "utf-32", "bom", "crlf", "nul", "latin"]))
+    if whole.startswith("utf"):
+        text = text.decode(errors="replace").encode(whole)
+    elif whole:
+        text = {"bom": b"\xef\xbb\xbf" + text, "crlf": text.replace(b"\n", b"\r\n"), "nul": text + b"\0",
+                "latin": text + b"# \xe9\n"}[whole]  # fmt: skip
+    return text, tuple(overrides)
+
+
+def _as_lines(path: str, value: str) -> bytes:
+    keys = path.split(".")
+    opened = "".join(f"{'  ' * i}{key}:\n" for i, key in enumerate(keys[:-1]))
+    return f"{opened}{'  ' * (len(keys) - 1)}{keys[-1]}: {value}\n".encode(errors="surrogatepass")
+
+
+def call(function: Any, arguments: list[str]) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command line's main()."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = function(arguments)
+        except SystemExit as error:  # argparse
+            status = error.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def check_said(status: int, err: str) -> None:
+    """A refusal has a message and no stack."""
+    if "Traceback" in err:
+        raise Wrong(f"a stack: {err[-500:]}")
+    if status not in (0, 1, 2):
+        raise Wrong(f"exit status {status}")
+    if status and not err.strip():
+        raise Wrong("refused without a word")
+    if len(err) > MESSAGE:
+        raise Wrong(f"a message of {len(err)} characters")
+
+
+class Yaml:
+    name = "yaml"
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._file = Path(self._folder.name) / "config.yaml"
+        self._here = Path.cwd()
+        os.chdir(self._folder.name)
+
+    def inputs(self) -> st.SearchStrategy[Any]:
+        return _files()
+
+    def judge(self, value: tuple[bytes, tuple[str, ...]]) -> Verdict:
+        text, overrides = value
+        self._file.write_bytes(text)
+        arguments = ["--config", str(self._file), "--elsewhere", "--print-config", "--", *overrides]
+        status, out, err = call(main, arguments)
+        check_said(status, err)
+        if os.listdir(self._folder.name) != [self._file.name]:
+            raise Wrong("something was made by reading")
+        if status:
+            return "refused"
+        again = load_text(out, "printed.yaml")
+        if again.findings:
+            raise Wrong(f"taken, but what is printed is not: {again.findings[0].why}")
+        if not overrides:
+            self._compare(text, yaml.safe_load(out))
+        return "taken"
+
+    def _compare(self, text: bytes, printed: dict[str, Any]) -> None:
+        """Plain values that PyYAML alone reads in the file are those of the configuration."""
+        said = yaml.safe_load(text.decode("utf-8-sig"))
+        for name in ("exp_name", "seed", "max_steps", "rollout_batch_size", "prompt_length"):
+            value = said.get(name, printed[name])
+            if "${" not in str(value) and value != printed[name]:
+                raise Wrong(f"{name} is {value!r} in the file and {printed[name]!r} in the configuration")
+
+    def close(self) -> None:
+        os.chdir(self._here)
+        self._folder.cleanup()

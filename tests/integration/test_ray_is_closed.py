@@ -1,0 +1,16 @@
+"""Ray that would listen to others than this machine is not used."""
+
+from __future__ import annotations
+
+import pytest
+
+from roll_r3.cluster.placement import _check_is_closed
+from roll_r3.errors import WorkerError
+
+
+def test_an_address_that_others_reach_is_refused() -> None:
+    for address in ("127.0.0.1", "::1"):
+        _check_is_closed(address)
+    for address in ("192.0.2.2", "0.0.0.0", "::"):
+        with pytest.raises(WorkerError, match=f"would listen on {address}"):
+            _check_is_closed(address)

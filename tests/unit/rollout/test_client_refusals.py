@@ -1,0 +1,50 @@
+"""What the rollout's client refuses of a server, below the JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+
+import pytest
+
+from roll_r3.strategies.rollout.client import ServerClient
+from roll_r3.strategies.rollout.sampling import SampleError
+
+
+def ask(answer: bytes) -> bytes:
+    """What a client makes of what a server sends to each who asks."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async def run() -> bytes:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = ServerClient("127.0.0.1", server.sockets[0].getsockname()[1], "key", keyed_path="/x")
+        try:
+            return await client.get("/x", 20.0)
+        finally:
+            await client.close()
+            server.close()
+
+    return asyncio.run(run())
+
+
+def test_an_answer_is_not_unpacked() -> None:
+    bomb = gzip.compress(bytes(50 << 20))
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(bomb)}\r\n\r\n"
+    assert ask(head.encode() + bomb) == bomb
+
+
+def test_nobody_is_sent_elsewhere() -> None:
+    with pytest.raises(SampleError, match="the server answered 302"):
+        ask(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/x\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_a_message_can_be_shown_whatever_came() -> None:
+    for answer in (b"HTTP/1.1 500 no\r\n\r\n\x1b[2J\xff\n" * 1000, b"x" * 20_000 + b"\r\n\r\n"):
+        with pytest.raises(SampleError) as refused:
+            ask(answer)
+        assert str(refused.value).isprintable() and len(str(refused.value)) < 4000

@@ -1,0 +1,94 @@
+"""Data stays data: no module takes in pickles, evaluates text, or starts a shell. SECURITY.md promises it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(path for folder in ("roll_r3", "examples") for path in (ROOT / folder).rglob("*.py"))
+NEVER_IMPORTED = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "code", "codeop"}
+NEVER_CALLED = {
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.jit.load", "yaml.load",
+    "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "tarfile.open", "zipfile.ZipFile", "shutil.unpack_archive",
+}  # fmt: skip
+NEVER_TRUE = {"allow_pickle", "shell", "trust_remote_code"}
+NAMES_CODE = {
+    "roll_r3/rewards/rules.py": "a reward rule that the configuration names",
+    "roll_r3/strategies/registry.py": "a strategy of the registry",
+    "roll_r3/strategies/rollout/sglang/launcher.py": "SGLang, in its own interpreter",
+    "roll_r3/strategies/rollout/vllm/launcher.py": "vLLM, in its own interpreter",
+    "roll_r3/strategies/rollout/vllm/plugin/roll_r3_vllm/__init__.py": "a file of this package",
+    "roll_r3/strategies/rollout/vllm/plugin/roll_r3_vllm/weights.py": "a file of this package",
+    "examples/benchmarks/__main__.py": "a benchmark by its name",
+}
+"""What imports or runs a module by a name that is worked out, and what it is."""
+PICKLES_IN_THE_GROUP = {
+    "roll_r3/strategies/train/audit.py",
+    "roll_r3/strategies/train/checkpoint.py",
+    "roll_r3/strategies/train/data_parallel.py",
+    "roll_r3/strategies/train/megatron/export.py",
+    "roll_r3/strategies/train/megatron/strategy.py",
+    "roll_r3/strategies/train/together.py",
+}
+"""What sends objects between the ranks of a trainer, which torch pickles."""
+
+
+def dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def faults(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        yield from (f"imports {name}" for name in names if name.partition(".")[0] in NEVER_IMPORTED)
+        if isinstance(node, ast.Call):
+            if dotted(node.func) in NEVER_CALLED:
+                yield f"calls {dotted(node.func)} in line {node.lineno}"
+            for keyword in node.keywords:
+                if keyword.arg in NEVER_TRUE and isinstance(keyword.value, ast.Constant) and keyword.value.value:
+                    yield f"{keyword.arg} in line {node.lineno}"
+
+
+def calls(tree: ast.AST) -> set[str]:
+    """Last names of what is called."""
+    return {dotted(node.func).rpartition(".")[2] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def test_there_are_modules():
+    assert len(MODULES) > 100
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
+def test_a_module_takes_in_no_code(path):
+    assert list(faults(ast.parse(path.read_text()))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "from pickle import loads", "eval('1')", "torch.load(x)", "np.load(x, allow_pickle=True)",
+     "subprocess.run(x, shell=True)", "A.from_pretrained(x, trust_remote_code=True)", "yaml.load(x)"],
+)  # fmt: skip
+def test_what_takes_in_code_is_found(source):
+    assert list(faults(ast.parse(source)))
+
+
+def test_who_runs_code_by_name_and_who_pickles_between_ranks_is_known():
+    by_name, pickling = set(), set()
+    for path in MODULES:
+        called, name = calls(ast.parse(path.read_text())), path.relative_to(ROOT).as_posix()
+        if called & {"import_module", "run_path", "run_module"}:
+            by_name.add(name)
+        if any("_object" in each for each in called):
+            pickling.add(name)
+    assert by_name == set(NAMES_CODE)
+    assert pickling == PICKLES_IN_THE_GROUP
