@@ -150,8 +150,8 @@ class RLVRConfig(Config):
     there."""
 
     max_recoveries: NonNegativeInt = 3
-    """New starts from the newest checkpoint that a run makes by itself when a worker or its node was lost: so many in a
-    row that get no further end it, and so does a loss before its first step. 0: the first loss ends it."""
+    """New starts from its newest checkpoint that a run makes by itself, in a row and without getting further, when a
+    worker or its node was lost. One more loss ends the run, and so does one before its first step. 0: the first."""
     sigterm_grace_period: PositiveFloat = 300.0
     """Seconds from SIGTERM to the end at the latest. Within it the step that changes weights is finished and the newest
     step is saved; a second SIGTERM waits for nothing."""
