@@ -31,11 +31,11 @@ Ask = Callable[[SampleRequest], Awaitable[Sample]]
 class Client:
     """Gives signs of life, or none."""
 
-    alive = True
+    breathes = True
 
-    async def healthy(self, timeout_s: float) -> bool:
-        await asyncio.sleep(0 if self.alive else timeout_s)
-        return self.alive
+    async def alive(self, timeout_s: float) -> bool:
+        await asyncio.sleep(0 if self.breathes else timeout_s)
+        return self.breathes
 
     async def close(self) -> None: ...
 
@@ -158,7 +158,7 @@ def test_a_server_without_a_sign_of_life_is_killed_under_its_requests(tmp_path: 
 
         engine._ask = never  # type: ignore[method-assign]
         assert isinstance(engine._client, Client)
-        engine._client.alive = False
+        engine._client.breathes = False
         results = await engine.generate(REQUESTS)
         assert [t.sample_id for t in results[0].trajectories] == ["a0"]
         assert lost_of(results) == [("a1",), ("b0", "b1")]
@@ -174,7 +174,7 @@ def test_a_silent_server_without_requests_is_found_by_asking(tmp_path: Path) -> 
     async def scenario(engine: ServerRollout[Any]) -> None:
         assert isinstance(engine._client, Client)
         assert await engine.why_down(ask=True) == ""
-        engine._client.alive = False
+        engine._client.breathes = False
         assert await engine.why_down(ask=False) == ""
         assert "gave no sign of life" in await engine.why_down(ask=True)
         assert not engine._process.running
