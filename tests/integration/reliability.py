@@ -74,14 +74,17 @@ def render(page: str, outcomes: Mapping[str, Outcome], declared: Mapping[str, st
     """The page with the rows of what ran now.
 
     Args:
-        page: as it is; the rows of faults that did not run stay, unless no test declares them any more.
+        page: as it is; the rows of faults that did not run stay, unless no test declares them any more. One that has
+            no row says so.
         outcomes: of the faults that ran.
     """
     rows = rows_on(page)
     for name, outcome in outcomes.items():
         cells = [name, outcome.sees, _seconds(outcome.seconds), outcome.lost, f"`{declared[name]}`"]
         rows[name] = f"| {' | '.join(_cell(cell) for cell in cells)} |"
-    kept = [rows[name] for name in declared if name in rows]
+    kept = [
+        rows.get(name, f"| {_cell(name)} | not run for this page yet | | | `{declared[name]}` |") for name in declared
+    ]
     return _HEADER.format(cores=os.cpu_count()) + "".join(f"{row}\n" for row in kept)
 
 
