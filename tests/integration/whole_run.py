@@ -13,7 +13,7 @@ import psutil
 from leftovers import TOKEN, Descendants
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT = 300
+START_TIMEOUT = 500
 
 
 class Run:
