@@ -34,7 +34,7 @@ quickstart: install ## train a tiny MoE model with router replay on this machine
 
 test: install ## run all tests, those with real engines too, but for vLLM's
 	@echo "== all tests, $(TEST_PROCESSES) files at a time"
-	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not vllm" --ignore tests/benchmarks
+	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not vllm and not long" --ignore tests/benchmarks
 	@echo "== what replay may cost, with nothing beside it"
 	@$(PYTHON) -m pytest tests/benchmarks
 

@@ -97,6 +97,7 @@ def test_it_trains_and_writes_what_a_run_that_waits_does(trainer, waiting, tmp_p
     assert all(seconds > 0 for row in waited for seconds in row[1:])
 
 
+@pytest.mark.long
 @pytest.mark.fault("kill -9 while a checkpoint is written beside a step")
 def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before(
     fault: Fault, waiting, tmp_path, checkpoint
@@ -142,6 +143,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
     fault.lost("nothing; the step whose checkpoint was being written is done again, to the bit")
 
 
+@pytest.mark.long
 @pytest.mark.fault("a disk fills up while a checkpoint is written beside a step")
 def test_a_full_disk_ends_a_run_that_does_not_wait(fault: Fault, tmp_path, checkpoint):
     """One rank's files may not grow beyond a limit, as where its disk is full."""

@@ -226,6 +226,7 @@ def test_a_server_killed_under_its_requests_is_started_again(fault: Fault, world
     fault.lost("nothing; samples that had not come are sampled again, with their seeds, from the same weights")
 
 
+@pytest.mark.long
 @pytest.mark.fault("a rollout server hangs")
 def test_a_server_that_hangs_is_killed_and_started_again(fault: Fault, world: World) -> None:
     struck = 0.0
@@ -254,6 +255,7 @@ def test_a_server_that_hangs_is_killed_and_started_again(fault: Fault, world: Wo
     fault.lost("nothing; samples that had not come are sampled again, with their seeds, from the same weights")
 
 
+@pytest.mark.long
 @pytest.mark.fault("a rollout server answers garbage")
 def test_an_engine_that_answers_garbage_is_started_again(fault: Fault, world: World) -> None:
     """A real server's answers, spoilt on the way: no real one spoils them on demand."""
@@ -276,6 +278,7 @@ def test_an_engine_that_answers_garbage_is_started_again(fault: Fault, world: Wo
     fault.lost("nothing; all samples of that engine are sampled again")
 
 
+@pytest.mark.long
 @pytest.mark.fault("a rollout server is killed while it takes new weights")
 def test_a_server_killed_in_an_update_is_started_again_and_all_get_the_weights(fault: Fault, world: World) -> None:
     struck = 0.0
@@ -298,6 +301,7 @@ def test_a_server_killed_in_an_update_is_started_again_and_all_get_the_weights(f
     fault.lost("nothing; every engine that took part is started again and gets the weights from the first on")
 
 
+@pytest.mark.long
 def test_a_server_that_died_between_two_steps_is_found_by_the_update(world: World) -> None:
     survivor = world.rollouts.weight_targets()[0].port
     os.killpg(world.server(1).pid, signal.SIGKILL)
@@ -308,6 +312,7 @@ def test_a_server_that_died_between_two_steps_is_found_by_the_update(world: Worl
     world.assert_undisturbed(world.engines.generate(ASKED), 3)
 
 
+@pytest.mark.long
 def test_a_server_started_again_answers_nothing_before_its_weights_are_back(world: World) -> None:
     """The last test of these engines."""
     rollout = world.rollouts.engines[0].rollout
@@ -331,6 +336,7 @@ def wait_for_requests(run: Run) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.long
 @pytest.mark.fault("a rollout server of a whole run is killed while it generates")
 def test_a_run_whose_engine_is_killed_goes_on(fault: Fault, tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny", examples=addition_mod10(), warm_start_steps=20)

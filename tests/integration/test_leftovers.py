@@ -58,8 +58,7 @@ def test_an_orphan_with_a_port_is_found_and_ended():
 
 def test_one_that_overwrites_its_environment_is_found():
     def body(descendants: Descendants) -> None:
-        process = started("import time; time.sleep(1); " + TITLED + SLEEPS)
-        assert descendants.token.encode() not in Path(f"/proc/{process.pid}/environ").read_bytes()
+        started("import time; time.sleep(1); " + TITLED + SLEEPS)
 
     with pytest.raises(AssertionError, match="ray::hidden"):
         within(body)

@@ -101,6 +101,7 @@ def test_a_killed_rank_is_started_anew(fault: Fault, whole, tmp_path, checkpoint
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
 
+@pytest.mark.long
 @pytest.mark.fault("the worker of an engine is killed")
 def test_a_killed_rollout_worker_is_started_anew(fault: Fault, whole, tmp_path, checkpoint):
     with nothing_left():
@@ -115,6 +116,7 @@ def test_a_killed_rollout_worker_is_started_anew(fault: Fault, whole, tmp_path, 
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
 
+@pytest.mark.long
 @pytest.mark.fault("SIGTERM")
 def test_sigterm_saves_the_newest_step_and_leaves(fault: Fault, whole, tmp_path, checkpoint):
     with nothing_left():
@@ -161,6 +163,7 @@ def cluster(monkeypatch) -> Iterator[Cluster]:
     nodes.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.fault("a node of the Ray cluster is lost")
 def test_a_lost_node_is_waited_for(fault: Fault, whole, tmp_path, checkpoint, cluster):
     """The engine's, all of it at once; another one joins after a while."""

@@ -116,6 +116,7 @@ def saved_steps(run: Run) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in sorted((run.path / "checkpoints").glob("step-*[0-9]"))]
 
 
+@pytest.mark.long
 @pytest.mark.fault("the driver is killed with kill -9, while it starts and in each stage of a step")
 def test_a_driver_that_is_killed_in_any_stage_goes_on(fault: Fault, whole, tmp_path, checkpoint, monkeypatch):
     """One run: each process of it makes the step that was lost and one more, and is killed in the one after that."""
@@ -168,6 +169,7 @@ def test_a_driver_that_is_killed_in_any_stage_goes_on(fault: Fault, whole, tmp_p
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
 
+@pytest.mark.long
 @pytest.mark.fault("the driver and all of its process group are killed with kill -9")
 def test_nothing_outlives_a_process_group_that_is_killed(fault: Fault, tmp_path, checkpoint):
     run = start(tmp_path, checkpoint, "megatron_train")
@@ -217,6 +219,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.fault("the disk is full while a checkpoint is written")
 def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(fault: Fault, whole, tmp_path, checkpoint, small_disk):
     """A disk that is full where this may mount one; else files of the second rank cannot grow any more."""
@@ -343,6 +346,8 @@ def test_a_new_run_goes_on_from_a_path(whole, tmp_path, checkpoint):
     if not layout:
         assert found == known
     for name, value in known[done].items():
+        if name == "router_replay/padded_rows":
+            continue  # one rank's micro-batches are filled up otherwise than two's
         assert found[done][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
     assert found[done + 1]["actor/lr"] == known[done + 1]["actor/lr"]
 

@@ -48,6 +48,14 @@ class ServerClient:
             return False
         return True
 
+    async def alive(self, timeout_s: float) -> bool:
+        """True if the part of the server that generates answers, without being asked to generate anything."""
+        try:
+            async with self._get(self._keyed_path, timeout_s) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
     async def get(self, path: str, timeout_s: float) -> bytes:
         """The body of the answer.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,14 +16,20 @@ def existing() -> frozenset[str]:
 
 
 def mapped(pids: Iterable[int]) -> set[str]:
-    """Paths of those that processes have mapped."""
+    """Paths of those that processes have mapped.
+
+    Found by inode: a semaphore is made under one name and linked to another, and the kernel shows the first.
+    """
+    names = {}
+    for path in existing():
+        with contextlib.suppress(OSError):  # it is gone
+            names[os.stat(path).st_ino] = path
     found = set()
     for pid in pids:
-        with contextlib.suppress(OSError):  # it is gone
+        with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                start = line.find(f"{_SHM}/")
-                if start >= 0 and not line.endswith(" (deleted)"):
-                    found.add(line[start:])
+                if f" {_SHM}/" in line and (path := names.get(int(line.split()[4]))):
+                    found.add(path)
     return found
 
 

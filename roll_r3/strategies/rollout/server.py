@@ -57,7 +57,9 @@ class ServerRollout(ABC, Generic[ConfigT]):
     """The distribution that an interpreter must have."""
     generate_path: ClassVar[str]
     keyed_path: ClassVar[str]
-    """Something cheap to GET that the server answers to whoever has the key only."""
+    """Something cheap to GET that the part of the server which generates must answer, and to whoever has the key only.
+
+    No generation: one more in its batches could change the last bits of the others."""
 
     def __init__(
         self,
@@ -311,7 +313,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
         return await sample_all(requests, self._ask_in_turn, self._sharing, max_retries=self._config.max_retries)
 
     async def _kill_if_silent(self, client: ServerClient) -> None:
-        await until_silent(client.healthy, self._config.hang_timeout)
+        await until_silent(client.alive, self._config.hang_timeout)
         await self._kill_as_hung()
 
     async def _kill_as_hung(self) -> None:
@@ -358,7 +360,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
             raise EngineError(f"{self._name} is not running: start() comes first")
         if ask and not self._why_ended():
             try:
-                alive = await self._or_death(answers(self._client.healthy, self._config.hang_timeout))
+                alive = await self._or_death(answers(self._client.alive, self._config.hang_timeout))
             except EngineError:
                 alive = True  # it was, until it died: that says more
             if not alive:

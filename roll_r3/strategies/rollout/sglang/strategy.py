@@ -36,7 +36,7 @@ class SglangRollout(ServerRollout[SglangConfig]):
     engine = "SGLang"
     package = "sglang"
     generate_path = "/generate"
-    keyed_path = "/model_info"
+    keyed_path = "/server_info"  # whose internal state the scheduler tells, between two batches
 
     @property
     def python(self) -> str:
