@@ -21,6 +21,10 @@ one run of a tiny model on a machine with {cores} cores and no GPU, most of them
 or from the start of the run that goes on, until things are as they were before. What a run of days loses is the time
 since its last checkpoint ([checkpoints.md](checkpoints.md)).
 
+Nothing queues without end: a step is sampled once the one before it was learned from, an engine has
+`max_concurrent_requests` requests at a time, a reward process one response, and a checkpoint is begun when the one before it
+is written.
+
 | fault | what you see | seconds | lost | test |
 | --- | --- | ---: | --- | --- |
 """
