@@ -22,8 +22,8 @@ or from the start of the run that goes on, until things are as they were before.
 since its last checkpoint ([checkpoints.md](checkpoints.md)).
 
 Nothing queues without end: a step is sampled once the one before it was learned from, an engine has
-`max_concurrent_requests` requests at a time, a reward process one response, and a checkpoint is begun when the one before it
-is written.
+`max_concurrent_requests` requests at a time, a reward process one response, and a checkpoint is begun when the one
+before it is written.
 
 | fault | what you see | seconds | lost | test |
 | --- | --- | ---: | --- | --- |
