@@ -32,8 +32,8 @@ quickstart: install ## train a tiny MoE model with router replay on this machine
 	@echo "== training: python -m roll_r3.run --config configs/quickstart.yaml $(ARGS)"
 	@$(PYTHON) -m roll_r3.run --config configs/quickstart.yaml $(ARGS)
 
-test: install ## run all tests, those with real engines too, but for vLLM's
-	@echo "== all tests, $(TEST_PROCESSES) files at a time"
+test: install ## run the tests, those with real engines too, but for vLLM's and the long ones of faults
+	@echo "== tests, $(TEST_PROCESSES) files at a time"
 	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not vllm and not long" --ignore tests/benchmarks
 	@echo "== what replay may cost, with nothing beside it"
 	@$(PYTHON) -m pytest tests/benchmarks

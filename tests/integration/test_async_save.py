@@ -15,7 +15,7 @@ import psutil
 import pytest
 from faults import Fault, nothing_left
 from megatron_cases import assert_same_tensors
-from whole_run import START_TIMEOUT, Run, few_steps, learned
+from whole_run import SAMPLED_TO_THE_BIT, START_TIMEOUT, Run, few_steps, finished, learned
 
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -38,22 +38,12 @@ def start(where: Path, checkpoint: Path, trainer: str, *more: str) -> Run:
         where,
         checkpoint,
         *few_steps(STEPS),
-        "rollout_batch_size=8",
-        "actor_infer.strategy_args.strategy_name=hf_infer",
-        "actor_infer.strategy_args.strategy_config.dtype=float32",
+        *SAMPLED_TO_THE_BIT,
         f"actor_train.strategy_args.strategy_name={trainer}",
         "save_steps=1",
         *more,
         config="quickstart_engines",
     )
-
-
-def finish(run: Run) -> Run:
-    try:
-        assert run.finish(2 * START_TIMEOUT) == 0, run.stderr.read_text()
-    finally:
-        run.end()
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +53,7 @@ def waiting(tmp_path_factory, checkpoint) -> Callable[[str], Run]:
 
     def of(trainer: str) -> Run:
         if trainer not in runs:
-            runs[trainer] = finish(start(tmp_path_factory.mktemp(trainer), checkpoint, trainer))
+            runs[trainer] = finished(start(tmp_path_factory.mktemp(trainer), checkpoint, trainer))
         return runs[trainer]
 
     return of
@@ -84,7 +74,7 @@ def process_of(run: Run, worker: str) -> int:
 
 @pytest.mark.parametrize("trainer", ["megatron_train", "fsdp2_train"])
 def test_it_trains_and_writes_what_a_run_that_waits_does(trainer, waiting, tmp_path, checkpoint):
-    wanted, run = waiting(trainer), finish(start(tmp_path, checkpoint, trainer, BESIDE))
+    wanted, run = waiting(trainer), finished(start(tmp_path, checkpoint, trainer, BESIDE))
     assert learned(run) == learned(wanted)
     for step in range(1, STEPS + 1):
         found, known = (each.path / "checkpoints" / f"step-{step:08d}" for each in (run, wanted))
@@ -135,7 +125,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
         wait_for(lambda: len(again.metrics()) > last, again)
         fault.recovered(time.monotonic() - began)
     finally:
-        finish(again)
+        finished(again)
     assert f"going on after step {last}, from" in again.stderr.read_text()
     assert learned(again) == learned(waiting(trainer))
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in range(1, STEPS + 1)]

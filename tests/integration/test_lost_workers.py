@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from faults import Fault, nothing_left
 from ray.cluster_utils import Cluster
-from whole_run import START_TIMEOUT, Run, few_steps, learned
+from whole_run import SAMPLED_TO_THE_BIT, START_TIMEOUT, Run, few_steps, finished, learned
 
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -22,12 +22,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 STEPS = 5
 IN_PROCESS = (
     *few_steps(STEPS),
-    "rollout_batch_size=8",
-    "actor_infer.strategy_args.strategy_name=hf_infer",
-    "actor_infer.strategy_args.strategy_config.dtype=float32",
+    *SAMPLED_TO_THE_BIT,
     "actor_train.strategy_args.strategy_name=megatron_train",
 )
-"""A rollout that samples to the bit what it sampled before."""
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +40,7 @@ def start(where: Path, checkpoint: Path, *more: str) -> Run:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, checkpoint) -> Run:
     """A run that nothing disturbed."""
-    run = start(tmp_path_factory.mktemp("whole"), checkpoint)
-    try:
-        assert run.finish(2 * START_TIMEOUT) == 0, run.stderr.read_text()
-    finally:
-        run.end()
-    return run
+    return finished(start(tmp_path_factory.mktemp("whole"), checkpoint))
 
 
 def process_of(run: Run, worker: str) -> int:
@@ -82,37 +74,36 @@ def assert_as_undisturbed(run: Run, whole: Run) -> None:
     assert learned(run) == learned(whole), "to the bit"
 
 
-@pytest.mark.fault("a training rank is killed")
-def test_a_killed_rank_is_started_anew(fault: Fault, whole, tmp_path, checkpoint):
+@pytest.mark.parametrize(
+    ("worker", "named", "save_steps", "goes_on"),
+    [
+        # its peer may be named beside it
+        pytest.param("actor_train-1", "died.*", 2, "2", marks=pytest.mark.fault("a training rank is killed")),
+        pytest.param(
+            "actor_infer-0",
+            "died",
+            1,
+            r"\d",
+            marks=[pytest.mark.fault("the worker of an engine is killed"), pytest.mark.long],
+        ),
+    ],
+)
+def test_a_killed_worker_is_started_anew(fault: Fault, whole, tmp_path, checkpoint, worker, named, save_steps, goes_on):
     with nothing_left():
-        run = start(tmp_path, checkpoint, "save_steps=2")
+        run = start(tmp_path, checkpoint, f"save_steps={save_steps}")
         try:
-            fault.recovered(loses(run, lambda: os.kill(process_of(run, "actor_train-1"), signal.SIGKILL)))
+            fault.recovered(loses(run, lambda: os.kill(process_of(run, worker), signal.SIGKILL)))
             assert_as_undisturbed(run, whole)
         finally:
             run.end()
     said = run.stderr.read_text()
-    assert re.search(r"LOST: actor_train-1 died.*: its process is gone", said)
-    assert re.search(r"going on after step 2, from .*step-00000002 \(new start 1 of at most 3\)", said)
+    assert re.search(rf"LOST: {worker} {named}: its process is gone", said)
+    going_on = re.search(rf"going on after step ({goes_on}), from .*step-0000000\1 \(new start 1 of at most 3\)", said)
+    assert going_on
     assert "Traceback (most recent call last)" not in re.sub(r"(?s)--- end of.*?---", "", said)
     fault.user_sees(
-        "LOST: actor_train-1 died, with the end of its log; going on after step 2 (new start 1 of at most 3)"
+        f"LOST: {worker} died, with the end of its log; going on after step {going_on[1]} (new start 1 of at most 3)"
     )
-    fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
-
-
-@pytest.mark.long
-@pytest.mark.fault("the worker of an engine is killed")
-def test_a_killed_rollout_worker_is_started_anew(fault: Fault, whole, tmp_path, checkpoint):
-    with nothing_left():
-        run = start(tmp_path, checkpoint, "save_steps=1")
-        try:
-            fault.recovered(loses(run, lambda: os.kill(process_of(run, "actor_infer-0"), signal.SIGKILL)))
-            assert_as_undisturbed(run, whole)
-        finally:
-            run.end()
-    assert re.search(r"LOST: actor_infer-0 died: its process is gone", run.stderr.read_text())
-    fault.user_sees("LOST: actor_infer-0 died, with the end of its log; going on after the last step that was saved")
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
 

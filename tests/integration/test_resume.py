@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from leftovers import GRACE
-from whole_run import START_TIMEOUT, Run, few_steps, learned
+from whole_run import SAMPLED_TO_THE_BIT, START_TIMEOUT, Run, few_steps, finished, learned
 
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -33,9 +33,7 @@ DISK_KB = 9 << 10
 """Of the small disk."""
 IN_PROCESS = (
     *few_steps(STEPS),
-    "rollout_batch_size=8",
-    "actor_infer.strategy_args.strategy_name=hf_infer",
-    "actor_infer.strategy_args.strategy_config.dtype=float32",
+    *SAMPLED_TO_THE_BIT,
     "actor_train.training_args.lr_scheduler_type=cosine",
     "save_steps=1",
 )
@@ -52,18 +50,10 @@ def start(where: Path, checkpoint: Path, trainer: str, *more: str) -> Run:
     return Run(where, checkpoint, *IN_PROCESS, name, *more, config="quickstart_engines")
 
 
-def finish(run: Run) -> Run:
-    try:
-        assert run.finish(2 * START_TIMEOUT) == 0, run.stderr.read_text()
-    finally:
-        run.end()
-    return run
-
-
 @pytest.fixture(scope="module", params=["megatron_train", "fsdp2_train"])
 def whole(request, tmp_path_factory, checkpoint) -> tuple[str, Run]:
     """A run that nothing stopped."""
-    return request.param, finish(
+    return request.param, finished(
         start(tmp_path_factory.mktemp("whole"), checkpoint, request.param, "save_hf_steps=100")
     )
 
@@ -302,7 +292,7 @@ def damaged(whole, tmp_path_factory, checkpoint) -> tuple[Run, float]:
         damage(next((where / "output").glob(f"*/2*/checkpoints/step-{step:08d}")))
     struck = time.monotonic()
     last = f"max_steps={min(DAMAGE) - 1}"
-    run = finish(start(where, checkpoint, trainer, "resume_from_checkpoint=auto", last))
+    run = finished(start(where, checkpoint, trainer, "resume_from_checkpoint=auto", last))
     return run, time.monotonic() - struck
 
 
@@ -337,7 +327,7 @@ def test_a_new_run_goes_on_from_a_path(whole, tmp_path, checkpoint):
     step = wanted.path.resolve() / "checkpoints" / f"step-{done:08d}"
     one = ("actor_train.device_mapping=[0]", "actor_train.training_args.per_device_train_batch_size=64")
     layout = one if trainer == "megatron_train" else ()
-    run = finish(start(tmp_path, checkpoint, trainer, f"resume_from_checkpoint={step}", *layout))
+    run = finished(start(tmp_path, checkpoint, trainer, f"resume_from_checkpoint={step}", *layout))
     said = run.stderr.read_text()
     assert f"going on after step {done}, from {step}" in said
     assert ("  actor_train.device_mapping: [0, 1] -> [0]" in said) == bool(layout)

@@ -71,6 +71,23 @@ def few_steps(steps: int, *more: str) -> tuple[str, ...]:
     return (f"max_steps={steps}", "rollout_batch_size=16", "num_return_sequences_in_group=8", *more)
 
 
+SAMPLED_TO_THE_BIT = (
+    "rollout_batch_size=8",
+    "actor_infer.strategy_args.strategy_name=hf_infer",
+    "actor_infer.strategy_args.strategy_config.dtype=float32",
+)
+"""A rollout that samples again, on a CPU, to the bit what it sampled before."""
+
+
+def finished(run: Run) -> Run:
+    """The run once it has ended by itself, and well."""
+    try:
+        assert run.finish(2 * START_TIMEOUT) == 0, run.stderr.read_text()
+    finally:
+        run.end()
+    return run
+
+
 def learned(run: Run) -> list[dict[str, float]]:
     """What the steps measured, but for how long they took."""
     timed = ("time/", "system/tps", "router_replay/time_share")

@@ -59,3 +59,25 @@ def test_shared_memory_of_a_childs_child_is_removed(tmp_path: Path, paths: tuple
         await process.stop()
 
     asyncio.run(scenario())
+
+
+SEMAPHORE = """
+import multiprocessing, time
+held = multiprocessing.get_context("spawn").Semaphore()
+print("ready", held._semlock.name, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_semaphore_that_the_kernel_shows_under_another_name_is_removed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        process.launch([sys.executable, "-c", SEMAPHORE], os.environ)
+        while "ready" not in process.log_tail():
+            await asyncio.sleep(0.05)
+        name = Path(f"/dev/shm/sem.{process.log_tail().split()[1].lstrip('/')}")
+        assert name.exists()
+        await process.stop(grace_s=0.0)  # its own tracker of resources is killed with it
+        assert not name.exists()
+
+    asyncio.run(scenario())
