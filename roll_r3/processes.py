@@ -10,6 +10,9 @@ import os
 import signal
 import sys
 
+FOLDER_VARIABLE = "ROLL_R3_SERVER_FOLDER"
+"""Of a server's environment: a directory that nobody else may look into, and that is removed when the server ends."""
+
 
 def leave_folder(program: str) -> None:
     """Take a program's folder off the import path: its modules must not shadow others."""

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from roll_r3.errors import EngineError
+from roll_r3.processes import FOLDER_VARIABLE
 from roll_r3.strategies.rollout import segments
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,8 @@ def free_port(host: str) -> int:
 
 
 class ServerProcess:
-    """One child in a process group of its own, with all its output in a log file.
+    """One child in a process group of its own, with all its output in a log file, and a directory of its own whose
+    name is in its environment (`FOLDER_VARIABLE`).
 
     The child is polled, not awaited through the event loop's child watcher: that works in any thread and under any
     event loop, and notices a death within a tenth of a second.
@@ -56,6 +60,7 @@ class ServerProcess:
         self._death: asyncio.Task[int] | None = None
         self._segments_before: frozenset[str] = frozenset()
         self._segments: set[str] = set()
+        self._folder: Path | None = None
 
     def launch(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the child and its watch; needs a running event loop.
@@ -67,19 +72,22 @@ class ServerProcess:
         """
         assert self._process is None or self._process.poll() is not None, "the previous child is still running"
         self._segments_before = segments.existing()
+        self._remove_folder()
+        self._folder = Path(tempfile.mkdtemp(prefix="roll_r3-server-"))
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             try:
                 self._process = subprocess.Popen(
                     list(command),
-                    env=dict(environment),
+                    env={**environment, FOLDER_VARIABLE: str(self._folder)},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
             except OSError as error:
+                self._remove_folder()
                 raise EngineError(f"{self._name}: cannot run {command[0]}: {error}") from error
         self._death = asyncio.create_task(self._watch(self._process))
 
@@ -135,7 +143,8 @@ class ServerProcess:
     async def stop(self, grace_s: float = 8.0) -> None:
         """End the whole process group: ask, wait `grace_s`, kill, and wait until all are gone.
 
-        Safe to call twice. Their shared memory goes too, and a successor finds the devices' memory free.
+        Safe to call twice. Their shared memory and their directory go too, and a successor finds the devices' memory
+        free.
         """
         process = self._process
         if process is None:
@@ -154,6 +163,12 @@ class ServerProcess:
         if left:
             logger.warning("%s: processes %s do not die even of SIGKILL", self._name, left)
         segments.remove(self._segments)
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
 
 def _living(group: int) -> list[int]:

@@ -12,7 +12,6 @@ import pytest
 from roll_r3.strategies.rollout.client import ServerClient
 from roll_r3.strategies.rollout.sampling import SampleError
 
-
 T = TypeVar("T")
 
 

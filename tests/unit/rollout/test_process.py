@@ -1,4 +1,4 @@
-"""What a killed server held in shared memory goes with it, and nothing else."""
+"""What a killed server held in shared memory and its directory go with it, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from roll_r3.processes import FOLDER_VARIABLE
 from roll_r3.strategies.rollout.process import ServerProcess
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux's shared memory")
@@ -79,5 +80,35 @@ def test_a_semaphore_that_the_kernel_shows_under_another_name_is_removed(tmp_pat
         assert name.exists()
         await process.stop(grace_s=0.0)  # its own tracker of resources is killed with it
         assert not name.exists()
+
+    asyncio.run(scenario())
+
+
+FOLDER = f"""
+import os, time
+folder = os.environ["{FOLDER_VARIABLE}"]
+open(os.path.join(folder, "store"), "w").close()
+print("ready", folder, oct(os.stat(folder).st_mode & 0o777), flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_folder_of_a_server_that_was_killed_is_removed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        folders = []
+        for _ in range(2):
+            process.launch([sys.executable, "-c", FOLDER], os.environ)
+            while "ready" not in process.log_tail():
+                await asyncio.sleep(0.05)
+            _, name, mode = process.log_tail().split()
+            folders.append(Path(name))
+            assert (folders[-1] / "store").exists()
+            assert mode == "0o700"
+            os.killpg(process.pid or 0, signal.SIGKILL)
+            await process.death
+        assert not folders[0].exists(), "the next launch of the same server has another"
+        await process.stop()
+        assert not folders[1].exists()
 
     asyncio.run(scenario())

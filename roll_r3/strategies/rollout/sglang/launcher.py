@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import runpy
-import shutil
 import sys
-import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -43,14 +41,13 @@ def main() -> None:
     server_args = import_module("sglang.srt.server_args").prepare_server_args(sys.argv[1:])
     server_args.api_key = key
     # Its ranks would meet at a store that listens on every address of this machine, and asks for no key.
-    meeting = tempfile.mkdtemp(prefix="roll_r3-sglang-")
-    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{meeting}/store"
+    folder = os.environ.pop(shared["FOLDER_VARIABLE"])
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{folder}/store"
     os.environ |= {"MASTER_ADDR": server_args.host, "MASTER_PORT": str(server_args.port)}  # names for shared memory
     try:
         launch.run_server(server_args)
     finally:
         import_module("sglang.srt.utils").kill_process_tree(os.getpid(), include_parent=False)
-        shutil.rmtree(meeting, ignore_errors=True)
 
 
 if __name__ == "__main__":
