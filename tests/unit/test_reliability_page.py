@@ -16,7 +16,9 @@ def test_the_page_has_what_the_tests_declare():
 
 def test_a_row_is_replaced_kept_and_dropped():
     declared = {"one": "tests/a.py::test_one", "two": "tests/a.py::test_two"}
-    page = render("", dict.fromkeys(declared, SEEN), declared)
+    around = f"before\n| no | row |\n{reliability._BEGIN}{reliability._END}after\n"
+    page = render(around, dict.fromkeys(declared, SEEN), declared)
+    assert page.startswith("before\n") and page.endswith("after\n"), "what people wrote stays"
     assert named_on(page) == declared
     again = render(page, {"two": Outcome("said", 0.26, "a step")}, declared)
     assert rows_on(again) == {
