@@ -24,7 +24,7 @@ from roll_r3.config.report import InvalidConfigError, has_errors, render
 from roll_r3.config.strategies import MegatronConfig
 from roll_r3.errors import CheckpointError, ConfigError, RollError
 from roll_r3.models.checkpoint import resolve_checkpoint
-from roll_r3.saving.manifest import verify
+from roll_r3.saving.manifest import sync_directory, verify
 from roll_r3.saving.state import CONFIG, TRAINER
 from roll_r3.strategies.base import ProcessInfo
 from roll_r3.strategies.registry import STRATEGIES
@@ -73,6 +73,8 @@ def export(checkpoint: Path, output: Path, *, pretrain: str | None = None, devic
     """
     if output.exists():
         raise ConfigError(f"--output {output} is there already: name a directory that is not")
+    if output.absolute().resolve().is_relative_to(checkpoint.absolute().resolve()):
+        raise ConfigError(f"--output {output} is within the checkpoint, which must stay as it is: name one beside it")
     try:
         verify(checkpoint)
     except CheckpointError as error:
@@ -91,6 +93,7 @@ def export(checkpoint: Path, output: Path, *, pretrain: str | None = None, devic
         strategy.load_weights(checkpoint.absolute() / TRAINER)
         strategy.save_hf(partial)
         os.rename(partial, output)
+        sync_directory(output.absolute().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         strategy.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from roll_r3.preflight.plan_findings import plan_findings
 from roll_r3.preflight.plan_text import plan_json, render_plan
 from roll_r3.preflight.summary import summary
 from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
+
+logger = logging.getLogger(__name__)
 
 DEVICES_PER_NODE = 8
 """Of the machines that most clusters are made of."""
@@ -59,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report(options, [Finding("configuration", "error", (), str(error))], Origins(str(options.config)))
         return EXIT_CONFIG
     except RollError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        if not _starts(options):
+            raise
+        logger.exception("what the run stopped at")  # its log has it, should it have one by now
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -81,7 +79,7 @@ class Life:
             time.sleep(0.005)
 
     def kill(self) -> None:
-        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
 
     def finish(self) -> None:
@@ -95,7 +93,7 @@ class Life:
         """The step that it went on after, 0 for a new run; None: it was killed before it knew."""
         if "starting from" in self.said:
             return 0
-        found = re.search(r"going on after step (\d+)", self.said)
+        found = re.search(r"(?:going on after|nothing to do: .* is of) step (\d+)", self.said)
         return int(found[1]) if found else None
 
     def stage(self) -> str:

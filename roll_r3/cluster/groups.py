@@ -248,9 +248,9 @@ class ModelGroup(_Group):
         """Every rank takes its part of what `write_snapshot` wrote."""
         self._call("load_checkpoint", path)
 
-    def save_hf(self, path: Path) -> None:
-        """Write the weights, config and tokenizer as a Hugging Face checkpoint."""
-        self._call("save_hf", path)
+    def save_hf(self, path: Path) -> dict[str, int]:
+        """Write the weights, config and tokenizer as a Hugging Face checkpoint; bytes of each file, by name."""
+        return self._call("save_hf", path)[0]
 
     def _call_on_shards(self, method: str, batch: Batch, shards: Sequence[IntArray], *rest: Any) -> list[Any]:
         """Every rank gets its data-parallel shard, stored once per shard."""

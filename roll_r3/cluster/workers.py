@@ -24,7 +24,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import CheckpointError, EngineError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
-from roll_r3.saving.manifest import FileSum, file_sum, files_below
+from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below
 from roll_r3.strategies.base import (
     GenerateRequest,
     GenerateResult,
@@ -215,15 +215,16 @@ class ModelWorker:
             share = files_below(path)[self._process.rank :: self._process.world_size]
             return {name: file_sum(path / name) for name in share}
         except OSError as error:
-            raise CheckpointError(f"{path} is not kept: {type(error).__name__}: {error}") from error
+            hint = f" ({EVERY_NODE})" if isinstance(error, FileNotFoundError) else ""
+            raise CheckpointError(f"{path} is not kept: {type(error).__name__}: {error}{hint}") from error
 
     def load_checkpoint(self, path: Path) -> None:
         """As `TrainStrategy.load_checkpoint`."""
         self._strategy.load_checkpoint(path)
 
-    def save_hf(self, path: Path) -> None:
+    def save_hf(self, path: Path) -> dict[str, int]:
         """As `TrainStrategy.save_hf`."""
-        self._strategy.save_hf(path)
+        return self._strategy.save_hf(path)
 
     def close(self) -> None:
         if self._channel is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from roll_r3.config.disk import is_directory, is_file
 from roll_r3.errors import ConfigError
 
 _REPOSITORY = re.compile(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
+INDEX = "model.safetensors.index.json"
 _MAX_COMMIT = 256
 """Characters of a ref that are read; a commit has 40."""
 
@@ -45,6 +47,27 @@ def safetensors_files(directory: Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{directory} holds no *.safetensors: convert the checkpoint first")
+    return files
+
+
+def tensor_files(directory: Path) -> dict[str, str]:
+    """Name of each tensor of a checkpoint -> the file that holds it: what the index says, where there is one.
+
+    Files that an index does not name may hold the same weights under other names.
+
+    Raises:
+        ConfigError: a directory without safetensors.
+    """
+    index = directory / INDEX
+    if is_file(index):
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return files
+    from safetensors import safe_open  # noqa: PLC0415  a base installation, which only checks, does without
+
+    files = {}
+    for file in safetensors_files(directory):
+        with safe_open(file, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file.name)
     return files
 
 

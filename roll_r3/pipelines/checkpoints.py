@@ -13,12 +13,11 @@ from types import TracebackType
 from typing import Self
 
 from roll_r3.cluster.groups import ModelGroup
-from roll_r3.config.derived import saving_dir
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError, RollError
 from roll_r3.pipelines.leaving import LeaveNow
-from roll_r3.saving.manifest import FileSum, file_sum, write_durably
+from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.saving.store import CHECKPOINTS, EXPORTS, Store
 from roll_r3.tracking.run_dir import RunDir
@@ -26,10 +25,21 @@ from roll_r3.tracking.run_dir import RunDir
 logger = logging.getLogger(__name__)
 
 
-def stores_of(config: RLVRConfig, run: str) -> tuple[Store, Store]:
+def stores_of(run_dir: RunDir) -> tuple[Store, Store]:
     """Where the checkpoints of a run are, and its weights for transformers."""
-    folder = Path(saving_dir(config)).absolute() / config.exp_name / run
-    return Store(folder / CHECKPOINTS), Store(folder / EXPORTS)
+    return Store(run_dir.saved / CHECKPOINTS), Store(run_dir.saved / EXPORTS)
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something is done after a step that is done every so many steps, and after the last one; 0: never."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def lacks_export(config: RLVRConfig, run_dir: RunDir, step: int) -> bool:
+    """Whether a run has saved a step without exporting its weights, which was due as well."""
+    checkpoints, exports = stores_of(run_dir)
+    due = is_due(step, config.save_hf_steps, config.max_steps)
+    return due and checkpoints.path(step).exists() and not exports.path(step).exists()
 
 
 class Checkpoints:
@@ -57,7 +67,7 @@ class Checkpoints:
         self._config, self._run_dir, self._trainer = config, run_dir, trainer
         self._data, self._begun = data, begun
         self._say = say
-        self._checkpoints, self._exports = stores_of(config, run_dir.path.name)
+        self._checkpoints, self._exports = stores_of(run_dir)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
         self._seconds = 0.0
@@ -99,11 +109,17 @@ class Checkpoints:
                 self.wait()
         if self._is_due(step, self._config.save_hf_steps):
             self.wait()
-            began = time.perf_counter()
-            with self._abandoned_on_failure(self._exports, step):
-                self._trainer.save_hf(self._exports.begin(step))
-                self._finished(self._exports, step, began)
+            self._export(step)
         self._seconds += time.perf_counter() - start
+
+    def catch_up(self, step: int) -> None:
+        """Export the weights of the step that the run goes on after, should it have ended between the two.
+
+        Raises:
+            CheckpointError: as `step_done`.
+        """
+        if lacks_export(self._config, self._run_dir, step):
+            self._export(step)
 
     def leave(self, step: int, samples_seen: int) -> None:
         """Save a step that the run is left after, unless it is saved or no step is to be, and wait for it.
@@ -134,7 +150,16 @@ class Checkpoints:
         return seconds
 
     def _is_due(self, step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self._config.max_steps)
+        return is_due(step, every, self._config.max_steps)
+
+    def _export(self, step: int) -> None:
+        began = time.perf_counter()
+        with self._abandoned_on_failure(self._exports, step):
+            folder = self._exports.begin(step)
+            written = self._trainer.save_hf(folder)
+            if written != {name: (folder / name).stat().st_size for name in files_below(folder)}:
+                raise CheckpointError(f"{folder} does not hold what the trainer's first rank wrote there: {EVERY_NODE}")
+            self._finished(self._exports, step, began)
 
     def _begin(self, step: int, samples_seen: int) -> None:
         """Keep what the step leaves behind, and have the rest of the checkpoint written."""
@@ -169,9 +194,10 @@ class Checkpoints:
             raise
         except (OSError, RollError) as error:
             store.abandon(step)
-            left = ", ".join(f"step {s}" for s in store.steps()) or "nothing"
+            what = f"step {step} was not saved" if store is self._checkpoints else f"step {step} was not exported"
+            left = ", ".join(f"step {s}" for s in self._checkpoints.steps()) or "nothing"
             raise CheckpointError(
-                f"step {step} was not saved: {error}\nthe run stops here; in {store.folder} there is {left}, and "
+                f"{what}: {error}\nthe run stops here; in {self._checkpoints.folder} there is {left}, and "
                 "resume_from_checkpoint: auto goes on from the newest checkpoint"
             ) from error
 

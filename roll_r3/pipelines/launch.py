@@ -18,9 +18,9 @@ from roll_r3.data.prompts import read_prompts
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
-from roll_r3.pipelines.checkpoints import stores_of
+from roll_r3.pipelines.checkpoints import lacks_export
 from roll_r3.pipelines.leaving import Leaving
-from roll_r3.pipelines.resume import changes, data_of, find_resume_point, open_run_dir, put_back, replace_file
+from roll_r3.pipelines.resume import changes, data_of, opened, put_back, replace_file
 from roll_r3.pipelines.starts import Starts
 from roll_r3.preflight.check import require_valid
 from roll_r3.preflight.surroundings import look_around
@@ -50,14 +50,11 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.max_steps))
         leaving = stack.enter_context(Leaving(config.sigterm_grace_period))
-        point = find_resume_point(config, progress.say)
-        if point is not None and point.state.step >= config.max_steps:
-            progress.say(
-                f"nothing to do: {point.checkpoint} is of step {point.state.step}, and max_steps is {config.max_steps}"
-            )
+        run_dir, point = stack.enter_context(opened(config, datetime.now(), progress))
+        done = point.state.step if point else 0
+        if point is not None and done >= config.max_steps and not lacks_export(config, run_dir, done):
+            progress.say(f"nothing to do: {point.checkpoint} is of step {done}, and max_steps is {config.max_steps}")
             return 0
-        run_dir = open_run_dir(config, point, lambda: RunDir.create(config.output_dir, config.exp_name, datetime.now()))
-        stack.enter_context(run_dir.locked())
         _log_driver(run_dir)
         progress.say(f"run directory: {run_dir.path}")
         rewards = stack.enter_context(Rewards(config, run_dir.log_dir))
@@ -65,9 +62,10 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
         if point is not None:
             data = data_of(prompts, config.seed)
             check_goes_on(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=data)
-            put_back(run_dir, *stores_of(config, run_dir.path.name), point, progress.say)
+            changed = changes(config, point)
+            put_back(run_dir, point, progress.say)
             progress.say(f"going on after step {point.state.step}, from {point.checkpoint}")
-            for change in changes(config, point):
+            for change in changed:
                 progress.say(change)
         replace_file(run_dir.path / "config.yaml", to_yaml(config))
         starts = Starts(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,16 @@ from roll_r3.config.tree import join
 from roll_r3.config.yaml_file import parse_yaml, to_yaml
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import CheckpointError, ConfigError
+from roll_r3.pipelines.checkpoints import stores_of
 from roll_r3.saving.manifest import verify, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, Data, RunState, fingerprint, read_state
-from roll_r3.saving.store import CHECKPOINTS, Store, newest_run
+from roll_r3.saving.store import newest_run
+from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
 
 _MAX_METRICS = 1 << 30
+COMPARING = "comparing the checkpoint with its checksums"
+"""A stage that reads all of it: hours for terabytes on a slow disk."""
 
 
 @dataclass(frozen=True)
@@ -32,63 +38,66 @@ class ResumePoint:
     checkpoint: Path
     """Whole: every byte of it was compared with its checksum."""
     state: RunState
-    run: str | None
-    """Name of the run that goes on, in its own directory; None: a new run begins there."""
 
 
-def find_resume_point(config: RLVRConfig, say: Callable[[str], None]) -> ResumePoint | None:
-    """What `resume_from_checkpoint` asks for; None: start from `pretrain`.
+@contextmanager
+def opened(config: RLVRConfig, now: datetime, progress: Progress) -> Iterator[tuple[RunDir, ResumePoint | None]]:
+    """The directory of the run, which nobody else writes in meanwhile, and what `resume_from_checkpoint` asks for;
+    None: start from `pretrain`.
+
+    A run that goes on is looked at under the lock: another process that is about to leave it may save once more.
 
     Args:
-        say: is told what is found, and of every damaged checkpoint on the way.
+        progress: is told what is found, and of every damaged checkpoint on the way.
 
     Raises:
-        ConfigError: the checkpoint that is named is none, or is damaged.
+        ConfigError: the checkpoint that is named is none, or is damaged; another process runs there.
         CheckpointError: there are checkpoints to go on from, and all are damaged.
     """
-    if config.resume_from_checkpoint == "off":
-        return None
-    if config.resume_from_checkpoint != "auto":
-        path = Path(config.resume_from_checkpoint).absolute()
-        try:
-            verify(path)
-            return ResumePoint(path, read_state(path), None)
-        except CheckpointError as error:
-            raise ConfigError(f"resume_from_checkpoint: {path} cannot be gone on from: {error}") from error
-    experiment = Path(saving_dir(config)).absolute() / config.exp_name
-    run = newest_run(experiment)
-    if run is None:
-        say(f"resume_from_checkpoint: auto: no run in {experiment} has a checkpoint, starting from {config.pretrain}")
-        return None
-    return newest_point(Store(experiment / run / CHECKPOINTS), run, say)
+    named, run = None, None
+    if config.resume_from_checkpoint == "auto":
+        experiment = Path(saving_dir(config)).absolute() / config.exp_name
+        run = newest_run(experiment)
+        if run is None:
+            progress.say(
+                f"resume_from_checkpoint: auto: no run in {experiment} has a checkpoint, starting from "
+                f"{config.pretrain}"
+            )
+    elif config.resume_from_checkpoint != "off":
+        with progress.stage(COMPARING):
+            named = _named(Path(config.resume_from_checkpoint).absolute())
+    where, saving = (config.output_dir, config.exp_name), saving_dir(config)
+    run_dir = RunDir.reopen(*where, run, saving_dir=saving) if run else RunDir.create(*where, now, saving_dir=saving)
+    with run_dir.locked(progress.say):
+        yield run_dir, named if run is None else newest_point(run_dir, progress)
 
 
-def newest_point(checkpoints: Store, run: str, say: Callable[[str], None]) -> ResumePoint | None:
-    """The newest whole checkpoint of a run; None: it has none.
+def _named(path: Path) -> ResumePoint:
+    try:
+        verify(path)
+        return ResumePoint(path, read_state(path))
+    except CheckpointError as error:
+        raise ConfigError(f"resume_from_checkpoint: {path} cannot be gone on from: {error}") from error
+
+
+def newest_point(run_dir: RunDir, progress: Progress) -> ResumePoint | None:
+    """The newest whole checkpoint of a run, which this process has the lock of; None: it has none.
 
     Raises:
         CheckpointError: it has some, and all are damaged.
     """
     try:
-        newest = checkpoints.newest_whole(say)
+        with progress.stage(COMPARING):
+            newest = stores_of(run_dir)[0].newest_whole(progress.say)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}: the run does not start over by itself. Name another checkpoint in resume_from_checkpoint, or "
             "write off"
         ) from error
-    return None if newest is None else ResumePoint(newest, read_state(newest), run)
+    return None if newest is None else ResumePoint(newest, read_state(newest))
 
 
-def open_run_dir(config: RLVRConfig, point: ResumePoint | None, new: Callable[[], RunDir]) -> RunDir:
-    """The directory of the run: a new one, or that of the run which goes on."""
-    if point is None or point.run is None:
-        return new()
-    return RunDir.reopen(config.output_dir, config.exp_name, point.run)
-
-
-def put_back(
-    run_dir: RunDir, checkpoints: Store, exports: Store, point: ResumePoint | None, say: Callable[[str], None]
-) -> None:
+def put_back(run_dir: RunDir, point: ResumePoint | None, say: Callable[[str], None]) -> None:
     """Make the run's files those of the step that it goes on from: what came after it is done again.
 
     What there is of later steps, checkpoints that are all damaged and exports, is renamed.
@@ -97,6 +106,7 @@ def put_back(
         point: None: the run begins again.
     """
     done = point.state.step if point else 0
+    checkpoints, exports = stores_of(run_dir)
     replace_file(run_dir.metrics_file, _metrics_of(point.checkpoint) if point else "")
     for aside in checkpoints.set_aside_after(done, "damaged"):
         say(f"what is left of a damaged checkpoint is in {aside}")
@@ -116,12 +126,13 @@ def replace_file(path: Path, text: str) -> None:
 def _until(samples: Path, step: int) -> list[str]:
     """The lines of samples.jsonl up to a step; the last line may be cut off."""
     kept = []
-    for line in samples.read_text(errors="replace").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue
+    with samples.open(errors="replace", newline="\n") as lines:  # what a model says may hold what else ends a line
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue
     return kept
 
 

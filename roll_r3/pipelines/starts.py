@@ -13,7 +13,7 @@ from roll_r3.cluster.placement import place, ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt, prompt_batches
 from roll_r3.errors import LostWorkerError
-from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
+from roll_r3.pipelines.checkpoints import Checkpoints
 from roll_r3.pipelines.leaving import Leave, Leaving
 from roll_r3.pipelines.recovery import Recoveries
 from roll_r3.pipelines.resume import ResumePoint, data_of, newest_point, put_back
@@ -79,9 +79,8 @@ class Starts:
                 recoveries.spend(error, last_step(self._run_dir.metrics_file))
                 logger.exception("start %d after a loss", recoveries.count)
                 say(f"LOST: {error}")
-            checkpoints, exports = stores_of(self._config, self._run_dir.path.name)
-            point = newest_point(checkpoints, self._run_dir.path.name, say) or begin
-            put_back(self._run_dir, checkpoints, exports, point, say)
+            point = newest_point(self._run_dir, self._progress) or begin
+            put_back(self._run_dir, point, say)
             where = f"after step {point.state.step}, from {point.checkpoint}" if point else "from the beginning"
             say(f"going on {where} (new start {recoveries.count} of at most {self._config.max_recoveries})")
 
@@ -118,6 +117,8 @@ class Starts:
             saving = stack.enter_context(
                 Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
             )
+            if done:
+                saving.catch_up(done)
             shown = self._steps(pipeline, done, log, saving)
             return Finished(log.history, *shown)
 

@@ -10,13 +10,12 @@ from typing import Any
 from roll_r3.config.disk import is_directory, is_file, matches, read_at_most, unseen, why_no_file
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import RawConfig
-from roll_r3.models.checkpoint import cached_file, is_hub_name
+from roll_r3.models.checkpoint import INDEX, cached_file, is_hub_name
 from roll_r3.models.facts import ModelFacts, facts_of
 from roll_r3.models.known import known_config
 
 _MAX_JSON = 256 << 20
 """Bytes of a description that is read; the index of a large model has a few millions."""
-_INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "*.model")
 """What a tokenizer is made from: a file of its own, or code that comes with the checkpoint."""
 
@@ -69,7 +68,7 @@ def incomplete(name: str) -> str:
     tokenizer = directory / "tokenizer.json"
     if is_file(tokenizer) and not tokenizer.stat().st_size:
         return f"{tokenizer} is empty"
-    index = directory / _INDEX
+    index = directory / INDEX
     if not is_file(index):
         return "" if matches(directory, "*.safetensors") else f"{directory} holds no *.safetensors"
     content = _read_json(index)

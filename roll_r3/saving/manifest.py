@@ -6,6 +6,7 @@ those too. What is read from a checkpoint is therefore never run: it holds safet
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -17,8 +18,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from roll_r3.config.disk import read_at_most, why_no_file
-from roll_r3.errors import CheckpointError
+from roll_r3.config.disk import read_at_most
+from roll_r3.errors import CheckpointError, RollError
 
 MANIFEST, MARKER = "manifest.json", "complete"
 _CHUNK = 8 << 20
@@ -27,6 +28,11 @@ _MAX_MARKER = 1024
 _MAX_DEPTH = 64
 """Directories in one another; a checkpoint has two."""
 _THREADS = 8
+EVERY_NODE = "every node must see the directory of checkpoints: checkpoint_config.output_dir, or output_dir"
+_NOT_DAMAGE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+)
+"""Why a file that may be as it should be cannot be read: by this user, or just now."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,11 @@ class _Manifest(BaseModel):
     files: dict[str, FileSum]
 
 
-def file_sum(path: Path) -> FileSum:
-    """Read a file and have the disk keep it.
+def file_sum(path: Path, *, keep: bool = True) -> FileSum:
+    """Read a file.
+
+    Args:
+        keep: it was just written: have the disk keep it.
 
     Raises:
         OSError: it cannot be read.
@@ -56,7 +65,8 @@ def file_sum(path: Path) -> FileSum:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)
-        os.fsync(stream.fileno())
+        if keep:
+            os.fsync(stream.fileno())
     return FileSum(size, digest.hexdigest())
 
 
@@ -94,7 +104,10 @@ def seal(folder: Path, sums: Mapping[str, FileSum]) -> None:
         OSError: nothing can be written.
     """
     if differing := set(files_below(folder)) ^ set(sums):
-        raise CheckpointError(f"{folder}: nobody has, or somebody else has, written {', '.join(sorted(differing))}")
+        names = sorted(differing)
+        raise CheckpointError(
+            f"in {folder} {names[0]} is missing, or is of somebody else ({len(names)} such files; {EVERY_NODE})"
+        )
     text = _Manifest(format=1, files=dict(sorted(sums.items()))).model_dump_json(indent=1) + "\n"
     write_durably(folder / MANIFEST, text)
     write_durably(folder / MARKER, hashlib.sha256(text.encode()).hexdigest() + "\n")
@@ -107,6 +120,7 @@ def verify(folder: Path) -> None:
 
     Raises:
         CheckpointError: it was never completed, or is not as it was when it was sealed; the text says what is wrong.
+        RollError: it may be whole, and cannot be read by this user, or just now.
     """
     try:
         listed = _listed(folder)
@@ -120,20 +134,25 @@ def verify(folder: Path) -> None:
             if size != wanted.size:
                 raise CheckpointError(f"{name} has {size} bytes, and had {wanted.size} when it was saved")
         with ThreadPoolExecutor(_THREADS) as pool:
-            for name, found in zip(listed, pool.map(lambda name: file_sum(folder / name), listed), strict=True):
+            for name, found in zip(
+                listed, pool.map(lambda name: file_sum(folder / name, keep=False), listed), strict=True
+            ):
                 if found != listed[name]:
                     raise CheckpointError(f"{name} holds something else than when it was saved")
     except OSError as error:
+        if error.errno in _NOT_DAMAGE:
+            raise RollError(f"nothing can be said of the checkpoint {folder}, which cannot be read: {error}") from error
         raise CheckpointError(f"it cannot be read: {error}") from error
 
 
 def _listed(folder: Path) -> dict[str, FileSum]:
     """What the list says; it is not looked at unless the marker seals it."""
     marker, path = folder / MARKER, folder / MANIFEST
-    if why_no_file(marker):
-        raise CheckpointError("it was not completed: it has no marker")
-    if why_no_file(path):
-        raise CheckpointError(f"it has no {MANIFEST}")
+    for file, missing in ((marker, "it was not completed: it has no marker"), (path, f"it has no {MANIFEST}")):
+        try:
+            os.stat(file)
+        except FileNotFoundError as error:
+            raise CheckpointError(missing) from error
     text, sealed = read_at_most(path, _MAX_MANIFEST), read_at_most(marker, _MAX_MARKER)
     if hashlib.sha256(text).hexdigest() != sealed.decode(errors="replace").strip():
         raise CheckpointError(f"{MANIFEST} is not the one that the marker seals")

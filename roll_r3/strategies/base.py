@@ -216,8 +216,15 @@ class InferStrategy(Protocol):
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) pairs, all of them on the first rank; every rank must drain it together."""
 
-    def save_hf(self, path: Path) -> None:
-        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
+    def save_hf(self, path: Path) -> dict[str, int]:
+        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective.
+
+        Returns:
+            Bytes of each file, by name, which the disk keeps; on the first rank, and nothing on the others.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
 
     def close(self) -> None:
         """Leave the process group."""

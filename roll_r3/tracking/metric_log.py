@@ -28,7 +28,7 @@ class MetricLog:
 
             is_new = not run_dir.tensorboard_dir.is_dir()
             # a board that is there has these steps, and may have later ones, which are done anew
-            purge = max(earlier) + 1 if earlier and not is_new else None
+            purge = None if is_new else max(earlier, default=0) + 1
             self._board = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=purge)
             if is_new:
                 for step, row in earlier.items():

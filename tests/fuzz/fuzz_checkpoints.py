@@ -4,11 +4,13 @@ trainer's tensors. Through what a user runs, as far as no engine is needed for i
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import struct
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,9 @@ from roll_r3.errors import CheckpointError, ConfigError, RollError
 from roll_r3.pipelines import resume
 from roll_r3.saving.manifest import file_sum, files_below, seal
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
-from roll_r3.saving.store import Store
 from roll_r3.strategies.train import checkpoint
 from roll_r3.tracking.metric_log import MetricLog
-from roll_r3.tracking.run_dir import RunDir
+from roll_r3.tracking.progress import Progress
 
 STEP = 4
 TENSORS = {"model.a": torch.arange(6.0).reshape(2, 3), "model.b": torch.arange(4.0) + 0.5}
@@ -154,6 +155,7 @@ class Checkpoints:
             yaml.safe_load(MINIMAL) | {"pretrain": "/nowhere/at/all", "output_dir": str(self._root / "output")}
         )
         self._file.write_text(to_yaml(self._config))
+        self._progress = Progress(4, io.StringIO())
 
     def _write(self, folder: Path, content: dict[str, bytes]) -> None:
         for name, data in content.items():
@@ -263,21 +265,19 @@ class Checkpoints:
     def _go_on(self, folder: Path) -> None:
         """What a run does before it starts anything."""
         config = self._config.model_copy(update={"resume_from_checkpoint": str(folder)})
-        point = resume.find_resume_point(config, lambda text: None)
-        assert point is not None
-        run_dir = RunDir(Path(tempfile.mkdtemp(dir=self._root)))
         try:
-            none = Store(run_dir.path / "checkpoints")
-            resume.put_back(run_dir, none, none, point, lambda text: None)
-            for line in resume.changes(config, point):
-                if len(line) > 1000:
-                    raise Wrong(f"a line of {len(line)} characters")
-            with MetricLog(run_dir, ()):
-                pass
-            if point.state.step <= 1000:  # max_steps bounds it
-                next(prompt_batches(["p"] * 100, 8, 42, drawn=point.state.data.drawn))  # type: ignore[list-item]
+            with resume.opened(config, datetime.now(), self._progress) as (run_dir, point):
+                assert point is not None
+                for line in resume.changes(config, point):
+                    if len(line) > 1000:
+                        raise Wrong(f"a line of {len(line)} characters")
+                resume.put_back(run_dir, point, lambda text: None)
+                with MetricLog(run_dir, ()):
+                    pass
+                if point.state.step <= 1000:  # max_steps bounds it
+                    next(prompt_batches(["p"] * 100, 8, 42, drawn=point.state.data.drawn))  # type: ignore[list-item]
         finally:
-            shutil.rmtree(run_dir.path)
+            shutil.rmtree(self._config.output_dir, ignore_errors=True)
 
     def close(self) -> None:
         shutil.rmtree(self._root)

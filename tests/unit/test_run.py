@@ -88,6 +88,7 @@ def test_a_valid_configuration_is_launched(config_file, monkeypatch):
     [
         (EngineError("the engine died"), 1, "error: the engine died\n"),
         (ConfigError("the model has no MoE layer"), 2, "the model has no MoE layer"),
+        (OSError(28, "No space left on device", "metrics.jsonl"), 1, "error: [Errno 28] No space left on device: "),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

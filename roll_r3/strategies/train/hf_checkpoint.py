@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from roll_r3.errors import CheckpointError
+from roll_r3.models.checkpoint import INDEX, tensor_files
 
 SHARD_BYTES = 5 << 30
 """Size at which a saved checkpoint starts another file."""
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
+_OUTPUT = "lm_head.weight"
+"""A trainer that does not export it has tied it to the embedding; the source's own would be the untrained one."""
 
 
-def save_hf(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> None:
+def save_hf(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> dict[str, int]:
     """Write the weights, config and tokenizer as a Hugging Face checkpoint, on rank 0; collective.
 
     Args:
@@ -27,18 +31,24 @@ def save_hf(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Pat
         source: the checkpoint that the weights began as.
         path: a directory, made if it is not there.
 
+    Returns:
+        Bytes of each file, by name, which the disk keeps; on rank 0, and nothing on the others.
+
     Raises:
         CheckpointError: it could not be written, for want of space for instance; on rank 0, for which the others wait.
     """
+    written: dict[str, int] = {}
     if dist.get_rank() == 0:
         try:
             _write_checkpoint(weights, source, path)
+            written = _kept(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
     else:
         for _ in weights:
             pass
     dist.barrier()
+    return written
 
 
 def _write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> None:
@@ -69,20 +79,31 @@ def _write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path,
     for number in range(1, count + 1):
         (path / _shard_name(number, None)).rename(path / _shard_name(number, count))
     index = {"metadata": {"total_size": total}, "weight_map": {n: _shard_name(i, count) for n, i in names.items()}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _with_the_rest(weights: Iterator[tuple[str, torch.Tensor]], source: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The given weights, then those of the source's files that were not among them."""
+    """The given weights, then those of the source that were not among them."""
     written = set()
     for name, tensor in weights:
         written.add(name)
         yield name, tensor
-    for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no mapping
-                if name not in written:
-                    yield name, tensors.get_tensor(name)
+    rest = {name: file for name, file in tensor_files(source).items() if name not in written and name != _OUTPUT}
+    for file in sorted(set(rest.values())):
+        with safe_open(source / file, framework="pt") as tensors:
+            for name in [name for name, holds in rest.items() if holds == file]:
+                yield name, tensors.get_tensor(name)
+
+
+def _kept(path: Path) -> dict[str, int]:
+    """Have the disk keep the files of a directory; bytes of each, by name."""
+    for entry in [*path.iterdir(), path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return {file.name: file.stat().st_size for file in path.iterdir()}
 
 
 def _write_shard(path: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -5,7 +5,10 @@ The trainer is a stand-in: two files in the place of its tensors, whose writing 
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -20,20 +23,19 @@ import pytest
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import Prompt
-from roll_r3.errors import CheckpointError, ConfigError, LostWorkerError
-from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
+from roll_r3.errors import CheckpointError, ConfigError, LostWorkerError, RollError
+from roll_r3.pipelines.checkpoints import Checkpoints, lacks_export, stores_of
 from roll_r3.pipelines.leaving import LeaveNow
 from roll_r3.pipelines.resume import (
     ResumePoint,
     changes,
     data_of,
-    find_resume_point,
-    open_run_dir,
+    opened,
     put_back,
 )
 from roll_r3.saving.manifest import FileSum, file_sum, verify
 from roll_r3.saving.state import read_state
-from roll_r3.tracking.run_dir import RunDir
+from roll_r3.tracking.progress import Progress
 
 PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i)) for i in range(10)]
 
@@ -57,14 +59,27 @@ class TwoFiles:
         self.calls.append("written")
         return {name: file_sum(path / name) for name in "ab"}
 
-    def save_hf(self, path: Path) -> None:
+    def save_hf(self, path: Path) -> dict[str, int]:
         self.calls.append("exported")
         (path / "model.safetensors").write_bytes(b"x")
+        return {"model.safetensors": 1}
 
 
 def config_of(tmp_path: Path, **changed: Any) -> RLVRConfig:
     fields = {"exp_name": "exp", "pretrain": "p", "output_dir": str(tmp_path), "max_steps": 10, "save_steps": 2}
     return RLVRConfig(**(fields | {"actor_train": {}, "actor_infer": {}, "rollout_batch_size": 4} | changed))
+
+
+class Said(Progress):
+    """Takes down what is said."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(10, io.StringIO())
+        self._lines = lines
+
+    def say(self, text: str) -> None:
+        if not text.endswith(" ..."):  # a stage
+            self._lines.append(text)
 
 
 class FakeRun:
@@ -73,15 +88,13 @@ class FakeRun:
     def __init__(self, config: RLVRConfig, *, hour: int = 1) -> None:
         self.config = config
         self.said: list[str] = []
-        self.point = find_resume_point(config, self.said.append)
-        self.run_dir = open_run_dir(
-            config, self.point, lambda: RunDir.create(config.output_dir, "exp", datetime(2026, 1, 1, hour))
-        )
-        self.checkpoints, self.exports = stores_of(config, self.run_dir.path.name)
+        with opened(config, datetime(2026, 1, 1, hour), Said(self.said)) as (self.run_dir, self.point):
+            pass
+        self.checkpoints, self.exports = stores_of(self.run_dir)
         self.done = self.point.state.step if self.point else 0
         data = data_of(PROMPTS, config.seed, self.point.state.data.drawn if self.point else ())
         if self.point:
-            put_back(self.run_dir, self.checkpoints, self.exports, self.point, self.said.append)
+            put_back(self.run_dir, self.point, self.said.append)
         self.trainer: Any = TwoFiles()
         self.saving = Checkpoints(config, self.run_dir, self.trainer, data=data, begun=self.done, say=self.said.append)
 
@@ -202,6 +215,94 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path):
     assert "step-00000006.damaged" in again.said[1]
     again.run_to(6)
     verify(again.checkpoints.path(6))
+
+
+def test_what_another_process_saves_as_it_leaves_is_gone_on_from(tmp_path):
+    """It is looked for under the lock, so that nothing that is whole is taken for damaged."""
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    first = FakeRun(config).run_to(2)
+    with first.run_dir.locked(print), pytest.raises(ConfigError, match="another process runs in"):
+        FakeRun(config)
+    first.run_to(4)
+    again = FakeRun(config)
+    assert again.done == 4
+    assert again.checkpoints.steps() == [2, 4]
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_damaged(tmp_path, monkeypatch):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    run = FakeRun(config).run_to(4)
+    stat = os.stat
+
+    def refused(path: Any, **more: Any) -> os.stat_result:
+        if str(path).endswith("step-00000004/complete"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refused)
+        with pytest.raises(RollError, match=r"nothing can be said of .*step-00000004.*Stale file handle") as stopped:
+            FakeRun(config)
+    assert not isinstance(stopped.value, CheckpointError)
+    assert run.checkpoints.steps() == [2, 4]
+    assert FakeRun(config).done == 4
+
+
+def test_an_export_that_was_due_when_a_run_ended_is_made_by_the_next(tmp_path):
+    config = config_of(tmp_path, save_hf_steps=5, resume_from_checkpoint="auto", max_steps=10)
+    run = FakeRun(config).run_to(9)
+    run.done = 10
+
+    def full(path: Path) -> dict[str, int]:
+        raise CheckpointError("No space left on device")
+
+    run.trainer.save_hf = full
+    with pytest.raises(CheckpointError, match=r"step 10 was not exported: No space left on device\n") as stopped:
+        run.saving.step_done(10, samples_seen=320)
+    assert "there is step 2, step 4, step 6, step 8, step 10" in str(stopped.value), "of checkpoints"
+    again = FakeRun(config)
+    assert again.done == 10
+    assert lacks_export(config, again.run_dir, 10), "so there is something to do"
+    again.saving.catch_up(10)
+    assert again.exports.steps() == [5, 10]
+    again.saving.catch_up(10)
+    assert again.trainer.calls == ["exported"]
+    assert not lacks_export(config, again.run_dir, 10)
+    assert not lacks_export(config, again.run_dir, 8), "not due"
+
+
+def test_a_run_that_begins_at_another_ones_checkpoint_exports_nothing_of_it(tmp_path):
+    first = FakeRun(config_of(tmp_path)).run_to(4)
+    named = config_of(tmp_path, save_hf_steps=2, resume_from_checkpoint=str(first.checkpoints.path(4)))
+    other = FakeRun(named, hour=2)
+    other.saving.catch_up(4)
+    assert other.exports.steps() == []
+
+
+@pytest.mark.parametrize("there", [None, b"xy"], ids=["nothing", "something else"])
+def test_an_export_onto_a_disk_of_another_node_is_not_called_saved(tmp_path, there):
+    run = FakeRun(config_of(tmp_path, save_hf_steps=2))
+
+    def elsewhere(path: Path) -> dict[str, int]:
+        if there is not None:
+            (path / "model.safetensors").write_bytes(there)
+        return {"model.safetensors": 1}
+
+    run.trainer.save_hf = elsewhere
+    with pytest.raises(CheckpointError, match=r"step 2 was not exported: .*every node must see the directory"):
+        run.run_to(2)
+    assert run.exports.steps() == []
+    assert not any("/hf/" in said for said in run.said)
+
+
+def test_samples_keep_what_ends_a_line_elsewhere(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    run = FakeRun(config).run_to(3)
+    lines = [json.dumps({"step": s, "sample": "a\u2028b\u0085c\x0bd"}, ensure_ascii=False) + "\n" for s in (1, 2, 3)]
+    run.run_dir.samples_file.write_text("".join(lines))
+    again = FakeRun(config)
+    assert again.done == 2
+    assert again.run_dir.samples_file.read_text() == "".join(lines[:2])
 
 
 def test_where_all_are_damaged_nothing_starts(tmp_path):
@@ -373,7 +474,7 @@ def test_a_failure_to_save_does_not_hide_the_error_before_it(tmp_path):
 
 def test_changed_fields_are_named(tmp_path):
     run = FakeRun(config_of(tmp_path)).run_to(2)
-    point = ResumePoint(run.checkpoints.path(2), read_state(run.checkpoints.path(2)), None)
+    point = ResumePoint(run.checkpoints.path(2), read_state(run.checkpoints.path(2)))
     assert changes(run.config, point) == []
     layout = {"strategy_args": {"strategy_config": {"tensor_model_parallel_size": 2}}}
     other = config_of(tmp_path, max_steps=20, resume_from_checkpoint="auto", actor_train=layout)
@@ -394,7 +495,7 @@ def test_weights_of_a_step_that_is_done_again_are_in_nobodys_way(tmp_path):
 
 def test_a_run_that_begins_again_has_no_history(tmp_path):
     run = FakeRun(config_of(tmp_path, save_hf_steps=1)).run_to(1)
-    put_back(run.run_dir, run.checkpoints, run.exports, None, run.said.append)
+    put_back(run.run_dir, None, run.said.append)
     assert run.run_dir.metrics_file.read_text() == run.run_dir.samples_file.read_text() == ""
     assert run.exports.steps() == []
 
@@ -447,7 +548,7 @@ def test_a_checkpoint_whose_configuration_is_none_is_refused(tmp_path, text):
     path = run.checkpoints.path(2)
     (path / "config.yaml").unlink() if text is None else (path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
-        changes(run.config, ResumePoint(path, read_state(path), None))
+        changes(run.config, ResumePoint(path, read_state(path)))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"step": "1"}', '{"step": 1, "a": "b"}', "\udcff", None])
@@ -459,4 +560,4 @@ def test_metrics_that_are_none_are_refused(tmp_path, text):
     else:
         (path / "metrics.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(CheckpointError, match="does not hold the metrics"):
-        put_back(run.run_dir, run.checkpoints, run.exports, ResumePoint(path, read_state(path), None), run.said.append)
+        put_back(run.run_dir, ResumePoint(path, read_state(path)), run.said.append)

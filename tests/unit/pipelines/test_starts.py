@@ -42,7 +42,7 @@ def test_a_steps_routes_are_let_go_before_the_next_is_sampled(tmp_path: Path) ->
     anything, pipeline = MagicMock(), Pipeline()
     starts = Starts(
         config,
-        run_dir=RunDir(tmp_path),
+        run_dir=RunDir(tmp_path, tmp_path),
         tokenizer=None,
         prompts=[],
         rewards=anything,

@@ -1,14 +1,17 @@
-"""Weights for transformers that cannot be written."""
+"""Weights for transformers: what is in them, and what becomes of those that cannot be written."""
 
 from __future__ import annotations
 
+import json
 import resource
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-from roll_r3.errors import CheckpointError
+from roll_r3.errors import CheckpointError, ConfigError
+from roll_r3.export import export
 from roll_r3.strategies.train.hf_checkpoint import save_hf
 
 
@@ -25,6 +28,7 @@ def test_a_full_disk_is_an_error_of_ours(alone, tmp_path, size):
     """Not a lost worker, after which a run would start again, to find the disk as full."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text("x" * 100)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "source" / "model.safetensors")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -32,3 +36,25 @@ def test_a_full_disk_is_an_error_of_ours(alone, tmp_path, size):
             save_hf(iter([("weight", torch.zeros(4096))]), tmp_path / "source", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_the_trainer_does_not_hold_is_what_the_index_says(alone, tmp_path):
+    """Neither another form of the same weights, nor an output layer that the trainer has tied to the embedding."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    names = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.9.mtp.weight"]
+    save_file({name: torch.zeros(2) for name in names}, source / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2)}, source / "consolidated.safetensors")
+    written = save_hf(iter([("model.embed_tokens.weight", torch.ones(2))]), source, out)
+    held = load_file(out / "model-00001-of-00001.safetensors")
+    assert sorted(held) == ["model.embed_tokens.weight", "model.layers.9.mtp.weight"]
+    assert held["model.embed_tokens.weight"].tolist() == [1, 1]
+    assert sorted(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == sorted(held)
+    assert written == {path.name: path.stat().st_size for path in out.iterdir()}
+
+
+def test_nothing_is_written_into_a_checkpoint(tmp_path):
+    with pytest.raises(ConfigError, match="is within the checkpoint"):
+        export(tmp_path / "step-00000002", tmp_path / "step-00000002" / "hf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from datetime import datetime
@@ -64,6 +65,21 @@ def test_a_run_that_goes_on_writes_behind_what_is_there(tmp_path):
     ]
 
 
+def test_a_run_that_begins_again_shows_the_new_steps_alone(tmp_path):
+    """A worker was lost before anything was saved."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = RunDir.create(str(tmp_path), "exp", NOW)
+    with MetricLog(run_dir, ["tensorboard"]) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"critic/score/mean": 0.5})
+    run_dir.metrics_file.write_text("")
+    with MetricLog(run_dir, ["tensorboard"]) as log:
+        log.write(1, {"critic/score/mean": 0.75})
+    board = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("critic/score/mean")] == [(1, 0.75)]
+
+
 def test_a_new_run_that_begins_with_metrics_shows_them(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -78,10 +94,36 @@ def test_a_new_run_that_begins_with_metrics_shows_them(tmp_path):
 def test_one_process_at_a_time_runs_in_a_directory(tmp_path):
     run_dir = RunDir.create(str(tmp_path), "exp", NOW)
     again = RunDir.reopen(str(tmp_path), "exp", run_dir.path.name)
-    with run_dir.locked(), pytest.raises(ConfigError, match="another process runs in"), again.locked():
+    said: list[str] = []
+    with run_dir.locked(print), pytest.raises(ConfigError, match="another process runs in"), again.locked(print):
         pass
-    with again.locked():
+    with again.locked(said.append):
         pass
+    assert said == []
+
+
+def test_what_is_saved_on_another_disk_is_one_runs_too(tmp_path):
+    """Two that write to different places, and save to one."""
+    disk = str(tmp_path / "disk")
+    first = RunDir.create(str(tmp_path / "a"), "exp", NOW, saving_dir=disk)
+    second = RunDir.create(str(tmp_path / "b"), "exp", NOW, saving_dir=disk)
+    assert first.saved.parent == second.saved.parent == tmp_path / "disk" / "exp"
+    assert first.saved != second.saved
+    again = RunDir.reopen(str(tmp_path / "c"), "exp", first.saved.name, saving_dir=disk)
+    busy = f"another process runs in {first.saved}"
+    with first.locked(print), pytest.raises(ConfigError, match=busy), again.locked(print):
+        pass
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    said: list[str] = []
+    with RunDir.create(str(tmp_path), "exp", NOW).locked(said.append):
+        pass
+    assert len(said) == 1 and "has no locks (Function not implemented)" in said[0]
 
 
 def test_a_directory_that_is_gone_is_made_anew(tmp_path):

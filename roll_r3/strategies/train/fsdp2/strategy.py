@@ -163,9 +163,9 @@ class Fsdp2Infer:
         """
         yield from self.model.export_weights()
 
-    def save_hf(self, path: Path) -> None:
-        """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective."""
-        save_hf(self.export_weights(), Path(self.model_path), path)
+    def save_hf(self, path: Path) -> dict[str, int]:
+        """As `InferStrategy.save_hf`."""
+        return save_hf(self.export_weights(), Path(self.model_path), path)
 
     def close(self) -> None:
         """Let the model go, and leave the process group."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import safe_open
 
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import Architecture
-from roll_r3.models.checkpoint import safetensors_files
+from roll_r3.models.checkpoint import tensor_files
 from roll_r3.models.hf.parts import parts_of
 
 
@@ -29,14 +28,7 @@ class CheckpointReader:
         self._path = path
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return
-        self._files = {}
-        for file in safetensors_files(path):
-            with safe_open(file, framework="pt") as tensors:
-                self._files |= dict.fromkeys(tensors.keys(), file.name)
+        self._files = tensor_files(path)
 
     def __enter__(self) -> CheckpointReader:
         return self
