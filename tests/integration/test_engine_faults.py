@@ -10,172 +10,28 @@ import asyncio
 import os
 import re
 import signal
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-import torch
+from engine_world import ASKED, Kind, World, killed_under_its_requests
 from faults import Fault, nothing_left
-from rollout_cases import Reference, group_members, requests, trajectories
-from safetensors.torch import load_file
+from rollout_cases import group_members, requests
 from sglang_cases import Engine, configuration
 from whole_run import START_TIMEOUT, Run, few_steps
 
-from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.pipelines.engines import Engines
-from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 HANG_TIMEOUT = 30.0
-ASKED = requests(16, 4)
-
-
-class Rollouts:
-    """Two engines, each in a thread with a loop of its own, behind the methods of `cluster.groups.RolloutGroup`."""
-
-    def __init__(self, config: RLVRConfig, log_dir: Path) -> None:
-        self.engines = [Engine(config, log_dir / f"server{i}.log", engine_index=i) for i in (0, 1)]
-        self.threads = []
-        for engine in self.engines:
-            # one thread for the engine's whole life: its server dies with the thread that launched it
-            thread = threading.Thread(target=engine.loop.run_forever, daemon=True)
-            thread.start()
-            self.threads.append(thread)
-
-    names = ("actor_infer-0", "actor_infer-1")
-
-    def each(self, call: Callable[[Engine, int], Any], which: Collection[int] = (0, 1)) -> list[Any]:
-        futures = [asyncio.run_coroutine_threadsafe(call(self.engines[i], i), self.engines[i].loop) for i in which]
-        return [future.result(600) for future in futures]
-
-    def generate(self, asked: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        answers = self.each(lambda engine, i: engine.rollout.generate(list(asked[i::2])))
-        return [answers[i % 2][i // 2] for i in range(len(asked))]
-
-    def down(self, *, ask: bool) -> dict[str, str]:
-        reasons = self.each(lambda engine, _: engine.rollout.why_down(ask=ask))
-        return {name: why for name, why in zip(self.names, reasons, strict=True) if why}
-
-    def restart(self, names: Collection[str]) -> dict[str, str]:
-        self.each(lambda engine, _: engine.rollout.restart(), [self.names.index(name) for name in sorted(names)])
-        return {}
-
-    def weight_targets(self) -> list[Any]:
-        return [engine.rollout.weight_target() for engine in self.engines]
-
-    def weights_updated(self, version: int) -> None:
-        self.each(lambda engine, _: engine.rollout.on_weights_updated(version))
-
-    def close(self) -> None:
-        self.each(lambda engine, _: engine.rollout.stop())
-        for engine, thread in zip(self.engines, self.threads, strict=True):
-            engine.loop.call_soon_threadsafe(engine.loop.stop)
-            thread.join()
-            engine.loop.close()
-
-
-class Trainer:
-    """Sends a checkpoint's weights as `cluster.workers.ModelWorker` does; `half_way` is called in between."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        self.weights = weights
-        self.channel: SglangWeightChannel | None = None
-        self.half_way: Callable[[], None] = lambda: None
-        self.updates: list[int] = []
-
-    def connect_engines(self, targets: Sequence[Any]) -> None:
-        self.close()
-        self.channel = SglangWeightChannel(targets, device="cpu", timeout_s=60.0)
-
-    def update_weights(self, version: int) -> str:
-        assert self.channel is not None
-        weights = list(self.weights.items())
-        try:
-            self.channel.begin(version)
-            self.channel.send(weights[:40])
-            self.half_way()
-            self.channel.send(weights[40:])
-            self.channel.end()
-        except EngineError as error:
-            return str(error)
-        self.updates.append(version)
-        return ""
-
-    def close(self) -> None:
-        if self.channel is not None:
-            self.channel.close()
-
-
-class World:
-    """Engines that were given weights other than those they started with."""
-
-    def __init__(self, config: RLVRConfig, trained: Path, log_dir: Path) -> None:
-        self.said: list[str] = []
-        self.said_at = 0.0
-        self.reference = Reference(trained)
-        self.rollouts, self.trainer = Rollouts(config, log_dir), Trainer(load_file(trained / "model.safetensors"))
-        self.rollouts.each(lambda engine, _: engine.rollout.start())
-        self.engines = Engines(config, self.rollouts, self.trainer, self._say)  # type: ignore[arg-type]
-        self.engines.send_weights(1)
-
-    def _say(self, text: str) -> None:
-        self.said.append(text)
-        if "failed" in text:
-            self.said_at = time.monotonic()
-
-    def assert_undisturbed(self, results: Sequence[GenerateResult], version: int) -> None:
-        """Every sample once, in the order asked for, and sampled from the trainer's weights, not the checkpoint's."""
-        for request, result in zip(ASKED, results, strict=True):
-            assert (tuple(t.sample_id for t in result.trajectories), result.dropped, result.lost) == (
-                request.sample_ids,
-                {},
-                (),
-            )
-        for t in trajectories(results).values():
-            assert t.weight_versions == (version,)
-            log_probs_R, ids_MRK = self.reference.log_probs_and_routes(t)
-            np.testing.assert_allclose(t.log_probs_R, log_probs_R, atol=1e-4)
-            np.testing.assert_array_equal(t.routes.ids_MRK, ids_MRK)
-
-    def server(self, engine: int) -> Any:
-        return self.rollouts.engines[engine].rollout._process
-
-    def scheduler(self, engine: int) -> psutil.Process:
-        """The process that generates; another one speaks HTTP."""
-        (found,) = [p for p in group_members(self.server(engine)) if "scheduler" in " ".join(p.cmdline())]
-        return found
-
-    @contextmanager
-    def answered(self, engine: int, count: int, strike: Callable[[], object]) -> Iterator[Counter[str]]:
-        """Strike once that many answers of an engine came; how often each path of it was asked in all.
-
-        The next server of the engine has a client of its own, which this does not see.
-        """
-        client = self.rollouts.engines[engine].rollout._client
-        assert client is not None
-        post, paths = client.post, Counter[str]()
-
-        async def counted(path: str, *arguments: Any) -> bytes:
-            body = await post(path, *arguments)
-            paths[path] += 1
-            if paths[path] == count:
-                strike()
-            return body
-
-        client.post = counted  # type: ignore[method-assign]
-        yield paths
+SGLANG = Kind(Engine, SglangWeightChannel, "scheduler")
 
 
 @pytest.fixture(scope="module")
@@ -185,45 +41,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     new = make_tiny_checkpoint(here / "new", seed=5, norm_noise=0.0)
     config = configuration(old, "float32", response_length=24, max_concurrent_requests=8, hang_timeout=HANG_TIMEOUT)
     with nothing_left():
-        world = World(config, new, here)
+        world = World(SGLANG, config, new, here)
         try:
             yield world
         finally:
-            world.trainer.close()
-            world.rollouts.close()
+            world.close()
 
 
 @pytest.mark.fault("a rollout server is killed while it generates")
 def test_a_server_killed_under_its_requests_is_started_again(fault: Fault, world: World) -> None:
-    struck = 0.0
-    victims = group_members(world.server(0))
-    port, key = (getattr(world.rollouts.weight_targets()[0], name) for name in ("port", "api_key"))
-
-    def strike() -> None:
-        nonlocal struck
-        struck = time.monotonic()
-        world.scheduler(0).kill()
-
-    with world.answered(0, 10, strike) as paths:
-        results = world.engines.generate(ASKED)
-    seconds = time.monotonic() - struck
-    world.assert_undisturbed(results, 1)
-    kept = paths["/generate"]
-    assert 10 <= kept < 32, "the fault came in between"
-    (again,) = [line for line in world.said if line.startswith("samples asked for again")]
-    assert again == f"samples asked for again: {32 - kept}", "what came before is kept"
-    assert world.engines.step_done() == 1
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in victims)
-    target = world.rollouts.weight_targets()[0]
-    assert target.port != port and target.api_key != key
-    (line,) = [line for line in world.said if line.startswith("actor_infer-0 failed")]
-    assert re.match(
-        r"actor_infer-0 failed, and is started again \(1 of 3 times before a step is done\): engine 0 \(SGLang\) died",
-        line,
-    )
-    fault.user_sees("actor_infer-0 failed, and is started again (1 of 3 times ...): engine 0 (SGLang) died: ...")
-    fault.recovered(seconds)
-    fault.lost("nothing; samples that had not come are sampled again, with their seeds, from the same weights")
+    killed_under_its_requests(fault, world)
 
 
 @pytest.mark.long
