@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from roll_r3.config.readable import printable
 from roll_r3.config.tree import overlap
 from roll_r3.errors import ConfigError
 
@@ -145,13 +146,14 @@ def _plain(value: object) -> object:
 def _render(finding: Finding, origins: Origins) -> str:
     lines = [f"{finding.severity} [{finding.rule}] {finding.why}"]
     for path, value in finding.found:
+        shown = printable(path)  # a newline in a key makes no line
         if value is ABSENT:
-            lines.append(f"    {path}  ({ABSENT.value}; {origins.near(path)})")
+            lines.append(f"    {shown}  ({ABSENT.value}; {origins.near(path)})")
         else:
-            lines.append(f"    {path} = {show_value(value)}  ({origins.of(path)})")
+            lines.append(f"    {shown} = {show_value(value)}  ({origins.of(path)})")
     if finding.fix:
         lines.append(f"    fix: {finding.fix}")
-    return "\n".join(lines)
+    return "\n".join(printable(line) for text in lines for line in text.split("\n"))
 
 
 def show_value(value: object) -> str:
@@ -161,5 +163,5 @@ def show_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = value if isinstance(value, str) and value else repr(list(value) if isinstance(value, tuple) else value)
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = printable(text)
     return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 3]}..."

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from roll_r3.config.disk import is_file
 from roll_r3.config.workers import DataArgs
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 BUNDLED = "bundled:"
 READERS = {".jsonl": "json", ".parquet": "parquet"}
+_MOST_PASSES = 1 << 18
+"""Passes over the data that are gone through again to find a place in it: a minute at most."""
 
 
 class ChatTokenizer(Protocol):
@@ -144,13 +148,14 @@ def prompt_batches(
 
     Args:
         drawn: (batches, prompts of a batch) that were drawn before: what would follow them is what comes.
+
+    Raises:
+        ConfigError: to find what would follow them takes too long.
     """
     order = _Order(len(prompts), seed)
     for batches, earlier_size in drawn:
-        for _ in range(batches):
-            order.draw(earlier_size)
-    while True:
-        yield [prompts[i] for i in order.draw(size)]
+        order.skip(batches, earlier_size)
+    return ([prompts[i] for i in order.draw(size)] for _ in count())
 
 
 class _Order:
@@ -159,16 +164,67 @@ class _Order:
     def __init__(self, prompts: int, seed: int) -> None:
         self._prompts, self._seed = prompts, seed
         self._epoch = 0
-        self._queue: deque[int] = deque()
+        """Of the pass that is begun next."""
+        self._pass: npt.NDArray[np.int64] = np.arange(prompts)
+        self._at = prompts
+        """How many of this pass are drawn."""
 
     def draw(self, size: int) -> list[int]:
+        """The next batch."""
         batch: list[int] = []
         while len(batch) < size:
-            if not self._queue:
-                order = np.random.default_rng((self._seed, self._epoch)).permutation(self._prompts).tolist()
-                self._epoch += 1
-                # prompts that this batch took from the last pass go to the end of the new one
-                taken = set(batch) if self._prompts >= size else set()
-                self._queue.extend([i for i in order if i not in taken] + [i for i in order if i in taken])
-            batch.append(self._queue.popleft())
+            if self._at == self._prompts:
+                self._begin_pass(len(batch) if size <= self._prompts else 0)
+            piece = self._pass[self._at : self._at + size - len(batch)].tolist()
+            batch += piece
+            self._at += len(piece)
         return batch
+
+    def skip(self, batches: int, size: int) -> None:
+        """As if so many batches were drawn.
+
+        The order of a pass follows from its number and from what the batch in which it began took from the pass before.
+        So only those passes are gone through that come after the last one that began together with a batch.
+
+        Raises:
+            ConfigError: these are too many.
+        """
+        at, end = self._at, self._at + batches * size  # counted from where this pass began
+        begun = (end - 1) // self._prompts
+        first = max(1, self._last_aligned(begun, size))
+        if begun - first >= _MOST_PASSES:
+            raise ConfigError(
+                f"the place in the data after {batches} batches of {size} prompts of {self._prompts} cannot be found: "
+                f"{begun - first} passes over the data would be gone through again, and {_MOST_PASSES} are the most. "
+                "Start from the weights of the checkpoint (python -m roll_r3.export makes a pretrain of them)"
+            )
+        self._epoch += first - 1
+        for number in range(first, begun + 1):
+            self._begin_pass((number * self._prompts - at) % size if size <= self._prompts else 0)
+        self._at = end - begun * self._prompts
+
+    def _last_aligned(self, begun: int, size: int) -> int:
+        """The last of the next passes that takes nothing over from the one before it; 0 or less: none of them.
+
+        Pass i begins after i * prompts - at prompts from here: it takes nothing over where that is a multiple of size.
+        """
+        if size > self._prompts:
+            return begun
+        common = math.gcd(self._prompts, size)
+        if self._at % common:
+            return 0
+        every = size // common
+        one = self._at // common * pow(self._prompts // common, -1, every) % every
+        return begun - (begun - one) % every
+
+    def _begin_pass(self, taken: int) -> None:
+        """
+        Args:
+            taken: the batch took so many from the end of the last pass, and it shall hold no prompt twice: they go to
+                the end of the new one.
+        """
+        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._prompts)
+        self._epoch += 1
+        late = np.zeros(self._prompts, bool)
+        late[self._pass[self._prompts - taken :]] = True
+        self._pass, self._at = np.concatenate([order[~late[order]], order[late[order]]]), 0

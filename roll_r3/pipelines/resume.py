@@ -14,6 +14,7 @@ from roll_r3.config.derived import saving_dir
 from roll_r3.config.disk import read_at_most
 from roll_r3.config.load import MAX_BYTES
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.readable import readable
 from roll_r3.config.report import show_value
 from roll_r3.config.tree import join
 from roll_r3.config.yaml_file import parse_yaml, to_yaml
@@ -172,7 +173,7 @@ def changes(config: RLVRConfig, point: ResumePoint) -> list[str]:
     before, after = _flat(earlier.value), _flat(parse_yaml(to_yaml(config), "this run").value)
     paths = [path for path in before | after if before.get(path) != after.get(path)]
     return [
-        f"  {path}: {_shown(before, path)} -> {_shown(after, path)}"
+        f"  {readable(path)}: {_shown(before, path)} -> {_shown(after, path)}"
         for path in paths
         if path != "resume_from_checkpoint"
     ]

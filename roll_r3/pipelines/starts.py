@@ -89,6 +89,7 @@ class Starts:
         config, progress, run_dir = self._config, self._progress, self._run_dir
         done = point.state.step if point else 0
         data = data_of(self._prompts, config.seed, point.state.data.drawn if point else ())
+        batches = prompt_batches(self._prompts, config.rollout_batch_size, config.seed, drawn=data.drawn)
         with ExitStack() as stack:
             with progress.stage("starting Ray"):
                 stack.enter_context(ray_cluster(config))
@@ -103,7 +104,7 @@ class Starts:
                     roles.trainer.load_checkpoint(point.checkpoint / TRAINER)
             pipeline = RLVRPipeline(
                 config,
-                prompts=prompt_batches(self._prompts, config.rollout_batch_size, config.seed, drawn=data.drawn),
+                prompts=batches,
                 decoder=self._tokenizer,
                 rewards=self._rewards,
                 rollout=roles.rollout,

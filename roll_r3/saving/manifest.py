@@ -19,6 +19,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from roll_r3.config.disk import read_at_most
+from roll_r3.config.readable import printable, readable
+from roll_r3.config.report import show_value
 from roll_r3.errors import CheckpointError, RollError
 
 MANIFEST, MARKER = "manifest.json", "complete"
@@ -82,7 +84,7 @@ def files_below(folder: Path) -> list[str]:
 
 def _walk(folder: Path, depth: int = 0) -> Iterator[Path]:
     if depth > _MAX_DEPTH:
-        raise CheckpointError(f"{folder} is {depth} directories deep")
+        raise CheckpointError(f"{printable(str(folder))} is {depth} directories deep")
     for entry in os.scandir(folder):
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISDIR(mode):
@@ -90,7 +92,7 @@ def _walk(folder: Path, depth: int = 0) -> Iterator[Path]:
         elif stat.S_ISREG(mode):
             yield Path(entry.path)
         else:
-            raise CheckpointError(f"{entry.path} is neither a file nor a directory")
+            raise CheckpointError(f"{printable(entry.path)} is neither a file nor a directory")
 
 
 def seal(folder: Path, sums: Mapping[str, FileSum]) -> None:
@@ -106,7 +108,8 @@ def seal(folder: Path, sums: Mapping[str, FileSum]) -> None:
     if differing := set(files_below(folder)) ^ set(sums):
         names = sorted(differing)
         raise CheckpointError(
-            f"in {folder} {names[0]} is missing, or is of somebody else ({len(names)} such files; {EVERY_NODE})"
+            f"in {folder} {show_value(names[0])} is missing, or is of somebody else ({len(names)} such files; "
+            f"{EVERY_NODE})"
         )
     text = _Manifest(format=1, files=dict(sorted(sums.items()))).model_dump_json(indent=1) + "\n"
     write_durably(folder / MANIFEST, text)
@@ -126,19 +129,19 @@ def verify(folder: Path) -> None:
         listed = _listed(folder)
         there = set(files_below(folder)) - {MANIFEST, MARKER}
         if missing := sorted(set(listed) - there):
-            raise CheckpointError(f"{missing[0]} is not there")
+            raise CheckpointError(f"{show_value(missing[0])} is not there")
         if unlisted := sorted(there - set(listed)):
-            raise CheckpointError(f"{unlisted[0]} was not there when it was saved")
+            raise CheckpointError(f"{show_value(unlisted[0])} was not there when it was saved")
         for name, wanted in listed.items():
             size = (folder / name).stat().st_size
             if size != wanted.size:
-                raise CheckpointError(f"{name} has {size} bytes, and had {wanted.size} when it was saved")
+                raise CheckpointError(f"{show_value(name)} has {size} bytes, and had {wanted.size} when it was saved")
         with ThreadPoolExecutor(_THREADS) as pool:
             for name, found in zip(
                 listed, pool.map(lambda name: file_sum(folder / name, keep=False), listed), strict=True
             ):
                 if found != listed[name]:
-                    raise CheckpointError(f"{name} holds something else than when it was saved")
+                    raise CheckpointError(f"{show_value(name)} holds something else than when it was saved")
     except OSError as error:
         if error.errno in _NOT_DAMAGE:
             raise RollError(f"nothing can be said of the checkpoint {folder}, which cannot be read: {error}") from error
@@ -159,11 +162,11 @@ def _listed(folder: Path) -> dict[str, FileSum]:
     try:
         files = _Manifest.model_validate_json(text).files
     except ValidationError as error:
-        raise CheckpointError(f"{MANIFEST} is no list of files: {error}") from error
+        raise CheckpointError(f"{MANIFEST} is no list of files: {readable(error)}") from error
     for name in files:
         parts = PurePosixPath(name).parts
         if not parts or name != "/".join(parts) or ".." in parts or "\0" in name or "\\" in name:
-            raise CheckpointError(f"{MANIFEST} names {name!r}, which is no path within the checkpoint")
+            raise CheckpointError(f"{MANIFEST} names {show_value(name)!r}, which is no path within the checkpoint")
     return files
 
 

@@ -11,14 +11,15 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from roll_r3.config.disk import read_at_most
+from roll_r3.config.readable import readable
 from roll_r3.errors import CheckpointError, ConfigError
 
 STATE = "state.json"
 TRAINER, CONFIG, METRICS = "trainer", "config.yaml", "metrics.jsonl"
 """What a checkpoint holds besides: the trainer's tensors, the resolved configuration, the metrics of all its steps."""
 _MAX_BYTES = 16 << 20
-_SHOWN = 1000
-"""Characters of a message about a file that is not as it should be."""
+_MAX_DRAWN = 1 << 32
+"""Prompts that a run may have drawn: months at a thousand a second."""
 
 
 NonNegativeInt = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -59,6 +60,8 @@ class RunState(_Strict):
         """Else what was drawn would be drawn again for as long as somebody wrote there."""
         if (batches := sum(count for count, _ in self.data.drawn)) != self.step:
             raise ValueError(f"{batches} batches were drawn in {self.step} steps")
+        if (prompts := sum(count * size for count, size in self.data.drawn)) > _MAX_DRAWN:
+            raise ValueError(f"{prompts} prompts were drawn, more than the {_MAX_DRAWN} that a run can draw")
         return self
 
     def text(self) -> str:
@@ -75,7 +78,7 @@ def read_state(checkpoint: Path) -> RunState:
     try:
         return RunState.model_validate_json(read_at_most(path, _MAX_BYTES))
     except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{path} does not say how far the run was: {str(error)[:_SHOWN]}") from error
+        raise CheckpointError(f"{path} does not say how far the run was: {readable(error)}") from error
 
 
 def fingerprint(rows: Sequence[tuple[object, ...]]) -> str:

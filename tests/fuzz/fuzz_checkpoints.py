@@ -56,7 +56,7 @@ _DOUBLED = b"a: &a {x: 1}\n" + b"".join(
 )
 CONFIG_LINES = [
     _DOUBLED, b"x: !!python/object/apply:os.mkdir [touched]\n", b"- a\n", b"", b"\xff", b"{" * 3000, b"a: ${a}\n",
-    b"null",
+    b"null", b'"\\e[2J": 1\n', b'a: {"\\e[2J": 1, b: "\\e[2J"}\n', b'? "\\e[2J"\n: [}\n', b'"\\e[2J": ${a.b}\n',
 ]  # fmt: skip
 
 
@@ -102,6 +102,20 @@ def safetensors(header: Any, data: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(text) if length is None else length % (1 << 64)) + text + data
 
 
+LARGE = [1, 2, 3, 7, 8, 99, 100, 101, 1000, 1 << 20, 1 << 27, 1 << 31, 1 << 40, (1 << 63) - 1]
+
+
+@st.composite
+def _far(draw: st.DrawFn) -> Any:
+    """A state whose numbers go together and are far from any run's."""
+    drawn = draw(st.lists(st.tuples(st.sampled_from(LARGE), st.sampled_from(LARGE)), min_size=1, max_size=3))
+    state = json.loads(GOOD[STATE])
+    step = sum(batches for batches, _ in drawn) if draw(st.integers(0, 9)) else draw(st.sampled_from(LARGE))
+    state |= {"step": step, "samples_seen": draw(st.sampled_from([0, *LARGE]))}
+    state["data"] |= {"drawn": drawn, "prompts": draw(st.sampled_from([100, *LARGE]))}
+    return state
+
+
 GOOD = files()
 _TENSORS = next(name for name in GOOD if name.endswith(".safetensors"))
 
@@ -115,7 +129,7 @@ def _checkpoints(draw: st.DrawFn) -> dict[str, Any]:
         name = draw(st.sampled_from(sorted([*GOOD, "manifest.json", "complete"])))
         value["files"][name] = draw(st.none() | mutated(GOOD.get(name, b"a" * 64)).map(lambda d: (d, name)))
     elif kind == "state":
-        changed = draw(replanted(json.loads(GOOD[STATE])))
+        changed = draw(replanted(json.loads(GOOD[STATE])) | _far())
         text = json.dumps(changed, default=lambda _: None).encode()
         value["files"][STATE] = draw(st.sampled_from([text, b"[" * 100_000, b"\xff" + text, text[:-9], b""]))
     elif kind == "config":
@@ -185,7 +199,7 @@ class Checkpoints:
         try:
             self._go_on(folder)
         except (ConfigError, CheckpointError) as error:
-            if "\ud800" in str(error) or len(str(error)) > 20_000:
+            if not str(error).isprintable() or len(str(error)) > 20_000:
                 raise Wrong(f"a message that cannot be shown: {str(error)[:200]!r}") from error
             if value["kind"] == "good":
                 raise Wrong(f"refused, and is right: {error}") from error
@@ -269,13 +283,12 @@ class Checkpoints:
             with resume.opened(config, datetime.now(), self._progress) as (run_dir, point):
                 assert point is not None
                 for line in resume.changes(config, point):
-                    if len(line) > 1000:
-                        raise Wrong(f"a line of {len(line)} characters")
+                    if len(line) > 1000 or not line.isprintable():
+                        raise Wrong(f"a line that cannot be shown: {len(line)} characters: {line[:200]!r}")
                 resume.put_back(run_dir, point, lambda text: None)
                 with MetricLog(run_dir, ()):
                     pass
-                if point.state.step <= 1000:  # max_steps bounds it
-                    next(prompt_batches(["p"] * 100, 8, 42, drawn=point.state.data.drawn))  # type: ignore[list-item]
+                next(prompt_batches(["p"] * 100, 8, 42, drawn=point.state.data.drawn))  # type: ignore[list-item]
         finally:
             shutil.rmtree(self._config.output_dir, ignore_errors=True)
 

@@ -102,7 +102,7 @@ def call(function: Any, arguments: list[str]) -> tuple[int, str, str]:
 
 
 def check_said(status: int, err: str) -> None:
-    """A refusal has a message and no stack."""
+    """A refusal has a message, which a terminal shows as it is, and no stack."""
     if "Traceback" in err:
         raise Wrong(f"a stack: {err[-500:]}")
     if status not in (0, 1, 2):
@@ -111,6 +111,8 @@ def check_said(status: int, err: str) -> None:
         raise Wrong("refused without a word")
     if len(err) > MESSAGE:
         raise Wrong(f"a message of {len(err)} characters")
+    if hidden := [line for line in err.split("\n") if not line.isprintable()]:
+        raise Wrong(f"a message that cannot be shown: {hidden[0][:300]!r}")
 
 
 class Yaml:

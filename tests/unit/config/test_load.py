@@ -195,3 +195,9 @@ def test_an_item_far_beyond_a_list_is_not_resolved(load_text):
 def test_a_file_of_many_values_is_left_early(load_text):
     """Composing half a million nodes takes minutes and a gigabyte."""
     assert "more than" in only(load_text, "a: [" + "1," * 500_000 + "]").why
+
+
+def test_a_key_that_a_terminal_obeys_is_shown_as_it_is_written(load_text):
+    with pytest.raises(InvalidConfigError, match=r"\\x1b\[2J\\n = 1") as refused:
+        load_text(MINIMAL + '"\\e[2J\\n": 1\n')
+    assert all(line.isprintable() for line in str(refused.value).split("\n"))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import deque
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.prompts import prompt_batches, read_prompts
@@ -133,6 +138,53 @@ def test_what_was_drawn_is_passed_over(tokenizer, drawn):
     if set(before) == {32}:
         assert whole[0] == list(islice(prompt_batches(prompts, 32, seed=1), len(before), len(before) + steps))
     assert whole[0] != list(islice(prompt_batches(prompts, 32, seed=1), steps))
+
+
+def drawn_one_by_one(prompts: int, seed: int, sizes: Iterable[int]) -> Iterator[list[int]]:
+    """The order by its description: every batch is drawn, one prompt after the other."""
+    queue: deque[int] = deque()
+    epoch = 0
+    for size in sizes:
+        batch: list[int] = []
+        while len(batch) < size:
+            if not queue:
+                order = np.random.default_rng((seed, epoch)).permutation(prompts).tolist()
+                epoch += 1
+                taken = set(batch) if prompts >= size else set()
+                queue.extend([i for i in order if i not in taken] + [i for i in order if i in taken])
+            batch.append(queue.popleft())
+        yield batch
+
+
+@given(
+    prompts=st.integers(1, 24),
+    seed=st.integers(0, 3),
+    drawn=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), max_size=5),
+    size=st.integers(1, 60),
+)
+@settings(max_examples=400, deadline=None)
+def test_what_follows_is_what_would_be_drawn_one_by_one(prompts, seed, drawn, size):
+    """Whole passes that are left out change nothing, sizes that exceed the data included."""
+    before = [earlier for batches, earlier in drawn for _ in range(batches)]
+    sizes = [*before, *[size] * 6]
+    wanted = list(drawn_one_by_one(prompts, seed, sizes))[len(before) :]
+    assert list(islice(prompt_batches(range(prompts), size, seed, drawn=drawn), 6)) == wanted
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "drawn",
+    [[(4, 1 << 40)], [(1 << 40, 8)], [(3, 8), (1 << 40, 12)], [(1, 3), (1 << 40, 120), (7, 5)]],
+    ids=["large batches", "many batches", "of another size before", "and after"],
+)
+def test_a_place_far_on_is_found_at_once(drawn):
+    assert len(next(prompt_batches(range(100), 8, 1, drawn=drawn))) == 8
+
+
+def test_a_place_that_only_going_through_all_passes_would_find_is_refused():
+    """Before anything is drawn: no batch of 8 begins with a pass once an odd number is drawn."""
+    with pytest.raises(ConfigError, match=r"1099511627776 batches of 8 prompts of 100 cannot be found: \d+ passes"):
+        prompt_batches(range(100), 8, 1, drawn=[(1, 3), (1 << 40, 8)])
 
 
 def test_more_prompts_than_data_repeat(tokenizer):

@@ -99,6 +99,26 @@ def test_a_list_that_is_none_is_refused(change, sealed):
         verify(sealed)
 
 
+def test_a_message_is_short_and_can_be_shown(sealed):
+    names = [f"\x1b[2J{number}" for number in range(5000)]
+    rewrite(sealed, lambda content: content["files"].update(dict.fromkeys(names, "x" * 50)))
+    with pytest.raises(CheckpointError, match="is no list of files") as refused:
+        verify(sealed)
+    assert len(str(refused.value)) < 4000 and str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("at", ["", "trainer"])
+def test_a_name_that_a_terminal_obeys_is_shown_as_it_is_written(at, sealed):
+    (sealed / at / "\x1b[2J\n\udcff").touch()
+    with pytest.raises(CheckpointError, match=r"\\x1b\[2J\\n\\udcff was not there") as refused:
+        verify(sealed)
+    assert str(refused.value).isprintable()
+    (sealed / at / "\x1b[2J\n\udcff").unlink()
+    (sealed / at / "\x1b[2J").symlink_to("..")
+    with pytest.raises(CheckpointError, match=r"\\x1b\[2J is neither") as refused:
+        verify(sealed)
+
+
 def test_what_is_sealed_is_what_is_there(sealed):
     (sealed / MANIFEST).unlink()
     (sealed / MARKER).unlink()

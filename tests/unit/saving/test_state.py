@@ -65,6 +65,13 @@ def test_as_many_batches_were_drawn_as_there_were_steps(tmp_path):
         read_state(tmp_path)
 
 
+def test_no_more_was_drawn_than_a_run_can_draw(tmp_path):
+    """Those few batches would not fit into memory."""
+    (tmp_path / STATE).write_text(RUN.text().replace("16", str(1 << 40)))
+    with pytest.raises(CheckpointError, match="3298534883336 prompts were drawn, more than the 4294967296"):
+        read_state(tmp_path)
+
+
 @pytest.mark.timeout(10)
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / STATE)
