@@ -68,7 +68,8 @@ class RoutePiece:
 Pieces = list[RoutePiece]
 """Of one request, in the order of their rows, and together exactly the rows that it asked for."""
 ReadRoutes = Callable[[Sequence[RouteRequest]], list[Pieces]]
-"""Answers requests, in their order. Raises RouteError when routes are damaged or cannot be reached."""
+"""Answers requests, in their order. Raises RouteError when routes are damaged, LostWorkerError when they are gone with
+the process that stored them."""
 
 
 def read_held(requests: Sequence[RouteRequest]) -> list[Pieces]:

@@ -65,10 +65,6 @@ class _Group:
         """Call one method on every member with the same arguments."""
         return self._call_each(method, [arguments] * len(self._members))
 
-    def begin_close(self) -> Calls:
-        """Ask every member to leave in order."""
-        return self._begin_each("close", [()] * len(self._members))
-
     def kill(self) -> None:
         """End every member's process."""
         for member in self._members:
@@ -138,6 +134,10 @@ class RolloutGroup(_Group):
         """Of the workers, one to an engine."""
         return tuple(member.name for member in self._members)
 
+    def begin_close(self, *, at_once: bool) -> Calls:
+        """End every engine: in order, or at once, since workers do not get the time for that after a failure."""
+        return self._begin_each("close", [(at_once,)] * len(self._members))
+
     def weight_targets(self) -> list[Any]:
         return self._call("weight_target")
 
@@ -195,6 +195,10 @@ class ModelGroup(_Group):
         master = self._members[0].handle.host_store.remote()
         self._starting = self._begin_each("initialize", [(master,)] * len(self._members))
         return self._starting
+
+    def begin_close(self) -> Calls:
+        """Ask every rank to leave in order."""
+        return self._begin_each("close", [()] * len(self._members))
 
     def started(self, results: Mapping[ray.ObjectRef, Any]) -> None:
         """Take what the calls of `begin_start` returned."""
@@ -290,11 +294,11 @@ class Roles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let every process leave in order, then end it. Never raises: an error may be on its way already."""
+        """Let every process leave, then end it. Never raises: an error may be on its way already."""
         groups = [self.rollout, *self._models]
-        calls: Calls = {}
-        for group in groups:
-            calls |= group.begin_close()
+        calls = self.rollout.begin_close(at_once=kind is not None)
+        for model in self._models:
+            calls |= model.begin_close()
         timeout = STOP_TIMEOUT if kind is None else FAILED_STOP_TIMEOUT
         _, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout)
         if late and kind is None:

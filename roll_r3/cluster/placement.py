@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import ray
 from ray._private import ray_constants
+from ray._private import utils as ray_utils
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -81,19 +82,21 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    sigterm = signal.getsignal(signal.SIGTERM)  # Ray takes it, and leaves at once
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address="auto", **quiet)
+            with _sigterm_kept():
+                ray.init(address="auto", **quiet)
         else:
             # on one machine a lost connection is a dead server, for which this process would wait a minute
             os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
             # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
             cpus = max(device_count(config), os.cpu_count() or 1)
             _close_to_others()
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            here = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            with _sigterm_kept():
+                ray.init(num_cpus=cpus, **here, **quiet)
     except Exception as error:  # of any kind, bare ones too
         ray.shutdown()
         raise LostWorkerError(
@@ -101,7 +104,6 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
             + f": {type(error).__name__}: {error}\nits own logs are in the newest directory under /tmp/ray, or under "
             "RAY_TMPDIR; a machine on which its daemons do not start within half a minute is too busy for it"
         ) from error
-    signal.signal(signal.SIGTERM, sigterm)
     try:
         if not address:
             _check_is_closed(ray.util.get_node_ip_address())
@@ -110,6 +112,22 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
         raise LostWorkerError(f"Ray failed: {type(error).__name__}: {error}") from error
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Whoever takes SIGTERM takes it while Ray starts too, and afterwards, whether it started or not.
+
+    Ray would take it, and leave at once with a status of its own. It is not blocked instead, which Ray's daemons would
+    inherit.
+    """
+    handler, set_handler = signal.getsignal(signal.SIGTERM), ray_utils.set_sigterm_handler
+    setattr(ray_utils, set_handler.__name__, lambda handler: None)
+    try:
+        yield
+    finally:
+        setattr(ray_utils, set_handler.__name__, set_handler)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _close_to_others() -> None:
@@ -166,13 +184,14 @@ def place(config: RLVRConfig, *, again: str | None = None) -> Iterator[Placement
         ConfigError: the cluster cannot offer so many devices.
         LostWorkerError: it could, and does not any more.
     """
+    wanting = LostWorkerError if again else ConfigError
     kind, count = again or resolve_device_kind(config), device_count(config)
     resource = "GPU" if kind == "cuda" else "CPU"
     if again:
         _await_return(resource, count)
     have = int(ray.cluster_resources().get(resource, 0))
     if have < count:
-        raise ConfigError(
+        raise wanting(
             f"device_mapping names devices up to {count - 1}, but the cluster has {have} "
             f"({resource}s): use fewer, or add nodes"
         )
@@ -180,7 +199,7 @@ def place(config: RLVRConfig, *, again: str | None = None) -> Iterator[Placement
     group = placement_group([bundle] * count, strategy="PACK")
     try:
         if not group.wait(PLACEMENT_TIMEOUT):
-            raise ConfigError(
+            raise wanting(
                 f"the cluster did not offer {count} {resource}s within {PLACEMENT_TIMEOUT:.0f} s: do others use it?"
             )
         yield Placement(kind, group, _number_devices(kind, group, count))

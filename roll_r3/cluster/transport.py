@@ -20,7 +20,7 @@ from roll_r3.batch.delivery import Parcel, Pieces, RouteRequest, pack, read_enco
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.batch.wire import EncodedGroup, encode
-from roll_r3.errors import RollError, RouteError
+from roll_r3.errors import LostWorkerError, RollError
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def read_routes(requests: Sequence[RouteRequest]) -> list[Pieces]:
     """A `ReadRoutes` for handles, and for routes that this process holds.
 
     Raises:
-        RouteError: routes that are damaged, or that the object store has lost.
+        RouteError: routes that are damaged.
+        LostWorkerError: routes that went with the process that stored them, or with its node.
     """
     here = ray.get_runtime_context().get_node_id()
     near: list[int] = []
@@ -126,7 +127,7 @@ def _told_if_lost() -> Iterator[None]:
             raise error.cause from None
         raise
     except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no actor has that name any more
-        raise RouteError(f"routes are lost, since the process that stored them ended: {error}") from error
+        raise LostWorkerError(f"routes are lost, since the process that stored them ended: {error}") from error
 
 
 def _read_near(requests: Sequence[RouteRequest]) -> list[Pieces]:

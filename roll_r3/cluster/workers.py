@@ -100,8 +100,9 @@ class RolloutWorker:
     async def weights_updated(self, version: int) -> None:
         await self._strategy.on_weights_updated(version)
 
-    async def close(self) -> None:
-        await self._strategy.stop()
+    async def close(self, at_once: bool) -> None:
+        """As `RolloutStrategy.stop`."""
+        await self._strategy.stop(at_once=at_once)
 
 
 class ModelWorker:

@@ -155,7 +155,8 @@ class RLVRConfig(Config):
     worker or its node was lost. One more loss ends the run, and so does one before its first step. 0: the first."""
     sigterm_grace_period: PositiveFloat = 300.0
     """Seconds from SIGTERM to the end at the latest. Within it the step that changes weights is finished and the newest
-    step is saved; a second SIGTERM waits for nothing."""
+    step is saved; the last 15 of them, or the second half of less than 30, are for ending the run's processes. A second
+    SIGTERM waits for nothing."""
 
     track_with: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     """Trackers besides metrics.jsonl, which is always written."""

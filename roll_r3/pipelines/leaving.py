@@ -9,10 +9,12 @@ from types import FrameType, TracebackType
 from typing import Self
 
 EXIT_STATUS = 128 + signal.SIGTERM
+TAKE_DOWN_S = 15.0
+"""Seconds of the grace period, at most half of it, that are kept back for ending the run's processes."""
 
 
 class LeaveNow(SystemExit):
-    """Nothing is waited for any more: the grace period is over, or a second SIGTERM came."""
+    """Nothing is waited for any more: the grace period is all but over, or a second SIGTERM came."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_STATUS)
@@ -31,9 +33,9 @@ class Leaving:
     def __init__(self, grace_s: float) -> None:
         """
         Args:
-            grace_s: seconds from SIGTERM to `LeaveNow`.
+            grace_s: seconds from SIGTERM to the end; `LeaveNow` comes before it, in time for the processes to be ended.
         """
-        self._grace_s = grace_s
+        self._wait_s = grace_s - min(TAKE_DOWN_S, grace_s / 2)
         self.asked = False
         """SIGTERM came."""
         self._held = False
@@ -66,7 +68,7 @@ class Leaving:
         if self.asked:
             raise LeaveNow
         self.asked = True
-        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+        signal.setitimer(signal.ITIMER_REAL, self._wait_s)
         if not self._held:
             raise Leave
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.placement import place, ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt, prompt_batches
-from roll_r3.errors import LostWorkerError
+from roll_r3.errors import EngineError, LostWorkerError, WorkerError
 from roll_r3.pipelines.checkpoints import Checkpoints
 from roll_r3.pipelines.leaving import Leave, Leaving
 from roll_r3.pipelines.recovery import Recoveries
@@ -32,7 +33,7 @@ class Finished:
     """What is left to show of a run whose steps are all done."""
 
     history: list[dict[str, float]]
-    """Metrics of every step."""
+    """What the summary needs of every step's metrics."""
     first: list[ScoredSample]
     """Samples of the first step that the last start made."""
     last: list[ScoredSample]
@@ -88,6 +89,7 @@ class Starts:
         """Bring everything up, go on from `point`, and take everything down again."""
         config, progress, run_dir = self._config, self._progress, self._run_dir
         done = point.state.step if point else 0
+        again = self._device_kind is not None
         data = data_of(self._prompts, config.seed, point.state.data.drawn if point else ())
         batches = prompt_batches(self._prompts, config.rollout_batch_size, config.seed, drawn=data.drawn)
         with ExitStack() as stack:
@@ -97,7 +99,7 @@ class Starts:
             self._device_kind = placement.kind
             roles = stack.enter_context(Roles(config, placement, run_dir.log_dir))
             engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
-            with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"):
+            with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"), _lost_if(again):
                 roles.start()
             if point is not None:
                 with progress.stage("reading the checkpoint"):
@@ -113,7 +115,7 @@ class Starts:
                 progress=progress,
             )
             log = stack.enter_context(MetricLog(run_dir, config.track_with))
-            with progress.stage("sending the first weights"):
+            with progress.stage("sending the first weights"), _lost_if(again):
                 pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
             saving = stack.enter_context(
                 Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
@@ -148,8 +150,25 @@ class Starts:
                         done = step
                         saving.step_done(step, pipeline.samples_seen)
                     del experience  # else its routes would lie in the object store while the next step is sampled
+                with self._leaving.held():
+                    saving.wait()  # the last checkpoint, too, is whole before a SIGTERM ends who writes it
             except Leave:
                 self._progress.say(f"SIGTERM: leaving after step {done}")
                 with self._leaving.held():
                     saving.leave(done, pipeline.samples_seen)
         return before, shown
+
+
+@contextmanager
+def _lost_if(again: bool) -> Iterator[None]:
+    """What came up before and does not in a new start is nobody's mistake either.
+
+    Raises:
+        LostWorkerError: in the place of an error of a worker or an engine, in a new start.
+    """
+    try:
+        yield
+    except (WorkerError, EngineError) as error:
+        if not again or isinstance(error, LostWorkerError):
+            raise
+        raise LostWorkerError(f"it started before, and did not start again: {error}") from error

@@ -134,8 +134,13 @@ class RolloutStrategy(Protocol):
     async def on_weights_updated(self, version: int) -> None:
         """A `WeightChannel.end` of this version returned: from now on only its samples are accepted."""
 
-    async def stop(self) -> None:
-        """End the engine and everything it started. Safe to call twice."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """End the engine and everything it started. Safe to call twice, and while `start` or `restart` is under way:
+        nothing is started afterwards.
+
+        Args:
+            at_once: kill instead of asking, since nothing that the engine has under way is of use.
+        """
 
 
 @dataclass(frozen=True)

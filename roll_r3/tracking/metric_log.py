@@ -9,18 +9,19 @@ from pathlib import Path
 from types import TracebackType
 
 from roll_r3.tracking.names import METRICS
+from roll_r3.tracking.report import summarised
 from roll_r3.tracking.run_dir import RunDir
 
 
 class MetricLog:
-    """Writes one set of metrics a step, and keeps them for the report at the end.
+    """Writes one set of metrics a step, and keeps of them what the summary at the end needs.
 
     Where the run has metrics already it goes on behind them.
     """
 
     def __init__(self, run_dir: RunDir, trackers: Sequence[str]) -> None:
         earlier = _read(run_dir.metrics_file)
-        self.history: list[dict[str, float]] = list(earlier.values())
+        self.history: list[dict[str, float]] = [summarised(row) for row in earlier.values()]
         self._file = run_dir.metrics_file.open("a")
         self._board = None
         if "tensorboard" in trackers:
@@ -54,7 +55,7 @@ class MetricLog:
         if unknown:
             raise KeyError(f"metrics that roll_r3.tracking.names does not declare: {', '.join(unknown)}")
         row = {name: float(metrics[name]) for name in METRICS if name in metrics}
-        self.history.append(row)
+        self.history.append(summarised(row))
         # JSON has no NaN or infinity: they are written as null, and TensorBoard shows them
         line = {"step": step} | {n: v if math.isfinite(v) else None for n, v in row.items()}
         self._file.write(json.dumps(line) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -25,6 +26,8 @@ SHOWN = {
     "grad": "actor_train/grad_norm",
 }
 """Heading -> metric, in the order of the columns."""
+_RECENT = 10
+"""Steps whose mean time says how much is left."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -42,7 +45,9 @@ class Progress:
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._started = time.monotonic()
-        self._step_times: list[float] = []
+        self._step_times: deque[float] = deque(maxlen=_RECENT)
+        self._done = 0
+        """The last step that is done."""
         self._stage = ""
         self._stage_started = 0.0
         self._step = 0
@@ -82,6 +87,7 @@ class Progress:
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of figures."""
+        self._done = step
         self._step_times.append(metrics["time/step_total"])
         if not self._header_shown:
             self._header_shown = True
@@ -89,19 +95,18 @@ class Progress:
             self.say(f"{'step':>9}{heads}{'tokens/s':>11}{'s/step':>9}{'left':>9}")
         cells = "".join(f"{_cell(metrics.get(name)):>11}" for name in SHOWN.values())
         rate, seconds = metrics["system/tps"], metrics["time/step_total"]
-        self.say(f"{step:>4}/{self._total:<4}{cells}{rate:>11.0f}{seconds:>9.2f}{self._left(step):>9}")
+        self.say(f"{step:>4}/{self._total:<4}{cells}{rate:>11.0f}{seconds:>9.2f}{self._left():>9}")
 
-    def _left(self, step: int) -> str:
-        recent = self._step_times[-10:]
-        return format_seconds((self._total - step) * sum(recent) / len(recent)) if recent else "?"
+    def _left(self) -> str:
+        recent = self._step_times
+        return format_seconds((self._total - self._done) * sum(recent) / len(recent)) if recent else "?"
 
     def _render(self) -> Table:
         grid = Table.grid(padding=(0, 2))
         if self._stage:
             where = f"step {self._step}/{self._total}" if self._step else "starting"
             spent = format_seconds(time.monotonic() - self._stage_started)
-            done = len(self._step_times)
-            left = f"about {self._left(done)} left" if done else ""
+            left = f"about {self._left()} left" if self._step_times else ""
             grid.add_row(Text(where, style="bold"), Text(self._stage, style="cyan"), Text(spent), Text(left))
         return grid
 

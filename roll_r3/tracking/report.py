@@ -12,6 +12,24 @@ WINDOW = 5
 """Steps that "at the start" and "at the end" are averaged over: one step's mean reward is noisy."""
 
 
+REWARD = "critic/score/mean"
+FIGURES = {
+    "router_replay/coverage": "coverage",
+    "router_replay/missing_rows": "missing rows",
+    "router_replay/agreement_native": "agreement of the live router",
+    "router_replay/bytes_per_token": "bytes per token",
+    "actor/rollout_train_logprobs_abs_diff_mean": "mean |log p_trainer - log p_rollout|",
+    "rollout_corr/k3_kl": "k3 KL(rollout || trainer)",
+    "router_replay/time_share": "share of step time on routes",
+}
+"""Metric -> what the summary calls it; nothing else of a run's metrics but `REWARD` is in it."""
+
+
+def summarised(row: Mapping[str, float]) -> dict[str, float]:
+    """What the summary needs of a step's metrics."""
+    return {name: row[name] for name in (REWARD, *FIGURES) if name in row}
+
+
 class Sample(Protocol):
     """One sampled response, as a person would read it."""
 
@@ -46,20 +64,12 @@ def run_summary(
     """A few lines of plain text: where the run is, what it learned, what replay did."""
     steps = len(history)
     lines = ["", f"finished {steps} steps in {format_seconds(seconds)}", f"run directory   {run_dir}"]
-    start, finish = (window_mean(history, "critic/score/mean", end=e) for e in (False, True))
+    start, finish = (window_mean(history, REWARD, end=e) for e in (False, True))
     if start is not None and finish is not None:
         shown = min(WINDOW, steps)
         lines.append(f"mean reward     {start:.3f} (first {shown} steps) -> {finish:.3f} (last {shown} steps)")
     lines.append(f"router replay   {replay_mode}")
-    for name, label in (
-        ("router_replay/coverage", "coverage"),
-        ("router_replay/missing_rows", "missing rows"),
-        ("router_replay/agreement_native", "agreement of the live router"),
-        ("router_replay/bytes_per_token", "bytes per token"),
-        ("actor/rollout_train_logprobs_abs_diff_mean", "mean |log p_trainer - log p_rollout|"),
-        ("rollout_corr/k3_kl", "k3 KL(rollout || trainer)"),
-        ("router_replay/time_share", "share of step time on routes"),
-    ):
+    for name, label in FIGURES.items():
         values = [row[name] for row in history if name in row]
         if values:
             mean = sum(values) / len(values)

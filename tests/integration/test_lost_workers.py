@@ -57,9 +57,16 @@ def wait_until_it_says(run: Run, text: str, timeout: float = 2 * START_TIMEOUT) 
         time.sleep(0.1)
 
 
-def loses(run: Run, strike: Callable[[], object]) -> float:
-    """Break something after the third step; seconds until the run has made a step more than it had."""
+def loses(run: Run, strike: Callable[[], object], stage: str = "") -> float:
+    """Break something after the third step; seconds until the run has made a step more than it had.
+
+    Args:
+        stage: of the fourth step, to wait for.
+    """
     run.wait_for_step(3)
+    while stage and f"step 4: {stage}" not in (run.path / "logs" / "driver.log").read_text():
+        assert run.process.poll() is None, run.stderr.read_text()
+        time.sleep(0.002)
     struck = time.monotonic()
     strike()
     wait_until_it_says(run, "going on after step")
@@ -75,35 +82,52 @@ def assert_as_undisturbed(run: Run, whole: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("worker", "named", "save_steps", "goes_on"),
+    ("worker", "stage", "lost", "save_steps", "goes_on"),
     [
         # its peer may be named beside it
-        pytest.param("actor_train-1", "died.*", 2, "2", marks=pytest.mark.fault("a training rank is killed")),
+        pytest.param(
+            "actor_train-1",
+            "",
+            "actor_train-1 died.*: its process is gone",
+            2,
+            "2",
+            marks=pytest.mark.fault("a training rank is killed"),
+        ),
         pytest.param(
             "actor_infer-0",
-            "died",
+            "",
+            "actor_infer-0 died: its process is gone",
             1,
             r"\d",
             marks=[pytest.mark.fault("the worker of an engine is killed"), pytest.mark.long],
         ),
+        pytest.param(
+            "actor_infer-0",
+            "old log-probs",
+            r"actor_train-\d failed.*: routes are lost, since the process that stored them ended",
+            1,
+            "3",
+            marks=[pytest.mark.fault("the worker of an engine is killed while a step trains"), pytest.mark.long],
+        ),
     ],
 )
-def test_a_killed_worker_is_started_anew(fault: Fault, whole, tmp_path, checkpoint, worker, named, save_steps, goes_on):
+def test_a_killed_worker_is_started_anew(
+    fault: Fault, whole, tmp_path, checkpoint, worker, stage, lost, save_steps, goes_on
+):
     with nothing_left():
         run = start(tmp_path, checkpoint, f"save_steps={save_steps}")
         try:
-            fault.recovered(loses(run, lambda: os.kill(process_of(run, worker), signal.SIGKILL)))
+            fault.recovered(loses(run, lambda: os.kill(process_of(run, worker), signal.SIGKILL), stage))
             assert_as_undisturbed(run, whole)
         finally:
             run.end()
     said = run.stderr.read_text()
-    assert re.search(rf"LOST: {worker} {named}: its process is gone", said)
+    assert re.search(f"LOST: {lost}", said)
     going_on = re.search(rf"going on after step ({goes_on}), from .*step-0000000\1 \(new start 1 of at most 3\)", said)
     assert going_on
     assert "Traceback (most recent call last)" not in re.sub(r"(?s)--- end of.*?---", "", said)
-    fault.user_sees(
-        f"LOST: {worker} died, with the end of its log; going on after step {going_on[1]} (new start 1 of at most 3)"
-    )
+    what = f"{worker} died, with the end of its log" if not stage else "actor_train-... failed: routes are lost, ..."
+    fault.user_sees(f"LOST: {what}; going on after step {going_on[1]} (new start 1 of at most 3)")
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
 

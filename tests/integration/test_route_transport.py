@@ -21,7 +21,7 @@ from roll_r3.batch.trajectory import Trajectory
 from roll_r3.batch.wire import EncodedGroup
 from roll_r3.cluster import transport
 from roll_r3.cluster.transport import StoredRoutes, read_routes, store_routes
-from roll_r3.errors import RouteError
+from roll_r3.errors import LostWorkerError, RouteError
 
 pytestmark = pytest.mark.integration
 
@@ -176,7 +176,7 @@ def test_routes_of_a_node_that_went_are_said_to_be_lost(nodes):
     cluster.wait_for_nodes()
     stored = ray.get(on(third, Engine).store.remote())
     cluster.remove_node(third, allow_graceful=False)
-    with pytest.raises(RouteError, match="routes are lost, since the process that stored them ended"):
+    with pytest.raises(LostWorkerError, match="routes are lost, since the process that stored them ended"):
         read_routes([RouteRequest(t.routes, LAYER_RUN, RUNS) for t in stored])
 
 
@@ -185,5 +185,5 @@ def test_routes_of_an_engine_that_died_are_said_to_be_lost(nodes):
     engine = on(second, Engine)
     stored = ray.get(engine.store.remote())
     ray.kill(engine)
-    with pytest.raises(RouteError, match="routes are lost, since the process that stored them ended"):
+    with pytest.raises(LostWorkerError, match="routes are lost, since the process that stored them ended"):
         read_routes([RouteRequest(t.routes, LAYER_RUN, RUNS) for t in stored])

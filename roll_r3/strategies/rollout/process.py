@@ -23,10 +23,14 @@ from roll_r3.strategies.rollout import segments
 
 logger = logging.getLogger(__name__)
 
+GRACE_S = 8.0
+"""Seconds that a server gets to end in order."""
 _POLL_S = 0.1
 _GONE_S = 10.0
 """Seconds that the kernel may take to end a killed process; one with a GPU gives much memory back."""
 _LOG_TAIL_BYTES = 64 * 1024
+_FOLDERS = "roll_r3-server-"
+"""What the names of servers' directories begin with; the process that made it follows."""
 
 
 def free_port(host: str) -> int:
@@ -61,6 +65,8 @@ class ServerProcess:
         self._segments_before: frozenset[str] = frozenset()
         self._segments: set[str] = set()
         self._folder: Path | None = None
+        self._all_gone = False
+        """Nothing of its process group is left: the number may be another's by now."""
 
     def launch(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the child and its watch; needs a running event loop.
@@ -73,7 +79,8 @@ class ServerProcess:
         assert self._process is None or self._process.poll() is not None, "the previous child is still running"
         self._segments_before = segments.existing()
         self._remove_folder()
-        self._folder = Path(tempfile.mkdtemp(prefix="roll_r3-server-"))
+        _remove_orphaned_folders()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDERS}{os.getpid()}-"))
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
@@ -89,6 +96,7 @@ class ServerProcess:
             except OSError as error:
                 self._remove_folder()
                 raise EngineError(f"{self._name}: cannot run {command[0]}: {error}") from error
+        self._all_gone = False
         self._death = asyncio.create_task(self._watch(self._process))
 
     @staticmethod
@@ -140,35 +148,47 @@ class ServerProcess:
             how = f"exited with code {code}"
         return f"process {self.pid} {how}; the end of {self.log_path}:\n{self.log_tail()}"
 
-    async def stop(self, grace_s: float = 8.0) -> None:
-        """End the whole process group: ask, wait `grace_s`, kill, and wait until all are gone.
+    async def stop(self, grace_s: float = GRACE_S) -> None:
+        """End the whole process group: ask, wait `grace_s`, kill, and wait until all are gone; without a grace they are
+        killed at once.
 
         Safe to call twice. Their shared memory and their directory go too, and a successor finds the devices' memory
         free.
         """
         process = self._process
-        if process is None:
+        if process is None or self._all_gone:
             return
         self.note_shared_memory()
-        _signal_group(process.pid, signal.SIGTERM)
-        if self._death is not None:
-            await asyncio.wait([self._death], timeout=grace_s)
+        if grace_s:
+            signal_group(process.pid, signal.SIGTERM)
+            await asyncio.wait([self.death], timeout=grace_s)
         # Children that outlived the leader are still in its group, so this is not only for a deaf leader.
-        _signal_group(process.pid, signal.SIGKILL)
+        signal_group(process.pid, signal.SIGKILL)
+        # Now, for whoever ends this process may not give it the time to see all of them gone.
+        segments.remove(self._segments)
+        self._remove_folder()
         deadline = time.monotonic() + _GONE_S
         while (left := _living(process.pid)) and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
-        if self._death is not None:
-            await asyncio.wait([self._death], timeout=grace_s)
+        self._all_gone = not left
         if left:
             logger.warning("%s: processes %s do not die even of SIGKILL", self._name, left)
-        segments.remove(self._segments)
-        self._remove_folder()
+        else:
+            await asyncio.wait([self.death], timeout=_GONE_S)
 
     def _remove_folder(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+def _remove_orphaned_folders() -> None:
+    """Of servers whose makers were killed before they could. Another user's cannot be removed, and are not tried."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
+        maker = folder.name.removeprefix(_FOLDERS).partition("-")[0]
+        with contextlib.suppress(OSError):  # another looks after them too
+            if maker.isdecimal() and not psutil.pid_exists(int(maker)) and folder.lstat().st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _living(group: int) -> list[int]:
@@ -181,6 +201,7 @@ def _living(group: int) -> list[int]:
     return found
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
+def signal_group(group: int, number: signal.Signals) -> None:
+    """To every process of a group, which may be gone."""
     with contextlib.suppress(ProcessLookupError):  # all of it is gone already
         os.killpg(group, number)

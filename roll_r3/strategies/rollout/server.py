@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout.answers import Asked
 from roll_r3.strategies.rollout.client import ServerClient, UnreachableError
 from roll_r3.strategies.rollout.liveness import answers, until_silent
-from roll_r3.strategies.rollout.process import ServerProcess, free_port
+from roll_r3.strategies.rollout.process import GRACE_S, ServerProcess, free_port, signal_group
 from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest, sample_all
 from roll_r3.strategies.rollout.server_args import CPU_SAMPLES, EVERY_ADDRESS
 from roll_r3.strategies.rollout.sharing import LEAST_ROWS, PromptSharing
@@ -107,6 +108,9 @@ class ServerRollout(ABC, Generic[ConfigT]):
         self._weights_due = False
         self._verdict = ""
         self._stopped = False
+        """Until the next `restart`."""
+        self._closed = False
+        """For good."""
 
     def _renew(self) -> None:
         """A process that was not launched yet, with a key of its own."""
@@ -167,7 +171,8 @@ class ServerRollout(ABC, Generic[ConfigT]):
 
         Raises:
             ConfigError: refused `server_args`, or a checkpoint whose routing facts cannot be read.
-            EngineError: the engine is missing or outside the version window, or the server did not come up.
+            EngineError: the engine is missing or outside the version window, the server did not come up, or `stop` was
+                called before it could.
         """
         checkpoint = resolve_checkpoint(self._model_path)
         self._facts = read_facts(checkpoint)
@@ -176,29 +181,34 @@ class ServerRollout(ABC, Generic[ConfigT]):
         if self._device == "cuda" and len(self._gpu_ids) != self._config.tp_size:
             raise ConfigError(f"{self._name}: tp_size is {self._config.tp_size}, but it was given GPUs {self._gpu_ids}")
         environment = self.environment()
-        version = await self._installed_version(environment)
+        started = asyncio.get_running_loop().time()
+        limit = started + self._config.startup_timeout
+        version = await self._installed_version(environment, limit)
         if warning := self.check_version(version):
             logger.warning("%s: %s", self._name, warning)
         logger.info("%s: starting %s %s, its log is %s", self._name, self.engine, version, self._process.log_path)
-        started = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self._config.startup_timeout):
+            async with asyncio.timeout_at(limit):
                 client = await self._launch(str(checkpoint), self._facts, environment)
                 await self._warm_up(client)
                 self._process.note_shared_memory()
         except TimeoutError as error:
             text = f"did not answer within {self._config.startup_timeout:g} s (strategy_config.startup_timeout)"
             tail = self._process.log_tail()
-            await self.stop()
+            await self._end()
             raise EngineError(f"{self._name} {text}; the end of its log:\n{tail}") from error
         except BaseException:
-            await self.stop()
+            await self._end()
             raise
         seconds = asyncio.get_running_loop().time() - started
         logger.info("%s: up on port %d after %.1f s", self._name, self._port, seconds)
 
-    async def _installed_version(self, environment: dict[str, str]) -> str:
-        """The release of the interpreter that will run the server, which may not be this one."""
+    async def _installed_version(self, environment: dict[str, str], limit: float) -> str:
+        """The release of the interpreter that will run the server, which may not be this one.
+
+        Args:
+            limit: when it must have said so, on the loop's clock.
+        """
         code = f"from importlib.metadata import version; print(version({self.package!r}))"
         try:
             process = await asyncio.create_subprocess_exec(
@@ -208,10 +218,22 @@ class ServerRollout(ABC, Generic[ConfigT]):
                 env=environment,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
             )
         except OSError as error:
             raise EngineError(f"{self._name}: cannot run strategy_config.python {self.python!r}: {error}") from error
-        output, errors = await process.communicate()
+        try:
+            async with asyncio.timeout_at(limit):
+                output, errors = await process.communicate()
+        except BaseException as error:
+            signal_group(process.pid, signal.SIGKILL)  # as a wrapper's child, the interpreter has a process of its own
+            await process.wait()
+            if not isinstance(error, TimeoutError):
+                raise
+            raise EngineError(
+                f"{self._name}: strategy_config.python {self.python!r} did not say within "
+                f"{self._config.startup_timeout:g} s (strategy_config.startup_timeout) which {self.engine} it has"
+            ) from error
         if process.returncode:
             said = errors.decode(errors="replace").strip().splitlines()[-1:]
             raise EngineError(
@@ -222,6 +244,8 @@ class ServerRollout(ABC, Generic[ConfigT]):
 
     async def _launch(self, checkpoint: str, facts: ModelFacts, environment: dict[str, str]) -> ServerClient:
         for attempt in range(1, _LAUNCHES + 1):
+            if self._closed:
+                raise EngineError(f"{self._name} is not started: it was stopped for good meanwhile")
             self._port = free_port(self._config.host)
             self._process.launch(self.command(checkpoint, facts, self._port), environment)
             client = ServerClient(self._config.host, self._port, self._key, keyed_path=self.keyed_path)
@@ -375,7 +399,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
         Raises:
             EngineError: as `start`.
         """
-        await self.stop()
+        await self._end()
         self._renew()
         self._weight_version, self._weights_due = 0, True
         self._verdict, self._stopped = "", False
@@ -461,10 +485,16 @@ class ServerRollout(ABC, Generic[ConfigT]):
             dtype=self._config.dtype,
         )
 
-    async def stop(self) -> None:
-        """End the server and everything it started. Safe to call twice, and before `start`."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """End the server and everything it started, for good. Safe to call twice, before `start`, and while that or
+        `restart` is under way, which then fails."""
+        self._closed = True
+        await self._end(at_once=at_once)
+
+    async def _end(self, *, at_once: bool = False) -> None:
+        """`restart` may follow."""
         self._stopped = True
-        await self._process.stop()
+        await self._process.stop(0.0 if at_once else GRACE_S)
         if self._client is not None:
             await self._client.close()
 

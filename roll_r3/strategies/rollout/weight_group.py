@@ -7,7 +7,16 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
-from torch.distributed.distributed_c10d import Backend, _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import (
+    Backend,
+    _new_process_group_helper,
+    _set_pg_timeout,
+    _unregister_process_group,
+    _world,
+)
+
+_TABLES = ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_coalesce_state")
+"""What torch keeps of each group, by the group."""
 
 
 def join_group(
@@ -31,10 +40,31 @@ def join_group(
     return group
 
 
+def set_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
+    """Limit of one broadcast from now on; until then it is that of joining."""
+    _set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
 def leave_group(group: dist.ProcessGroup) -> None:
-    """Cut the connections; what a group still waits for must not hold this process."""
+    """Cut the connections and forget the group; what it still waits for must not hold this process."""
     group.abort()
-    threading.Thread(target=dist.destroy_process_group, args=(group,), name="weight-group", daemon=True).start()
+    _forget(group)
+    threading.Thread(target=group.shutdown, name="weight-group", daemon=True).start()
+
+
+def _forget(group: dist.ProcessGroup) -> None:
+    """Take a group out of torch's tables, as `destroy_process_group` does once the group is shut down.
+
+    Done by the thread that leaves: it may end every group next, which empties the same tables.
+    """
+    for name in _TABLES:
+        getattr(_world, name, {}).pop(group, None)
+    tag = getattr(_world, "pg_to_tag", {}).pop(group, None)
+    by_tag = getattr(_world, "tags_to_pg", {})
+    for members in (by_tag.get(tag, []), by_tag.get("", [])):
+        if group in members:
+            members.remove(group)
+    _unregister_process_group(group.group_name)
 
 
 def from_the_trainer() -> dist.BroadcastOptions:

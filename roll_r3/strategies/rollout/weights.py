@@ -32,7 +32,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from roll_r3.config.readable import readable
 from roll_r3.errors import EngineError
 from roll_r3.strategies.rollout.target import ServerTarget
-from roll_r3.strategies.rollout.weight_group import from_the_trainer, join_group, leave_group
+from roll_r3.strategies.rollout.weight_group import from_the_trainer, join_group, leave_group, set_timeout
 
 logger = logging.getLogger(__name__)
 
@@ -229,11 +229,16 @@ class ServerWeightChannel(ABC):
                 rank=0,
                 world_size=world_size,
                 backend=self._backend,
-                timeout_s=self._timeout_s,
+                timeout_s=self._join_timeout_s,
             )
         )
-        self._on_every_engine(enter, beside=joined)
+        try:
+            self._on_every_engine(enter, beside=joined)
+        except EngineError:
+            joined.add_done_callback(_leave_if_joined)  # it may yet come about, with nobody to use it
+            raise
         self._group = joined.result()
+        set_timeout(self._group, self._timeout_s)
         logger.info("weight group of %d ranks with %s", world_size, ", ".join(target.name for target in self._targets))
 
     def _on_every_engine(
@@ -310,6 +315,11 @@ class ServerWeightChannel(ABC):
 def incomplete(version: int) -> str:
     """The weight version of an engine whose update is not over; no rollout accepts it."""
     return f"{version}-incomplete"
+
+
+def _leave_if_joined(joined: Future[dist.ProcessGroup]) -> None:
+    if joined.exception() is None:
+        leave_group(joined.result())
 
 
 def _address_towards(target: ServerTarget) -> str:

@@ -49,7 +49,8 @@ def deliver(
 
     Raises:
         ReplayError: no routes, or routes of another shape or dtype than the samples and the model need.
-        RouteError: routes that are damaged or cannot be reached.
+        RouteError: routes that are damaged.
+        LostWorkerError: routes that are gone with the process that stored them.
     """
     requests: list[RouteRequest] = []
     ranges: dict[Batch, list[slice]] = {}

@@ -271,7 +271,8 @@ def replaying(
 
     Raises:
         ReplayError: no routes, or routes that do not fit the samples and the model.
-        RouteError: routes that are damaged or cannot be reached.
+        RouteError: routes that are damaged.
+        LostWorkerError: routes that are gone with the process that stored them.
     """
     session = ReplaySession(
         routers, len(micro_batches), facts=facts, ep_size=ep_size, device=device, forward_only=forward_only

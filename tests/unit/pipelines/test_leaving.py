@@ -69,6 +69,14 @@ def test_the_grace_period_ends_what_is_held():
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize(("grace_s", "rings_after"), [(300.0, 285.0), (20.0, 10.0)])
+def test_time_is_kept_back_to_take_things_down(grace_s: float, rings_after: float):
+    seconds: list[float] = []
+    with pytest.raises(Leave):
+        held(sigterm, lambda: seconds.append(signal.getitimer(signal.ITIMER_REAL)[0]), grace_s=grace_s)
+    assert seconds[0] == pytest.approx(rings_after, abs=2.0)
+
+
 def test_a_second_one_waits_for_nothing():
     with pytest.raises(LeaveNow):
         held(sigterm, sigterm)

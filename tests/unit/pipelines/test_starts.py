@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import operator
+import os
+import signal
+import time
 import weakref
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import pytest
+
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.pipelines.leaving import Leaving
+from roll_r3.errors import EngineError, LostWorkerError, WorkerError
+from roll_r3.pipelines import starts
+from roll_r3.pipelines.leaving import Leave, Leaving
 from roll_r3.pipelines.rlvr import StepResult
 from roll_r3.pipelines.starts import Starts
 from roll_r3.tracking.run_dir import RunDir
@@ -37,22 +45,81 @@ class Pipeline:
         return StepResult({}, [])
 
 
-def test_a_steps_routes_are_let_go_before_the_next_is_sampled(tmp_path: Path) -> None:
-    config = RLVRConfig(exp_name="exp", pretrain="p", max_steps=3, actor_train={}, actor_infer={})
-    anything, pipeline = MagicMock(), Pipeline()
-    starts = Starts(
-        config,
+def starts_of(tmp_path: Path, leaving: Leaving | None = None) -> Starts:
+    anything = MagicMock()
+    return Starts(
+        RLVRConfig(exp_name="exp", pretrain="p", max_steps=3, actor_train={}, actor_infer={}),
         run_dir=RunDir(tmp_path, tmp_path),
         tokenizer=None,
         prompts=[],
         rewards=anything,
         progress=anything,
-        leaving=Leaving(60.0),
+        leaving=leaving or Leaving(60.0),
     )
+
+
+def test_a_steps_routes_are_let_go_before_the_next_is_sampled(tmp_path: Path) -> None:
+    pipeline = Pipeline()
     checkpoints: Any = MagicMock()
     checkpoints.seconds_waited.return_value = 1.5
     log: Any = MagicMock()
-    starts._steps(pipeline, 0, log, checkpoints)
+    starts_of(tmp_path)._steps(pipeline, 0, log, checkpoints)
     assert pipeline.kept == [0, 0, 0]
     assert [call.args for call in log.write.call_args_list] == [(step, {"time/step_save": 1.5}) for step in (1, 2, 3)]
     assert [call.args for call in checkpoints.step_done.call_args_list] == [(step, 0) for step in (1, 2, 3)]
+
+
+def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(tmp_path: Path) -> None:
+    """The ranks that write it are ended as soon as the steps are over."""
+    done: list[str] = []
+
+    def wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)  # a signal is seen by now
+        done.append("written")
+
+    checkpoints: Any = MagicMock()
+    checkpoints.seconds_waited.return_value = 0.0
+    checkpoints.wait.side_effect = wait
+    checkpoints.leave.side_effect = lambda step, _: done.append(f"left after {step}")
+    with pytest.raises(Leave), Leaving(60.0) as leaving:
+        starts_of(tmp_path, leaving)._steps(Pipeline(), 0, MagicMock(), checkpoints)
+    assert done == ["written", "left after 3"]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """In the place of what a start brings up; `steps` is what becomes of its steps."""
+    cluster: Any = MagicMock()
+    for name in ("ray_cluster", "place", "Roles", "RLVRPipeline", "MetricLog", "Checkpoints", "put_back"):
+        monkeypatch.setattr(starts, name, getattr(cluster, name))
+    monkeypatch.setattr(starts, "data_of", MagicMock())
+    monkeypatch.setattr(starts, "prompt_batches", MagicMock())
+    monkeypatch.setattr(starts, "newest_point", lambda *_: None)
+    monkeypatch.setattr(Starts, "_steps", cluster.steps)
+    for name in ("ray_cluster", "place", "Roles", "MetricLog", "Checkpoints"):
+        getattr(cluster, name).return_value.__exit__.return_value = False
+    return cluster
+
+
+WHERE = {
+    "a worker": ("Roles.return_value.__enter__.return_value.start", WorkerError("actor_infer-0 failed: no GPU memory")),
+    "an engine": ("RLVRPipeline.return_value.start", EngineError("actor_infer-0 failed: no GPU memory")),
+}
+
+
+@pytest.mark.parametrize(("method", "error"), WHERE.values(), ids=WHERE)
+def test_what_does_not_come_up_in_a_new_start_is_a_loss(
+    tmp_path: Path, cluster: Any, method: str, error: Exception
+) -> None:
+    one_step = tmp_path / "metrics.jsonl"
+    one_step.write_text('{"step": 1}\n')
+    cluster.steps.side_effect = [LostWorkerError("actor_train-0 died"), ([], [])]
+    starting = operator.attrgetter(method)(cluster)
+    starting.side_effect = [None, error, None]
+    starts_of(tmp_path).run(None)
+    assert starting.call_count == 3
+    starting.side_effect = error
+    with pytest.raises(type(error), match="no GPU memory") as caught:
+        starts_of(tmp_path).run(None)
+    assert caught.value is error, "in the first start it is a setting more often than a fault"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,5 +112,65 @@ def test_the_folder_of_a_server_that_was_killed_is_removed(tmp_path: Path) -> No
         assert not folders[0].exists(), "the next launch of the same server has another"
         await process.stop()
         assert not folders[1].exists()
+
+    asyncio.run(scenario())
+
+
+def test_folders_are_removed_whose_makers_were_killed_before_they_could(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    orphaned, living, other = (
+        tmp_path / name
+        for name in (f"roll_r3-server-{gone.pid}-x", f"roll_r3-server-{os.getppid()}-x", "roll_r3-server-x")
+    )
+    for folder in (orphaned, living, other):
+        folder.mkdir()
+        (folder / "store").touch()
+
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        process.launch(["sleep", "600"], os.environ)
+        (own,) = tmp_path.glob(f"roll_r3-server-{os.getpid()}-*")
+        assert not orphaned.exists()
+        await process.stop()
+        assert not own.exists()
+
+    asyncio.run(scenario())
+    assert (living / "store").exists() and (other / "store").exists()
+
+
+def test_without_a_grace_it_is_killed_and_its_number_is_let_be_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        for _ in range(2):
+            process.launch(["sleep", "600"], os.environ)
+            await process.stop(grace_s=0.0)
+            assert process.death.result() == -signal.SIGKILL, "nothing was asked of it"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "killpg", lambda *_: pytest.fail("the number may be another's by now"))
+            await process.stop()
+
+    asyncio.run(scenario())
+
+
+def test_what_it_left_is_removed_although_it_takes_long_to_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ends the run kills the process that waits for the server."""
+
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        process.launch(["sleep", "600"], os.environ)
+        folder = process._folder
+        assert folder is not None and folder.exists()
+        with monkeypatch.context() as patch:
+            patch.setattr("roll_r3.strategies.rollout.process._living", lambda group: [group])
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(process.stop(grace_s=0.0), 0.3)
+            assert not folder.exists()
+        await process.stop()
 
     asyncio.run(scenario())

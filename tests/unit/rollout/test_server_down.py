@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
-from roll_r3.strategies.rollout import liveness
+from roll_r3.strategies.rollout import liveness, server
 from roll_r3.strategies.rollout.client import UnreachableError
+from roll_r3.strategies.rollout.process import ServerProcess
 from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
 from roll_r3.strategies.rollout.server import ServerRollout
 from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
@@ -204,5 +206,61 @@ def test_a_server_started_again_is_a_new_one_and_not_asked_before_its_weights(tm
         await engine.on_weights_updated(4)
         answering(engine, sample)
         assert [len(result.trajectories) for result in await engine.generate(REQUESTS)] == [2, 2]
+
+    run(tmp_path, scenario)
+
+
+@pytest.fixture
+def startable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start of any checkpoint comes as far as the launch."""
+    monkeypatch.setattr(server, "resolve_checkpoint", lambda _: Path("/models/tiny"))
+    monkeypatch.setattr(server, "read_facts", lambda _: None)
+    monkeypatch.setattr(SglangRollout, "problems", lambda *_: [])
+    monkeypatch.setattr(SglangRollout, "environment", lambda _: dict(os.environ))
+
+
+@pytest.mark.usefixtures("startable")
+@pytest.mark.parametrize("method", ["start", "restart"])
+def test_nothing_is_launched_by_a_start_under_which_the_engine_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        reached, go_on = asyncio.Event(), asyncio.Event()
+
+        async def installed_version(*_: object) -> str:
+            reached.set()
+            await go_on.wait()
+            return "0.0.0"
+
+        engine._installed_version = installed_version  # type: ignore[method-assign]
+        engine.check_version = lambda _: None  # type: ignore[method-assign]
+        monkeypatch.setattr(ServerProcess, "launch", lambda *_: pytest.fail("launched"))
+        starting = asyncio.create_task(getattr(engine, method)())
+        await reached.wait()
+        await engine.stop()
+        go_on.set()
+        with pytest.raises(EngineError, match=r"engine 0 \(SGLang\) is not started: it was stopped for good meanwhile"):
+            await starting
+        with pytest.raises(EngineError, match="stopped for good"):
+            await engine.restart()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("startable")
+def test_an_interpreter_that_never_says_what_it_has_is_given_up_and_killed(tmp_path: Path) -> None:
+    python, said = tmp_path / "python", tmp_path / "said"
+    python.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {said}\nwait\n")
+    python.chmod(0o755)
+
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        engine._config = engine._config.model_copy(update={"python": str(python), "startup_timeout": 1.0})
+        with pytest.raises(
+            EngineError, match=r"did not say within 1 s \(strategy_config.startup_timeout\) which SGLang"
+        ):
+            await asyncio.wait_for(engine.start(), 30)
+        child = int(said.read_text())
+        while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            await asyncio.sleep(0.01)
 
     run(tmp_path, scenario)

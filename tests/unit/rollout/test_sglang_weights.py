@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from roll_r3.errors import EngineError
+from roll_r3.strategies.rollout import weights
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 from roll_r3.strategies.rollout.target import ServerTarget
 
@@ -133,6 +134,34 @@ def test_an_engine_that_refuses_the_group_is_named_at_once() -> None:
         channel = SglangWeightChannel([target], device="cpu", join_timeout_s=30.0)
         with pytest.raises(EngineError, match="no such backend"):
             channel.begin(1)
+
+
+def test_a_group_that_comes_about_after_an_engine_failed_to_join_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_failed, left = threading.Event(), threading.Event()
+    limits: list[float] = []
+
+    def join_group(*_: object, timeout_s: float, **__: object) -> object:
+        limits.append(timeout_s)
+        assert engine_failed.wait(30)
+        return "the group"
+
+    def leave_group(group: object) -> None:
+        assert group == "the group"
+        left.set()
+
+    monkeypatch.setattr(weights, "join_group", join_group)
+    monkeypatch.setattr(weights, "leave_group", leave_group)
+    with serving({"/init_weights_update_group": (400, {"success": False, "message": "no such backend"})}) as (
+        _,
+        target,
+    ):
+        channel = SglangWeightChannel([target], device="cpu", timeout_s=600.0, join_timeout_s=30.0)
+        with pytest.raises(EngineError, match="no such backend"):
+            channel.begin(1)
+    assert not left.is_set()
+    engine_failed.set()
+    assert left.wait(30)
+    assert limits == [30.0], "else a port is held for as long as a broadcast may take"
 
 
 def test_tensors_are_sent_in_the_engines_precision_but_for_those_it_keeps_in_fp32() -> None:

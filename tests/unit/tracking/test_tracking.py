@@ -148,6 +148,17 @@ def test_plain_lines_where_there_is_no_terminal():
     assert "0:38" in text, "19 steps of 2 s are left"
 
 
+def test_what_is_left_is_counted_from_the_last_step_by_the_last_ten():
+    """A run that goes on after step 80 has made the steps before it too, and has not timed them."""
+    progress = Progress(100, io.StringIO())
+    for step in range(81, 96):
+        progress.step_done(step, {"time/step_total": 60.0 if step < 86 else 2.0, "system/tps": 1.0})
+    with progress.stage("rollout", 96):
+        cells = [str(cell) for column in progress._render().columns for cell in column.cells]
+    assert cells[-1] == "about 0:10 left"
+    assert len(progress._step_times) == 10, "a run may make any number of steps"
+
+
 def test_a_figure_of_any_size_keeps_to_its_column():
     out = io.StringIO()
     with Progress(20, out) as progress:
@@ -159,6 +170,21 @@ def test_a_figure_of_any_size_keeps_to_its_column():
 
 def test_seconds_for_people():
     assert [format_seconds(s) for s in (5, 95, 3700)] == ["0:05", "1:35", "1:01:40"]
+
+
+def test_of_a_step_only_what_the_summary_shows_is_kept(tmp_path):
+    run_dir = RunDir.create(str(tmp_path), "exp", NOW)
+    row = dict.fromkeys(METRICS, 0.5)
+    with MetricLog(run_dir, []) as log:
+        log.write(1, row)
+        kept = log.history
+        assert len(kept[0]) < len(row) / 3
+        whole, short = (
+            run_summary(Path("/runs/x"), history, [], [], replay_mode="R3", seconds=1) for history in ([row], kept)
+        )
+    assert short == whole
+    with MetricLog(run_dir, []) as log:
+        assert log.history == kept
 
 
 def test_the_summary_says_where_what_and_how():

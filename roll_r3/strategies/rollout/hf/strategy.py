@@ -227,8 +227,8 @@ class HfRollout:
         self._weight_version, self._weights_due = 0, True
         await self.start()
 
-    async def stop(self) -> None:
-        """Let go of the model. Safe to call twice, and before `start`."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Let go of the model, which takes no time either way. Safe to call twice, and before `start`."""
         receiver, self._receiver, self._model, self._recorder = self._receiver, None, None, None
         if receiver is not None:
             await asyncio.to_thread(receiver.close)
