@@ -30,7 +30,7 @@ _GONE_S = 10.0
 """Seconds that the kernel may take to end a killed process; one with a GPU gives much memory back."""
 _LOG_TAIL_BYTES = 64 * 1024
 _FOLDERS = "roll_r3-server-"
-"""What the names of servers' directories begin with; the process that made it follows."""
+"""What the names of servers' directories begin with; who made it follows."""
 
 
 def free_port(host: str) -> int:
@@ -80,7 +80,7 @@ class ServerProcess:
         self._segments_before = segments.existing()
         self._remove_folder()
         _remove_orphaned_folders()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDERS}{os.getpid()}-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_own_folders()}{os.getpid()}-"))
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
@@ -182,10 +182,21 @@ class ServerProcess:
             self._folder = None
 
 
+def _own_folders() -> str:
+    """What names begin with whose makers' numbers mean something here: containers that share a directory do not share
+    their processes."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f"{_FOLDERS}{namespace}-"
+
+
 def _remove_orphaned_folders() -> None:
     """Of servers whose makers were killed before they could. Another user's cannot be removed, and are not tried."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
-        maker = folder.name.removeprefix(_FOLDERS).partition("-")[0]
+    own = _own_folders()
+    for folder in Path(tempfile.gettempdir()).glob(f"{own}*"):
+        maker = folder.name.removeprefix(own).partition("-")[0]
         with contextlib.suppress(OSError):  # another looks after them too
             if maker.isdecimal() and not psutil.pid_exists(int(maker)) and folder.lstat().st_uid == os.getuid():
                 shutil.rmtree(folder, ignore_errors=True)

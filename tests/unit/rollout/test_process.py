@@ -122,24 +122,26 @@ def test_folders_are_removed_whose_makers_were_killed_before_they_could(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with subprocess.Popen(["true"]) as gone:
         pass
-    orphaned, living, other = (
-        tmp_path / name
-        for name in (f"roll_r3-server-{gone.pid}-x", f"roll_r3-server-{os.getppid()}-x", "roll_r3-server-x")
+    here = os.stat("/proc/self/ns/pid").st_ino
+    orphaned, living, elsewhere, other = (
+        tmp_path / f"roll_r3-server-{name}"
+        for name in (f"{here}-{gone.pid}-x", f"{here}-{os.getppid()}-x", f"{here + 1}-{gone.pid}-x", "x")
     )
-    for folder in (orphaned, living, other):
+    for folder in (orphaned, living, elsewhere, other):
         folder.mkdir()
         (folder / "store").touch()
 
     async def scenario() -> None:
         process = ServerProcess("server", tmp_path / "log")
         process.launch(["sleep", "600"], os.environ)
-        (own,) = tmp_path.glob(f"roll_r3-server-{os.getpid()}-*")
+        (own,) = tmp_path.glob(f"roll_r3-server-{here}-{os.getpid()}-*")
         assert not orphaned.exists()
         await process.stop()
         assert not own.exists()
 
     asyncio.run(scenario())
-    assert (living / "store").exists() and (other / "store").exists()
+    for folder in (living, elsewhere, other):
+        assert (folder / "store").exists()
 
 
 def test_without_a_grace_it_is_killed_and_its_number_is_let_be_afterwards(
