@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
-from roll_r3.config.disk import is_directory, is_file
+from roll_r3.config.disk import is_directory, is_file, read_at_most
+from roll_r3.config.readable import readable
+from roll_r3.config.report import show_value
 from roll_r3.errors import ConfigError
 
 _REPOSITORY = re.compile(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
 INDEX = "model.safetensors.index.json"
+MAX_INDEX = 256 << 20
+"""Bytes of an index that is read; that of a large model has a few millions."""
 _MAX_COMMIT = 256
 """Characters of a ref that are read; a commit has 40."""
 
@@ -56,19 +61,56 @@ def tensor_files(directory: Path) -> dict[str, str]:
     Files that an index does not name may hold the same weights under other names.
 
     Raises:
-        ConfigError: a directory without safetensors.
+        ConfigError: a directory without safetensors, or as `read_index`.
     """
     index = directory / INDEX
     if is_file(index):
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return files
+        return read_index(index)
     from safetensors import safe_open  # noqa: PLC0415  a base installation, which only checks, does without
 
-    files = {}
+    files: dict[str, str] = {}
     for file in safetensors_files(directory):
         with safe_open(file, framework="pt") as tensors:
             files |= dict.fromkeys(tensors.keys(), file.name)
     return files
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Name of each tensor -> the name of a file beside the index, which need not be there.
+
+    Raises:
+        ConfigError: it cannot be read, or says something else.
+    """
+    try:
+        said: Any = json.loads(read_at_most(index, MAX_INDEX).decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{index} cannot be read: {readable(error)}") from error
+    files = said.get("weight_map") if isinstance(said, dict) else None
+    if not isinstance(files, dict):
+        raise ConfigError(f"{index} has no weight_map, which says for each tensor which file holds it")
+    for tensor, name in files.items():
+        if not isinstance(name, str) or not _is_plain(name):
+            raise ConfigError(
+                f"{index} says that {show_value(tensor)} is in {show_value(name)}, which is no name of a file beside it"
+            )
+    return files
+
+
+def own_file(directory: Path, name: str) -> Path | None:
+    """Where what a checkpoint calls by a name lies, links followed; None where a link leads out of the checkpoint.
+
+    The files of a snapshot in the hub's cache are links to the blobs of their repository.
+    """
+    path, home = Path(os.path.realpath(directory / name)), Path(os.path.realpath(directory))
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        homes.append(home.parent.parent / "blobs")
+    return path if any(path.is_relative_to(own) for own in homes) else None
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it can only name something in the directory that it is looked for in."""
+    return name not in ("", "..") and PurePath(name).name == name and name.isprintable()
 
 
 def is_hub_name(name: str) -> bool:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from roll_r3.config.disk import is_directory, is_file, matches, read_at_most, unseen, why_no_file
+from roll_r3.config.report import show_value
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import RawConfig
-from roll_r3.models.checkpoint import INDEX, cached_file, is_hub_name
-from roll_r3.models.facts import ModelFacts, facts_of
+from roll_r3.models.checkpoint import INDEX, cached_file, is_hub_name, read_index
+from roll_r3.models.facts import MAX_CONFIG, ModelFacts, facts_of
 from roll_r3.models.known import known_config
 
-_MAX_JSON = 256 << 20
-"""Bytes of a description that is read; the index of a large model has a few millions."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "*.model")
 """What a tokenizer is made from: a file of its own, or code that comes with the checkpoint."""
 
@@ -71,26 +70,21 @@ def incomplete(name: str) -> str:
     index = directory / INDEX
     if not is_file(index):
         return "" if matches(directory, "*.safetensors") else f"{directory} holds no *.safetensors"
-    content = _read_json(index)
-    parts = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(parts, dict):
-        return f"{index} cannot be read"
-    missing = sorted({str(part) for part in parts.values() if not is_file(directory / str(part))})
-    return f"{directory} lacks {len(missing)} of its weight files, {missing[0]} among them" if missing else ""
+    try:
+        parts = set(read_index(index).values())
+    except ConfigError as error:
+        return str(error)
+    missing = sorted(part for part in parts if not is_file(directory / part))
+    if not missing:
+        return ""
+    return f"{directory} lacks {len(missing)} of its weight files, {show_value(missing[0])} among them"
 
 
 def _read(path: Path) -> Model | str:
     if why := why_no_file(path):
         return f"{path} cannot be read: {why}"
-    content = _read_json(path)
-    if content is None:
+    try:
+        content: Any = json.loads(read_at_most(path, MAX_CONFIG).decode())
+    except (OSError, ValueError, RecursionError):
         return f"{path} cannot be read"
     return Model.of(content, source=str(path)) if isinstance(content, dict) else f"{path} is not a JSON object"
-
-
-def _read_json(path: Path) -> Any:
-    """The file's content; None when it cannot be read."""
-    try:
-        return json.loads(read_at_most(path, _MAX_JSON).decode()) if is_file(path) else None
-    except (OSError, ValueError, RecursionError):
-        return None

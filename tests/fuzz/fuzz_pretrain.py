@@ -1,4 +1,4 @@
-"""Hostile descriptions in the directory of a pretrained model: config.json and the index of its files."""
+"""Hostile descriptions in the directory of a pretrained model: config.json and the index of its files; and links."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from fuzz_harness import HOSTILE, Verdict, Wrong, mutated, replanted
 from fuzz_yaml import call, check_said
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from roll_r3.config.rules.example import MINIMAL
-from roll_r3.errors import ConfigError
+from roll_r3.errors import CheckpointError, ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.checkpoint import tensor_files
 from roll_r3.models.facts import MAX_EXPERTS, read_facts
 from roll_r3.run import main
+from roll_r3.strategies.train.hf_checkpoint import save_hf
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 _SIZES = {
@@ -35,15 +40,21 @@ MODELS: dict[str, dict[str, Any]] = {
 assert set(MODELS) <= set(ARCHITECTURES)
 
 
+KINDS = ["good", "config", "config", "config", "bytes", "hostile", "index", "index", "index bytes", "special", "links"]
+NAMES = ["../outside", "/etc/passwd", "/dev/zero", "\0", "x" * 5000, "", ".", "..", "\ud800", "\x1b[2J", "link-0"]
+LINKS = ["../outside", "../outside.safetensors", "/etc/passwd", "/dev/zero", "tokenizer.json", "..", "link-0", "link-1",
+         "../model/model-1.safetensors"]  # fmt: skip
+SECRET = "secret"
+TENSORS = {"a": torch.ones(2), "b": torch.full((2,), 2.0)}
+
+
 @st.composite
 def _directories(draw: st.DrawFn) -> dict[str, Any]:
     """The files of a directory; text: a kind of thing that is no file."""
     name = draw(st.sampled_from(sorted(MODELS)))
     config: Any = {"model_type": name, **_SIZES, **MODELS[name]}
     index: Any = {"metadata": {"total_size": 1}, "weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}
-    kind = draw(
-        st.sampled_from(["good", "config", "config", "config", "bytes", "hostile", "index", "index bytes", "special"])
-    )
+    kind = draw(st.sampled_from(KINDS))
     if kind == "config":
         config = draw(replanted(config))
     texts = {CONFIG: json.dumps(config, default=lambda _: None).encode(), INDEX: json.dumps(index).encode()}
@@ -55,8 +66,7 @@ def _directories(draw: st.DrawFn) -> dict[str, Any]:
             st.sampled_from([json.dumps(value).encode(), b"[" * 100_000, b'{"a":' * 100_000, b"", b"\xff\xfe"])
         )
     elif kind == "index":
-        names = ["../outside", "/etc/passwd", "/dev/zero", "\0", "x" * 5000, "", ".", "\ud800"]
-        mapped = {"a": draw(st.sampled_from(names)), "b": "model-1.safetensors"}
+        mapped = {draw(st.sampled_from(["a", "\x1b[2J"])): draw(st.sampled_from(NAMES)), "b": "model-1.safetensors"}
         texts[INDEX] = json.dumps(
             draw(replanted(index) | st.just({"weight_map": mapped})), default=lambda _: None
         ).encode()
@@ -66,7 +76,11 @@ def _directories(draw: st.DrawFn) -> dict[str, Any]:
         draw(st.sampled_from([CONFIG, INDEX])),
         draw(st.sampled_from(["fifo", "/dev/zero", "directory", "loop"])),
     )
-    return {"kind": kind, "texts": texts, "special": special if kind == "special" else None}
+    links = draw(st.lists(st.sampled_from(LINKS), max_size=3)) if kind in ("links", "index") else []
+    if kind == "links":
+        held = st.sampled_from([*(f"link-{i}" for i in range(len(links))), "model-1.safetensors"])
+        texts[INDEX] = json.dumps({"weight_map": {"a": draw(held), "b": draw(held)}}).encode()
+    return {"kind": kind, "texts": texts, "special": special if kind == "special" else None, "links": links}
 
 
 class Pretrain:
@@ -76,6 +90,9 @@ class Pretrain:
         self._root = Path(tempfile.mkdtemp())
         self._file = self._root / "config.yaml"
         self._file.write_text(MINIMAL)
+        (self._root / "outside").write_text(SECRET)
+        save_file({name: tensor + 100 for name, tensor in TENSORS.items()}, self._root / "outside.safetensors")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def inputs(self) -> st.SearchStrategy[Any]:
         return _directories()
@@ -85,16 +102,20 @@ class Pretrain:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "tokenizer.json").write_text("{}")
-        (folder / "model-1.safetensors").write_text("x")
+        save_file(TENSORS, folder / "model-1.safetensors")
         for name, data in value["texts"].items():
             (folder / name).write_bytes(data)
         if value["special"]:
             self._place(folder / value["special"][0], value["special"][1])
+        for i, to in enumerate(value["links"]):
+            (folder / f"link-{i}").symlink_to(to)
         arguments = ["--config", str(self._file), "--validate-only", "--", f"pretrain={folder}"]
         status, _, err = call(main, arguments)
         check_said(status, err)
         status, _, err = call(main, [*arguments[:2], "--plan", "--elsewhere", *arguments[3:]])
         check_said(status, err)
+        self._read_index(folder, value["kind"])
+        self._export(folder)
         try:
             facts = read_facts(folder)
         except ConfigError as error:
@@ -103,6 +124,35 @@ class Pretrain:
             return "refused"
         self._check(facts, json.loads(value["texts"][CONFIG]))
         return "taken"
+
+    def _read_index(self, folder: Path, kind: str) -> None:
+        """As a trainer does."""
+        try:
+            found = tensor_files(folder)
+        except ConfigError as error:
+            if kind == "good":
+                raise Wrong(f"refused, and is right: {error}") from error
+            check_said(2, str(error))
+            return
+        for name in found.values():
+            if "/" in name or name in ("", ".", "..") or os.path.dirname(os.path.abspath(folder / name)) != str(folder):
+                raise Wrong(f"a tensor is looked for in {name!r}")
+
+    def _export(self, folder: Path) -> None:
+        """What is written holds nothing from elsewhere."""
+        out = self._root / "exported"
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            save_hf(iter([("c", torch.zeros(2))]), folder, out)
+        except CheckpointError as error:
+            check_said(2, str(error))
+        for path in out.iterdir():
+            if path.is_symlink() or SECRET.encode() in path.read_bytes() or b"root:" in path.read_bytes():
+                raise Wrong(f"{path.name} comes from elsewhere")
+        for file in out.glob("*.safetensors"):
+            held = load_file(file)
+            if any(tensor.max() > 2 for tensor in held.values()):
+                raise Wrong(f"weights from elsewhere: {held}")
 
     def _check(self, facts: Any, said: dict[str, Any]) -> None:
         """Against config.json's own words."""
@@ -135,4 +185,5 @@ class Pretrain:
             path.symlink_to(kind)
 
     def close(self) -> None:
+        dist.destroy_process_group()
         shutil.rmtree(self._root)

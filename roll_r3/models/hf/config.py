@@ -14,8 +14,9 @@ from roll_r3.models.facts import read_facts
 def read_hf_config(checkpoint: str | Path) -> Any:
     """The configuration, defaults filled in, of a model that transformers is to build and to run.
 
-    Its class is always the library's own, never code that comes with the checkpoint. What would make a forward depend
-    on chance, or add a loss, is turned off.
+    Its class is always the library's own, never code that comes with the checkpoint, and how attention and experts are
+    computed is for whoever builds the model to say. What would make a forward depend on chance, or add a loss, is
+    turned off.
 
     Raises:
         ConfigError: an architecture that is not known (see `read_facts`), or quantized weights.
@@ -24,6 +25,9 @@ def read_hf_config(checkpoint: str | Path) -> Any:
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{checkpoint}: its weights are quantized: convert it to bf16 first")
+    # None: transformers' own choice. A kernel on the hub that is named here would be fetched and run
+    config._attn_implementation = None
+    config._experts_implementation = None
     config.attention_dropout = 0.0
     config.router_jitter_noise = 0.0  # Mixtral's; routes would depend on chance
     config.output_router_logits = False  # no load-balancing loss

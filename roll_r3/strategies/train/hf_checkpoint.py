@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from roll_r3.errors import CheckpointError
-from roll_r3.models.checkpoint import INDEX, tensor_files
+from roll_r3.config.report import show_value
+from roll_r3.errors import CheckpointError, ConfigError
+from roll_r3.models.checkpoint import INDEX, own_file, tensor_files
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 << 30
 """Size at which a saved checkpoint starts another file."""
@@ -35,14 +39,15 @@ def save_hf(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Pat
         Bytes of each file, by name, which the disk keeps; on rank 0, and nothing on the others.
 
     Raises:
-        CheckpointError: it could not be written, for want of space for instance; on rank 0, for which the others wait.
+        CheckpointError: it could not be written, for want of space for instance, or the source not be read; on rank 0,
+            for which the others wait.
     """
     written: dict[str, int] = {}
     if dist.get_rank() == 0:
         try:
             _write_checkpoint(weights, source, path)
             written = _kept(path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ConfigError) as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
     else:
         for _ in weights:
@@ -54,12 +59,17 @@ def save_hf(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Pat
 def _write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> None:
     """Write weights as safetensors with an index, and everything else of the source checkpoint beside them.
 
-    Tensors of the source that the trainer does not hold (multi-token-prediction layers) are copied as they are.
+    Tensors of the source that the trainer does not hold (multi-token-prediction layers) are copied as they are. What a
+    link leads to that lies elsewhere is left out: it may be a file of whoever exports, who may publish what is written.
     """
     path.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in _WEIGHT_FILES):
-            shutil.copyfile(file, path / file.name)
+        if not file.is_file() or any(file.match(pattern) for pattern in _WEIGHT_FILES):
+            continue
+        if own := own_file(source, file.name):
+            shutil.copyfile(own, path / file.name)
+        else:
+            _say_left_out(file, "it is")
     shards: list[dict[str, torch.Tensor]] = [{}]
     names: dict[str, int] = {}
     size = total = 0
@@ -90,9 +100,22 @@ def _with_the_rest(weights: Iterator[tuple[str, torch.Tensor]], source: Path) ->
         yield name, tensor
     rest = {name: file for name, file in tensor_files(source).items() if name not in written and name != _OUTPUT}
     for file in sorted(set(rest.values())):
-        with safe_open(source / file, framework="pt") as tensors:
-            for name in [name for name, holds in rest.items() if holds == file]:
+        names = [name for name, holds in rest.items() if holds == file]
+        if not (own := own_file(source, file)):
+            _say_left_out(source / file, f"its {len(names)} tensors that the trainer does not hold are")
+            continue
+        with safe_open(own, framework="pt") as tensors:
+            for name in names:
                 yield name, tensors.get_tensor(name)
+
+
+def _say_left_out(file: Path, what: str) -> None:
+    logger.warning(
+        "%s is a link out of %s, so %s not in what is exported: put the file itself there if it belongs to the model",
+        show_value(file.name),
+        file.parent,
+        what,
+    )
 
 
 def _kept(path: Path) -> dict[str, int]:

@@ -91,6 +91,23 @@ def test_a_configuration_is_the_librarys_own_and_leaves_nothing_to_chance(tmp_pa
     assert not ran.exists()
 
 
+def test_a_checkpoint_does_not_say_what_computes_its_attention_and_experts(tmp_path: Path) -> None:
+    """Where it names a repository for attention, transformers would fetch a kernel there and run it."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
+    wanted = AutoModelForCausalLM.from_config(read_hf_config(checkpoint)).config
+    file = checkpoint / "config.json"
+    for names in (
+        ("attn_implementation", "experts_implementation"),
+        ("_attn_implementation", "_experts_implementation"),
+    ):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **dict.fromkeys(names, "org/kernel")}))
+        found = AutoModelForCausalLM.from_config(read_hf_config(checkpoint)).config
+        assert found._attn_implementation == wanted._attn_implementation == "sdpa"
+        assert found._experts_implementation == wanted._experts_implementation
+    given = AutoModelForCausalLM.from_config(read_hf_config(checkpoint), attn_implementation="eager").config
+    assert given._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_tokenizer_runs_no_code_of_the_model(trusted: bool, tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny")

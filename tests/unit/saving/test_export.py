@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from roll_r3.errors import CheckpointError, ConfigError
 from roll_r3.export import export
+from roll_r3.models.checkpoint import INDEX
 from roll_r3.strategies.train.hf_checkpoint import save_hf
 
 
@@ -53,6 +54,35 @@ def test_what_the_trainer_does_not_hold_is_what_the_index_says(alone, tmp_path):
     assert held["model.embed_tokens.weight"].tolist() == [1, 1]
     assert sorted(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == sorted(held)
     assert written == {path.name: path.stat().st_size for path in out.iterdir()}
+
+
+def test_what_links_lead_to_elsewhere_is_not_exported(alone, tmp_path, caplog):
+    """Somebody's key would be published with the model."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (tmp_path / "key").write_text("secret")
+    save_file({"theirs": torch.zeros(2)}, tmp_path / "elsewhere.safetensors")
+    save_file({"a": torch.zeros(2), "mine": torch.zeros(2)}, source / "one.safetensors")
+    (source / "LICENSE").write_text("text")
+    links = {"notes\x1b[2J": "../key", "two.safetensors": "../elsewhere.safetensors", "COPYING": "LICENSE"}
+    for name, to in links.items():
+        (source / name).symlink_to(to)
+    files = {"a": "one.safetensors", "mine": "one.safetensors", "theirs": "two.safetensors"}
+    (source / INDEX).write_text(json.dumps({"weight_map": files}))
+    written = save_hf(iter([("a", torch.ones(2))]), source, out)
+    assert sorted(written) == ["COPYING", "LICENSE", "model-00001-of-00001.safetensors", INDEX]
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert sorted(load_file(out / "model-00001-of-00001.safetensors")) == ["a", "mine"]
+    left = "\n".join(record.getMessage() for record in caplog.records)
+    assert "notes\\x1b[2J is a link out of" in left
+    assert "two.safetensors is a link out of" in left and "its 1 tensors" in left
+
+
+@pytest.mark.parametrize(("text", "said"), [("[]", "has no weight_map"), (None, "No such file")])
+def test_a_source_that_cannot_be_read_is_an_error_of_ours(alone, tmp_path, text, said):
+    (tmp_path / INDEX).write_text(text or json.dumps({"weight_map": {"b": "gone.safetensors"}}))
+    with pytest.raises(CheckpointError, match=said):
+        save_hf(iter([("a", torch.ones(2))]), tmp_path, tmp_path / "out")
 
 
 def test_nothing_is_written_into_a_checkpoint(tmp_path):
