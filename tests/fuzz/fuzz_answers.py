@@ -1,4 +1,5 @@
-"""Hostile bodies in the place of a server's answer. What is right is checked again with the standard library alone."""
+"""Hostile bodies in the place of a server's answer, to a sample or to what is asked besides. What is right is checked
+again with the standard library alone."""
 
 from __future__ import annotations
 
@@ -158,6 +159,50 @@ ENGINES = {
     "sglang": Engine(SGLANG, sglang.read_sample, sglang_says, ("meta_info",)),
     "vllm": Engine(VLLM, vllm.read_sample, vllm_says, ("choices", 0)),
 }
+METRICS = b"""# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="32",cache_dtype="auto",enable_prefix_caching="True",engine="0"} 1.0
+vllm:num_preemptions_total{engine="0",model_name="m"} 3.0
+vllm:num_preemptions_total{engine="1",model_name="m"} 2.0
+"""
+
+
+def _page_of_sglang(body: bytes) -> int:
+    said = json.loads(body)
+    need(type(said["disable_radix_cache"]) is bool, "whether there is a cache")
+    need(said["disable_radix_cache"] or (type(said["page_size"]) is int and said["page_size"] > 0), "a page")
+    return 0 if said["disable_radix_cache"] else said["page_size"]
+
+
+def _version_of_vllm(body: bytes) -> str:
+    version = json.loads(body)["weight_version"]
+    need(type(version) is str, "a version")
+    return version
+
+
+def _preemptions_of_vllm(body: bytes) -> int:
+    lines = [line for line in body.split(b"\n") if line.startswith(b"vllm:num_preemptions_total")]
+    values = [float(line.rsplit(b" ", 1)[1]) for line in lines if line[26:27] in (b"{", b" ") and line.count(b" ")]
+    need(values and all(value >= 0 and value == int(value) for value in values), "counts")
+    return int(sum(values))
+
+
+def _page_of_vllm(body: bytes) -> int:
+    (line,) = [line for line in body.split(b"\n") if line.startswith(b"vllm:cache_config_info{")][:1]
+    cached = line.split(b'enable_prefix_caching="')[-1].split(b'"')[0]
+    return int(line.split(b'block_size="')[-1].split(b'"')[0]) if cached == b"True" else 0
+
+
+SIDES: dict[str, tuple[bytes, Callable[[bytes], Any], Callable[[bytes], Any]]] = {
+    "sglang's cache": (
+        b'{"page_size": 64, "disable_radix_cache": false, "x": 1}',
+        sglang.read_cache_page,
+        _page_of_sglang,
+    ),
+    "vllm's version": (b'{"weight_version": "4", "x": 1}', vllm.read_weight_version, _version_of_vllm),
+    "vllm's preemptions": (METRICS, vllm.read_preemptions, _preemptions_of_vllm),
+    "vllm's cache": (METRICS, vllm.read_cache_page, _page_of_vllm),
+}
+"""A good answer to what is asked besides samples, what reads it, and what it says."""
 LITERALS = [
     b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"9" * 5000, b"0x1", b"01", b"1_0", b'"1"', b"true",
     b"[" * 3000 + b"]" * 3000, b'{"a":' * 3000 + b"1" + b"}" * 3000, b"1.0", b"1e0", b"-0", b"5e-324",
@@ -166,7 +211,9 @@ LITERALS = [
 
 @st.composite
 def _bodies(draw: st.DrawFn) -> tuple[str, bytes]:
-    name = draw(st.sampled_from(sorted(ENGINES)))
+    name = draw(st.sampled_from([*sorted(ENGINES), *sorted(ENGINES), *sorted(SIDES)]))
+    if name in SIDES:
+        return name, draw(_side_bodies(SIDES[name][0]))
     good = ENGINES[name].good
     kind = draw(st.sampled_from(["good", "replanted", "replanted", "replanted", "bytes", "literal", "routes", "deep"]))
     value: Any = good
@@ -178,15 +225,36 @@ def _bodies(draw: st.DrawFn) -> tuple[str, bytes]:
     if kind == "bytes":
         body = draw(mutated(body))
     elif kind == "literal":
-        numbers = [i for i in range(len(body)) if body[i : i + 1].isdigit() and not body[i - 1 : i].isalnum()]
-        at = draw(st.sampled_from(numbers))
-        body = body[:at] + draw(st.sampled_from(LITERALS)) + body[at + 1 :]
+        body = draw(_with_literal(body))
     elif kind == "deep":
-        depth = draw(st.sampled_from([50, 900, 1100, 100_000]))
-        body = body[:-1] + b', "x": ' + b"[" * depth + b"]" * depth + b"}"
+        body = draw(_deep(body))
     elif draw(st.integers(0, 20)) == 0:
         body = body.decode().encode(draw(st.sampled_from(["utf-16", "utf-32", "utf-8-sig"])))
     return name, body
+
+
+@st.composite
+def _with_literal(draw: st.DrawFn, body: bytes) -> bytes:
+    numbers = [i for i in range(len(body)) if body[i : i + 1].isdigit() and not body[i - 1 : i].isalnum()]
+    at = draw(st.sampled_from(numbers))
+    return body[:at] + draw(st.sampled_from(LITERALS)) + body[at + 1 :]
+
+
+@st.composite
+def _deep(draw: st.DrawFn, body: bytes) -> bytes:
+    depth = draw(st.sampled_from([50, 900, 1100, 100_000]))
+    return body[:-1] + b', "x": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+@st.composite
+def _side_bodies(draw: st.DrawFn, good: bytes) -> bytes:
+    kinds = ["good", "bytes", "bytes", "literal", "literal", *["replanted", "deep"] * good.startswith(b"{")]
+    kind = draw(st.sampled_from(kinds))
+    if kind == "replanted":
+        return json.dumps(draw(replanted(json.loads(good))), default=lambda _: None).encode()
+    if kind == "bytes":
+        return draw(mutated(good))
+    return good if kind == "good" else draw(_with_literal(good) if kind == "literal" else _deep(good))
 
 
 def _routes_of(good: dict[str, Any], holder: tuple[Any, ...]) -> bytes:
@@ -213,15 +281,13 @@ class Answers:
 
     def judge(self, value: tuple[str, bytes]) -> Verdict:
         name, body = value
+        if name in SIDES:
+            return self._judge_side(body, *SIDES[name])
         asked = Asked(SampleRequest(PROMPT, "s", 0), max_new_tokens=MOST, weight_version=VERSION, record_routes=True)
         try:
             found = ENGINES[name].read(body, asked, FACTS).trajectory
         except (SampleError, RouteError) as error:
-            text = str(error)
-            if not text or len(text) > MESSAGE or not text.isprintable():
-                raise Wrong(f"a message that cannot be shown: {len(text)} characters: {text[:200]!r}") from error
-            if body == json.dumps(ENGINES[name].good).encode():
-                raise Wrong(f"refused, and is right: {text}") from error
+            _check_refusal(error, right=body == json.dumps(ENGINES[name].good).encode())
             return "refused"
         try:
             says = ENGINES[name].says(body)
@@ -230,7 +296,31 @@ class Answers:
         _compare(found, says)
         return "taken"
 
+    def _judge_side(
+        self, body: bytes, good: bytes, read: Callable[[bytes], Any], says: Callable[[bytes], Any]
+    ) -> Verdict:
+        try:
+            found = read(body)
+        except SampleError as error:
+            _check_refusal(error, right=body == good)
+            return "refused"
+        try:
+            right = says(body)
+        except Exception as error:
+            raise Wrong(f"taken as {found!r}, though {type(error).__name__}: {error}") from error
+        if found != right or type(found) is not type(right):
+            raise Wrong(f"read as {found!r}, and says {right!r}")
+        return "taken"
+
     def close(self) -> None: ...
+
+
+def _check_refusal(error: Exception, *, right: bool) -> None:
+    text = str(error)
+    if not text or len(text) > MESSAGE or not text.isprintable():
+        raise Wrong(f"a message that cannot be shown: {len(text)} characters: {text[:200]!r}") from error
+    if right:
+        raise Wrong(f"refused, and is right: {text}") from error
 
 
 def _compare(found: Trajectory, says: tuple[list[int], list[float], list[list[list[int]]]]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import binascii
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import pybase64
 
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import FinishReason, Trajectory
+from roll_r3.config.readable import readable
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.checks import check_log_probs, compact_routes
@@ -30,8 +32,8 @@ _TOKEN_BYTES = 4096
 _HEAD_BYTES = 1 << 20
 """Room for what an answer holds besides."""
 _ROUTES = re.compile(rb'(?<!\\)"routed_experts"\s*:\s*"')
-_SHOWN = 500
-"""Characters that a message shows of what a server said."""
+_START = 200
+"""Bytes of an answer that a message shows."""
 MISREAD = (ValueError, KeyError, TypeError, OverflowError, AttributeError)
 """What comes of reading an answer that is not in the form that it should have."""
 
@@ -71,10 +73,14 @@ class Answer:
     """How many of them came from its prefix cache, for certain; 0 where it does not say."""
 
 
-def readable(said: object) -> str:
-    """What a server said, for a message: not too long, and nothing in it that a terminal or a log chokes on."""
-    text = (f"{type(said).__name__}: {said}" if isinstance(said, Exception) else str(said))[:_SHOWN]
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+@contextmanager
+def reading(what: str, body: bytes) -> Iterator[None]:
+    """A block that reads an answer. Raises SampleError, with `what` and how the answer begins, where it raises one of
+    MISREAD."""
+    try:
+        yield
+    except MISREAD as error:
+        raise SampleError(f"{what}: {readable(error)}; it starts {body[:_START]!r}") from error
 
 
 def whole(value: Any, name: str) -> int:
@@ -84,10 +90,24 @@ def whole(value: Any, name: str) -> int:
     return value
 
 
+def true_or_false(value: Any, name: str) -> bool:
+    """Raises ValueError: `0`, `"false"` and `null` are neither."""
+    if type(value) is not bool:
+        raise ValueError(f"{name} is {readable(repr(value))}, which is neither true nor false")
+    return value
+
+
+def text(value: Any, name: str) -> str:
+    """Raises ValueError: it is none."""
+    if type(value) is not str:
+        raise ValueError(f"{name} is {readable(repr(value))}, which is no text")
+    return value
+
+
 def token_ids(values: Any) -> npt.NDArray[np.int32]:
     """A list of whole numbers, int32 [R]. Raises one of MISREAD: numpy alone would take `1.5`, `"3"` and `true`."""
     if not isinstance(values, list) or not set(map(type, values)) <= {int}:
-        raise ValueError(f"the token ids {readable(repr(values)[:_SHOWN])} are no list of whole numbers")
+        raise ValueError(f"the token ids {readable(repr(values))} are no list of whole numbers")
     return np.array(values, np.int32)
 
 
@@ -114,16 +134,21 @@ def parsed(body: bytes) -> tuple[Any, memoryview | None]:
     sees that they stood where they belong.
 
     Raises:
-        ValueError: not JSON, or nested too deeply, or routes are there twice.
+        ValueError: as `parsed_json`, or routes are there twice.
     """
     start = found.end() if (found := _ROUTES.search(body)) else -1
     end = body.find(b'"', start) if found else -1
     if end >= 0 and _ROUTES.search(body, end):
         raise ValueError("routed_experts is there twice")
+    if end < 0:
+        return parsed_json(body), None
+    return parsed_json(body[:start] + body[end:]), memoryview(body)[start:end]
+
+
+def parsed_json(body: bytes | str) -> Any:
+    """Of an answer that holds no routes. Raises ValueError: it is not JSON, or is nested too deeply."""
     try:
-        if end < 0:
-            return json.loads(body), None
-        return json.loads(body[:start] + body[end:]), memoryview(body)[start:end]
+        return json.loads(body)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

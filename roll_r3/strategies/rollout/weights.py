@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from roll_r3.config.readable import readable
 from roll_r3.errors import EngineError
 from roll_r3.strategies.rollout.target import ServerTarget
 from roll_r3.strategies.rollout.weight_group import from_the_trainer, join_group, leave_group
@@ -39,6 +40,8 @@ _LEAVE_S = 20.0
 """Seconds that engines get to leave a group."""
 _LONGEST_ANSWER = 1 << 20
 """Bytes of an engine's answer that are read; they say that it succeeded, or why it did not."""
+_SHOWN = 1000
+"""Characters of it that a message shows."""
 _KEPT_IN_FP32 = ("e_score_correction_bias",)
 """Endings of names that engines hold in fp32 whatever their precision; all others are sent in the engine's."""
 
@@ -295,13 +298,13 @@ class ServerWeightChannel(ABC):
             text = response.read(_LONGEST_ANSWER).decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
             what = "did not answer" if isinstance(error, TimeoutError) else "is not reachable"
-            raise EngineError(f"{target.name} {what} at {path}: {type(error).__name__}: {error}") from error
+            raise EngineError(f"{target.name} {what} at {path}: {readable(error)}") from error
         finally:
             connection.close()
         if response.status == 404 and may_be_missing:
             return
         if response.status != 200 or not self._succeeded(text):
-            raise EngineError(f"{target.name} refused {path} ({response.status}): {text[:1000]}")
+            raise EngineError(f"{target.name} refused {path} ({response.status}): {readable(text, _SHOWN)}")
 
 
 def incomplete(version: int) -> str:

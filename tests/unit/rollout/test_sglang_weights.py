@@ -150,6 +150,8 @@ def test_only_a_plain_success_counts() -> None:
     assert channel._succeeded("Cache flushed.")
     assert not channel._succeeded('{"success": false}')
     assert not channel._succeeded('{"success": null}')
+    for no_answer in ("[" * 100_000, '{"success": true'):
+        assert not channel._succeeded(no_answer)
 
 
 def test_a_target_travels_but_does_not_show_its_key() -> None:
@@ -175,3 +177,20 @@ def test_of_an_answer_without_end_little_is_read() -> None:
         channel = SglangWeightChannel([target_at(server.getsockname()[1])], device="cpu", timeout_s=20.0)
         with pytest.raises(EngineError, match="refused /flush_cache"):
             channel._post(target_at(server.getsockname()[1]), "/flush_cache", {})
+
+
+@pytest.mark.parametrize("sent", [b"HTTP/1.1 500 no\r\n\r\n\x1b[2J\n", b"\x1b[2J\r\n\r\n"], ids=["a body", "no HTTP"])
+def test_what_an_engine_says_can_be_shown(sent: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(sent)
+
+        threading.Thread(target=answer, daemon=True).start()
+        target = target_at(server.getsockname()[1])
+        with pytest.raises(EngineError, match=r"/flush_cache.*\\x1b\[2J") as refused:
+            SglangWeightChannel([target], device="cpu", timeout_s=20.0)._post(target, "/flush_cache", {})
+        assert str(refused.value).isprintable()

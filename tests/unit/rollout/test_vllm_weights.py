@@ -128,7 +128,7 @@ def test_every_update_brings_what_the_first_whole_one_brought():
         names.finish()
 
 
-@pytest.mark.parametrize("text", [b"x", b"{}", b"[]", b"null", b"\xff"])
+@pytest.mark.parametrize("text", [b"x", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"weight_version": 4}'])
 def test_an_answer_without_a_version_is_a_failed_sample(text):
     class Client:
         async def get(self, path: str, timeout_s: float) -> bytes:
@@ -136,3 +136,14 @@ def test_an_answer_without_a_version_is_a_failed_sample(text):
 
     with pytest.raises(SampleError, match="does not say which weights"):
         asyncio.run(VllmRollout.why_closed(object.__new__(VllmRollout), Client()))
+
+
+def test_the_version_of_other_weights_can_be_shown():
+    class Client:
+        async def get(self, path: str, timeout_s: float) -> bytes:
+            return b'{"weight_version": "\\u001b[2J' + b"x" * 100_000 + b'"}'
+
+    rollout = object.__new__(VllmRollout)
+    rollout._weight_version = 4
+    why = asyncio.run(rollout.why_closed(Client()))
+    assert "weights of version \\x1b[2Jx" in why and why.isprintable() and len(why) < 1000

@@ -83,15 +83,39 @@ def test_the_server_says_what_its_cache_keeps(name, text, page):
     assert asyncio.run(rollout(name).cache_page(Client(text))) == page
 
 
-@pytest.mark.parametrize(("name", "text"), [("sglang", "<html>"), ("sglang", "{}"), ("sglang", "[]"), ("vllm", "")])
+def server_info(page: str, off: str = "false") -> str:
+    return f'{{"page_size": {page}, "disable_radix_cache": {off}}}'
+
+
+LIES = [
+    *[("sglang", text) for text in ("<html>", "{}", "[]", "[" * 100_000, "\x1b[2J", server_info("64", "0"))],
+    *[("sglang", server_info(page)) for page in ('"64"', "Infinity", "64.0", "true", "0", "-1", "9" * 5000, "[[]]")],
+    *[("vllm", METRICS.replace("32", page)) for page in ("9" * 5000, "0", "-1", "x", "", "\u0663", "\x1b[2J")],
+    ("vllm", ""),
+    ("vllm", METRICS.replace("True", "1")),
+    ("vllm", "vllm:cache_config_info{" + "a" * 1_000_000 + "}"),
+]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("name", "text"), LIES, ids=lambda value: value[:20])
 def test_a_server_that_does_not_say_is_refused(name, text):
-    with pytest.raises(SampleError, match="does not say what the engine's cache keeps"):
+    with pytest.raises(SampleError, match="does not say what the engine's cache keeps") as refused:
         asyncio.run(rollout(name).cache_page(Client(text)))
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 4000
 
 
 def test_preemptions_are_counted_over_all_of_vllm():
     assert asyncio.run(rollout("vllm").recomputed(Client(METRICS))) == 5
     assert asyncio.run(rollout("sglang").recomputed(Client(""))) == 0, "its answers say so themselves"
+    assert asyncio.run(rollout("vllm").recomputed(Client(METRICS.replace("3.0", "1.25e+06")))) == 1_250_002
+
+
+@pytest.mark.parametrize("count", ["1e999", "1.2.3", "1.5", "NaN", "+Inf", "-1.0", "9" * 5000, "1e+16", "e", "\x1b[2J"])
+def test_what_is_no_count_of_preemptions_is_refused(count):
+    with pytest.raises(SampleError, match="does not count preemptions") as refused:
+        asyncio.run(rollout("vllm").recomputed(Client(METRICS.replace("3.0", count))))
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 4000
     with pytest.raises(SampleError, match="does not count preemptions"):
         asyncio.run(rollout("vllm").recomputed(Client("")))
 

@@ -14,18 +14,19 @@ import numpy.typing as npt
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.strategies.rollout.answers import (
-    MISREAD,
     Answer,
     Asked,
     checked_sample,
     decoded,
     parsed,
+    parsed_json,
     read_finish_reason,
-    readable,
+    reading,
     token_ids,
+    true_or_false,
     whole,
 )
-from roll_r3.strategies.rollout.sampling import Sample, SampleError
+from roll_r3.strategies.rollout.sampling import Sample
 
 _ID = np.dtype("<i4")
 
@@ -42,7 +43,7 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         SampleError: aborted, cut short by the engine, of stale weights, or not in the form that SGLang documents.
         RouteError: log-probabilities or routes break their contract.
     """
-    try:
+    with reading("the answer cannot be read", body):
         said, payload = parsed(body)
         meta = said["meta_info"]
         reason = meta["finish_reason"]
@@ -56,9 +57,17 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         )
         if payload is not None and meta["routed_experts"] != "":
             raise ValueError("routed_experts is not in meta_info")
-    except MISREAD as error:
-        raise SampleError(f"the answer cannot be read: {readable(error)}; it starts {body[:200]!r}") from error
     return checked_sample(asked, answer, facts, lambda num_rows: _routes(payload, facts))
+
+
+def read_cache_page(body: bytes) -> int:
+    """Tokens of a page of the prefix cache, as `/server_info` says; 0: there is no such cache. Raises SampleError."""
+    with reading("/server_info does not say what the engine's cache keeps", body):
+        said = parsed_json(body)
+        off, page = true_or_false(said["disable_radix_cache"], "disable_radix_cache"), said["page_size"]
+        if not off and whole(page, "page_size") < 1:
+            raise ValueError(f"page_size is {page}")
+    return 0 if off else page
 
 
 def _weight_versions(meta: Mapping[str, Any]) -> list[str]:

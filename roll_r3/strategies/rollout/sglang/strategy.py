@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Any
@@ -11,9 +10,9 @@ from roll_r3.config.strategies import SglangConfig
 from roll_r3.models.facts import ModelFacts
 from roll_r3.strategies.rollout.answers import Asked
 from roll_r3.strategies.rollout.client import ServerClient
-from roll_r3.strategies.rollout.sampling import Sample, SampleError
+from roll_r3.strategies.rollout.sampling import Sample
 from roll_r3.strategies.rollout.server import ServerRollout
-from roll_r3.strategies.rollout.sglang.payload import read_sample
+from roll_r3.strategies.rollout.sglang.payload import read_cache_page, read_sample
 from roll_r3.strategies.rollout.sglang.server import (
     args_that_lose_routes,
     refused_server_args,
@@ -65,12 +64,7 @@ class SglangRollout(ServerRollout[SglangConfig]):
         return server_environment(self._config, os.environ, device=self._device, gpu_ids=self._gpu_ids, key=self._key)
 
     async def cache_page(self, client: ServerClient) -> int:
-        text = await client.get("/server_info", _CALL_S)
-        try:
-            settings = json.loads(text)
-            return 0 if settings["disable_radix_cache"] else int(settings["page_size"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise SampleError(f"/server_info does not say what the engine's cache keeps: {text[:200]!r}") from error
+        return read_cache_page(await client.get("/server_info", _CALL_S))
 
     def request(self, asked: Asked) -> dict[str, Any]:
         request: dict[str, Any] = {

@@ -5,13 +5,13 @@ hf_infer answers the same calls.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from roll_r3.strategies.rollout.answers import parsed_json
 from roll_r3.strategies.rollout.sglang.buckets import fill_fused_buckets
 from roll_r3.strategies.rollout.target import ServerTarget
 from roll_r3.strategies.rollout.weights import Meeting, ServerWeightChannel, Tensors
@@ -41,10 +41,12 @@ class SglangWeightChannel(ServerWeightChannel):
 
     def _succeeded(self, answer: str) -> bool:
         """SGLang reports a failed update in its answer, whatever the status; /flush_cache answers in prose."""
-        try:
-            said = json.loads(answer)
-        except ValueError:
+        if not answer.lstrip().startswith(("{", "[")):
             return True
+        try:
+            said = parsed_json(answer)
+        except ValueError:
+            return False
         return not isinstance(said, dict) or said.get("success", True) is True
 
     def _open(self, target: ServerTarget, version: str) -> None:

@@ -11,21 +11,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from roll_r3.config.readable import readable
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.strategies.rollout.answers import (
-    MISREAD,
     Answer,
     Asked,
     checked_sample,
     decoded,
     parsed,
+    parsed_json,
     read_finish_reason,
-    readable,
+    reading,
+    text,
     token_ids,
     whole,
 )
-from roll_r3.strategies.rollout.sampling import Sample, SampleError
+from roll_r3.strategies.rollout.sampling import Sample
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _LONGEST_HEADER = 1024
@@ -34,8 +36,15 @@ _HEADER = re.compile(
     rb"\{'descr': '([<|][a-z][0-9])', 'fortran_order': False, 'shape': \(([0-9]{1,12}), ([0-9]{1,12}), ([0-9]{1,12})\),"
     rb" \} *\n"
 )
+_EXACT = 1 << 53
+"""Whole numbers below it are exact as floats."""
 _DTYPES = {b"|u1": np.uint8, b"<u2": np.uint16, b"<i4": np.int32}
 """What vLLM records in: the smallest that holds the number of experts."""
+_CACHE_SETTINGS = re.compile(rb"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
+_PREEMPTIONS = re.compile(rb"^vllm:num_preemptions_total(?:\{.*\})? ([^ \n]+)$", re.MULTILINE)
+_SETTING = re.compile(rb'\b(\w+)="([^"]*)"')
+_NUMBER = re.compile(rb"[0-9]{1,9}")
+_COUNT = re.compile(rb"[0-9]{1,16}(\.[0-9]{1,17})?(e\+[0-9]{1,2})?")
 
 
 def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
@@ -50,7 +59,7 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         SampleError: aborted, cut short by the engine, of stale weights, or not in the form that vLLM documents.
         RouteError: log-probabilities or routes break their contract.
     """
-    try:
+    with reading("the answer cannot be read", body):
         said, payload = parsed(body)
         (choice,) = said["choices"]
         answer = Answer(
@@ -63,9 +72,43 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         )
         if payload is not None and choice["routed_experts"] != "":
             raise ValueError("routed_experts is not in the choice")
-    except MISREAD as error:
-        raise SampleError(f"the answer cannot be read: {readable(error)}; it starts {body[:200]!r}") from error
     return checked_sample(asked, answer, facts, lambda num_rows: read_npy(payload, num_rows, facts))
+
+
+def read_weight_version(body: bytes) -> str:
+    """Of the weights that the engine has, as `/weight_info` says. Raises SampleError."""
+    with reading("/weight_info does not say which weights the engine has", body):
+        return text(parsed_json(body)["weight_version"], "weight_version")
+
+
+def read_preemptions(body: bytes) -> int:
+    """Of all ranks, as `/metrics` counts them. Raises SampleError."""
+    with reading("/metrics does not count preemptions (vllm:num_preemptions_total)", body):
+        counts = _PREEMPTIONS.findall(body)
+        if not counts:
+            raise ValueError("it has no such line")
+        return sum(map(_count, counts))
+
+
+def _count(written: bytes) -> int:
+    """A counter of Prometheus, which writes all numbers as floats. Raises ValueError."""
+    value = float(written) if _COUNT.fullmatch(written) else -1.0
+    if not (0 <= value < _EXACT and value.is_integer()):
+        raise ValueError(f"{readable(written)} is no number of preemptions")
+    return int(value)
+
+
+def read_cache_page(body: bytes) -> int:
+    """Tokens of a page of the prefix cache, as `/metrics` says; 0: there is no such cache. Raises SampleError."""
+    with reading("/metrics does not say what the engine's cache keeps (vllm:cache_config_info)", body):
+        found = _CACHE_SETTINGS.search(body)
+        settings = dict(_SETTING.findall(found[1])) if found else {}
+        page, kept = settings[b"block_size"], settings[b"enable_prefix_caching"]
+        if not _NUMBER.fullmatch(page) or not int(page):
+            raise ValueError(f"block_size is {readable(page)}")
+        if kept not in (b"True", b"False"):
+            raise ValueError(f"enable_prefix_caching is {readable(kept)}")
+        return int(page) if kept == b"True" else 0
 
 
 def _cached_tokens(usage: dict[str, Any]) -> int:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from typing import Any
 
+from roll_r3.config.readable import readable
 from roll_r3.config.strategies import VllmConfig
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import ModelFacts
 from roll_r3.models.size import Shape, shape_of
 from roll_r3.strategies.rollout.answers import Asked
 from roll_r3.strategies.rollout.client import ServerClient
-from roll_r3.strategies.rollout.sampling import Sample, SampleError
+from roll_r3.strategies.rollout.sampling import Sample
 from roll_r3.strategies.rollout.server import ServerRollout
-from roll_r3.strategies.rollout.vllm.payload import read_sample
+from roll_r3.strategies.rollout.vllm.payload import (
+    read_cache_page,
+    read_preemptions,
+    read_sample,
+    read_weight_version,
+)
 from roll_r3.strategies.rollout.vllm.server import (
     args_that_lose_routes,
     cpu_lacks_a_kernel,
@@ -31,9 +36,6 @@ from roll_r3.strategies.rollout.vllm.version import check_version
 logger = logging.getLogger(__name__)
 
 _CALL_S = 60.0
-_CACHE_SETTINGS = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
-_PREEMPTIONS = re.compile(r"^vllm:num_preemptions_total(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE)
-_SETTING = re.compile(r'(\w+)="([^"]*)"')
 
 
 class VllmRollout(ServerRollout[VllmConfig]):
@@ -86,30 +88,17 @@ class VllmRollout(ServerRollout[VllmConfig]):
 
     async def why_closed(self, client: ServerClient) -> str:
         """While an update is open, or after one that failed, requests would wait for an engine that is paused."""
-        text = await client.get("/weight_info", _CALL_S)
-        try:
-            version = json.loads(text)["weight_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise SampleError(f"/weight_info does not say which weights the engine has: {text[:200]!r}") from error
+        version = read_weight_version(await client.get("/weight_info", _CALL_S))
         if version != str(self._weight_version):
-            return f"the answer would come from weights of version {version}, not {self._weight_version}"
+            return f"the answer would come from weights of version {readable(version)}, not {self._weight_version}"
         return ""
 
     async def recomputed(self, client: ServerClient) -> int:
         """Preemptions: vLLM's answers say what was cached when a sample began, not whether it had to begin again."""
-        text = (await client.get("/metrics", _CALL_S)).decode(errors="replace")
-        counts = _PREEMPTIONS.findall(text)
-        if not counts:
-            raise SampleError("/metrics does not count preemptions (vllm:num_preemptions_total)")
-        return int(sum(float(count) for count in counts))
+        return read_preemptions(await client.get("/metrics", _CALL_S))
 
     async def cache_page(self, client: ServerClient) -> int:
-        text = (await client.get("/metrics", _CALL_S)).decode(errors="replace")
-        found = _CACHE_SETTINGS.search(text)
-        settings = dict(_SETTING.findall(found[1])) if found else {}
-        if not settings.get("block_size", "").isdecimal():
-            raise SampleError("/metrics does not say what the engine's cache keeps (vllm:cache_config_info)")
-        return int(settings["block_size"]) if settings.get("enable_prefix_caching") == "True" else 0
+        return read_cache_page(await client.get("/metrics", _CALL_S))
 
     def request(self, asked: Asked) -> dict[str, Any]:
         sample = asked.sample
