@@ -18,7 +18,8 @@ class RewardConfig(Config):
     tag_included: tuple[str, ...] = ()
     """Domains that this rule scores; empty: every domain that no other rule names."""
     kwargs: dict[str, str | int | float | bool] = {}
-    """Keyword arguments of the rule."""
+    """Keyword arguments of the rule. No place for a key: the configuration is printed, and lies in the run's directory
+    and in its checkpoints. A rule finds the environment of the run in `os.environ`, so let it read a key there."""
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     """Seconds that the rule may take for one response. Its process is killed then, and the response has no reward."""
 

@@ -15,6 +15,8 @@ from pathlib import Path
 def misbehaves(response: str, ground_truth: str, folder: str = "") -> object:
     """What the response says: a number is the score. Whatever it starts writes its id to `folder`."""
     match response.split():
+        case ["environment", name]:
+            return float(os.environ[name])
         case ["raise", *words]:
             raise ValueError(" ".join(words))
         case ["loop"]:

@@ -84,6 +84,12 @@ def test_scores_come_in_order_and_are_those_of_the_function_itself(rewards: Open
     assert score(rewards(workers=4), *texts) == wanted
 
 
+def test_a_rule_finds_the_environment_of_the_run(rewards: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a key is to be: what is in the configuration is printed and saved."""
+    monkeypatch.setenv("REWARD_KEY", "0.25")
+    assert score(rewards(workers=1), "environment REWARD_KEY") == [0.25]
+
+
 def test_every_domain_has_its_rule_and_kwargs(tmp_path: Path) -> None:
     config = RLVRConfig(
         exp_name="x",
