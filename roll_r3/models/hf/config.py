@@ -25,7 +25,7 @@ def read_hf_config(checkpoint: str | Path) -> Any:
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{checkpoint}: its weights are quantized: convert it to bf16 first")
-    # transformers would fetch and run code from the hub where these name a kernel there; its own choice is None
+    # None: transformers' own choice. A kernel on the hub that is named here would be fetched and run
     config._attn_implementation = None
     config._experts_implementation = None
     config.attention_dropout = 0.0

@@ -92,7 +92,7 @@ def test_a_configuration_is_the_librarys_own_and_leaves_nothing_to_chance(tmp_pa
 
 
 def test_a_checkpoint_does_not_say_what_computes_its_attention_and_experts(tmp_path: Path) -> None:
-    """Where it names a repository, transformers would fetch a kernel there and run it."""
+    """Where it names a repository for attention, transformers would fetch a kernel there and run it."""
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
     wanted = AutoModelForCausalLM.from_config(read_hf_config(checkpoint)).config
     file = checkpoint / "config.json"
