@@ -72,7 +72,7 @@ def process_of(run: Run, worker: str) -> int:
     return int(re.findall(r"is process (\d+)", log)[-1])
 
 
-@pytest.mark.parametrize("trainer", ["megatron_train", "fsdp2_train"])
+@pytest.mark.parametrize("trainer", ["megatron_train", pytest.param("fsdp2_train", marks=pytest.mark.long)])
 def test_it_trains_and_writes_what_a_run_that_waits_does(trainer, waiting, tmp_path, checkpoint):
     wanted, run = waiting(trainer), finished(start(tmp_path, checkpoint, trainer, BESIDE))
     assert learned(run) == learned(wanted)

@@ -169,7 +169,11 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("victim", "named"), [(engine_server, "actor_infer-0"), (second_rank, "actor_train-1")], ids=["engine", "rank"]
+    ("victim", "named"),
+    [
+        pytest.param(engine_server, "actor_infer-0", id="engine"),
+        pytest.param(second_rank, "actor_train-1", id="rank", marks=pytest.mark.long),
+    ],
 )
 def test_a_killed_part_ends_the_run_and_is_named(tmp_path, checkpoint, victim, named):
     limit = "actor_infer.strategy_args.strategy_config.max_restarts=0"
