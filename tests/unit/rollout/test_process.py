@@ -116,9 +116,13 @@ def test_the_folder_of_a_server_that_was_killed_is_removed(tmp_path: Path) -> No
     asyncio.run(scenario())
 
 
-def test_folders_are_removed_whose_makers_were_killed_before_they_could(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: tuple[Path, Path]
 ) -> None:
+    own_segment, older = paths
+    own_segment.touch()
+    elsewhere = tmp_path / "file"
+    elsewhere.touch()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with subprocess.Popen(["true"]) as gone:
         pass
@@ -129,17 +133,34 @@ def test_folders_are_removed_whose_makers_were_killed_before_they_could(
     for folder in (orphaned, living, other):
         folder.mkdir()
         (folder / "store").touch()
+    (orphaned / "shared_memory").write_text(f"{own_segment}\n/dev/shm/gone\n{elsewhere}")
 
     async def scenario() -> None:
         process = ServerProcess("server", tmp_path / "log")
         process.launch(["sleep", "600"], os.environ)
         (own,) = tmp_path.glob(f"roll_r3-server-{os.getpid()}-*")
-        assert not orphaned.exists()
+        assert not orphaned.exists() and not own_segment.exists()
         await process.stop()
         assert not own.exists()
 
     asyncio.run(scenario())
-    assert (living / "store").exists() and (other / "store").exists()
+    assert (living / "store").exists() and (other / "store").exists() and older.exists() and elsewhere.exists()
+
+
+def test_a_folder_names_the_shared_memory_that_its_server_holds(tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    own, older = paths
+
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        process.launch([sys.executable, "-c", CODE, str(own), str(older)], os.environ)
+        while "ready" not in process.log_tail():
+            await asyncio.sleep(0.05)
+        process.note_shared_memory()
+        assert process._folder is not None
+        assert (process._folder / "shared_memory").read_text() == str(own)
+        await process.stop()
+
+    asyncio.run(scenario())
 
 
 def test_without_a_grace_it_is_killed_and_its_number_is_let_be_afterwards(
