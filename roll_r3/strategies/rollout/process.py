@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -191,9 +192,9 @@ def _remove_what_is_orphaned() -> None:
     """Directories and shared memory of servers whose makers were killed before they could. Another user's cannot be
     removed, and are not tried."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
-        maker = folder.name.removeprefix(_FOLDERS).partition("-")[0]
+        maker = re.match(r"([0-9]{1,9})-", folder.name.removeprefix(_FOLDERS))  # anybody may make others
         with contextlib.suppress(OSError):  # another looks after them too
-            if maker.isdecimal() and not psutil.pid_exists(int(maker)) and folder.lstat().st_uid == os.getuid():
+            if maker and not psutil.pid_exists(int(maker[1])) and folder.lstat().st_uid == os.getuid():
                 if (folder / _HELD).is_file():
                     segments.remove((folder / _HELD).read_text().splitlines())
                 shutil.rmtree(folder, ignore_errors=True)

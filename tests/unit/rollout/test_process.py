@@ -126,11 +126,9 @@ def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with subprocess.Popen(["true"]) as gone:
         pass
-    orphaned, living, other = (
-        tmp_path / name
-        for name in (f"roll_r3-server-{gone.pid}-x", f"roll_r3-server-{os.getppid()}-x", "roll_r3-server-x")
-    )
-    for folder in (orphaned, living, other):
+    numbers = (str(gone.pid), str(os.getppid()), "x", "9" * 30, "²")
+    orphaned, living, *others = (tmp_path / f"roll_r3-server-{number}-x" for number in numbers)
+    for folder in (orphaned, living, *others):
         folder.mkdir()
         (folder / "store").touch()
     (orphaned / "shared_memory").write_text(f"{own_segment}\n/dev/shm/gone\n{elsewhere}")
@@ -144,7 +142,7 @@ def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
         assert not own.exists()
 
     asyncio.run(scenario())
-    assert (living / "store").exists() and (other / "store").exists() and older.exists() and elsewhere.exists()
+    assert all(path.exists() for path in (living / "store", *others, older, elsewhere))
 
 
 def test_a_folder_names_the_shared_memory_that_its_server_holds(tmp_path: Path, paths: tuple[Path, Path]) -> None:
