@@ -99,8 +99,7 @@ def read_routes(requests: Sequence[RouteRequest]) -> list[Pieces]:
     with _told_if_lost():
         # begun first: others cut while this process reads what is near
         parcels = {
-            keeper: ray.get_actor(keeper).cut_routes.remote([requests[i] for i in asked])
-            for keeper, asked in far.items()
+            keeper: _actor(keeper).cut_routes.remote([requests[i] for i in asked]) for keeper, asked in far.items()
         }
         found = [(near, _read_near([requests[i] for i in near]))]
         found += [
@@ -126,8 +125,19 @@ def _told_if_lost() -> Iterator[None]:
         if isinstance(error.cause, RollError):
             raise error.cause from None
         raise
-    except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no actor has that name any more
-        raise LostWorkerError(f"routes are lost, since the process that stored them ended: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise _lost(error) from error
+
+
+def _actor(name: str) -> Any:
+    try:
+        return ray.get_actor(name)
+    except ValueError as error:  # no actor has that name any more
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> LostWorkerError:
+    return LostWorkerError(f"routes are lost, since the process that stored them ended: {error}")
 
 
 def _read_near(requests: Sequence[RouteRequest]) -> list[Pieces]:

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 EXIT_STATUS = 128 + signal.SIGTERM
 TAKE_DOWN_S = 15.0
@@ -39,6 +39,8 @@ class Leaving:
         self.asked = False
         """SIGTERM came."""
         self._held = False
+        self._raised: Leave | LeaveNow | None = None
+        """By the newest signal."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -52,13 +54,28 @@ class Leaving:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+        if isinstance(error, SystemExit):
+            with self.as_raised():
+                raise error
+
+    @contextmanager
+    def as_raised(self) -> Iterator[None]:
+        """Out of the block comes what a signal raised in it, also where it interrupted a call of Ray's, which raises a
+        SystemExit of its own in its place."""
+        try:
+            yield
+        except SystemExit as error:
+            if self._raised is None or isinstance(error, Leave | LeaveNow):
+                raise
+            raise self._raised from error
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """A SIGTERM that comes while the block runs, or came before it, raises `Leave` at its end."""
         self._held = True
         try:
-            yield
+            with self.as_raised():
+                yield
         finally:
             self._held = False
         if self.asked:
@@ -66,11 +83,15 @@ class Leaving:
 
     def _on_term(self, signum: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise LeaveNow
+            self._raise(LeaveNow())
         self.asked = True
         signal.setitimer(signal.ITIMER_REAL, self._wait_s)
         if not self._held:
-            raise Leave
+            self._raise(Leave())
 
     def _on_alarm(self, signum: int, frame: FrameType | None) -> None:
-        raise LeaveNow
+        self._raise(LeaveNow())
+
+    def _raise(self, error: Leave | LeaveNow) -> NoReturn:
+        self._raised = error
+        raise error

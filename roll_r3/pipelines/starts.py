@@ -133,25 +133,26 @@ class Starts:
         shown: list[ScoredSample] = []
         with self._run_dir.samples_file.open("a") as samples_file:
             try:
-                for step in range(done + 1, self._config.max_steps + 1):
-                    experience = pipeline.sample(step)
+                with self._leaving.as_raised():
+                    for step in range(done + 1, self._config.max_steps + 1):
+                        experience = pipeline.sample(step)
+                        with self._leaving.held():
+                            result = pipeline.learn(experience)
+                            log.write(step, result.metrics | {"time/step_save": saving.seconds_waited()})
+                            # one sample of each of the first prompts says more than all samples of one prompt
+                            group = self._config.num_return_sequences_in_group
+                            shown = result.samples[::group][: self._config.num_logged_samples]
+                            before = before or shown
+                            for sample in shown:
+                                line = json.dumps({"step": step} | asdict(sample), ensure_ascii=False)
+                                samples_file.write(line + "\n")
+                            samples_file.flush()
+                            self._progress.step_done(step, result.metrics)
+                            done = step
+                            saving.step_done(step, pipeline.samples_seen)
+                        del experience  # else its routes would lie in the object store while the next step is sampled
                     with self._leaving.held():
-                        result = pipeline.learn(experience)
-                        log.write(step, result.metrics | {"time/step_save": saving.seconds_waited()})
-                        # one sample of each of the first prompts says more than all samples of one prompt
-                        group = self._config.num_return_sequences_in_group
-                        shown = result.samples[::group][: self._config.num_logged_samples]
-                        before = before or shown
-                        for sample in shown:
-                            line = json.dumps({"step": step} | asdict(sample), ensure_ascii=False)
-                            samples_file.write(line + "\n")
-                        samples_file.flush()
-                        self._progress.step_done(step, result.metrics)
-                        done = step
-                        saving.step_done(step, pipeline.samples_seen)
-                    del experience  # else its routes would lie in the object store while the next step is sampled
-                with self._leaving.held():
-                    saving.wait()  # the last checkpoint, too, is whole before a SIGTERM ends who writes it
+                        saving.wait()  # the last checkpoint, too, is whole before a SIGTERM ends who writes it
             except Leave:
                 self._progress.say(f"SIGTERM: leaving after step {done}")
                 with self._leaving.held():

@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,12 @@ from engine_world import ASKED, Kind, World, killed_under_its_requests
 from faults import Fault, nothing_left
 from rollout_cases import group_members, requests
 from sglang_cases import Engine, configuration
-from whole_run import START_TIMEOUT, Run, few_steps
+from whole_run import RAYS_LAST_WORD, START_TIMEOUT, Run, few_steps
 
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
+from roll_r3.strategies.rollout.process import _remove_what_is_orphaned
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
@@ -197,3 +199,74 @@ def test_a_run_whose_engine_is_killed_goes_on(fault: Fault, tmp_path: Path) -> N
     assert "LOST" not in said
     fault.user_sees("actor_infer-0 failed, and is started again (1 of 1 times ...); rollout/engine_restarts is 1")
     fault.lost("nothing; samples that had not come are sampled again")
+
+
+def generating(where: Path) -> Run:
+    """A run whose server generates, after its first step."""
+    checkpoint = make_tiny_checkpoint(where / "tiny", examples=addition_mod10(), warm_start_steps=20)
+    settings = "{max_running_requests: 8, max_total_tokens: 2048}"
+    more = ("response_length=24", "save_steps=50", f"actor_infer.strategy_args.strategy_config={settings}")
+    run = Run(where, checkpoint, *few_steps(50, *more))
+    try:
+        run.wait_for_step(1)
+        wait_for_requests(run)
+    except BaseException:
+        run.end()
+        raise
+    return run
+
+
+def folders(run: Run) -> list[Path]:
+    """Directories of servers that the run's newest worker launched."""
+    log = (run.path / "logs" / "actor_infer-0.log").read_text()
+    worker = re.findall(r"is process (\d+)", log)[-1]
+    return list(Path(tempfile.gettempdir()).glob(f"roll_r3-server-*-{worker}-*"))
+
+
+@pytest.mark.long
+@pytest.mark.fault("SIGTERM while a rollout server generates")
+def test_sigterm_while_a_server_generates_leaves_nothing(fault: Fault, tmp_path: Path) -> None:
+    with nothing_left():
+        run = generating(tmp_path)
+        try:
+            assert servers(run) and len(folders(run)) == 1
+            struck = time.monotonic()
+            run.process.send_signal(signal.SIGTERM)
+            assert run.finish(120) == 128 + signal.SIGTERM, run.stderr.read_text()
+            fault.recovered(time.monotonic() - struck)
+            assert folders(run) == []
+        finally:
+            run.end()
+    said = run.stderr.read_text()
+    done = int(re.search(r"SIGTERM: leaving after step (\d+)", said)[1])  # type: ignore[index]
+    assert len(run.metrics()) == done
+    assert f"step-{done:08d} in" in said
+    fault.user_sees("SIGTERM: leaving after step ...; saved .../step-...; exit status 143")
+    fault.lost("nothing; what was sampled for the next step is sampled again")
+
+
+@pytest.mark.long
+@pytest.mark.fault("the driver is killed with kill -9 while a rollout server generates")
+def test_a_server_whose_driver_is_killed_ends_by_itself(fault: Fault, tmp_path: Path) -> None:
+    run = generating(tmp_path)
+    try:
+        victims = servers(run)
+        assert victims
+        struck = time.monotonic()
+        run.process.kill()
+        run.process.wait()
+        _, alive = psutil.wait_procs(victims, timeout=60)
+        assert alive == []
+        fault.recovered(time.monotonic() - struck)
+        # The next server that is launched on this machine removes what its directory names, and the directory.
+        named = [path for folder in folders(run) for path in (folder / "shared_memory").read_text().splitlines()]
+        left = set(run.started.left(RAYS_LAST_WORD)) - {f"shared memory {path}" for path in named}
+        assert not left, "left behind:\n" + "\n".join(left)
+        _remove_what_is_orphaned()
+        assert folders(run) == [] and not any(os.path.exists(path) for path in named)
+    finally:
+        run.end()
+    fault.user_sees(
+        "nothing; the server and its children end by themselves, the next one on that machine tidies up after them"
+    )
+    fault.lost("nothing; steps since the last checkpoint are done again")

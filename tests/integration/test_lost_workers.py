@@ -57,16 +57,30 @@ def wait_until_it_says(run: Run, text: str, timeout: float = 2 * START_TIMEOUT) 
         time.sleep(0.1)
 
 
-def loses(run: Run, strike: Callable[[], object], stage: str = "") -> float:
-    """Break something after the third step; seconds until the run has made a step more than it had.
-
-    Args:
-        stage: of the fourth step, to wait for.
-    """
-    run.wait_for_step(3)
-    while stage and f"step 4: {stage}" not in (run.path / "logs" / "driver.log").read_text():
+def wait_for_stage(run: Run, stage: str) -> None:
+    while stage not in (run.path / "logs" / "driver.log").read_text():
         assert run.process.poll() is None, run.stderr.read_text()
         time.sleep(0.002)
+
+
+def kill(run: Run, worker: str, stage: str) -> None:
+    """Kill a worker; in a stage of the fourth step, if one is given, before the ranks have done anything in it."""
+    held = [process_of(run, f"actor_train-{rank}") for rank in (0, 1)] if stage else []
+    if stage:
+        wait_for_stage(run, "step 4: rollout")
+        for rank in held:  # they have nothing to do yet
+            os.kill(rank, signal.SIGSTOP)
+        wait_for_stage(run, f"step 4: {stage}")
+    os.kill(process_of(run, worker), signal.SIGKILL)
+    if stage:
+        time.sleep(1)  # Ray takes note
+    for rank in held:
+        os.kill(rank, signal.SIGCONT)
+
+
+def loses(run: Run, strike: Callable[[], object]) -> float:
+    """Break something after the third step; seconds until the run has made a step more than it had."""
+    run.wait_for_step(3)
     struck = time.monotonic()
     strike()
     wait_until_it_says(run, "going on after step")
@@ -112,12 +126,14 @@ def assert_as_undisturbed(run: Run, whole: Run) -> None:
     ],
 )
 def test_a_killed_worker_is_started_anew(
-    fault: Fault, whole, tmp_path, checkpoint, worker, stage, lost, save_steps, goes_on
+    fault: Fault, whole, tmp_path, checkpoint, monkeypatch, worker, stage, lost, save_steps, goes_on
 ):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    slow = "rewards.default.reward=slow_reward:exact_match_slowly"  # so that a stage is not missed
     with nothing_left():
-        run = start(tmp_path, checkpoint, f"save_steps={save_steps}")
+        run = start(tmp_path, checkpoint, f"save_steps={save_steps}", slow)
         try:
-            fault.recovered(loses(run, lambda: os.kill(process_of(run, worker), signal.SIGKILL), stage))
+            fault.recovered(loses(run, lambda: kill(run, worker, stage)))
             assert_as_undisturbed(run, whole)
         finally:
             run.end()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
 from faults import Fault, nothing_left
+from whole_run import START_TIMEOUT, Run
 
 from roll_r3.cluster.placement import ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import LostWorkerError
+from roll_r3.models.tiny import make_tiny_checkpoint
 
 
 @pytest.mark.fault("Ray cannot start")
@@ -26,3 +30,22 @@ def test_it_is_said_in_words(fault: Fault, tmp_path, monkeypatch):
     fault.recovered(time.monotonic() - began)
     fault.user_sees("error: Ray did not start here: ..., and where its logs are; exit status 1")
     fault.lost("nothing; a run that has made no step does not try again by itself")
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2.0])
+def test_sigterm_while_it_starts_leaves_with_the_status_of_one(tmp_path, monkeypatch, seconds):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", examples=addition_mod10())
+    with nothing_left():
+        run = Run(tmp_path, checkpoint)
+        try:
+            deadline = time.monotonic() + START_TIMEOUT
+            while "starting Ray" not in run.stderr.read_text():
+                assert time.monotonic() < deadline and run.process.poll() is None, run.stderr.read_text()
+                time.sleep(0.05)
+            time.sleep(seconds)
+            run.process.send_signal(signal.SIGTERM)
+            assert run.finish(60) == 128 + signal.SIGTERM, run.stderr.read_text()
+        finally:
+            run.end()
+    assert "training ranks" not in run.stderr.read_text(), "it had not started yet"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from leftovers import GRACE
-from whole_run import SAMPLED_TO_THE_BIT, START_TIMEOUT, Run, few_steps, finished, learned
+from whole_run import RAYS_LAST_WORD, SAMPLED_TO_THE_BIT, START_TIMEOUT, Run, few_steps, finished, learned
 
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -26,9 +26,7 @@ STEPS = 10
 STARTING = "starting hf_infer and 2 training ranks"
 STAGES = ("rollout", "rewards", "old log-probs", "update", "weights to the engines", "saving")
 RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""When Ray's daemon is gone they try to tell the driver, and give up after a minute."""
-RAYS_LAST_WORD = 90.0
-"""Seconds; on a busy machine too."""
+"""When Ray's daemon is gone they try to tell the driver."""
 DISK_KB = 9 << 10
 """Of the small disk."""
 IN_PROCESS = (

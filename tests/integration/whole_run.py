@@ -14,6 +14,9 @@ from leftovers import TOKEN, Descendants
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT = 500
+RAYS_LAST_WORD = 90.0
+"""Seconds until the last of Ray's processes is gone after a driver that was killed: two of them try to tell it that Ray
+has ended, and give up after a minute. On a busy machine too."""
 
 
 class Run:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +32,8 @@ _GONE_S = 10.0
 _LOG_TAIL_BYTES = 64 * 1024
 _FOLDERS = "roll_r3-server-"
 """What the names of servers' directories begin with; who made it follows."""
+_HELD = "shared_memory"
+"""In such a directory: a file that names the shared memory of the server, should nobody who knows it be left."""
 
 
 def free_port(host: str) -> int:
@@ -79,7 +82,7 @@ class ServerProcess:
         assert self._process is None or self._process.poll() is not None, "the previous child is still running"
         self._segments_before = segments.existing()
         self._remove_folder()
-        _remove_orphaned_folders()
+        _remove_what_is_orphaned()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_own_folders()}{os.getpid()}-"))
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
@@ -121,9 +124,12 @@ class ServerProcess:
 
     def note_shared_memory(self) -> None:
         """Remember what the child and its children hold in shared memory by now: `stop` removes it, should they be
-        killed before they can."""
+        killed before they can, or the next launch of anybody's, should this process be killed too."""
         if self._process is not None:
             self._segments |= segments.mapped(_living(self._process.pid)) - self._segments_before
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # a full disk: it is of use only if this process is killed
+                (self._folder / _HELD).write_text("\n".join(sorted(self._segments)))
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines that this child wrote."""
@@ -192,13 +198,16 @@ def _own_folders() -> str:
     return f"{_FOLDERS}{namespace}-"
 
 
-def _remove_orphaned_folders() -> None:
-    """Of servers whose makers were killed before they could. Another user's cannot be removed, and are not tried."""
+def _remove_what_is_orphaned() -> None:
+    """Directories and shared memory of servers whose makers were killed before they could. Another user's cannot be
+    removed, and are not tried."""
     own = _own_folders()
     for folder in Path(tempfile.gettempdir()).glob(f"{own}*"):
-        maker = folder.name.removeprefix(own).partition("-")[0]
+        maker = re.match(r"([0-9]{1,9})-", folder.name.removeprefix(own))  # anybody may make others
         with contextlib.suppress(OSError):  # another looks after them too
-            if maker.isdecimal() and not psutil.pid_exists(int(maker)) and folder.lstat().st_uid == os.getuid():
+            if maker and not psutil.pid_exists(int(maker[1])) and folder.lstat().st_uid == os.getuid():
+                if (folder / _HELD).is_file():
+                    segments.remove((folder / _HELD).read_text().splitlines())
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -34,6 +34,7 @@ def mapped(pids: Iterable[int]) -> set[str]:
 
 
 def remove(paths: Iterable[str]) -> None:
-    """Take names away; whoever has the memory mapped keeps it."""
-    for path in paths:
-        Path(path).unlink(missing_ok=True)
+    """Take names away; whoever has the memory mapped keeps it. What is no name of shared memory stays."""
+    for path in map(Path, paths):
+        if path.parent == _SHM:
+            path.unlink(missing_ok=True)

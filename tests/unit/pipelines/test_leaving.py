@@ -82,6 +82,30 @@ def test_a_second_one_waits_for_nothing():
         held(sigterm, sigterm)
 
 
+def interrupted() -> None:
+    """As a call of Ray's that is waiting: the process is to end, says another SystemExit than the handler's."""
+    try:
+        sigterm()
+    except SystemExit:
+        raise SystemExit(1) from None
+
+
+def test_what_was_raised_comes_out_of_a_call_that_replaced_it():
+    with pytest.raises(Leave) as raised, Leaving(60) as leaving, leaving.as_raised():
+        interrupted()
+    assert raised.value.code == EXIT_STATUS
+    with pytest.raises(Leave), Leaving(60):
+        interrupted()
+    with pytest.raises(LeaveNow):
+        held(sigterm, interrupted)
+
+
+def test_an_exit_without_a_signal_stays_as_it_is():
+    with pytest.raises(SystemExit) as raised, Leaving(60) as leaving, leaving.as_raised():
+        raise SystemExit(3)
+    assert raised.value.code == 3
+
+
 def test_nothing_happens_without_one():
     with Leaving(60) as leaving, leaving.held():
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import signal
@@ -85,6 +86,24 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(tmp_path: Pat
     with pytest.raises(Leave), Leaving(60.0) as leaving:
         starts_of(tmp_path, leaving)._steps(Pipeline(), 0, MagicMock(), checkpoints)
     assert done == ["written", "left after 3"]
+
+
+def test_sigterm_while_a_call_of_rays_is_waiting_saves_the_newest_step(tmp_path: Path) -> None:
+    """Ray raises a SystemExit of its own, with status 1."""
+
+    class Waiting(Pipeline):
+        def sample(self, step: int) -> Experience:
+            if step == 2:
+                with contextlib.suppress(SystemExit):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                raise SystemExit(1)
+            return super().sample(step)
+
+    checkpoints: Any = MagicMock()
+    checkpoints.seconds_waited.return_value = 0.0
+    with pytest.raises(Leave), Leaving(60.0) as leaving:
+        starts_of(tmp_path, leaving)._steps(Waiting(), 0, MagicMock(), checkpoints)
+    checkpoints.leave.assert_called_once_with(1, 0)
 
 
 @pytest.fixture

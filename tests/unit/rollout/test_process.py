@@ -116,32 +116,57 @@ def test_the_folder_of_a_server_that_was_killed_is_removed(tmp_path: Path) -> No
     asyncio.run(scenario())
 
 
-def test_folders_are_removed_whose_makers_were_killed_before_they_could(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: tuple[Path, Path]
 ) -> None:
+    own_segment, older = paths
+    own_segment.touch()
+    elsewhere = tmp_path / "file"
+    elsewhere.touch()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with subprocess.Popen(["true"]) as gone:
         pass
     here = os.stat("/proc/self/ns/pid").st_ino
-    orphaned, living, elsewhere, other = (
-        tmp_path / f"roll_r3-server-{name}"
-        for name in (f"{here}-{gone.pid}-x", f"{here}-{os.getppid()}-x", f"{here + 1}-{gone.pid}-x", "x")
+    makers = (
+        f"{here}-{gone.pid}",
+        f"{here}-{os.getppid()}",
+        f"{here + 1}-{gone.pid}",
+        f"{here}-{'9' * 30}",
+        f"{here}-²",
+        "x",
     )
-    for folder in (orphaned, living, elsewhere, other):
+    orphaned, living, *others = (tmp_path / f"roll_r3-server-{maker}-x" for maker in makers)
+    for folder in (orphaned, living, *others):
         folder.mkdir()
         (folder / "store").touch()
+    (orphaned / "shared_memory").write_text(f"{own_segment}\n/dev/shm/gone\n{elsewhere}")
 
     async def scenario() -> None:
         process = ServerProcess("server", tmp_path / "log")
         process.launch(["sleep", "600"], os.environ)
         (own,) = tmp_path.glob(f"roll_r3-server-{here}-{os.getpid()}-*")
-        assert not orphaned.exists()
+        assert not orphaned.exists() and not own_segment.exists()
         await process.stop()
         assert not own.exists()
 
     asyncio.run(scenario())
-    for folder in (living, elsewhere, other):
-        assert (folder / "store").exists()
+    assert all(path.exists() for path in (living / "store", *others, older, elsewhere))
+
+
+def test_a_folder_names_the_shared_memory_that_its_server_holds(tmp_path: Path, paths: tuple[Path, Path]) -> None:
+    own, older = paths
+
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        process.launch([sys.executable, "-c", CODE, str(own), str(older)], os.environ)
+        while "ready" not in process.log_tail():
+            await asyncio.sleep(0.05)
+        process.note_shared_memory()
+        assert process._folder is not None
+        assert (process._folder / "shared_memory").read_text() == str(own)
+        await process.stop()
+
+    asyncio.run(scenario())
 
 
 def test_without_a_grace_it_is_killed_and_its_number_is_let_be_afterwards(
