@@ -94,7 +94,9 @@ def _number(text: str, whole: str) -> int:
 
 def _require_room(count: int, room: int, whole: str) -> None:
     if count > room:
-        raise ValueError(f"{show_value(whole)!r} names more devices than {MAX_DEVICES:,}, the most that are planned for")
+        raise ValueError(
+            f"{show_value(whole)!r} names more devices than {MAX_DEVICES:,}, the most that are planned for"
+        )
 
 
 _Device = Annotated[int, Field(ge=0, lt=MAX_DEVICES)]
