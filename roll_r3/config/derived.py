@@ -150,7 +150,8 @@ def values_at(config: RLVRConfig, path: str) -> list[tuple[str, object]]:
         above, found = found, []
         for prefix, value in above:
             items = value if isinstance(value, dict) else dict(value) if isinstance(value, Config) else {}
-            found += [(join(prefix, name), items[name]) for name in items if key in (name, "*")]
+            names = list(items) if key == "*" else [key] if key in items else []
+            found += [(join(prefix, name), items[name]) for name in names]
     return found
 
 

@@ -7,10 +7,17 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from roll_r3.config.report import show_value
+
+MAX_DEVICES = 1 << 16
+"""Devices of the largest cluster: their numbers are below this, and a role has at most as many."""
+MAX_TEXT = 1 << 16
+"""Characters of a text that names devices."""
+_MAX_DIGITS = 18
+
 _INT = r"\s*(-?\d+)\s*"
 _RANGE = re.compile(rf"range\({_INT}(?:,{_INT})?(?:,{_INT})?\)")
-_LIST = re.compile(rf"\[{_INT}(?:,{_INT})*,?\s*\]")
-MAX_DEVICES = 1 << 20
+_ITEM = re.compile(_INT)
 
 
 def parse_devices(value: Any) -> Any:
@@ -21,37 +28,78 @@ def parse_devices(value: Any) -> Any:
     returned as it is, for the model to refuse.
 
     Raises:
-        ValueError: text of another form, or a range that is empty or absurdly large.
+        ValueError: text of another form, a range that is empty, or more devices than a cluster has.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
     if not isinstance(value, str):
         return value
+    if len(value) > MAX_TEXT:
+        raise ValueError(
+            f"{show_value(value)!r} is {len(value):,} characters long, at most {MAX_TEXT:,} are read: write ranges"
+        )
     devices: list[int] = []
     for part in value.split("+"):
-        devices += _parse_part(part.strip(), value)
+        devices += _parse_part(part.strip(), value, room=MAX_DEVICES - len(devices))
     return devices
 
 
-def _parse_part(part: str, whole: str) -> list[int]:
+def _parse_part(part: str, whole: str, *, room: int) -> list[int]:
+    """The devices of one part of `whole`, which may be so many more."""
     inner = part[5:-1].strip() if part.startswith("list(") and part.endswith(")") else part
     if match := _RANGE.fullmatch(inner):
-        numbers = [int(g) for g in match.groups() if g is not None]
-        if len(numbers) == 3 and numbers[2] == 0:
-            raise ValueError(f"{whole!r}: the step of a range must not be 0")
-        span = range(*numbers)
-        if not 0 < len(span) <= MAX_DEVICES:
-            raise ValueError(f"{whole!r} names {len(span)} devices")
-        return list(span)
-    if _LIST.fullmatch(inner):
-        return [int(n) for n in inner.strip("[]").split(",") if n.strip()]
+        start, stop, step = _ends([_number(text, whole) for text in match.groups() if text is not None])
+        if step == 0:
+            raise ValueError(f"{show_value(whole)!r}: the step of a range must not be 0")
+        count = -(-(stop - start) // step)  # not len(range(...)), which has a largest number
+        if count < 1:
+            raise ValueError(f"{show_value(whole)!r} names no devices: the range is empty")
+        _require_room(count, room, whole)
+        return list(range(start, stop, step))
+    if items := _items(inner):
+        _require_room(len(items), room, whole)
+        return [_number(text, whole) for text in items]
     raise ValueError(
-        f"{whole!r} is not a device mapping: write list(range(0,8)), range(0,8) or [0,1,2] "
+        f"{show_value(whole)!r} is not a device mapping: write list(range(0,8)), range(0,8) or [0,1,2] "
         "(it is parsed, not evaluated)"
     )
 
 
-_Device = Annotated[int, Field(ge=0)]
+def _ends(numbers: list[int]) -> tuple[int, int, int]:
+    """Start, end and step of a range, as Python reads its arguments."""
+    if len(numbers) == 1:
+        return 0, numbers[0], 1
+    return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else 1
+
+
+def _items(text: str) -> list[str]:
+    """The numbers of `[0, 1, 2]`; none when the text is of another form."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return []
+    items = text[1:-1].split(",")
+    if len(items) > 1 and not items[-1].strip():
+        items.pop()  # a comma behind the last
+    matches = [_ITEM.fullmatch(item) for item in items]
+    return [match[1] for match in matches if match] if all(matches) else []
+
+
+def _number(text: str, whole: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(
+            f"{show_value(whole)!r} holds a number of {len(text)} digits: devices are numbered from 0 to "
+            f"{MAX_DEVICES - 1}"
+        )
+    return int(text)
+
+
+def _require_room(count: int, room: int, whole: str) -> None:
+    if count > room:
+        raise ValueError(
+            f"{show_value(whole)!r} names more devices than {MAX_DEVICES:,}, the most that are planned for"
+        )
+
+
+_Device = Annotated[int, Field(ge=0, lt=MAX_DEVICES)]
 Devices = Annotated[
     tuple[_Device, ...], BeforeValidator(parse_devices, json_schema_input_type=tuple[_Device, ...] | _Device | str)
 ]

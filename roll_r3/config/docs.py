@@ -35,7 +35,8 @@ A run is one YAML file: `python -m roll_r3.run --config FILE [section.field=valu
 
 - `--validate-only` checks the file and starts nothing; `--plan` prints what would run where; `--print-config` prints
   the file with every default filled in. With `--elsewhere` they do not look for files and engines on this machine.
-- Everything wrong is reported at once, with the rule, the file and line, the value, why, and what to write instead.
+- Everything wrong is reported at once (of more than 200 mistakes the first, and how many more there are), with the
+  rule, the file and line, the value, why, and what to write instead.
   `--explain RULE` says more, `--format json` is for programs. docs/compatibility.md lists all rules with examples.
 - Editors complete and check such a file by roll_r3/config/schema.json; the files in configs/ name it in their first
   line.

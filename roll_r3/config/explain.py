@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import ABSENT, Finding, show_value
-from roll_r3.config.tree import Keys, children, dotted, join
+from roll_r3.config.report import ABSENT, MAX_FINDINGS, Finding, show_value
+from roll_r3.config.tree import Keys, children, dotted, holds, join
 
 MAX_INTEGER = 2**63 - 1
 """Larger numbers are slips of the finger, and no engine could hold them."""
@@ -48,6 +48,8 @@ _RULE_IDS = {"extra_forbidden": "unknown-field", "missing": "missing-field", _TA
 def explain(error: ValidationError, data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
     """One finding per field of `data` that was refused, however many members of a union refused it, and its keys.
 
+    What to write instead is looked for in those alone that are listed, see `limited`: it takes a millisecond or more.
+
     Of a strategy that there is not, the keys are its whole section: no other strategy could read its settings.
     """
     problems: dict[tuple[Keys, str], list[ErrorDetails]] = {}
@@ -57,15 +59,18 @@ def explain(error: ValidationError, data: dict[str, Any]) -> list[tuple[Keys, Fi
         keys, value = _locate(detail["loc"], data, is_missing=kind == "missing")
         values[keys] = value
         problems.setdefault((keys, _RULE_IDS.get(kind, "bad-value")), []).append(detail)
-    return [(keys, _finding(keys, values[keys], rule, details, data)) for (keys, rule), details in problems.items()]
+    return [
+        (keys, _finding(keys, values[keys], rule, details, data if number < MAX_FINDINGS else None))
+        for number, ((keys, rule), details) in enumerate(problems.items())
+    ]
 
 
-def _finding(keys: Keys, value: Any, rule: str, details: list[ErrorDetails], data: dict[str, Any]) -> Finding:
+def _finding(keys: Keys, value: Any, rule: str, details: list[ErrorDetails], data: dict[str, Any] | None) -> Finding:
     if rule == _TAG:
         keys, rule, value = (*keys, _TAG), "bad-value", value[_TAG]
     path = dotted(keys)
     why = ", or ".join(dict.fromkeys(map(_why, details)))
-    return Finding(rule, "error", ((path, value),), why, _fix(path, value, details, data))
+    return Finding(rule, "error", ((path, value),), why, "" if data is None else _fix(path, value, details, data))
 
 
 def _why(detail: ErrorDetails) -> str:
@@ -167,7 +172,7 @@ def annotations_at(path: str, data: Any = None) -> list[Any]:
     node = data
     for key in path.split(".") if path else ():
         above, found = [m for a in found for m in members(a) if node is None or _is_meant(m, node)], []
-        node = dict(children(node)).get(key) if node is not None else None
+        node = node.get(key) if isinstance(node, dict) else None
         for annotation in above:
             origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
             if is_section(annotation) and key in annotation.model_fields:
@@ -184,7 +189,8 @@ def _is_meant(annotation: Any, node: Any) -> bool:
     if not is_section(annotation) or _TAG not in annotation.model_fields:
         return True
     field = annotation.model_fields[_TAG]
-    return dict(children(node)).get(_TAG, field.default) in typing.get_args(field.annotation)
+    named = node.get(_TAG, field.default) if isinstance(node, dict) else field.default
+    return named in typing.get_args(field.annotation)
 
 
 def fields_at(path: str, data: Any = None) -> list[str]:
@@ -198,8 +204,8 @@ def _locate(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> tuple
     keys: Keys = ()
     node: Any = data
     for key in loc:
-        if (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int)):
-            node = typing.cast(Any, node)[key]
+        if holds(node, key):
+            node = node[key]
             keys = (*keys, key)  # any other key names a member of a union, or what is missing
     return ((*keys, loc[-1]), ABSENT) if is_missing else (keys, node)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from roll_r3.config.interpolation_size import REFERENCE, EndlessError, Size, Sizes
 from roll_r3.config.report import Finding
-from roll_r3.config.tree import Keys, at, children, dotted, join
+from roll_r3.config.tree import Keys, at, children, dotted, join, paths_below
 
 
 def resolve(data: dict[str, Any], places: dict[str, str]) -> tuple[dict[str, Any], list[tuple[Keys, Finding]]]:
@@ -65,14 +65,8 @@ def _note_origin(path: str, text: str, value: Any, places: dict[str, str]) -> No
     """Add to `places` that the value at `path`, and all below it, was taken from elsewhere."""
     source = text[2:-1] if REFERENCE.fullmatch(text) else ""
     origin = f"{places.get(path, '')}, from {text}" + (f" at {places[source]}" if source in places else "")
-    for inner in (path, *(join(path, dotted(keys)) for keys in _paths(value, ()))):
+    for inner in (path, *(join(path, dotted(keys)) for keys in paths_below(value))):
         places[inner] = origin
-
-
-def _paths(node: Any, keys: Keys) -> Iterator[Keys]:
-    for key, value in children(node):
-        yield (*keys, key)
-        yield from _paths(value, (*keys, key))
 
 
 def texts(node: Any, keys: Keys) -> Iterator[tuple[Keys, str]]:

@@ -6,7 +6,6 @@ file is read: no environment, no clock, no device.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from roll_r3.config.disk import NOTHING, why_no_file
 from roll_r3.config.explain import annotations_at, explain, is_section, members, misread_values
 from roll_r3.config.interpolate import resolve
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import ABSENT, Finding, InvalidConfigError, Origins, show_value
+from roll_r3.config.report import ABSENT, MAX_FINDINGS, Finding, InvalidConfigError, Origins, limited, show_value
 from roll_r3.config.roll_yaml import include_defaults, translate
-from roll_r3.config.tree import Keys, at, children, dotted, join, overlap, remove
-from roll_r3.config.yaml_file import MAX_DEPTH, parse_yaml
+from roll_r3.config.tree import Keys, at, dotted, holds, join, remove
+from roll_r3.config.yaml_file import MAX_DEPTH, MAX_PATH, is_writable, parse_yaml
 
 MAX_BYTES = 1 << 20
 """Largest file that is read."""
@@ -50,7 +49,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
             items are named by number (`device_mapping.0=3`); sections that are missing are made.
 
     Raises:
-        InvalidConfigError: the file is not one from which a configuration can be made at all.
+        InvalidConfigError: the file is not one from which a configuration can be made at all, or has more than
+            `MAX_FINDINGS` mistakes, after which nothing more is looked at.
     """
     text, findings = _read(path)
     if text is None:
@@ -62,31 +62,39 @@ def load_text(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedConf
     """As `load`, of a text that was read from `file`."""
     data, places, found = _parse(text, file)
     if data is None:
-        raise InvalidConfigError(found, Origins(file, places))
-    draft = _Draft(data, places, found)
+        raise InvalidConfigError(limited(found), Origins(file, places))
+    draft = _Draft(data, file, places, found)
     for override in overrides:
         draft.set(override)
     draft.include()
     draft.resolve()
     draft.translate()
     config = draft.validated()
-    return LoadedConfig(config, Origins(file, draft.places), tuple(draft.findings), frozenset(draft.doubtful))
+    return LoadedConfig(config, draft.origins, limited(draft.findings), frozenset(draft.doubtful))
 
 
 class _Draft:
     """A configuration on its way to its types: what is wrong is noted and taken out."""
 
-    def __init__(self, data: dict[str, Any], places: dict[str, str], findings: list[Finding]) -> None:
-        self.data = copy.deepcopy(data)
+    def __init__(self, data: dict[str, Any], file: str, places: dict[str, str], findings: list[Finding]) -> None:
+        self.data = data
         self.places = places
-        self.findings = findings
-        self.doubtful = {path for finding in findings for path, _ in finding.found}
+        self.findings: list[Finding] = []
+        self.doubtful: set[str] = set()
+        self._around: set[str] = set()
+        """The paths in `doubtful`, and those of the sections around them."""
+        self._file = file
+        self._note(findings)
+
+    @property
+    def origins(self) -> Origins:
+        return Origins(self._file, self.places)
 
     def set(self, override: str) -> None:
         """Apply one `a.b.c=value`."""
         if findings := _apply(override, self.data, self.places):
-            self.findings += findings
-            self.doubtful.add(override.partition("=")[0])
+            self._note(findings)
+            self._doubt(override.partition("=")[0])
 
     def include(self) -> None:
         """Take in what a `defaults:` list of Hydra's names."""
@@ -104,21 +112,39 @@ class _Draft:
         self._note(findings)
 
     def _note(self, findings: Sequence[Finding]) -> None:
-        """Note findings about values that are left out already."""
+        """Note findings about values that are left out already. Raises InvalidConfigError where they are too many."""
         self.findings += findings
-        self.doubtful |= {path for finding in findings if finding.severity == "error" for path, _ in finding.found}
+        self._doubt(*(path for finding in findings if finding.severity == "error" for path, _ in finding.found))
+        self._require_few()
 
     def leave_out(self, wrong: Sequence[tuple[Keys, Finding]]) -> None:
-        """Note what is wrong, unless something at the same place was noted before, and take the values out."""
-        known = set(self.doubtful)
+        """Note what is wrong, unless something at the same place was noted before, and take the values out.
+
+        Raises:
+            InvalidConfigError: that is too much.
+        """
+        self.findings += [finding for _, finding in wrong if not self._is_doubtful(finding.path)]
+        self._require_few()
         for keys, finding in wrong:
-            if not any(overlap(finding.path, path) for path in known):
-                self.findings.append(finding)
             if finding.found[0][1] is ABSENT:
                 self._fill_in(keys)
             elif _leads_somewhere(self.data, keys):
                 remove(self.data, keys)
-            self.doubtful |= {finding.path, dotted(keys)}
+            self._doubt(finding.path, dotted(keys))
+
+    def _doubt(self, *paths: str) -> None:
+        """Nothing is known any more of the values at `paths`."""
+        self.doubtful.update(paths)
+        self._around.update(outer for path in paths for outer in _sections_of(path))
+
+    def _is_doubtful(self, path: str) -> bool:
+        """Whether the value at `path`, one inside it, or a section around it is left out already."""
+        return path in self._around or not self.doubtful.isdisjoint(_sections_of(path))
+
+    def _require_few(self) -> None:
+        # Each of them costs time in every later stage, and nobody reads on.
+        if sum(finding.severity == "error" for finding in self.findings) > MAX_FINDINGS:
+            raise InvalidConfigError(limited(self.findings), self.origins)
 
     def validated(self) -> RLVRConfig:
         """The typed configuration of what is right."""
@@ -136,10 +162,16 @@ class _Draft:
         at(self.data, keys[:-1])[keys[-1]] = {} if any(is_section(kind) for kind in kinds) else "missing"
 
 
+def _sections_of(path: str) -> list[str]:
+    """`path` and the paths of the sections around it."""
+    keys = path.split(".")
+    return [".".join(keys[:depth]) for depth in range(1, len(keys) + 1)]
+
+
 def _leads_somewhere(node: Any, keys: Keys) -> bool:
     """Whether there is still a value where `keys` lead."""
     for key in keys:
-        if key not in dict(children(node)):
+        if not holds(node, key):
             return False
         node = node[key]
     return True
@@ -184,9 +216,12 @@ def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> list[
     """Set one `a.b.c=value` in `data`, and its place in `places`; returns what is wrong with it."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
-    if not equals or not all(keys) or any(c.isspace() for c in path) or len(keys) > MAX_DEPTH:
+    if not equals or not all(keys) or any(c.isspace() for c in path) or len(keys) > MAX_DEPTH or len(path) > MAX_PATH:
         fix = "write section.field=value, without spaces around ="
         return [Finding("override", "error", (), f"{show_value(override)!r} is not an override", fix)]
+    if not is_writable(override):
+        why = f"{show_value(override)!r} is not UTF-8"
+        return [Finding("override", "error", (), why, "write it on a terminal whose encoding is UTF-8")]
     place = f"override {show_value(override)}"
     parsed = parse_yaml(text, place, path)
     if parsed.findings:

@@ -18,9 +18,15 @@ from roll_r3.errors import ConfigError
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 """The gravest first."""
+MORE = "more-findings"
+"""Id of the finding that stands for those that are not listed."""
 _FILE_AND_LINE = re.compile(r"(?!override )(.*?):(\d+)(?:, from |$)")
 _MAX_VALUE = 80
 """Characters of a value that are shown."""
+MAX_FINDINGS = 200
+"""Findings of one severity that are told one by one."""
+_MAX_FIELDS = 20
+"""Fields of a finding that are shown to people."""
 
 
 class _Absent(Enum):
@@ -52,6 +58,8 @@ class Finding:
     """What to write instead."""
     depends: tuple[str, ...] = ()
     """Dotted paths of further fields that had a part in it, `*` any key; not shown."""
+    count: int = 1
+    """Findings that it stands for, see `limited`."""
 
     @property
     def path(self) -> str:
@@ -101,11 +109,30 @@ def has_errors(findings: Iterable[Finding]) -> bool:
     return any(finding.severity == "error" for finding in findings)
 
 
+def limited(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The first `MAX_FINDINGS` of each severity, in their order; one more finding says how many others there are."""
+    kept: list[Finding] = []
+    told = dict.fromkeys(SEVERITIES, 0)
+    left = dict.fromkeys(SEVERITIES, 0)
+    for finding in findings:
+        if finding.rule != MORE and told[finding.severity] < MAX_FINDINGS:
+            told[finding.severity] += 1
+            kept.append(finding)
+        else:
+            left[finding.severity] += finding.count
+    for severity, count in left.items():
+        if count:
+            what = f"{severity} is" if count == 1 else f"{severity}s are"
+            fix = f"mend the first {MAX_FINDINGS}, and look again"
+            kept.append(Finding(MORE, severity, (), f"{count:,} more {what} not listed", fix, count=count))
+    return tuple(kept)
+
+
 def render(findings: Iterable[Finding], origins: Origins) -> str:
     """All findings as text, errors first, and a closing line that counts them."""
     ordered = sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
-    numbers = {severity: sum(f.severity == severity for f in ordered) for severity in SEVERITIES}
-    counts = [f"{n} {name}{'' if n == 1 else 's'}" for name, n in numbers.items() if n]
+    numbers = {severity: sum(f.count for f in ordered if f.severity == severity) for severity in SEVERITIES}
+    counts = [f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in numbers.items() if n]
     listed = " and ".join(filter(None, [", ".join(counts[:-1]), *counts[-1:]])) or "nothing found"
     return "\n\n".join([*(_render(f, origins) for f in ordered), f"{origins.file}: {listed}"])
 
@@ -145,12 +172,14 @@ def _plain(value: object) -> object:
 
 def _render(finding: Finding, origins: Origins) -> str:
     lines = [f"{finding.severity} [{finding.rule}] {finding.why}"]
-    for path, value in finding.found:
+    for path, value in finding.found[:_MAX_FIELDS]:
         shown = printable(path)  # a newline in a key makes no line
         if value is ABSENT:
             lines.append(f"    {shown}  ({ABSENT.value}; {origins.near(path)})")
         else:
             lines.append(f"    {shown} = {show_value(value)}  ({origins.of(path)})")
+    if (more := len(finding.found) - _MAX_FIELDS) > 0:
+        lines.append(f"    and {more:,} more {'field' if more == 1 else 'fields'}")
     if finding.fix:
         lines.append(f"    fix: {finding.fix}")
     return "\n".join(printable(line) for text in lines for line in text.split("\n"))

@@ -27,6 +27,27 @@ def children(node: Any) -> Iterator[tuple[str | int, Any]]:
         yield from enumerate(node)
 
 
+def paths_below(node: Any, keys: Keys = ()) -> Iterator[Keys]:
+    """The keys of every value inside `node`, which `keys` lead to."""
+    for key, value in children(node):
+        yield (*keys, key)
+        yield from paths_below(value, (*keys, key))
+
+
+def holds(node: Any, key: str | int) -> bool:
+    """Whether there is a value under `key` of a section or list."""
+    return (
+        key in node if isinstance(node, dict) else isinstance(key, int) and isinstance(node, list) and key < len(node)
+    )
+
+
+def unshared(node: Any) -> Any:
+    """A copy in which no section or list stands at two places, as those of an alias do: each can be changed alone."""
+    if isinstance(node, dict):
+        return {key: unshared(value) for key, value in node.items()}
+    return [unshared(value) for value in node] if isinstance(node, list) else node
+
+
 def at(node: Any, keys: Keys) -> Any:
     """The value that `keys` lead to."""
     for key in keys:

@@ -14,13 +14,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from roll_r3.config.report import Finding
-from roll_r3.config.tree import join
+from roll_r3.config.report import Finding, show_value
+from roll_r3.config.tree import join, unshared
 
 MAX_NODES = 20_000
 """Aliases are counted as often as they are used: what grows beyond this is a mistake or an attack."""
 MAX_DEPTH = 50
 MAX_DIGITS = 100
+MAX_PATH = 512
+"""Characters of a dotted path: it is kept for every value below it."""
 
 _TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null"))
 _INT = "tag:yaml.org,2002:int"
@@ -31,6 +33,8 @@ _FLOAT = re.compile(
     r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
+_NOT_WRITABLE = "holds half of a surrogate pair, which UTF-8 has no bytes for"
+_WRITE_LETTERS = r"write the letter itself, or \U and its eight digits"
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,7 +98,7 @@ def parse_yaml(text: str, file: str, path: str = "") -> Parsed:
         if node is None:
             return Parsed(None, {}, [])
         usable = walk.visit(node, path, ())
-        return Parsed(loader.construct_document(node) if usable else None, walk.places, walk.findings)
+        return Parsed(unshared(loader.construct_document(node)) if usable else None, walk.places, walk.findings)
     except _TooLargeError as error:
         return Parsed(None, {}, [_unreadable(f"{file} is too large: {error}")])
     except yaml.MarkedYAMLError as error:
@@ -148,6 +152,9 @@ class _Walk:
         elif node.tag == _INT and len(node.value) > MAX_DIGITS:
             self._wrong(node, path, f"a number of more than {MAX_DIGITS} digits", rule="bad-value")
             return False
+        elif isinstance(node, yaml.ScalarNode) and not is_writable(node.value):
+            self._wrong(node, path, f"this text {_NOT_WRITABLE}", _WRITE_LETTERS, rule="bad-value")
+            return False
         elif isinstance(node, yaml.MappingNode):
             node.value = list(self._usable_items(node, path, around))
         elif isinstance(node, yaml.SequenceNode):
@@ -177,9 +184,9 @@ class _Walk:
             if key.tag == "tag:yaml.org,2002:merge":
                 self._wrong(value, join(path, "<<"), "the merge key << is not read", "write ${section.field}")
                 continue
-            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                why = f"a key must be text; YAML reads this one, in line {key.start_mark.line + 1}, as something else"
-                self._wrong(key, path, why, "write it in quotes")
+            why, fix = _wrong_with_key(key, path)
+            if why:
+                self._wrong(key, path, why, fix)
                 continue
             inner, here = join(path, key.value), self._place(key)
             self.places[inner] = here
@@ -196,6 +203,28 @@ class _Walk:
     def _wrong(self, node: yaml.Node, path: str, why: str, fix: str = "", rule: str = "yaml") -> None:
         value = node.value if isinstance(node, yaml.ScalarNode) else "..."
         self.findings.append(Finding(rule, "error", ((path, value),) if path else (), why, fix))
+
+
+def _wrong_with_key(key: yaml.Node, path: str) -> tuple[str, str]:
+    """Why `key` is not read in the section at `path`, and what to write instead; empty when it is."""
+    line = f"in line {key.start_mark.line + 1}"
+    if not isinstance(key, yaml.ScalarNode) or key.tag != _Loader.DEFAULT_SCALAR_TAG:
+        return f"a key must be text; YAML reads this one, {line}, as something else", "write it in quotes"
+    shown = f"the key {show_value(key.value)!r}, {line},"
+    if not is_writable(key.value):
+        return f"{shown} {_NOT_WRITABLE}", _WRITE_LETTERS
+    if (length := len(join(path, key.value))) > MAX_PATH:
+        return f"{shown} makes a dotted path of {length:,} characters, at most {MAX_PATH} are read", "shorten the keys"
+    return "", ""
+
+
+def is_writable(text: str) -> bool:
+    """Whether `text` can be written to a file: UTF-8 has no half of a surrogate pair, which an escape can name."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain_tag(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from roll_r3.config.disk import read_at_most, why_no_file
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
-from roll_r3.models.architectures.base import Architecture
+from roll_r3.models.architectures.base import Architecture, whole_number, whole_number_or
 
 MAX_EXPERTS = 1 << 16
 """Routes hold an expert's number in at most 16 bits."""
@@ -81,27 +81,19 @@ def facts_of(config: Mapping[str, Any]) -> ModelFacts:
 
 def _facts(model_type: str, architecture: Architecture, config: Mapping[str, Any]) -> ModelFacts:
     name = next(name for name in architecture.num_experts if name in config)
-    num_layers, num_experts = _whole(config, "num_hidden_layers", _MAX_LAYERS), _whole(config, name, MAX_EXPERTS)
-    heads = _whole(config, "num_attention_heads")
+    num_layers = whole_number(config, "num_hidden_layers", most=_MAX_LAYERS)
+    num_experts = whole_number(config, name, most=MAX_EXPERTS)
+    heads = whole_number(config, "num_attention_heads")
     return ModelFacts(
         model_type=model_type,
         num_layers=num_layers,
         moe_layers=architecture.moe_layers(config),
         num_experts=num_experts,
-        top_k=_whole(config, "num_experts_per_tok", num_experts),
+        top_k=whole_number(config, "num_experts_per_tok", most=num_experts),
         num_attention_heads=heads,
-        num_key_value_heads=_whole(config, "num_key_value_heads") if "num_key_value_heads" in config else heads,
+        num_key_value_heads=whole_number_or(config, "num_key_value_heads", heads),
         latent_attention=architecture.latent_attention,
         expert_bias="mlp.router.expert_bias" in architecture.layer_names,
-        vocab_size=_whole(config, "vocab_size"),
-        context_length=_whole(config, "max_position_embeddings"),
+        vocab_size=whole_number(config, "vocab_size"),
+        context_length=whole_number(config, "max_position_embeddings"),
     )
-
-
-def _whole(config: Mapping[str, Any], name: str, most: int | None = None) -> int:
-    value = config[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} is {value}, at most {most} are possible")
-    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 from roll_r3.config.pipeline_layout import parse_pipeline_layout
+from roll_r3.config.report import show_value
 from roll_r3.config.strategies import MegatronConfig
 
 ChunkLayers = tuple[tuple[tuple[int, ...], ...], ...]
@@ -44,11 +45,13 @@ def _written_sizes(num_layers: int, text: str, stages: int, chunks: int) -> list
     written = [letters.count("t") for letters in parse_pipeline_layout(text)]
     if len(written) != stages * chunks:
         raise ValueError(
-            f"{field}: {text!r} has {len(written)} stages, which is not pipeline_model_parallel_size {stages} x "
-            f"virtual_pipeline_model_parallel_size {chunks}"
+            f"{field}: {show_value(text)!r} has {len(written)} stages, which is not pipeline_model_parallel_size "
+            f"{stages} x virtual_pipeline_model_parallel_size {chunks}"
         )
     if sum(written) != num_layers:
-        raise ValueError(f"{field}: {text!r} places {sum(written)} decoder layers, but the model has {num_layers}")
+        raise ValueError(
+            f"{field}: {show_value(text)!r} places {sum(written)} decoder layers, but the model has {num_layers}"
+        )
     return written
 
 

@@ -13,7 +13,7 @@ from enum import Enum
 from roll_r3.config.derived import MegatronWorker, expert_layout, layout
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
-from roll_r3.models.architectures.base import DENSE_MLP, RawConfig
+from roll_r3.models.architectures.base import DENSE_MLP, RawConfig, whole_number
 from roll_r3.models.facts import ModelFacts, facts_of
 from roll_r3.models.layer_map import chunk_layers
 
@@ -104,13 +104,13 @@ def _shape(config: RawConfig, facts: ModelFacts) -> Shape:
     """Raises KeyError for a field that is missing, ValueError for one that is no size."""
     architecture = ARCHITECTURES[facts.model_type]
     names = architecture.layer_names
-    hidden, ffn = _size(config, "hidden_size"), _size(config, "intermediate_size")
+    hidden, ffn = whole_number(config, "hidden_size"), whole_number(config, "intermediate_size")
     latent = None
     if architecture.latent_attention:
-        rotary = _size(config, "qk_rope_head_dim")
-        query_rank = None if config["q_lora_rank"] is None else _size(config, "q_lora_rank")
-        latent = Latent(query_rank, _size(config, "kv_lora_rank"), rotary)
-        key_dim, value_dim = _size(config, "qk_nope_head_dim") + rotary, _size(config, "v_head_dim")
+        rotary = whole_number(config, "qk_rope_head_dim")
+        query_rank = None if config["q_lora_rank"] is None else whole_number(config, "q_lora_rank")
+        latent = Latent(query_rank, whole_number(config, "kv_lora_rank"), rotary)
+        key_dim, value_dim = whole_number(config, "qk_nope_head_dim") + rotary, whole_number(config, "v_head_dim")
     else:
         key_dim = value_dim = _size_or(config, "head_dim", hidden // facts.num_attention_heads)
     expert_ffn = _size_or(config, "moe_intermediate_size", ffn)
@@ -139,16 +139,9 @@ def _shape(config: RawConfig, facts: ModelFacts) -> Shape:
     )
 
 
-def _size(config: RawConfig, name: str) -> int:
-    value = config[name]
-    if type(value) is not int or value < 1:  # a bool is no size
-        raise ValueError(f"{name} is {value!r}")
-    return value
-
-
 def _size_or(config: RawConfig, name: str, default: int) -> int:
     """The default where the field is missing, null or 0."""
-    return default if config.get(name) in (None, 0) else _size(config, name)
+    return default if config.get(name) in (None, 0) else whole_number(config, name)
 
 
 def _queries(shape: Shape) -> int:

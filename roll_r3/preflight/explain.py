@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import asdict
 
+from roll_r3.config.report import MAX_FINDINGS, MORE
 from roll_r3.config.rules.table import Example, Row
 from roll_r3.preflight.plan_findings import PLAN_FINDINGS
 from roll_r3.preflight.rules import ALL_RULES
@@ -22,6 +23,7 @@ _LOADING = {
     "unknown-field": "there is no such field",
     "missing-field": "a field without a default is not given",
     "bad-value": "a value is not of the field's type, or out of its bounds",
+    MORE: f"more than {MAX_FINDINGS} findings of a kind are not listed one by one",
     "roll-include": "an include that only ROLL could read; paste its content in its place",
     "roll-defaults": "what a file that was written for ROLL leaves out, where ROLL's defaults are not roll_r3's",
     "roll-translated": "a key of ROLL that roll_r3 writes in another way; it was translated",

@@ -277,17 +277,23 @@ def _role(config: RLVRConfig, name: str, worker: ModelWorker, size: ModelSize, n
         ranks=tuple(RankPlan(rank, devices[rank], place) for rank, place in enumerate(places)),
         stages=stages,
         groups=_groups(grid, devices, nodes, GROUPS if on_megatron else {"DP": GROUPS["DP"]}),
-        shards=tuple(
-            tuple(d for d, place in zip(devices, places, strict=True) if place.dp == shard) for shard in range(grid.dp)
-        ),
+        shards=_devices_by(devices, [place.dp for place in places]),
         passes=passes,
     )
+
+
+def _devices_by(devices: Devices, numbers: Sequence[int]) -> tuple[Devices, ...]:
+    """The devices of each number from 0 on, in rank order; `numbers` are those of the ranks, none left out."""
+    found: list[list[int]] = [[] for _ in range(max(numbers) + 1)]
+    for device, number in zip(devices, numbers, strict=True):
+        found[number].append(device)
+    return tuple(map(tuple, found))
 
 
 def _stages(
     config: RLVRConfig, name: str, worker: MegatronWorker, size: ModelSize, passes: Passes
 ) -> tuple[StagePlan, ...]:
-    places, devices = Grid.of(worker).places(), worker.device_mapping
+    on = _devices_by(worker.device_mapping, [place.pp for place in Grid.of(worker).places()])
     try:
         held = held_parameters(size, worker)
     except ValueError as error:
@@ -298,7 +304,7 @@ def _stages(
         memory = stage_memory(worker, size.shape, held, stage, passes, entropy_gradient=config.entropy_loss_coef > 0)
         stages.append(
             StagePlan(
-                devices=tuple(d for d, place in zip(devices, places, strict=True) if place.pp == stage),
+                devices=on[stage],
                 chunks=tuple(
                     ChunkPlan(
                         layers=chunk.layers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from roll_r3.config.derived import server, values_at, workers
 from roll_r3.config.pipeline import RLVRConfig
@@ -61,14 +62,14 @@ def _engines_out_of_reach(config: RLVRConfig, plan: Plan) -> Iterator[Finding]:
 
 def _unnamed_devices(config: RLVRConfig, plan: Plan) -> Iterator[Finding]:
     named = {device for worker in workers(config).values() for device in worker.device_mapping}
-    unnamed = [device for device in range(plan.devices) if device not in named]
-    if unnamed:
+    if unnamed := plan.devices - len(named):
+        first = tuple(islice((device for device in range(plan.devices) if device not in named), _SHOWN))
         yield _finding(
             config,
             "devices-unnamed",
             "warning",
             tuple(f"{role}.device_mapping" for role in workers(config)),
-            f"of {plan.devices:,} devices nobody uses {_listed(unnamed)}",
+            f"of {plan.devices:,} devices nobody uses {_listed(first, unnamed)}",
             "number the devices without gaps",
         )
 
@@ -80,6 +81,8 @@ def _finding(
     return Finding(rule, severity, found, f"{PLAN_FINDINGS[rule]}: {detail}", fix)
 
 
-def _listed(numbers: list[int] | tuple[int, ...]) -> str:
-    more = f" and {len(numbers) - _SHOWN:,} more" if len(numbers) > _SHOWN else ""
+def _listed(numbers: list[int] | tuple[int, ...], count: int | None = None) -> str:
+    """The first few of `count` numbers; None: of as many as are given."""
+    left = (len(numbers) if count is None else count) - _SHOWN
+    more = f" and {left:,} more" if left > 0 else ""
     return ", ".join(map(str, numbers[:_SHOWN])) + more

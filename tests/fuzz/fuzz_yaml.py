@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 from fuzz_harness import HOSTILE, Verdict, Wrong, mutated
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from roll_r3.config.explain import fields_at
 from roll_r3.config.load import load_text
 from roll_r3.config.rules.example import MINIMAL
+from roll_r3.config.rules.paths import ENGINE, PP, TRAIN
 from roll_r3.run import main
 
 QUICKSTART = (Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_bytes()
@@ -46,18 +49,91 @@ LINES = [
     "a: &a [x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c,*c,*c]",
     "b0: x\n" + "".join(f"b{i}: ${{b{i - 1}}}${{b{i - 1}}}\n" for i in range(1, 40)), "x: ${y}\ny: ${x}", "\t- a",
     "k" * 5000 + ": 1", "".join(" " * i + "a:\n" for i in range(80)), "custom: {" + "a: {" * 60 + "}" * 61,
-    "a: [" + "1," * 30_000 + "]",
+    "a: [" + "1," * 30_000 + "]", '"\\ud800": 1', 'rewards: {"\\ud800": {}}',
+    "? " + "k" * 300_000 + "\n: [" + "0," * 5000 + "]",
+    'rewards: {r: {reward: math, kwargs: {"\\udc80": 1}}}', "rewards: {a: &a {reward: math}, b: *a}", "'*': 1", "'': 1",
 ]  # fmt: skip
 OVERRIDES = [
     "", "=", "a", "=1", ".=1", "a..b=1", "actor_train.device_mapping.0=3",
     "actor_train.device_mapping." + "9" * 5000 + "=1", "a." * 3000 + "b=1",
     "seed=!!python/object/apply:os.mkdir [touched]", "seed=${seed}", "exp_name=../../x", "seed = 1", "seed=\0",
     "exp_name=\udcff", "actor_train=null", "actor_train.strategy_args.strategy_config.a.b.c=1", "seed=" + "[" * 900,
+    "\udc80=1", "rewards.\udc80={}", "k" * 5000 + "=1",
 ]  # fmt: skip
+LAYOUTS = [
+    "Et*99999999999L", "Et*900000000L", "E(t*9999)*9999L", "Et*(2)*5000L", "(" * 60_000, "Et*24|t*24L", "Et*48L",
+    "Et*0L", "E" + "|" * 3000 + "L", "Et*24,(|t)*24L", "t*24|t*24", "\u0665" * 9,
+]  # fmt: skip
+DEVICES = [
+    "range(50000) + range(50000)", "list(range(0,100000)) + " * 3000 + "[1]", "range(" + "9" * 50 + ")", "range(0)",
+    "range(9, 0, -1)", "range(0, 9, -1)", "[1" + " " * 40_000, "[4611686018427387904]", "[65535]", "65536", "[0] + [0]",
+    "range(512)", "range(1000000)", "[0, 2, 4000]", "[-1]", "4", "range(0, 65536, 65535)",
+]  # fmt: skip
+LARGE = [
+    "x: [" + "true," * 19_000 + "]", "".join(f"k{i}: 1\n" for i in range(9000)),
+    "".join(f"k{i}: ${{z}}\n" for i in range(9000)), "seed: 1\n" * 9000, "x: [" + ".inf," * 19_000 + "]",
+    "rewards: {" + ",".join(f"r{i}: {{reward: no}}" for i in range(4500)) + "}",
+    "rewards: {" + ",".join(f"r{i}: {{worker_cls: a.MathRuleRewardWorker}}" for i in range(4500)) + "}",
+    "actor_train: {device_mapping: [" + "9223372036854775807," * 9000 + "]}",
+]  # fmt: skip
+ALIASES = """\
+rewards:
+  a: &a {reward: math, tag_included: [a]}
+  b: *a
+"""
+Action = Literal["--print-config", "--validate-only", "--plan", "--plan --format json"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One input."""
+
+    text: bytes
+    overrides: tuple[str, ...]
+    action: Action
+    said: tuple[tuple[str, object], ...] = ()
+    """Dotted path -> the value that must stand there if it is taken."""
 
 
 @st.composite
-def _files(draw: st.DrawFn) -> tuple[bytes, tuple[str, ...]]:
+def _files(draw: st.DrawFn) -> Drawn:
+    action: Action = draw(st.sampled_from(list(get_args(Action))))
+    # what is large takes a second or two
+    kind = draw(st.sampled_from(["hostile"] * 72 + ["aimed"] * 18 + ["aliased"] * 9 + ["large"]))
+    if kind == "aimed":
+        return Drawn(MINIMAL.encode(), draw(_aimed()), action)
+    if kind == "aliased":
+        return draw(_aliased())
+    if kind == "large":
+        return Drawn(f"{MINIMAL}{draw(st.sampled_from(LARGE))}\n".encode(), (), action)
+    text, overrides = draw(_hostile())
+    return Drawn(text, overrides, action)
+
+
+@st.composite
+def _aimed(draw: st.DrawFn) -> tuple[str, ...]:
+    """What names devices and layers, where it is read."""
+    role = draw(st.sampled_from(["actor_train", "actor_infer"]))
+    overrides = [f"{role}.device_mapping={draw(st.sampled_from(DEVICES))}"]
+    if draw(st.booleans()):
+        overrides.append(f"{TRAIN}.pipeline_model_parallel_layout={draw(st.sampled_from(LAYOUTS))}")
+        overrides += draw(st.sampled_from([[], ["actor_train.device_mapping=range(2)", f"actor_train.{PP}=2"]]))
+    return (*overrides, *draw(st.sampled_from([(), ("rollout_batch_size=4096", f"{ENGINE}.host=0.0.0.0")])))
+
+
+@st.composite
+def _aliased(draw: st.DrawFn) -> Drawn:
+    """An override of what an anchor or an alias stands for changes that one alone."""
+    changed, other = draw(st.permutations(["a", "b"]))
+    number = draw(st.integers(2, 9))
+    tagged = ("actor_train.data_args.file_name=x.jsonl", "actor_train.data_args.domain=tag")
+    overrides = (*tagged, f"rewards.{changed}.timeout={number}", f"rewards.{changed}.tag_included.0=c")
+    said = ((f"rewards.{changed}.timeout", number), (f"rewards.{other}.tag_included", ["a"]))
+    return Drawn((MINIMAL + ALIASES).encode(), overrides, "--print-config", said)
+
+
+@st.composite
+def _hostile(draw: st.DrawFn) -> tuple[bytes, tuple[str, ...]]:
     text = draw(st.sampled_from([MINIMAL.encode(), QUICKSTART]))
     kind = draw(st.sampled_from(["planted", "planted", "lines", "mutated", "overridden", "as it is"]))
     overrides: list[str] = []
@@ -127,22 +203,49 @@ class Yaml:
     def inputs(self) -> st.SearchStrategy[Any]:
         return _files()
 
-    def judge(self, value: tuple[bytes, tuple[str, ...]]) -> Verdict:
-        text, overrides = value
-        self._file.write_bytes(text)
-        arguments = ["--config", str(self._file), "--elsewhere", "--print-config", "--", *overrides]
+    def judge(self, value: Drawn) -> Verdict:
+        self._file.write_bytes(value.text)
+        arguments = ["--config", str(self._file), "--elsewhere", *value.action.split(), "--", *value.overrides]
         status, out, err = call(main, arguments)
-        check_said(status, err)
+        # values are whole in JSON, which people do not read
+        check_said(status, out[:MESSAGE] if status and value.action.endswith("json") else err)
+        (out + err).encode()
         if os.listdir(self._folder.name) != [self._file.name]:
             raise Wrong("something was made by reading")
         if status:
+            if value.said:
+                raise Wrong(f"refused, and is right: {err[:500]}")
             return "refused"
+        if value.action == "--print-config":
+            self._check_printed(value, out)
+        elif value.action.endswith("json"):
+            self._check_plan(json.loads(out))
+        elif value.action == "--validate-only" and not out.startswith("valid: "):
+            raise Wrong(f"valid, and says {out[:100]!r}")
+        return "taken"
+
+    def _check_printed(self, value: Drawn, out: str) -> None:
         again = load_text(out, "printed.yaml")
         if again.findings:
             raise Wrong(f"taken, but what is printed is not: {again.findings[0].why}")
-        if not overrides:
-            self._compare(text, yaml.safe_load(out))
-        return "taken"
+        printed = yaml.safe_load(out)
+        for path, expected in value.said:
+            found = printed
+            for key in path.split("."):
+                found = found[key]
+            if found != expected:
+                raise Wrong(f"{path} is {found!r}, not {expected!r}")
+        if not value.overrides:
+            self._compare(value.text, printed)
+
+    def _check_plan(self, plan: dict[str, Any]) -> None:
+        """Every device is within the plan, and every layer of the model on one stage."""
+        used = [device for part in (*plan["roles"], *plan["engines"]) for device in part["devices"]]
+        if min(used) < 0 or plan["devices"] != max(used) + 1:
+            raise Wrong(f"a plan of {plan['devices']} devices uses {min(used)} to {max(used)}")
+        layers = [n for stage in plan["roles"][0]["stages"] for chunk in stage["chunks"] for n in chunk["layers"]]
+        if layers and sorted(layers) != list(range(plan["model"]["num_layers"])):
+            raise Wrong(f"a plan places layers {layers}")
 
     def _compare(self, text: bytes, printed: dict[str, Any]) -> None:
         """Plain values that PyYAML alone reads in the file are those of the configuration."""

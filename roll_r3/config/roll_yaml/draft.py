@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from roll_r3.config.report import ABSENT, Finding, show_value
-from roll_r3.config.tree import Keys, dotted
+from roll_r3.config.tree import Keys, dotted, paths_below, unshared
 
 ROLES = ("actor_train", "actor_infer", "reference")
 SIGNS = ("rewards.*.worker_cls", "actor_train.data_args.domain_interleave_probs")
@@ -109,12 +109,13 @@ class Draft:
             if node.get(key) is None:
                 node[key] = {}
             node = node[key]
-        node[last] = value
+        node[last] = unshared(value)  # the same may be put at several places, and be taken out of one
         old, new = dotted(as_keys(origin)), dotted(as_keys(path))
         if origin == ROLLS_DEFAULT:
             self.places[new] = ROLLS_DEFAULT
-        for place in [p for p in self.places if p == old or p.startswith(f"{old}.")]:
-            self.places[new + place[len(old) :]] = self.places[place]
+        for below in ((), *paths_below(value)):
+            if (place := dotted((old, *below))) in self.places:
+                self.places[dotted((new, *below))] = self.places[place]
 
     def fits(self, path: str | Keys) -> bool:
         """Whether a value could stand at a path: no section around it is anything else than a section."""

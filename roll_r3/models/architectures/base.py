@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from roll_r3.config.report import show_value
+
 HfConfig = Any
 """The `transformers` configuration of a checkpoint, with its defaults filled in."""
 RawConfig = Mapping[str, Any]
@@ -99,6 +101,41 @@ TINY: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 """What tiny models have in common: about half a million parameters."""
+
+
+MAX_SIZE = 1 << 40
+"""Largest number that is read of a config.json: far beyond any model, and products of them are still no infinity."""
+
+
+def whole_number(config: RawConfig, name: str, *, least: int = 1, most: int = MAX_SIZE) -> int:
+    """A number of a config.json. Raises KeyError where it is missing, ValueError where it is none, or out of bounds."""
+    value = config[name]
+    if type(value) is not int or value < least:  # a bool is no number
+        raise ValueError(f"{name} is {_shown(value)}")
+    if value > most:
+        raise ValueError(f"{name} is {_shown(value)}, at most {most} are possible")
+    return value
+
+
+def whole_number_or(config: RawConfig, name: str, default: int, *, least: int = 1) -> int:
+    """As `whole_number`; the default where the field is missing."""
+    return whole_number(config, name, least=least) if name in config else default
+
+
+def layer_numbers(config: RawConfig, name: str) -> frozenset[int]:
+    """The layers that a list of a config.json names; none where it is missing or null. Raises ValueError for what is no
+    list of numbers from 0 on."""
+    value = config.get(name)
+    if value is None:
+        return frozenset()
+    if not isinstance(value, list) or any(type(layer) is not int or layer < 0 for layer in value):
+        raise ValueError(f"{name} is {_shown(value)}, which is no list of layers")
+    return frozenset(value)
+
+
+def _shown(value: object) -> str:
+    """A value as JSON has it, cut: a text in quotation marks, which are what is wrong with many a number."""
+    return f'"{show_value(value)}"' if isinstance(value, str) else show_value(value)
 
 
 def all_layers(config: RawConfig) -> tuple[int, ...]:

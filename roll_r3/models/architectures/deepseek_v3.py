@@ -19,11 +19,13 @@ from roll_r3.models.architectures.base import (
     refuse,
     rope_settings,
     shared_expert,
+    whole_number_or,
 )
 
 
 def _moe_layers(config: RawConfig) -> tuple[int, ...]:
-    first, freq = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
+    first = whole_number_or(config, "first_k_dense_replace", 0, least=0)
+    freq = whole_number_or(config, "moe_layer_freq", 1)
     return tuple(i for i in all_layers(config) if i >= first and i % freq == 0)
 
 

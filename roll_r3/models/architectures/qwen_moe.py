@@ -15,14 +15,16 @@ from roll_r3.models.architectures.base import (
     HfConfig,
     RawConfig,
     all_layers,
+    layer_numbers,
     refuse,
     shared_expert,
     softmax_router,
+    whole_number_or,
 )
 
 
 def _moe_layers(config: RawConfig) -> tuple[int, ...]:
-    step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+    step, dense = whole_number_or(config, "decoder_sparse_step", 1), layer_numbers(config, "mlp_only_layers")
     return tuple(i for i in all_layers(config) if i not in dense and (i + 1) % step == 0)
 
 

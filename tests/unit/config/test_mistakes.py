@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from roll_r3.config.explain import PATTERNS
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import ABSENT, InvalidConfigError
+from roll_r3.config.report import (
+    ABSENT,
+    MAX_FINDINGS,
+    MORE,
+    Finding,
+    InvalidConfigError,
+    Origins,
+    as_json,
+    limited,
+    render,
+)
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE
 from tests.unit.config.conftest import findings_of, only
@@ -144,3 +155,56 @@ def test_a_replay_mode_that_yaml_reads_as_true_is_explained(load_text, written):
     finding = only(load_text, text)
     assert "YAML reads on/yes/true as the boolean True" in finding.why
     assert "R2 or R3" in finding.why
+
+
+MANY = MAX_FINDINGS + 50
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("text", "rule", "count"),
+    [
+        ("".join(f"k{i}: 1\n" for i in range(9000)), "unknown-field", 9000),
+        ("".join(f"k{i}: ${{z}}\n" for i in range(9000)), "interpolation", 9000),
+        ("seed: 1\n" * 9000, "duplicate-key", 8999),
+        ("x: [" + "!x 1," * 9000 + "]\n", "yaml-tag", 9000),
+        ("x: [" + ".inf," * 9000 + "]\n", "bad-value", 9000),
+        ("defaults: [" + "a," * 9000 + "]\n", "roll-include", 9000),
+        ("rewards: {" + ",".join(f"r{i}: {{}}" for i in range(9000)) + "}\n", "missing-field", 9000),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 30 else "",
+)
+def test_of_thousands_of_mistakes_the_first_are_told_and_all_are_counted(load_text, text, rule, count):
+    with pytest.raises(InvalidConfigError) as caught:
+        load_text(MINIMAL + text)
+    *told, last = caught.value.findings
+    assert [finding.rule for finding in told] == [rule] * MAX_FINDINGS
+    assert (last.rule, last.severity, last.count) == (MORE, "error", count - MAX_FINDINGS)
+    assert f"{count - MAX_FINDINGS:,} more errors are not listed" in str(caught.value)
+    assert str(caught.value).endswith(f"{count:,} errors")
+    assert len(str(caught.value)) < 200_000
+    assert json.loads(json.dumps(as_json(caught.value.findings, caught.value.origins)))[-1]["severity"] == "error"
+
+
+@pytest.mark.timeout(20)
+def test_a_long_list_of_booleans_is_gone_through_once(load_text):
+    assert only(load_text, f"{MINIMAL}x: [{'true,' * 19_000}]\n").rule == "unknown-field"
+
+
+def test_limited_keeps_the_order_and_counts_each_severity():
+    findings = [Finding(f"r{i}", "note" if i % 2 else "error", (), "why") for i in range(2 * MANY)]
+    kept = limited(findings)
+    assert kept[:-2] == tuple(findings[: 2 * MAX_FINDINGS])
+    assert [(f.severity, f.count) for f in kept[-2:]] == [("error", 50), ("note", 50)]
+    assert limited(kept) == kept
+    assert limited(findings[:10]) == tuple(findings[:10])
+    assert render(kept, Origins("x")).endswith(f"x: {MANY} errors and {MANY} notes")
+
+
+def test_of_a_finding_with_many_fields_people_see_the_first():
+    finding = Finding("r", "error", tuple((f"a.{i}", i) for i in range(50)), "why", "fix")
+    text = render([finding], Origins("x"))
+    assert "a.19 = 19" in text
+    assert "a.20" not in text
+    assert "and 30 more fields\n    fix: fix" in text
+    assert len(as_json([finding], Origins("x"))[0]["fields"]) == 50

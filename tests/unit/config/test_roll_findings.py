@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from roll_r3.config.report import Origins, render
 from roll_r3.config.roll_yaml import translate
+from roll_r3.config.roll_yaml.draft import Draft
 from tests.unit.config.from_roll import ENGINE, MATH, of_roll
 
 
@@ -12,6 +13,17 @@ def test_every_note_names_one_key_and_what_it_became():
     (note,) = [f for f in findings if f.path == "dual_clip_loss"]
     assert (note.severity, note.found, note.fix) == ("note", (("dual_clip_loss", True),), "dual_clip_loss: 1.4")
     assert all(len(f.found) == 1 for f in findings if f.rule == "roll-translated")
+
+
+def test_a_value_that_is_put_at_two_places_can_be_changed_in_one():
+    draft = Draft({"old": {"a": [1]}}, {"old": "x:1", "old.a": "x:2", "older": "x:3"})
+    for place in ("new", "other"):
+        draft.put(place, draft.get("old"), "old")
+    draft.get("new")["a"].append(2)
+    assert draft.data == {"old": {"a": [1]}, "new": {"a": [1, 2]}, "other": {"a": [1]}}
+    assert draft.places == {
+        "old": "x:1", "old.a": "x:2", "older": "x:3", "new": "x:1", "new.a": "x:2", "other": "x:1", "other.a": "x:2"
+    }  # fmt: skip
 
 
 def test_places_follow_their_values():

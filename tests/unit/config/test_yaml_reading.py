@@ -6,7 +6,7 @@ import pytest
 
 from roll_r3.config.report import InvalidConfigError
 from roll_r3.config.rules.example import MINIMAL
-from roll_r3.config.yaml_file import MAX_NODES
+from roll_r3.config.yaml_file import MAX_NODES, MAX_PATH, to_yaml
 from tests.unit.config.conftest import findings_of, only
 
 
@@ -101,3 +101,58 @@ def test_numbers_in_scientific_notation_and_dates(load_text):
     assert config.max_steps == 1000
     assert config.output_dir == "2026-01-02"
     assert config.pg_clip == 0.2
+
+
+@pytest.mark.parametrize(
+    "text", ['"\\ud800": 1', 'rewards: {"\\ud800": {}}', 'rewards: {r: {reward: math, kwargs: {"\\udfff": 1}}}']
+)
+def test_a_key_that_no_file_can_hold_is_refused_with_its_line(load_text, text):
+    finding = only(load_text, f"{MINIMAL}{text}\n")
+    assert f"line {MINIMAL.count(chr(10)) + 1}, holds half of a surrogate pair" in finding.why
+    finding.why.encode()
+
+
+@pytest.mark.parametrize("text", ['"a\\ud800"', '["\\ud83d\\ude00"]', '{a: {b: "\\udc80"}}'])
+def test_a_text_that_no_file_can_hold_is_refused(load_text, text):
+    rewards = f"rewards={{r: {{reward: math, kwargs: {{x: {text}}}}}}}"
+    finding = only(load_text, MINIMAL, rewards)
+    assert finding.path.startswith("rewards.r.kwargs.x")
+    assert "holds half of a surrogate pair" in finding.why
+
+
+@pytest.mark.parametrize("override", ["\udc80=1", "rewards.\udc80={}", "exp_name=\udcff"])
+def test_an_override_that_is_not_utf_8_is_refused(load_text, override):
+    finding = only(load_text, MINIMAL, override)
+    assert "is not UTF-8" in finding.why
+    finding.why.encode()
+
+
+def test_a_letter_beyond_16_bits_is_printed_and_read_back(load_text):
+    config = load_text(MINIMAL + 'rewards: {r: {reward: math, kwargs: {"\\U0001F600": "\\U0001F600"}}}\n').config
+    assert load_text(to_yaml(config).encode().decode()).config == config
+
+
+@pytest.mark.timeout(20)
+def test_a_long_path_is_not_kept_for_every_value_below_it(load_text):
+    finding = only(load_text, f"{MINIMAL}? {'k' * 900_000}\n: [{'0,' * 15_000}]\n")
+    assert f"at most {MAX_PATH}" in finding.why
+    assert len(finding.why) < 300
+    key = "k" * (MAX_PATH - len("rewards.r.kwargs."))
+    rewards = f"rewards: {{r: {{reward: math, kwargs: {{{key}%s: 1}}}}}}"
+    assert load_text(f"{MINIMAL}{rewards % ''}\n").config.rewards["r"].kwargs == {key: 1}
+    assert f"{MAX_PATH + 1} characters" in only(load_text, f"{MINIMAL}{rewards % 'k'}\n").why
+    assert "is not an override" in only(load_text, MINIMAL, f"{'k' * (MAX_PATH + 1)}=1").why
+
+
+def test_what_an_alias_stands_for_is_changed_in_one_place_alone(load_text):
+    text = "rewards:\n  a: &a {reward: math, tag_included: &t [x, y]}\n  b: *a\n  c: {reward: math, tag_included: *t}\n"
+    config = load_text(MINIMAL + text, "rewards.a.tag_included.0=z", "rewards.b.timeout=7").config
+    assert [config.rewards[name].tag_included for name in "abc"] == [("z", "y"), ("x", "y"), ("x", "y")]
+    assert [config.rewards[name].timeout == 7 for name in "abc"] == [False, True, False]
+    made = load_text(MINIMAL, "rewards={a: &a {reward: math, kwargs: {x: 1}}, b: *a}", "rewards.a.kwargs.x=2").config
+    assert [made.rewards[name].kwargs["x"] for name in "ab"] == [2, 1]
+
+
+def test_what_is_wrong_at_an_alias_is_named_at_each_place(load_text):
+    text = MINIMAL + "rewards:\n  a: &a {reward: math, kwargs: {x: '${nowhere}'}}\n  b: *a\n"
+    assert [finding.path for finding in findings_of(load_text, text)] == ["rewards.a.kwargs.x", "rewards.b.kwargs.x"]

@@ -21,6 +21,7 @@ BASE = {
     "vocab_size": 10,
     "max_position_embeddings": 64,
 }
+DEEPSEEK = {"model_type": "deepseek_v3", "n_routed_experts": 8}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,7 @@ BASE = {
     [
         ({"model_type": "qwen3_moe", "num_experts": 8}, (0, 1, 2, 3, 4, 5)),
         ({"model_type": "qwen3_moe", "num_local_experts": 8, "mlp_only_layers": [0, 3]}, (1, 2, 4, 5)),
+        ({"model_type": "qwen3_moe", "num_experts": 8, "mlp_only_layers": None}, (0, 1, 2, 3, 4, 5)),
         ({"model_type": "qwen2_moe", "num_experts": 8, "decoder_sparse_step": 2}, (1, 3, 5)),
         ({"model_type": "deepseek_v3", "n_routed_experts": 8, "first_k_dense_replace": 2}, (2, 3, 4, 5)),
         ({"model_type": "deepseek_v3", "n_routed_experts": 8, "first_k_dense_replace": 1, "moe_layer_freq": 2}, (2, 4)),
@@ -66,16 +68,28 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": None}, "num_hidden_layers is None"),
-        ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is null"),
+        ({"vocab_size": "many"}, 'vocab_size is "many"'),
         ({"num_experts": 0}, "num_experts is 0"),
-        ({"mlp_only_layers": 3}, "cannot be read"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers is 3, which is no list"),
+        ({"mlp_only_layers": "xxx"}, 'mlp_only_layers is "xxx", which is no list'),
+        ({"mlp_only_layers": {"1": 1}}, "which is no list"),
+        ({"mlp_only_layers": [1, "2"]}, "which is no list"),
+        ({"mlp_only_layers": [True]}, "which is no list"),
+        ({"mlp_only_layers": [-1]}, "which is no list"),
+        ({"mlp_only_layers": ""}, "which is no list"),
+        ({"decoder_sparse_step": 1.5}, "decoder_sparse_step is 1.5"),
+        ({"decoder_sparse_step": -1}, "decoder_sparse_step is -1"),
+        (DEEPSEEK | {"moe_layer_freq": [1]}, r"moe_layer_freq is \[1\]"),
+        (DEEPSEEK | {"first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
+        (DEEPSEEK | {"first_k_dense_replace": True}, "first_k_dense_replace is true"),
+        *(({name: 10**400}, f"{name} is 10+[.]{{3}}, at most") for name in BASE),
         ({"decoder_sparse_step": 0}, "cannot be read"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is true"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, at most 8"),
         ({"num_experts": 100_000}, "num_experts is 100000, at most 65536"),
-        ({"model_type": "deepseek_v3", "n_routed_experts": 8, "moe_layer_freq": 0}, "cannot be read"),
+        (DEEPSEEK | {"moe_layer_freq": 0}, "cannot be read"),
     ],
 )
 def test_a_config_json_with_odd_values_is_refused(change, message):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from roll_r3.config.pipeline_layout import parse_pipeline_layout
+from roll_r3.config.pipeline_layout import MAX_LETTERS, MAX_TEXT, parse_pipeline_layout
 from roll_r3.config.strategies import MegatronConfig
 from roll_r3.models.layer_map import ChunkLayers, chunk_layers
 
@@ -196,3 +196,28 @@ def test_layout_texts_are_read_as_megatron_reads_them(text, stages):
 def test_a_layout_text_that_megatron_refuses_is_refused(text):
     with pytest.raises(ValueError, match="pipeline_model_parallel_layout"):
         MegatronConfig(pipeline_model_parallel_size=2, pipeline_model_parallel_layout=text)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Et*99999999999L", "stands for more than"),
+        (f"Et*{MAX_LETTERS}L", "stands for more than"),
+        ("E(t*9)*9999L", "stands for more than"),
+        ("Et*(2)*5000L", "stands for more than"),
+        ("Et" + "*9" * 2000 + "L", "holds"),
+        ("(" * 60_000, "characters long"),
+        ("(" * MAX_TEXT, "holds"),
+        ("".join(map(chr, range(0x4E00, 0x5C00))), "holds"),
+    ],
+    ids=["digits", "one too many", "groups", "digits that are made", "stars", "long", "brackets", "letters"],
+)
+def test_a_layout_text_that_grows_or_is_long_is_refused_before_it_does(text, said):
+    with pytest.raises(ValueError, match=said) as refused:
+        parse_pipeline_layout(text)
+    assert len(str(refused.value)) < 400
+
+
+def test_a_layout_may_have_as_many_letters_as_are_allowed():
+    assert parse_pipeline_layout(f"Et*{MAX_LETTERS - 10}L") == ("E" + "t" * (MAX_LETTERS - 10) + "L",)

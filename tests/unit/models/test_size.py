@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from roll_r3.config.workers import ActorTrainConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
-from roll_r3.models.architectures.base import TINY
+from roll_r3.models.architectures.base import MAX_SIZE, TINY
 from roll_r3.models.known import known_config, known_configs
 from roll_r3.models.size import _SIZES, Split, held_parameters, model_size, shape_problem, width_problems
 
@@ -153,6 +153,8 @@ MISSING = object()
         (V3, "qk_rope_head_dim", None),
         (V3, "v_head_dim", 1.5),
         (V3, "n_shared_experts", "one"),
+        *((QWEN, name, 10**400) for name in ("hidden_size", "intermediate_size", "head_dim", "moe_intermediate_size")),
+        *((V3, name, MAX_SIZE + 1) for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim")),
     ],
 )
 def test_a_field_that_is_missing_or_no_size_is_named(name, field, value):
@@ -162,6 +164,7 @@ def test_a_field_that_is_missing_or_no_size_is_named(name, field, value):
     problem = shape_problem(config)
     assert problem.startswith(f"this config.json of a {config['model_type']} ")
     assert f" {field}" in problem
+    assert len(problem) < 200
     with pytest.raises(ConfigError, match=field):
         model_size(config)
 

@@ -16,7 +16,7 @@ from roll_r3.batch.routes import RoutedExperts, route_dtype
 from roll_r3.config.load import load
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
-from roll_r3.models.architectures.base import RawConfig
+from roll_r3.models.architectures.base import MAX_SIZE, RawConfig
 from roll_r3.models.known import known_config
 from roll_r3.models.size import model_size
 from roll_r3.preflight.check import check
@@ -324,6 +324,17 @@ def test_a_model_that_does_not_split_is_named_with_its_role():
         ConfigError, match=r"^actor_train.strategy_args.strategy_config: the width of a dense layer, 126"
     ):
         make_plan(config(layout, 4), models({**TINY, "intermediate_size": 126}), devices_per_node=8)
+
+
+def test_the_largest_sizes_can_be_planned_and_read():
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim")
+    raw = {**TINY, **dict.fromkeys((*sizes, "num_attention_heads", "num_key_value_heads"), MAX_SIZE)}
+    largest = make_plan(config({}, 4), models({**raw, "num_hidden_layers": 1000}), devices_per_node=8)
+    assert " B parameters" in render_plan(largest)
+    json.dumps(plan_json(largest), allow_nan=False)
+    for name in sizes:
+        with pytest.raises(ConfigError, match=f"{name} is 10+[.][.][.], at most"):
+            make_plan(config({}, 4), models({**TINY, name: 10**400}), devices_per_node=8)
 
 
 def test_json_is_plain_and_whole():

@@ -9,6 +9,7 @@ import pytest
 
 from roll_r3 import run
 from roll_r3.cluster import groups
+from roll_r3.config.devices import MAX_DEVICES
 from roll_r3.config.load import load
 from roll_r3.config.report import Finding
 from roll_r3.config.rules.example import MINIMAL
@@ -78,6 +79,18 @@ def test_devices_that_are_reserved_and_not_used_are_a_warning(minimal):
     assert (finding.rule, finding.severity) == ("devices-unnamed", "warning")
     assert finding.why.endswith("of 21 devices nobody uses 1, 2, 3, 4, 5, 6, 7, 8 and 11 more")
     assert [path for path, _ in finding.found] == ["actor_train.device_mapping", "actor_infer.device_mapping"]
+
+
+@pytest.mark.timeout(30)
+def test_a_large_cluster_is_planned(minimal):
+    """Ranks are gone through once, not once for each shard of the data."""
+    overrides = (f"{HOST}=0.0.0.0", *(f"{role}.device_mapping=range(20000)" for role in ("actor_train", "actor_infer")))
+    assert found(minimal, *overrides, "rollout_batch_size=20000") == []
+
+
+def test_a_device_far_beyond_the_others_is_a_warning(minimal):
+    (finding,) = found(minimal, f"actor_infer.device_mapping=[{MAX_DEVICES - 1}]", f"{HOST}=0.0.0.0")
+    assert finding.why.endswith(f"nobody uses 1, 2, 3, 4, 5, 6, 7, 8 and {MAX_DEVICES - 10:,} more")
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*gpu*.yaml")), ids=lambda path: path.stem)
