@@ -48,7 +48,7 @@ def start(where: Path, checkpoint: Path, trainer: str, *more: str) -> Run:
     return Run(where, checkpoint, *IN_PROCESS, name, *more, config="quickstart_engines")
 
 
-@pytest.fixture(scope="module", params=["megatron_train", "fsdp2_train"])
+@pytest.fixture(scope="module", params=["megatron_train", pytest.param("fsdp2_train", marks=pytest.mark.long)])
 def whole(request, tmp_path_factory, checkpoint) -> tuple[str, Run]:
     """A run that nothing stopped."""
     return request.param, finished(

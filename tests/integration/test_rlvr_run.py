@@ -89,7 +89,7 @@ def test_no_process_is_left(finished):
             "{tensor_model_parallel_size: 2, expert_model_parallel_size: 2, moe_router_bias_update_rate: 0.001}",
             3 * 4,
         ),
-        ("moonlight", "{context_parallel_size: 2}", 3 * 3),
+        pytest.param("moonlight", "{context_parallel_size: 2}", 3 * 3, marks=pytest.mark.long),
     ],
 )
 def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path, model, layout, bytes_per_token):
