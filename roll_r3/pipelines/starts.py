@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.placement import place, ray_cluster
@@ -18,7 +18,7 @@ from roll_r3.pipelines.checkpoints import Checkpoints
 from roll_r3.pipelines.leaving import Leave, Leaving
 from roll_r3.pipelines.recovery import Recoveries
 from roll_r3.pipelines.resume import ResumePoint, data_of, newest_point, put_back
-from roll_r3.pipelines.rlvr import RLVRPipeline, ScoredSample
+from roll_r3.pipelines.rlvr import Experience, RLVRPipeline, ScoredSample
 from roll_r3.rewards.scoring import Rewards
 from roll_r3.saving.state import TRAINER
 from roll_r3.tracking.metric_log import MetricLog, last_step
@@ -137,19 +137,8 @@ class Starts:
                     for step in range(done + 1, self._config.max_steps + 1):
                         experience = pipeline.sample(step)
                         with self._leaving.held():
-                            result = pipeline.learn(experience)
-                            log.write(step, result.metrics | {"time/step_save": saving.seconds_waited()})
-                            # one sample of each of the first prompts says more than all samples of one prompt
-                            group = self._config.num_return_sequences_in_group
-                            shown = result.samples[::group][: self._config.num_logged_samples]
-                            before = before or shown
-                            for sample in shown:
-                                line = json.dumps({"step": step} | asdict(sample), ensure_ascii=False)
-                                samples_file.write(line + "\n")
-                            samples_file.flush()
-                            self._progress.step_done(step, result.metrics)
-                            done = step
-                            saving.step_done(step, pipeline.samples_seen)
+                            shown = self._learn(pipeline, experience, log, saving, samples_file)
+                            before, done = before or shown, step
                         del experience  # else its routes would lie in the object store while the next step is sampled
                     with self._leaving.held():
                         saving.wait()  # the last checkpoint, too, is whole before a SIGTERM ends who writes it
@@ -158,6 +147,22 @@ class Starts:
                 with self._leaving.held():
                     saving.leave(done, pipeline.samples_seen)
         return before, shown
+
+    def _learn(
+        self, pipeline: RLVRPipeline, experience: Experience, log: MetricLog, saving: Checkpoints, samples_file: TextIO
+    ) -> list[ScoredSample]:
+        """The second half of a step with everything that belongs to it; the samples that are shown of it."""
+        step, result = experience.step, pipeline.learn(experience)
+        log.write(step, result.metrics | {"time/step_save": saving.seconds_waited()})
+        # one sample of each of the first prompts says more than all samples of one prompt
+        group = self._config.num_return_sequences_in_group
+        shown = result.samples[::group][: self._config.num_logged_samples]
+        for sample in shown:
+            samples_file.write(json.dumps({"step": step} | asdict(sample), ensure_ascii=False) + "\n")
+        samples_file.flush()
+        self._progress.step_done(step, result.metrics)
+        saving.step_done(step, pipeline.samples_seen)
+        return shown
 
 
 @contextmanager

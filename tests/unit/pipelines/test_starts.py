@@ -26,6 +26,9 @@ from roll_r3.tracking.run_dir import RunDir
 class Experience:
     """What a step learns from, which holds handles of routes."""
 
+    def __init__(self, step: int) -> None:
+        self.step = step
+
 
 class Pipeline:
     """Knows how much of the steps before is still there when a step is sampled."""
@@ -38,7 +41,7 @@ class Pipeline:
 
     def sample(self, step: int) -> Experience:
         self.kept.append(sum(made() is not None for made in self._made))
-        experience = Experience()
+        experience = Experience(step)
         self._made.append(weakref.ref(experience))
         return experience
 
