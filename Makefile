@@ -79,7 +79,7 @@ engines: install vllm-env ## run every rollout with every trainer and write docs
 	@VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTHON) -m pytest -s -k for_the_page tests/integration/test_pairs.py --write-engines
 
 reliability: install ## run the tests that break something, the long ones too, and write docs/reliability.md from them (half an hour; vLLM's where its environment is)
-	@$(PYTHON) -m pytest -m "fault or long" --write-reliability
+	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "fault or long" --write-reliability
 
 benchmarks: install ## measure what replay costs; ARGS=--write writes docs/performance.md (half an hour)
 	@$(PYTHON) -m examples.benchmarks $(ARGS)

@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 from compatibility import Compatibility
 from distributed import Gang
-from faults import Fault, Outcome
+from faults import Fault
 from reliability import write_page
-
-OUTCOMES = pytest.StashKey[dict[str, Outcome]]()
-"""Of the faults that this session has seen."""
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[OUTCOMES] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,19 +28,15 @@ def fault(request: pytest.FixtureRequest) -> Fault:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """A test of a fault passes only if it has said everything of it."""
+    """A test of a fault passes only if it has said everything of it; what passed is written at once, whatever becomes of
+    the tests after it."""
     result = yield
     if pyfuncitem.get_closest_marker("fault"):
         fault: Fault = pyfuncitem.funcargs["fault"]
-        pyfuncitem.config.stash[OUTCOMES][fault.name] = fault.outcome
+        outcome = fault.outcome
+        if pyfuncitem.config.getoption("--write-reliability"):
+            write_page({fault.name: outcome})
     return result
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """What passed is written, also when another test failed."""
-    outcomes = session.config.stash[OUTCOMES]
-    if outcomes and session.config.getoption("--write-reliability"):
-        write_page(outcomes)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,8 +85,13 @@ def render(page: str, outcomes: Mapping[str, Outcome], declared: Mapping[str, st
 
 
 def write_page(outcomes: Mapping[str, Outcome]) -> None:
-    """Put these rows on docs/reliability.md."""
-    PAGE.write_text(render(PAGE.read_text(), outcomes, declared_faults()))
+    """Put these rows on docs/reliability.md, which another process of tests may write as well."""
+    with PAGE.open("r+") as page:
+        fcntl.flock(page, fcntl.LOCK_EX)
+        text = render(page.read(), outcomes, declared_faults())
+        page.seek(0)
+        page.truncate()
+        page.write(text)
 
 
 def _seconds(seconds: float) -> str:
