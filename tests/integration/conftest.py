@@ -28,8 +28,10 @@ def fault(request: pytest.FixtureRequest) -> Fault:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """A test of a fault passes only if it has said everything of it; what passed is written at once, whatever becomes of
-    the tests after it."""
+    """A test of a fault passes only if it has said everything of it.
+
+    What passed is written at once, whatever becomes of the tests after it.
+    """
     result = yield
     if pyfuncitem.get_closest_marker("fault"):
         fault: Fault = pyfuncitem.funcargs["fault"]
