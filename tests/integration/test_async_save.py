@@ -122,7 +122,8 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
     began = time.monotonic()
     again = start(tmp_path, checkpoint, trainer, BESIDE, "resume_from_checkpoint=auto")
     try:
-        wait_for(lambda: len(again.metrics()) > last, again)
+        # the rows of steps that are done again are there until it goes on
+        wait_for(lambda: "going on after step" in again.stderr.read_text() and len(again.metrics()) > last, again)
         fault.recovered(time.monotonic() - began)
     finally:
         finished(again)
