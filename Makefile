@@ -78,7 +78,7 @@ compatibility: install ## run the matrix of layouts and write docs/compatibility
 engines: install vllm-env ## run every rollout with every trainer and write docs/engines.md from it (an hour)
 	@VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTHON) -m pytest -s -k for_the_page tests/integration/test_pairs.py --write-engines
 
-reliability: install ## run the tests that break something, the long ones too, and write docs/reliability.md from them (half an hour; vLLM's where its environment is)
+reliability: install ## run the tests that break something, the long ones too, and write docs/reliability.md from them (an hour; vLLM's where its environment is)
 	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "fault or long" --write-reliability
 
 benchmarks: install ## measure what replay costs; ARGS=--write writes docs/performance.md (half an hour)
