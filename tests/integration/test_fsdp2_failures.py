@@ -145,8 +145,9 @@ def _threads_left(process: ProcessInfo, case: Case, batch: Batch) -> list[int]:
 def test_weights_that_a_checkpoint_lacks_stop_every_rank(lost: str, gang: Gangs, tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
     if lost == "index":
-        (checkpoint / "model.safetensors.index.json").write_text("no JSON")
-        wanted = "the model was not built: rank 0: JSONDecodeError"
+        index = checkpoint / "model.safetensors.index.json"
+        index.write_text("no JSON")
+        wanted = f"the model was not built: rank 0: {index} cannot be read: JSONDecodeError"
     else:
         weights = load_file(checkpoint / "model.safetensors")
         del weights[lost]
