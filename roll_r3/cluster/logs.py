@@ -13,7 +13,11 @@ SHOWN_LINES = 25
 
 
 def log_to_file(path: Path) -> None:
-    """Send everything this process prints or logs, crashes included, to `path`."""
+    """Send everything this process prints or logs, crashes included, to `path`.
+
+    Its directory is made where it is not: on a node that does not see the driver's disk it is a directory of that node.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()

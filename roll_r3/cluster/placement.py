@@ -158,18 +158,21 @@ def resolve_device_kind(config: RLVRConfig) -> str:
     """What `device_type` means on this cluster.
 
     Raises:
-        ConfigError: cuda was asked for and there is no GPU, or the trainer and an engine would share a GPU.
+        ConfigError: cuda was asked for and there is no GPU, or an engine would share a GPU with another role.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if config.device_type == "cuda" and not gpus:
         raise ConfigError("device_type: cuda, but the cluster has no GPU; write auto or cpu")
     kind = "cuda" if gpus and config.device_type != "cpu" else "cpu"
-    shared = set(config.actor_train.device_mapping) & set(config.actor_infer.device_mapping)
-    if kind == "cuda" and shared:
-        raise ConfigError(
-            f"actor_infer.device_mapping: devices {sorted(shared)} are actor_train's too; weights go to the engines "
-            "over NCCL, which cannot connect two processes on one GPU: give the roles devices of their own"
-        )
+    others = {"actor_train": config.actor_train} | ({"reference": config.reference} if config.reference else {})
+    for name, role in others.items():
+        shared = sorted(set(role.device_mapping) & set(config.actor_infer.device_mapping))
+        if kind == "cuda" and shared:
+            raise ConfigError(
+                f"actor_infer.device_mapping: devices {shared} are {name}'s too; an engine keeps its share of a GPU's "
+                "memory for itself, and weights go to it over NCCL, which cannot connect two processes on one GPU: "
+                "give actor_infer GPUs of its own"
+            )
     return kind
 
 

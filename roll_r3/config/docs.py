@@ -94,8 +94,8 @@ def _section(title: str, model: type[BaseModel], titles: dict[type[BaseModel], s
     lines = [f"## {title}", "", " ".join((model.__doc__ or "").split()), ""]
     lines += ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
-        cells = (f"`{name}`", _type(field, titles), _default(field), " ".join((field.description or "").split()))
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        meaning = " ".join((field.description or "").split())
+        lines.append(generated.table_row(f"`{name}`", _type(field, titles), _default(field), meaning))
     return "\n".join([*lines, ""])
 
 

@@ -8,6 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
+def table_row(*cells: str) -> str:
+    """A row of a table in Markdown, which would take a bar in a cell for its end."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
 def main(output: Path, render: Callable[[], str], arguments: Sequence[str] | None = None) -> int:
     """Write `output`, or with --check compare it; returns the exit status.
 

@@ -69,7 +69,8 @@ class RLVRConfig(Config):
     seed: NonNegativeInt = 42
     """Everything random is derived from it."""
     output_dir: str = "output"
-    """Runs are written to output_dir/exp_name/<run>/."""
+    """Runs are written to output_dir/exp_name/<run>/, on a disk that every node sees: each worker writes its log there,
+    and by default checkpoints go there too."""
     device_type: Literal["auto", "cpu", "cuda"] = "auto"
     """What a device in `device_mapping` is: a GPU, or a CPU slot. auto: GPUs where the cluster has any."""
 
@@ -82,7 +83,7 @@ class RLVRConfig(Config):
     num_return_sequences_in_group: PositiveInt = 8
     """Responses sampled for each prompt (the group that GRPO compares)."""
     prompt_length: PositiveInt = 1024
-    """Longest prompt in tokens; longer ones are left out and counted when the data is read."""
+    """Longest prompt in tokens; longer ones are left out when the data is read, and counted in logs/driver.log."""
     response_length: PositiveInt = 1024
     """Longest response in tokens."""
 
@@ -161,7 +162,7 @@ class RLVRConfig(Config):
     track_with: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     """Trackers besides metrics.jsonl, which is always written."""
     num_logged_samples: NonNegativeInt = 4
-    """Samples of each step that are written to samples.jsonl in the run directory."""
+    """So many of each step's first prompts are written to samples.jsonl in the run directory, with one sample each."""
 
     @property
     def samples_per_step(self) -> int:

@@ -41,7 +41,7 @@ class RouterReplayConfig(Config):
     mode: ReplayMode = "disable"
     """disable: each side routes by itself. R3: the trainer replays the experts that the rollout engine used. R2: the
     trainer replays those of its own old-log-prob pass. Gate weights always come from live logits, so the router
-    learns."""
+    learns. The reference never replays."""
     audit: bool = False
     """Check, in the first step and every `audit_every` steps after it, that the experts which the trainer really used
     are the recorded ones; actor_train only."""
@@ -55,7 +55,8 @@ class ModelArgs(Config):
     model_name_or_path: str | None = None
     """Hugging Face checkpoint directory or name; default: `pretrain`."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of weights and activations in the trainer; with bf16 the optimizer keeps fp32 master weights."""
+    """Precision of weights and activations in the trainer; with bf16 the optimizer keeps fp32 master weights. Refused
+    under `actor_infer`, whose engine has a dtype of its own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint: its tokenizer's, and under actor_infer its model's where SGLang
     or vLLM runs it. Megatron, FSDP2 and hf_infer build models by classes of their libraries alone. Leave it off unless
@@ -119,7 +120,7 @@ class DataArgs(Config):
     domain: str | None = None
     """Column that picks the reward (see `rewards.*.tag_included`); None: every sample has the domain "default"."""
     id: str | None = None
-    """Column with a name for the prompt; None: its row number."""
+    """Column with a name for the prompt, which samples.jsonl has; None: the file's name and the row's number."""
 
 
 class SglangStrategy(Config):
@@ -223,9 +224,9 @@ class WorkerConfig(Config):
     """Routing replay of this role."""
     device_mapping: Devices = (0,)
     """The devices (GPUs, or CPU slots where there is none) that this role runs on, one process each, in rank order.
-    Roles may share devices. `list(range(0,8))`, `range(0,8)` or a list."""
+    Roles may share devices, but no role a GPU of `actor_infer`. `list(range(0,8))`, `range(0,8)` or a list."""
     infer_batch_size: PositiveInt = 8
-    """Samples of a micro-batch in passes without gradients, per data-parallel rank."""
+    """Samples of a micro-batch in passes without gradients, per data-parallel rank; refused under `actor_infer`."""
 
 
 class ActorInferConfig(WorkerConfig):

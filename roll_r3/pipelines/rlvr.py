@@ -40,6 +40,8 @@ class ScoredSample:
     """A response with its reward, as a person would read it."""
 
     sample_id: str
+    prompt_id: str
+    """The id of its row in the data."""
     prompt: str
     response: str
     ground_truth: str
@@ -194,6 +196,14 @@ class RLVRPipeline:
             for i, result in enumerate(results)
             for t in result.trajectories
         ]
+        dropped = [why for result in results for why in result.dropped.values()]
+        reasons = sorted(set(dropped))[:4]
+        if dropped:
+            asked = len(dropped) + len(found)
+            self._progress.say(
+                f"step {step}: left out {len(dropped)} of {asked} samples, which the engines did not give: "
+                f"{'; '.join(reasons)}"
+            )
         scored = self._rewards.score(
             [Response(text, prompts[i].ground_truth, prompts[i].domain) for i, _, text in found]
         )
@@ -206,9 +216,11 @@ class RLVRPipeline:
             if score is not None:
                 trajectories.append(t)
                 groups.append(str(i))
-                samples.append(ScoredSample(t.sample_id, prompts[i].text, text, prompts[i].ground_truth, score))
+                prompt = prompts[i]
+                samples.append(
+                    ScoredSample(t.sample_id, prompt.prompt_id, prompt.text, text, prompt.ground_truth, score)
+                )
         if not trajectories:
-            reasons = sorted({why for r in results for why in r.dropped.values()})[:4]
             raise RollError(
                 "no sample of the step is left: " + "; ".join([*reasons, scored.why] if scored.why else reasons)
             )

@@ -53,8 +53,7 @@ def render_rules() -> str:
 
 def _line(row: Row) -> str:
     name = f"`{row.id}`" + (" (warning)" if row.severity == "warning" else "")
-    cells = [name, row.why, row.fix, *map(_code, shown_examples(row))]
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return generated.table_row(name, row.why, row.fix, *map(_code, shown_examples(row)))
 
 
 def _code(lines: list[str]) -> str:

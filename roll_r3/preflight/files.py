@@ -151,9 +151,9 @@ def _find_module(name: str) -> ModuleSpec | None:
     """Where `import name` would look, packages on the way not imported."""
     path: list[str] | None = None
     spec = None
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        spec = _find_one(".".join(parts[:end]), path)
+    for part in name.split("."):
+        # by its own name: of a folder without __init__.py importlib would look up the parent, which is not imported
+        spec = _find_one(part, path)
         if spec is None:
             return None
         path = list(spec.submodule_search_locations or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -74,6 +75,16 @@ def test_every_shipped_configuration_is_valid(path, capsys):
     assert run.main(["--config", str(path), "--validate-only", "--elsewhere"]) == 0
     known = "not known here" not in capsys.readouterr().out
     assert known or path.name.startswith("quickstart"), "its model is in the bundled table"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.yaml")), ids=lambda p: p.parent.name)
+def test_every_example_lacks_nothing_but_the_model_that_the_quickstart_makes(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    model = ROOT / "no" / "such" / "model"
+    assert run.main(["--config", str(path), "--validate-only", f"pretrain={model}"]) == 2
+    said = capsys.readouterr().err
+    assert re.findall(r"^error \[(.*?)\]", said, re.MULTILINE) == ["checkpoint-readable"], said
 
 
 def test_a_valid_configuration_is_launched(config_file, monkeypatch):

@@ -79,14 +79,16 @@ ROWS = (
         Unread("every device holds its part of each weight, and gathers whole decoder layers with all their experts"),
     ),
     Row(under(_FSDP2, "reduce_dtype"), Unread("gradients are added in fp32")),
-    Row(under(_FSDP2, "offload_policy"), Unread("nothing is offloaded: roles have GPUs of their own")),
+    Row(under(_FSDP2, "offload_policy"), Unread("nothing is offloaded: engines have GPUs of their own")),
     Row(
         under(_FSDP2, "apply_tiled_mlp", "tiled_num_shards", "model_type"),
         Unread("feed-forward layers are not computed in pieces, which gives the same"),
     ),
     Row(
         under(_FSDP2, "async_save_ckpt", "use_batched_model_update"),
-        Unread("nothing is saved, and weights go out in groups as weight_bucket_mb says"),
+        Unread(
+            "how to save is said by `checkpoint_config.async_save`, weights go out in groups as weight_bucket_mb says"
+        ),
     ),
     Row(
         under("<fsdp2>.model_args", "ulysses_size"),

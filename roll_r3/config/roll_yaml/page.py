@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from roll_r3.config import generated
 from roll_r3.config.report import show_value
 from roll_r3.config.roll_yaml.defaults import DEFAULTS, DOMAIN, KL_LOSS_COEF, RECOMPUTE
 from roll_r3.config.roll_yaml.rows import Row
@@ -93,8 +94,8 @@ def render_from_roll() -> str:
 def _table(title: str, rows: tuple[Row, ...]) -> str:
     lines = [f"### {title}", "", "| ROLL's key | Here |", "| --- | --- |"]
     for row in rows:
-        text = row.treatment.describe().replace("|", "\\|")
-        lines.append(f"| {', '.join(f'`{key}`' for key in _shortened(row.keys))} | {text} |")
+        keys = ", ".join(f"`{key}`" for key in _shortened(row.keys))
+        lines.append(generated.table_row(keys, row.treatment.describe()))
     return "\n".join([*lines, ""])
 
 

@@ -174,7 +174,7 @@ ROWS = (
     ),
     Row(
         ("is_offload_states", "is_offload_optimizer_states_in_train_step", "offload_backend"),
-        Unread("nothing is offloaded: roles have GPUs of their own"),
+        Unread("nothing is offloaded: engines have GPUs of their own"),
     ),
     Row(("reward_model", "reward_system_config"), Unread("only reward workers that are not supported use them")),
     Row(("lora_target", "lora_rank", "lora_alpha"), Unread("at the top level they are names for `${...}` only")),

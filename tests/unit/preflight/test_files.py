@@ -194,6 +194,21 @@ def test_a_reward_function_is_found_without_being_imported(package, reward, mess
     assert not any(name.startswith("some_rewards") for name in sys.modules)
 
 
+@pytest.mark.parametrize("made", [(), ("outer",), ("outer", "outer/inner")])
+def test_folders_without_init_are_packages(made, monkeypatch, tmp_path):
+    folder = tmp_path / "outer" / "inner"
+    folder.mkdir(parents=True)
+    for name in made:
+        (tmp_path / name / "__init__.py").touch()
+    (folder / "rules.py").write_text("def score(response, truth): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = {"there": "outer.inner.rules:score", "lacking": "outer.inner.nothing:score"}
+    problems = list(reward_problems({name: RewardConfig(reward=reward) for name, reward in names.items()}))
+    assert len(problems) == 1
+    assert "no module outer.inner.nothing" in problems[0]
+    assert "outer" not in sys.modules
+
+
 def test_where_runs_are_written(tmp_path):
     assert output_problem(str(tmp_path / "new" / "deeper"), "demo") == ""
     (tmp_path / "file").touch()

@@ -1,0 +1,96 @@
+"""A step that lacks samples, in front of a cluster that does not give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.cluster.groups import BatchLogProbs
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.prompts import Prompt
+from roll_r3.errors import RollError
+from roll_r3.pipelines.rlvr import RLVRPipeline
+from roll_r3.rewards.scoring import Response
+from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.tracking.progress import Progress
+
+PROMPTS = [Prompt(f"row-{i}", f"question {i}", (1, 2), str(i)) for i in range(2)]
+
+
+class Cluster:
+    """Rollout, trainer, tokenizer and rewards: samples in `withheld` do not come, others are one token long."""
+
+    data_parallel_size = 1
+
+    def __init__(self, withheld: dict[str, str]) -> None:
+        self.withheld = withheld
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+        ids, log_probs = np.array([1], np.int32), np.array([-1.0], np.float32)
+        return [
+            GenerateResult(
+                tuple(Trajectory(i, ids, ids, log_probs, "stop", (0,)) for i in r.sample_ids if i not in self.withheld),
+                dropped={i: self.withheld[i] for i in r.sample_ids if i in self.withheld},
+            )
+            for r in requests
+        ]
+
+    def compute_log_probs(self, batch: Batch) -> BatchLogProbs:
+        return BatchLogProbs(np.zeros(batch.loss_mask_N.shape, np.float32), None, None, 0.0)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return "an answer"
+
+    def score(self, responses: Sequence[Response]) -> Any:
+        return SimpleNamespace(scores=[1.0 for _ in responses], failed=0, why="")
+
+
+def pipeline(withheld: dict[str, str], said: list[str]) -> RLVRPipeline:
+    cluster: Any = Cluster(withheld)
+    progress = Progress(1)
+    progress.say = said.append  # type: ignore[method-assign]
+    config = RLVRConfig(
+        exp_name="x",
+        pretrain="p",
+        rollout_batch_size=2,
+        num_return_sequences_in_group=2,
+        actor_train={},
+        actor_infer={},
+    )
+    return RLVRPipeline(
+        config,
+        prompts=iter([PROMPTS]),
+        decoder=cluster,
+        rewards=cluster,
+        rollout=cluster,
+        trainer=cluster,
+        reference=None,
+        progress=progress,
+    )
+
+
+def test_samples_that_the_engines_did_not_give_are_said() -> None:
+    said: list[str] = []
+    withheld = {f"step1/prompt1/sample{i}": "HTTP 500" for i in range(2)} | {"step1/prompt0/sample0": "too slow"}
+    experience = pipeline(withheld, said).sample(1)
+    assert said == ["step 1: left out 3 of 4 samples, which the engines did not give: HTTP 500; too slow"]
+    [sample] = experience.samples
+    assert (sample.sample_id, sample.prompt_id) == ("step1/prompt0/sample1", "row-0")
+
+
+def test_nothing_is_said_where_all_came() -> None:
+    said: list[str] = []
+    assert [s.prompt_id for s in pipeline({}, said).sample(1).samples] == ["row-0", "row-0", "row-1", "row-1"]
+    assert said == []
+
+
+def test_a_step_without_any_sample_says_why() -> None:
+    withheld = {f"step1/prompt{i}/sample{j}": "HTTP 500" for i in range(2) for j in range(2)}
+    with pytest.raises(RollError, match="no sample of the step is left: HTTP 500"):
+        pipeline(withheld, []).sample(1)
