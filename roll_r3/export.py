@@ -3,7 +3,8 @@
     python -m roll_r3.export --checkpoint RUN/checkpoints/step-00000050 --output DIR
 
 One process holds the whole model, in the host's memory or, with --device cuda, on a GPU. `save_hf_steps` has a run
-write the same from its ranks. Exit status: 0 done, 1 it failed, 2 the checkpoint is none or is damaged.
+write the same from its ranks. Exit status: 0 done, 1 it failed, 2 the checkpoint is none or is damaged, or an option
+is wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from roll_r3.config.derived import checkpoint_of, runs_megatron
 from roll_r3.config.load import load
 from roll_r3.config.pipeline import RLVRConfig
@@ -29,7 +32,7 @@ from roll_r3.saving.state import CONFIG, TRAINER
 from roll_r3.strategies.base import ProcessInfo
 from roll_r3.strategies.registry import STRATEGIES
 
-EXIT_OK, EXIT_FAILED, EXIT_CHECKPOINT = 0, 1, 2
+EXIT_OK, EXIT_FAILED, EXIT_CHECKPOINT, EXIT_INTERRUPTED = 0, 1, 2, 130
 _INFER = {"megatron_train": "megatron_infer", "fsdp2_train": "fsdp2_infer"}
 
 
@@ -52,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CHECKPOINT
-    except (RollError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RollError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(f"wrote {options.output}")
     return EXIT_OK
 
@@ -68,9 +74,11 @@ def export(checkpoint: Path, output: Path, *, pretrain: str | None = None, devic
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
-        ConfigError: there is something at `output`, or the model cannot be built here.
+        ConfigError: there is something at `output`, there is no such device, or the model cannot be built here.
         OSError: it cannot be written.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no GPU here; write cpu, or leave it out")
     if output.exists():
         raise ConfigError(f"--output {output} is there already: name a directory that is not")
     if output.absolute().resolve().is_relative_to(checkpoint.absolute().resolve()):

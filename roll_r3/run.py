@@ -47,14 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         status = _explain(options.explain) if options.explain is not None else _run(options)
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _nobody_reads()
         return status
-    except BrokenPipeError:
-        if _starts(options):
-            raise  # of a run it says nothing about the terminal, and nothing good
-        # who reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
     except InvalidConfigError as error:
         _report(options, error.findings, error.origins)
         return EXIT_CONFIG
@@ -66,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except OSError as error:
         if not _starts(options):
-            raise
+            if not isinstance(error, BrokenPipeError):
+                raise
+            _nobody_reads()
+            return EXIT_OK
         logger.exception("what the run stopped at")  # its log has it, should it have one by now
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -89,6 +89,11 @@ def _refuse_misplaced(parser: argparse.ArgumentParser, options: argparse.Namespa
         parser.error("--devices-per-node goes with --plan")
     if options.devices_per_node is not None and options.devices_per_node < 1:
         parser.error("--devices-per-node is 1 or more")
+
+
+def _nobody_reads() -> None:
+    """Who reads has read enough: what is left to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _starts(options: argparse.Namespace) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ STOP_TIMEOUT = 30.0
 FAILED_STOP_TIMEOUT = 5.0
 """The same after a failure: the ranks left may wait for a dead one, and only the engines have something to end."""
 
+Unbroken = Callable[[], AbstractContextManager[None]]
 Calls = dict[ray.ObjectRef, tuple[str, Path]]
 """Calls under way: reference -> (worker's name, its log file)."""
 
@@ -46,8 +48,14 @@ class _Member:
 class _Group:
     """Actors of one role."""
 
-    def __init__(self, members: Sequence[_Member]) -> None:
+    def __init__(self, members: Sequence[_Member], unbroken: Unbroken = nullcontext) -> None:
+        """
+        Args:
+            unbroken: keeps signals away while a call goes out to one member after the other: ranks that were called
+                would wait for ever, in what they do together, for those that were not.
+        """
         self._members = tuple(members)
+        self._unbroken = unbroken
 
     def _call_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call one method on every member, each with its own arguments; results in member order."""
@@ -57,9 +65,11 @@ class _Group:
 
     def _begin_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Calls:
         """The same, without waiting."""
-        return {
-            getattr(m.handle, method).remote(*a): (m.name, m.log) for m, a in zip(self._members, arguments, strict=True)
-        }
+        with self._unbroken():
+            return {
+                getattr(m.handle, method).remote(*a): (m.name, m.log)
+                for m, a in zip(self._members, arguments, strict=True)
+            }
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """Call one method on every member with the same arguments."""
@@ -169,14 +179,22 @@ class BatchUpdate:
 class ModelGroup(_Group):
     """`actor_train` or `reference`: its ranks."""
 
-    def __init__(self, members: Sequence[_Member]) -> None:
-        super().__init__(members)
+    def __init__(self, members: Sequence[_Member], unbroken: Unbroken = nullcontext) -> None:
+        super().__init__(members, unbroken)
         self._starting: Calls = {}
         self._places: list[tuple[int, int, bool]] = []
         """Of each rank: data-parallel rank, data-parallel size, whether it returns results."""
 
     @classmethod
-    def launch(cls, config: RLVRConfig, role: str, placement: Placement, threads: int, log_dir: Path) -> ModelGroup:
+    def launch(
+        cls,
+        config: RLVRConfig,
+        role: str,
+        placement: Placement,
+        threads: int,
+        log_dir: Path,
+        unbroken: Unbroken = nullcontext,
+    ) -> ModelGroup:
         """One actor per device of the role, in rank order. Nothing is loaded yet."""
         mapping = getattr(config, role).device_mapping
         members = []
@@ -188,7 +206,7 @@ class ModelGroup(_Group):
             )
             handle = actor.remote(config, role, rank, len(mapping), placement.kind, threads, log)
             members.append(_Member(name, handle, log))
-        return cls(members)
+        return cls(members, unbroken)
 
     def begin_start(self) -> Calls:
         """Have the first rank say where the ranks meet, and all of them load the model."""
@@ -265,15 +283,21 @@ class ModelGroup(_Group):
 class Roles:
     """All roles of a run: launched together, started side by side, ended together."""
 
-    def __init__(self, config: RLVRConfig, placement: Placement, log_dir: Path) -> None:
-        """Launch every role's actors; nothing is started yet."""
+    def __init__(
+        self, config: RLVRConfig, placement: Placement, log_dir: Path, unbroken: Unbroken = nullcontext
+    ) -> None:
+        """Launch every role's actors; nothing is started yet.
+
+        Args:
+            unbroken: see `_Group`.
+        """
         ranks = len(config.actor_train.device_mapping)
         threads = max(1, (os.cpu_count() or 1) // ranks) if placement.kind == "cpu" else 1
         self.rollout = RolloutGroup.launch(config, placement, log_dir)
-        self.trainer = ModelGroup.launch(config, "actor_train", placement, threads, log_dir)
+        self.trainer = ModelGroup.launch(config, "actor_train", placement, threads, log_dir, unbroken)
         self.reference: ModelGroup | None = None
         if config.reference is not None:
-            self.reference = ModelGroup.launch(config, "reference", placement, threads, log_dir)
+            self.reference = ModelGroup.launch(config, "reference", placement, threads, log_dir, unbroken)
 
     @property
     def _models(self) -> list[ModelGroup]:

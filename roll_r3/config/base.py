@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
+"""To wait for something: a month at most, since clocks and timers overflow far beyond."""
 
 
 class Config(BaseModel):

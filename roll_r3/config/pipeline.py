@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from roll_r3.config.base import Config
+from roll_r3.config.base import Config, Seconds
 from roll_r3.config.workers import ActorInferConfig, ActorTrainConfig, ReferenceConfig
 
 
@@ -20,7 +20,7 @@ class RewardConfig(Config):
     kwargs: dict[str, str | int | float | bool] = {}
     """Keyword arguments of the rule. No place for a key: the configuration is printed, and lies in the run's directory
     and in its checkpoints. A rule finds the environment of the run in `os.environ`, so let it read a key there."""
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    timeout: Seconds = 30.0
     """Seconds that the rule may take for one response. Its process is killed then, and the response has no reward."""
 
 
@@ -154,7 +154,7 @@ class RLVRConfig(Config):
     max_recoveries: NonNegativeInt = 3
     """New starts from its newest checkpoint that a run makes by itself, in a row and without getting further, when a
     worker or its node was lost. One more loss ends the run, and so does one before its first step. 0: the first."""
-    sigterm_grace_period: PositiveFloat = 300.0
+    sigterm_grace_period: Seconds = 300.0
     """Seconds from SIGTERM to the end at the latest. Within it the step that changes weights is finished and the newest
     step is saved; the last 15 of them, or the second half of less than 30, are for ending the run's processes. A second
     SIGTERM waits for nothing."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from roll_r3.config.base import Config
+from roll_r3.config.base import Config, Seconds
 from roll_r3.config.pipeline_layout import PipelineLayout, parse_pipeline_layout
 
 
@@ -20,11 +20,11 @@ class ServerConfig(Config):
     """Tensor-parallel size of one engine, in devices. The engines of `actor_infer` are its devices divided by this."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Compute and weight precision of the engine."""
-    startup_timeout: PositiveFloat = 600.0
+    startup_timeout: Seconds = 600.0
     """Seconds a server may take until it answers."""
-    request_timeout: PositiveFloat = 1800.0
+    request_timeout: Seconds = 1800.0
     """Seconds a generation request may take, queueing in the engine included."""
-    hang_timeout: PositiveFloat = 300.0
+    hang_timeout: Seconds = 300.0
     """Seconds that an engine with requests may give no sign of life until it is killed and started again. It gives one
     between any two batches of tokens, so this must be longer than the longest batch, not than a request."""
     max_restarts: NonNegativeInt = 3

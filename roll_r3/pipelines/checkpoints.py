@@ -16,7 +16,7 @@ from roll_r3.cluster.groups import ModelGroup
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError, RollError
-from roll_r3.pipelines.leaving import LeaveNow
+from roll_r3.pipelines.leaving import Leave, LeaveNow, Leaving
 from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.saving.store import CHECKPOINTS, EXPORTS, Store
@@ -57,16 +57,18 @@ class Checkpoints:
         *,
         data: Data,
         begun: int,
+        leaving: Leaving,
         say: Callable[[str], None],
     ) -> None:
         """
         Args:
             data: how far the run was in its prompts after step `begun`.
+            leaving: has a SIGTERM wait for what is being written while an error ends the run.
             say: is told of everything that is saved, from the thread that writes.
         """
         self._config, self._run_dir, self._trainer = config, run_dir, trainer
         self._data, self._begun = data, begun
-        self._say = say
+        self._leaving, self._say = leaving, say
         self._checkpoints, self._exports = stores_of(run_dir)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
@@ -86,7 +88,11 @@ class Checkpoints:
         if error is not None and self._under_way is not None and not self._under_way.done():
             self._say("the checkpoint that is being written is completed first")
         try:
-            self.wait()
+            with self._leaving.held():
+                self.wait()
+        except Leave:
+            if error is None:  # else whoever handles it sees that a SIGTERM came
+                raise
         except RollError as failure:
             if error is None:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from contextlib import ExitStack
 from datetime import datetime
@@ -78,16 +79,15 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
             leaving=leaving,
         )
         finished = starts.run(point)
-    print(
-        run_summary(
-            run_dir.path,
-            finished.history,
-            finished.first,
-            finished.last,
-            replay_mode=config.actor_train.router_replay.mode,
-            seconds=time.monotonic() - started,
-        )
+    summary = run_summary(
+        run_dir.path,
+        finished.history,
+        finished.first,
+        finished.last,
+        replay_mode=config.actor_train.router_replay.mode,
+        seconds=time.monotonic() - started,
     )
+    Progress(config.max_steps, sys.stdout).say(summary)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -80,6 +81,21 @@ class Leaving:
             self._held = False
         if self.asked:
             raise Leave
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """A SIGTERM that comes while the block runs raises `Leave` at its end. For what is quick; a thread that is not
+        the main one never sees a signal."""
+        if self._held or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before, self._held = self.asked, True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.asked and not before:
+            self._raise(Leave())
 
     def _on_term(self, signum: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -13,7 +13,7 @@ from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.placement import place, ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt, prompt_batches
-from roll_r3.errors import EngineError, LostWorkerError, WorkerError
+from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
 from roll_r3.pipelines.checkpoints import Checkpoints
 from roll_r3.pipelines.leaving import Leave, Leaving
 from roll_r3.pipelines.recovery import Recoveries
@@ -97,12 +97,13 @@ class Starts:
                 stack.enter_context(ray_cluster(config))
                 placement = stack.enter_context(place(config, again=self._device_kind))
             self._device_kind = placement.kind
-            roles = stack.enter_context(Roles(config, placement, run_dir.log_dir))
+            with _lost_if(again):
+                roles = stack.enter_context(Roles(config, placement, run_dir.log_dir, self._leaving.unbroken))
             engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
             with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"), _lost_if(again):
                 roles.start()
             if point is not None:
-                with progress.stage("reading the checkpoint"):
+                with progress.stage("reading the checkpoint"), _lost_if(again):
                     roles.trainer.load_checkpoint(point.checkpoint / TRAINER)
             pipeline = RLVRPipeline(
                 config,
@@ -117,8 +118,9 @@ class Starts:
             log = stack.enter_context(MetricLog(run_dir, config.track_with))
             with progress.stage("sending the first weights"), _lost_if(again):
                 pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
+            leaving, say = self._leaving, progress.say
             saving = stack.enter_context(
-                Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, say=progress.say)
+                Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, leaving=leaving, say=say)
             )
             if done:
                 saving.catch_up(done)
@@ -170,11 +172,11 @@ def _lost_if(again: bool) -> Iterator[None]:
     """What came up before and does not in a new start is nobody's mistake either.
 
     Raises:
-        LostWorkerError: in the place of an error of a worker or an engine, in a new start.
+        LostWorkerError: in the place of an error of a worker, an engine or their places, in a new start.
     """
     try:
         yield
-    except (WorkerError, EngineError) as error:
+    except (WorkerError, EngineError, ConfigError) as error:
         if not again or isinstance(error, LostWorkerError):
             raise
         raise LostWorkerError(f"it started before, and did not start again: {error}") from error

@@ -32,7 +32,12 @@ _MAX_DEPTH = 64
 _THREADS = 8
 EVERY_NODE = "every node must see the directory of checkpoints: checkpoint_config.output_dir, or output_dir"
 _NOT_DAMAGE = frozenset(
-    {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+    {
+        *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
+        # of a disk that is reached by a network; EIO is also what a soft mount of NFS says
+        *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN),
+        *(errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    }
 )
 """Why a file that may be as it should be cannot be read: by this user, or just now."""
 
@@ -144,7 +149,10 @@ def verify(folder: Path) -> None:
                     raise CheckpointError(f"{show_value(name)} holds something else than when it was saved")
     except OSError as error:
         if error.errno in _NOT_DAMAGE:
-            raise RollError(f"nothing can be said of the checkpoint {folder}, which cannot be read: {error}") from error
+            raise RollError(
+                f"nothing can be said of the checkpoint {folder}, which cannot be read: {error}\nOnce it can, start "
+                "the run again; if it never can, move it away, and the one before it is gone on from"
+            ) from error
         raise CheckpointError(f"it cannot be read: {error}") from error
 
 

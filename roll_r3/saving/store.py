@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 
 from roll_r3.errors import CheckpointError
@@ -13,7 +14,8 @@ from roll_r3.saving.manifest import FileSum, seal, sync_directory, verify
 
 CHECKPOINTS, EXPORTS = "checkpoints", "hf"
 _STEP = re.compile(r"step-(\d{8,})")
-_NUMBERS = re.compile(r"\d+")
+_RUN = re.compile(r"(\d{8})-(\d{6})(?:-(\d+))?")
+"""The name that a run gives itself. A copy that somebody made of one has another, and is none to go on in."""
 
 
 class Store:
@@ -80,11 +82,14 @@ class Store:
             self._remove(step)
 
     def set_aside_after(self, step: int, suffix: str) -> list[Path]:
-        """Rename what belongs to later steps, so that they can be saved anew; where it is now."""
+        """Rename what belongs to later steps, so that they can be saved anew; where it is now.
+
+        What was set aside before stays: the name gets a number then.
+        """
         moved = []
         for later in [s for s in self.steps() if s > step]:
-            aside = self.path(later).with_suffix(f".{suffix}")
-            shutil.rmtree(aside, ignore_errors=True)
+            names = (f".{suffix}-{number}" if number > 1 else f".{suffix}" for number in count(1))
+            aside = next(a for name in names if not os.path.lexists(a := self.path(later).with_suffix(name)))
             os.rename(self.path(later), aside)
             moved.append(aside)
         return moved
@@ -126,5 +131,7 @@ def newest_run(experiment: Path) -> str | None:
         names = [entry.name for entry in os.scandir(experiment) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return None
-    saved = [name for name in names if Store(experiment / name / CHECKPOINTS).steps()]
-    return max(saved, key=lambda name: [int(number) for number in _NUMBERS.findall(name)], default=None)
+    runs = [found for name in names if (found := _RUN.fullmatch(name))]
+    saved = [run for run in runs if Store(experiment / run[0] / CHECKPOINTS).steps()]
+    newest = max(saved, key=lambda run: [int(number) for number in run.groups("0")], default=None)
+    return newest[0] if newest else None

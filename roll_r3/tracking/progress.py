@@ -6,10 +6,10 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -37,12 +37,40 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class _Spectator:
+    """A stream whose reader may go away, as a terminal does whose connection ends, without harm to who writes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.gone = False
+
+    def write(self, text: str) -> int:
+        self._guarded(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._guarded(self._stream.flush)
+
+    def _guarded(self, act: Callable[[], object]) -> None:
+        if self.gone:
+            return
+        try:
+            act()
+        except OSError as error:
+            self.gone = True
+            logger.warning("nobody reads any more what the run says (%s): it is said here", error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Progress:
-    """Stage, step, rates and the time that is left."""
+    """Stage, step, rates and the time that is left. What nobody reads any more is logged."""
 
     def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         self._total = total_steps
-        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._spectator: Any = _Spectator(stream or sys.stderr)
+        self._console = Console(file=self._spectator, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._started = time.monotonic()
         self._step_times: deque[float] = deque(maxlen=_RECENT)
@@ -69,6 +97,8 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         self._console.print(Text(text))
+        if self._spectator.gone:
+            logger.info("%s", text)
 
     @contextmanager
     def stage(self, name: str, step: int = 0) -> Iterator[None]:

@@ -112,13 +112,36 @@ def test_a_failed_run_ends_with_a_message_and_a_status(config_file, monkeypatch,
     assert message in capsys.readouterr().err
 
 
-def test_a_pipe_that_breaks_inside_a_run_is_no_success(config_file, monkeypatch):
+def test_a_pipe_that_breaks_inside_a_run_is_no_success(config_file, monkeypatch, capsys):
     def launch(config: Any, origins: Any) -> int:
-        raise BrokenPipeError
+        raise BrokenPipeError(32, "Broken pipe")
 
     launch_with(monkeypatch, launch)
-    with pytest.raises(BrokenPipeError):
-        run.main(["--config", str(config_file)])
+    assert run.main(["--config", str(config_file)]) == 1
+    assert "error: [Errno 32] Broken pipe" in capsys.readouterr().err
+
+
+def test_a_run_needs_nobody_who_reads_what_it_says(config_file, tmp_path):
+    """As when the terminal of `python -m roll_r3.run ... 2>&1 | tee log` goes away."""
+    code = (
+        "import sys, types\n"
+        "from roll_r3.tracking.progress import Progress\n"
+        "def launch(config, origins):\n"
+        "    with Progress(1) as progress:\n"
+        "        for step in range(3):\n"
+        "            progress.say(f'step {step}')\n"
+        f"    open({str(tmp_path / 'saved')!r}, 'w').close()\n"
+        "    Progress(1, sys.stdout).say('summary')\n"
+        "    return 0\n"
+        "sys.modules['roll_r3.pipelines.launch'] = types.SimpleNamespace(launch=launch)\n"
+        "from roll_r3.run import main\n"
+        f"sys.exit(main(['--config', {str(config_file)!r}]))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=write, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 0
+    assert (tmp_path / "saved").exists()
 
 
 def test_an_unexpected_error_keeps_its_traceback(config_file, monkeypatch):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 import ray
 
-from roll_r3.cluster.groups import FAILED_STOP_TIMEOUT, STOP_TIMEOUT, Roles
+from roll_r3.cluster.groups import FAILED_STOP_TIMEOUT, STOP_TIMEOUT, ModelGroup, Roles, _Member
 
 
 @pytest.mark.parametrize(("error", "at_once", "limit"), [(None, False, STOP_TIMEOUT), (KeyError, True, 5.0)])
@@ -31,3 +34,23 @@ def test_after_a_failure_engines_are_ended_at_once(
     roles.trainer.begin_close.assert_called_once_with()
     assert limits == [limit]
     assert FAILED_STOP_TIMEOUT < STOP_TIMEOUT
+
+
+def test_a_call_goes_out_to_every_rank_or_to_none() -> None:
+    """What ranks do together hangs where one was not asked."""
+    happened: list[str] = []
+
+    @contextmanager
+    def unbroken() -> Iterator[None]:
+        happened.append("begin")
+        yield
+        happened.append("end")
+
+    members = []
+    for rank in range(2):
+        handle = MagicMock()
+        handle.close.remote.side_effect = lambda rank=rank: happened.append(f"rank {rank}") or f"call {rank}"
+        members.append(_Member(f"actor_train-{rank}", handle, Path("log")))
+    calls = ModelGroup(members, unbroken).begin_close()
+    assert happened == ["begin", "rank 0", "rank 1", "end"]
+    assert list(calls) == ["call 0", "call 1"]

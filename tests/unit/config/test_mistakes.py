@@ -96,6 +96,7 @@ rewards:
         ("pg_clip=[1]", "should be a number", "write a number, for example 0.2"),
         (f"{ENGINE}.mem_fraction_static=2", "should be less than 1", "write a number, for example 0.5"),
         (f"{ENGINE}.context_length=0", "should be greater than 0", "write a number, for example 1"),
+        ("sigterm_grace_period=1e10", "should be less than or equal to 2592000", "write a number, for example 300.0"),
         ("use_kl_loss=maybe", "should be true or false", "write true or false"),
         ("output_dir=5", "should be text", 'write it in quotes, as in "5"'),
         ("output_dir=[a]", "should be text", "write text"),

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,7 @@ from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import CheckpointError, ConfigError, LostWorkerError, RollError
 from roll_r3.pipelines.checkpoints import Checkpoints, lacks_export, stores_of
-from roll_r3.pipelines.leaving import LeaveNow
+from roll_r3.pipelines.leaving import Leave, LeaveNow, Leaving
 from roll_r3.pipelines.resume import (
     ResumePoint,
     changes,
@@ -96,7 +97,16 @@ class FakeRun:
         if self.point:
             put_back(self.run_dir, self.point, self.said.append)
         self.trainer: Any = TwoFiles()
-        self.saving = Checkpoints(config, self.run_dir, self.trainer, data=data, begun=self.done, say=self.said.append)
+        self.leaving = Leaving(60.0)
+        self.saving = Checkpoints(
+            config,
+            self.run_dir,
+            self.trainer,
+            data=data,
+            begun=self.done,
+            leaving=self.leaving,
+            say=self.said.append,
+        )
 
     def run_to(self, last: int) -> FakeRun:
         for step in range(self.done + 1, last + 1):
@@ -229,19 +239,20 @@ def test_what_another_process_saves_as_it_leaves_is_gone_on_from(tmp_path):
     assert again.checkpoints.steps() == [2, 4]
 
 
-def test_a_checkpoint_that_cannot_be_read_just_now_is_not_damaged(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", ["ESTALE", "EIO", "ENOTCONN"])
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_damaged(tmp_path, monkeypatch, number):
     config = config_of(tmp_path, resume_from_checkpoint="auto")
     run = FakeRun(config).run_to(4)
     stat = os.stat
 
     def refused(path: Any, **more: Any) -> os.stat_result:
         if str(path).endswith("step-00000004/complete"):
-            raise OSError(errno.ESTALE, "Stale file handle")
+            raise OSError(getattr(errno, number), "it is away")
         return stat(path, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", refused)
-        with pytest.raises(RollError, match=r"nothing can be said of .*step-00000004.*Stale file handle") as stopped:
+        with pytest.raises(RollError, match=r"nothing can be said of .*step-00000004.*it is away") as stopped:
             FakeRun(config)
     assert not isinstance(stopped.value, CheckpointError)
     assert run.checkpoints.steps() == [2, 4]
@@ -400,6 +411,29 @@ def test_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, error):
 
     with pytest.raises(error) if error else nullcontext():
         end()
+    verify(run.checkpoints.path(2))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(LostWorkerError("an engine's node"), LostWorkerError), (None, Leave)],
+    ids=["loss", "no error"],
+)
+def test_sigterm_at_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, error, raised):
+    run = beside(tmp_path)
+    run.trainer.may_write.clear()
+
+    def end() -> None:
+        with run.leaving, run.saving:
+            run.run_to(2)
+            Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            Timer(0.5, run.trainer.may_write.set).start()
+            if error:
+                raise error
+
+    with pytest.raises(raised):
+        end()
+    assert run.leaving.asked
     verify(run.checkpoints.path(2))
 
 

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 
@@ -104,6 +106,64 @@ def test_an_exit_without_a_signal_stays_as_it_is():
     with pytest.raises(SystemExit) as raised, Leaving(60) as leaving, leaving.as_raised():
         raise SystemExit(3)
     assert raised.value.code == 3
+
+
+def test_what_must_not_be_broken_is_left_at_its_end():
+    done: list[str] = []
+
+    def leave() -> None:
+        with Leaving(60) as leaving:
+            with leaving.unbroken():
+                sigterm()
+                done.append("all members were called")
+            pytest.fail("it did not leave")
+
+    with pytest.raises(Leave):
+        leave()
+    assert done == ["all members were called"]
+
+
+def test_what_takes_things_down_is_not_left_a_second_time():
+    with Leaving(60) as leaving:
+        with pytest.raises(Leave):
+            sigterm()
+        with leaving.unbroken():
+            pass
+        with pytest.raises(Leave), leaving.held(), leaving.unbroken():
+            pass
+
+
+def test_what_must_not_be_broken_within_what_is_held_ends_with_that():
+    done: list[str] = []
+
+    def unbroken(leaving: Leaving) -> None:
+        with leaving.unbroken():
+            sigterm()
+        done.append("the step goes on")
+
+    def leave() -> None:
+        with Leaving(60) as leaving, leaving.held():
+            unbroken(leaving)
+
+    with pytest.raises(Leave):
+        leave()
+    assert done == ["the step goes on"]
+
+
+def test_other_threads_hold_nothing():
+    """They write checkpoints while the main thread is in a step, or in none."""
+    with Leaving(60) as leaving, ThreadPoolExecutor(1) as pool:
+        held = Event()
+
+        def call() -> None:
+            with leaving.unbroken():
+                held.set()
+                time.sleep(0.3)
+
+        pool.submit(call)
+        assert held.wait(10)
+        with pytest.raises(Leave):
+            sigterm()
 
 
 def test_nothing_happens_without_one():

@@ -9,13 +9,14 @@ import signal
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import DEFAULT, MagicMock
 
 import pytest
 
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import EngineError, LostWorkerError, WorkerError
+from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
 from roll_r3.pipelines import starts
 from roll_r3.pipelines.leaving import Leave, Leaving
 from roll_r3.pipelines.rlvr import StepResult
@@ -125,6 +126,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 WHERE = {
+    "a place": ("Roles", ConfigError("engine 0 takes devices on different nodes, of which one has no GPU memory")),
+    "what a checkpoint holds": (
+        "Roles.return_value.__enter__.return_value.trainer.load_checkpoint",
+        WorkerError("actor_train-0 failed: no GPU memory"),
+    ),
     "a worker": ("Roles.return_value.__enter__.return_value.start", WorkerError("actor_infer-0 failed: no GPU memory")),
     "an engine": ("RLVRPipeline.return_value.start", EngineError("actor_infer-0 failed: no GPU memory")),
 }
@@ -138,10 +144,11 @@ def test_what_does_not_come_up_in_a_new_start_is_a_loss(
     one_step.write_text('{"step": 1}\n')
     cluster.steps.side_effect = [LostWorkerError("actor_train-0 died"), ([], [])]
     starting = operator.attrgetter(method)(cluster)
-    starting.side_effect = [None, error, None]
-    starts_of(tmp_path).run(None)
+    starting.side_effect = [DEFAULT, error, DEFAULT]
+    point: Any = SimpleNamespace(checkpoint=tmp_path, state=MagicMock(step=0, samples_seen=0))
+    starts_of(tmp_path).run(point)
     assert starting.call_count == 3
     starting.side_effect = error
     with pytest.raises(type(error), match="no GPU memory") as caught:
-        starts_of(tmp_path).run(None)
+        starts_of(tmp_path).run(point)
     assert caught.value is error, "in the first start it is a setting more often than a fault"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from roll_r3.errors import CheckpointError, ConfigError
-from roll_r3.export import export
+from roll_r3.export import export, main
 from roll_r3.models.checkpoint import INDEX
 from roll_r3.strategies.train.hf_checkpoint import save_hf
 
@@ -88,3 +88,28 @@ def test_a_source_that_cannot_be_read_is_an_error_of_ours(alone, tmp_path, text,
 def test_nothing_is_written_into_a_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match="is within the checkpoint"):
         export(tmp_path / "step-00000002", tmp_path / "step-00000002" / "hf")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_in_words(tmp_path, capsys):
+    options = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--device", "cuda"]
+    assert main(options) == 2
+    assert capsys.readouterr().err == "error: --device cuda: PyTorch sees no GPU here; write cpu, or leave it out\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (MemoryError(), 1, "error: MemoryError\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: CUDA out of memory\n"),
+    ],
+    ids=["Ctrl-C", "memory", "GPU memory"],
+)
+def test_what_ends_an_export_is_said_in_words(tmp_path, capsys, monkeypatch, error, status, said):
+    def stopped(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("roll_r3.export.export", stopped)
+    assert main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]) == status
+    assert capsys.readouterr().err == said

@@ -125,4 +125,21 @@ def test_the_newest_run_that_has_a_checkpoint(tmp_path):
     for run in ("20261121-120000-10", "20261121-120000", "20261121-120000-2"):
         save(Store(tmp_path / run / CHECKPOINTS), 1)
     (tmp_path / "latest").symlink_to("20261120-235959")
-    assert newest_run(tmp_path) == "20261121-120000-10"
+    for copied in (
+        "20261121-120000-10.bak",
+        "20261121-120000-10 (copy 2)",
+        "20261122-120000.old",
+        "kept-20261122-120000",
+    ):
+        save(Store(tmp_path / copied / CHECKPOINTS), 1)
+    assert newest_run(tmp_path) == "20261121-120000-10", "no copy that somebody made"
+
+
+def test_what_is_set_aside_stays(store):
+    for attempt in range(3):
+        save(store, 4)
+        (store.path(4) / "attempt").write_text(str(attempt))
+        assert len(store.set_aside_after(3, "damaged")) == 1
+    kept = {path.name: (path / "attempt").read_text() for path in store.folder.glob("step-*")}
+    assert kept == {"step-00000004.damaged": "0", "step-00000004.damaged-2": "1", "step-00000004.damaged-3": "2"}
+    assert store.steps() == []

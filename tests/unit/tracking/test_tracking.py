@@ -148,6 +148,35 @@ def test_plain_lines_where_there_is_no_terminal():
     assert "0:38" in text, "19 steps of 2 s are left"
 
 
+class Broken(io.StringIO):
+    """What the reader of left after some lines."""
+
+    def __init__(self, lines: int, error: OSError) -> None:
+        super().__init__()
+        self.lines, self.error = lines, error
+
+    def write(self, text: str) -> int:
+        self.lines -= text.count("\n")
+        if self.lines < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")], ids=repr)
+def test_a_terminal_that_goes_away_takes_nothing_with_it(caplog, error):
+    caplog.set_level("INFO")
+    out = Broken(1, error)
+    with Progress(20, out) as progress:
+        for text in ("read", "lost", "logged"):
+            progress.say(text)
+    assert out.getvalue() == "read\n"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"nobody reads any more what the run says ({error}): it is said here",
+        "lost",
+        "logged",
+    ]
+
+
 def test_what_is_left_is_counted_from_the_last_step_by_the_last_ten():
     """A run that goes on after step 80 has made the steps before it too, and has not timed them."""
     progress = Progress(100, io.StringIO())
