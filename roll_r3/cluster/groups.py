@@ -318,15 +318,17 @@ class Roles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let every process leave, then end it. Never raises: an error may be on its way already."""
-        groups = [self.rollout, *self._models]
-        calls = self.rollout.begin_close(at_once=kind is not None)
-        for model in self._models:
-            calls |= model.begin_close()
-        timeout = STOP_TIMEOUT if kind is None else FAILED_STOP_TIMEOUT
-        _, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout)
-        if late and kind is None:
-            names = ", ".join(calls[ref][0] for ref in late)
-            logger.warning("%s did not leave within %.0f s; ending their processes", names, timeout)
-        for group in groups:
-            group.kill()
+        """Let every process leave, then end it, or end it at once on a signal. Raises nothing of its own: an error
+        may be on its way already."""
+        try:
+            calls = self.rollout.begin_close(at_once=kind is not None)
+            for model in self._models:
+                calls |= model.begin_close()
+            timeout = STOP_TIMEOUT if kind is None else FAILED_STOP_TIMEOUT
+            _, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout)
+            if late and kind is None:
+                names = ", ".join(calls[ref][0] for ref in late)
+                logger.warning("%s did not leave within %.0f s; ending their processes", names, timeout)
+        finally:
+            for group in (self.rollout, *self._models):
+                group.kill()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
-from ray._private import ray_constants
+from ray._private import auto_init_hook, ray_constants
 from ray._private import utils as ray_utils
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -84,6 +84,8 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
+    # a thread that is late would start another Ray otherwise, open to everyone, by any call
+    auto_init_hook.enable_auto_connect = False
     try:
         if address:
             with _sigterm_kept():

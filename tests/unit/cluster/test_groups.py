@@ -36,6 +36,19 @@ def test_after_a_failure_engines_are_ended_at_once(
     assert FAILED_STOP_TIMEOUT < STOP_TIMEOUT
 
 
+def test_who_is_impatient_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "wait", wait)
+    roles = Roles.__new__(Roles)
+    roles.rollout, roles.trainer, roles.reference = MagicMock(), MagicMock(), None
+    with pytest.raises(KeyboardInterrupt):
+        roles.__exit__(KeyboardInterrupt, None, None)
+    roles.rollout.kill.assert_called_once_with()
+    roles.trainer.kill.assert_called_once_with()
+
+
 def test_a_call_goes_out_to_every_rank_or_to_none() -> None:
     """What ranks do together hangs where one was not asked."""
     happened: list[str] = []

@@ -65,6 +65,19 @@ def test_sigterm_while_ray_starts_is_the_runs_own(handler: Any, monkeypatch: pyt
         pass
 
 
+def test_no_call_starts_another_ray(handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does by itself in a thread that is late, or in what a library does at the end."""
+    started: list[object] = []
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(placement, "_check_is_closed", lambda address: None)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    with placement.ray_cluster(CONFIG):
+        pass
+    with pytest.raises(Exception, match="Ray has not been started yet"):
+        ray.put(1)
+    assert len(started) == 1
+
+
 @pytest.mark.parametrize("other", ["actor_train", "reference"])
 def test_an_engine_shares_no_gpu(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0, "CPU": 8.0})
