@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -144,6 +145,20 @@ def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engin
     assert "400" in bad.dropped["long"]
     assert bad.retries == 1
     assert len(good.trajectories) == 2
+
+
+def test_with_nothing_to_do_it_leaves_the_cores_to_others(engine: Engine) -> None:
+    """While the trainer trains, that is."""
+    engine.generate(requests(1, 2))
+    members = group_members(engine.rollout._process)
+
+    def seconds() -> float:
+        return sum(sum(member.cpu_times()[:2]) for member in members)
+
+    time.sleep(1)
+    before = seconds()
+    time.sleep(4)
+    assert seconds() - before < 1.0, "a scheduler that looks for requests without a pause takes all of a core"
 
 
 def test_nobody_gets_in_without_the_key(engine: Engine) -> None:

@@ -66,6 +66,12 @@ def test_routes_are_recorded_only_when_asked_for() -> None:
     assert "--enable-return-routed-experts" not in arguments(SglangConfig(), record_routes=False)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_idle_engine_leaves_its_cores_to_the_trainer(device: str) -> None:
+    assert "--sleep-on-idle" in arguments(SglangConfig(), device=device)
+    assert "--sleep-on-idle" not in arguments(SglangConfig(server_args={"sleep_on_idle": False}), device=device)
+
+
 def test_seeds_decide_samples_on_a_cpu() -> None:
     line = arguments(SglangConfig())
     assert "--enable-deterministic-inference" in line

@@ -129,6 +129,7 @@ def server_arguments(
         "enable_return_routed_experts": record_routes,
         "weight_version": "0",
         "skip_server_warmup": True,
+        "sleep_on_idle": True,  # else each of its schedulers takes a core to look for requests while the trainer trains
         "log_level_http": "warning",
     }
     if device == "cpu":
