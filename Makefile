@@ -11,9 +11,10 @@ PYTHON := $(VENV)/bin/python
 TINY := output/tiny/qwen3_moe
 # Overrides for the quickstart, as in: make quickstart ARGS="seed=7 max_steps=5"; which benchmarks, and --write
 ARGS ?=
-# Most tests wait for processes more than they compute; a file's tests share what they start
+# Most tests wait for processes more than they compute; a file's tests share what they start. In the order of their
+# names the long files come before the short ones, and nobody waits for the last of them
 TEST_PROCESSES ?= 2
-SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

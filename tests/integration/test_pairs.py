@@ -40,7 +40,9 @@ def random_weights(tmp_path_factory) -> Path:
 
 
 def marked(pair: Pair) -> object:
-    marks = [pytest.mark.vllm] if pair.rollout == "vllm" else []
+    """SGLang with Megatron under R3 is what most other whole runs are."""
+    vllm, usual = pair.rollout == "vllm", pair == Pair("sglang", "megatron_train", "R3")
+    marks = [pytest.mark.vllm] if vllm else [pytest.mark.long] if usual else []
     return pytest.param(pair, marks=marks, id=str(pair))
 
 
