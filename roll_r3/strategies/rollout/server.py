@@ -397,7 +397,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
         It may not be asked before `on_weights_updated`: it has the checkpoint's weights, under version 0.
 
         Raises:
-            EngineError: as `start`.
+            ConfigError, EngineError: as `start`.
         """
         await self._end()
         self._renew()

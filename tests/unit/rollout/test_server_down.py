@@ -9,6 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import psutil
@@ -16,7 +17,7 @@ import pytest
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import EngineError, RouteError
+from roll_r3.errors import ConfigError, EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout import liveness, server
 from roll_r3.strategies.rollout.client import UnreachableError
@@ -243,6 +244,36 @@ def test_nothing_is_launched_by_a_start_under_which_the_engine_was_stopped(
             await starting
         with pytest.raises(EngineError, match="stopped for good"):
             await engine.restart()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("startable")
+def test_a_start_that_could_not_read_the_model_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [ConfigError("config.json cannot be read: [Errno 5] Input/output error")]
+
+    def read_facts(_: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(server, "read_facts", read_facts)
+
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        async def launch(*_: object) -> Client:
+            engine._process.launch(["sleep", "600"], os.environ)
+            engine._client = Client()  # type: ignore[assignment]
+            return Client()
+
+        monkeypatch.setattr(engine, "_launch", launch)
+        for name in ("_installed_version", "_warm_up"):
+            monkeypatch.setattr(engine, name, AsyncMock(return_value="0.0.0"))
+        monkeypatch.setattr(engine, "check_version", lambda _: None)
+        with pytest.raises(ConfigError, match="Input/output error"):
+            await engine.restart()
+        await engine.restart()
+        assert await engine.why_down(ask=True) == ""
 
     run(tmp_path, scenario)
 
