@@ -6,12 +6,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +17,7 @@ import psutil
 
 from roll_r3.errors import EngineError
 from roll_r3.processes import FOLDER_VARIABLE
-from roll_r3.strategies.rollout import segments
+from roll_r3.strategies.rollout import folders, segments
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +27,6 @@ _POLL_S = 0.1
 _GONE_S = 10.0
 """Seconds that the kernel may take to end a killed process; one with a GPU gives much memory back."""
 _LOG_TAIL_BYTES = 64 * 1024
-_FOLDERS = "roll_r3-server-"
-"""What the names of servers' directories begin with; who made it follows."""
-_HELD = "shared_memory"
-"""In such a directory: a file that names the shared memory of the server, should nobody who knows it be left."""
 
 
 def free_port(host: str) -> int:
@@ -82,8 +75,8 @@ class ServerProcess:
         assert self._process is None or self._process.poll() is not None, "the previous child is still running"
         self._segments_before = segments.existing()
         self._remove_folder()
-        _remove_what_is_orphaned()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_own_folders()}{os.getpid()}-"))
+        folders.remove_orphaned()
+        self._folder = folders.make()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
@@ -128,8 +121,7 @@ class ServerProcess:
         if self._process is not None:
             self._segments |= segments.mapped(_living(self._process.pid)) - self._segments_before
         if self._folder is not None:
-            with contextlib.suppress(OSError):  # a full disk: it is of use only if this process is killed
-                (self._folder / _HELD).write_text("\n".join(sorted(self._segments)))
+            folders.note(self._folder, self._segments)
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines that this child wrote."""
@@ -184,31 +176,8 @@ class ServerProcess:
 
     def _remove_folder(self) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            folders.remove(self._folder)
             self._folder = None
-
-
-def _own_folders() -> str:
-    """What names begin with whose makers' numbers mean something here: containers that share a directory do not share
-    their processes."""
-    try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = 0
-    return f"{_FOLDERS}{namespace}-"
-
-
-def _remove_what_is_orphaned() -> None:
-    """Directories and shared memory of servers whose makers were killed before they could. Another user's cannot be
-    removed, and are not tried."""
-    own = _own_folders()
-    for folder in Path(tempfile.gettempdir()).glob(f"{own}*"):
-        maker = re.match(r"([0-9]{1,9})-", folder.name.removeprefix(own))  # anybody may make others
-        with contextlib.suppress(OSError):  # another looks after them too
-            if maker and not psutil.pid_exists(int(maker[1])) and folder.lstat().st_uid == os.getuid():
-                if (folder / _HELD).is_file():
-                    segments.remove((folder / _HELD).read_text().splitlines())
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _living(group: int) -> list[int]:

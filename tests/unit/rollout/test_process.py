@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from roll_r3.processes import FOLDER_VARIABLE
+from roll_r3.strategies.rollout import folders
 from roll_r3.strategies.rollout.process import ServerProcess
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux's shared memory")
@@ -126,11 +127,11 @@ def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with subprocess.Popen(["true"]) as gone:
         pass
-    here = os.stat("/proc/self/ns/pid").st_ino
+    here = folders._here()
     makers = (
         f"{here}-{gone.pid}",
         f"{here}-{os.getppid()}",
-        f"{here + 1}-{gone.pid}",
+        f"somewhere-{gone.pid}",
         f"{here}-{'9' * 30}",
         f"{here}-²",
         "x",
@@ -151,6 +152,42 @@ def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
 
     asyncio.run(scenario())
     assert all(path.exists() for path in (living / "store", *others, older, elsewhere))
+
+
+@pytest.mark.parametrize("elsewhere", ["another boot", "another namespace", "no boot", "no namespace"])
+def test_what_was_made_elsewhere_or_perhaps_elsewhere_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: tuple[Path, Path], elsewhere: str
+) -> None:
+    """Several machines may share a disk, and on all of them the first namespace of processes has the same number."""
+    _, older = paths
+    boot = tmp_path / "boot_id"
+    boot.write_text("0e2c8b1f-73b5-4a69-9d06-5cf8f3e4a7d2\n" if elsewhere == "another boot" else "\n")
+    there = {
+        "another boot": ("_BOOT", boot),
+        "another namespace": ("_NAMESPACE", tmp_path),
+        "no boot": ("_BOOT", boot),
+        "no namespace": ("_NAMESPACE", tmp_path / "none"),
+    }
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, *there[elsewhere])
+        with monkeypatch.context() as dead:
+            dead.setattr(os, "getpid", lambda: gone.pid)
+            made = folders.make()
+        folders.note(made, {str(older)})
+        if elsewhere.startswith("no "):
+            folders.remove_orphaned()  # it may be of any machine where this cannot be told either
+    folders.remove_orphaned()
+    assert made.exists() and older.exists()
+
+
+def test_a_folders_name_is_short() -> None:
+    """Some engines put sockets into it, and the path of one has 107 characters at most."""
+    made = folders.make()
+    folders.remove(made)
+    assert len(made.name) <= len("roll_r3-server-0123456789ab-4194304-abcdefgh")
 
 
 def test_a_folder_names_the_shared_memory_that_its_server_holds(tmp_path: Path, paths: tuple[Path, Path]) -> None:
