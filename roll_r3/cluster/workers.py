@@ -21,7 +21,7 @@ from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import CheckpointError, EngineError
+from roll_r3.errors import CheckpointError, ConfigError, EngineError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below
@@ -89,12 +89,16 @@ class RolloutWorker:
         return await self._strategy.why_down(ask=ask)
 
     async def restart(self) -> str:
-        """As `RolloutStrategy.restart`; why the engine did not start, or empty."""
+        """As `RolloutStrategy.restart`; why the engine did not start, or empty.
+
+        With these settings and this model it did before: what cannot be read of them now is a fault of a disk.
+        """
         try:
             await self._strategy.restart()
-        except EngineError as error:
-            logger.warning("%s", error)
-            return str(error)
+        except (ConfigError, EngineError, OSError) as error:
+            why = str(error) or repr(error)
+            logger.warning("%s", why)
+            return why
         return ""
 
     async def weights_updated(self, version: int) -> None:

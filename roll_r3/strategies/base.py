@@ -100,6 +100,7 @@ class RolloutStrategy(Protocol):
         """Launch the engine and wait until it answers.
 
         Raises:
+            ConfigError: the model's files cannot be read, or the settings do not fit it.
             EngineError: version outside the supported window, start-up failed or timed out (with the log's end).
         """
 
@@ -125,7 +126,7 @@ class RolloutStrategy(Protocol):
         It may not be asked before `on_weights_updated`, and has another `weight_target`.
 
         Raises:
-            EngineError: as `start`.
+            ConfigError, EngineError: as `start`.
         """
 
     def weight_target(self) -> WeightTarget:

@@ -27,7 +27,7 @@ from whole_run import RAYS_LAST_WORD, START_TIMEOUT, Run, few_steps
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.rollout.process import _remove_what_is_orphaned
+from roll_r3.strategies.rollout import folders as server_folders
 from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
@@ -262,7 +262,7 @@ def test_a_server_whose_driver_is_killed_ends_by_itself(fault: Fault, tmp_path: 
         named = [path for folder in folders(run) for path in (folder / "shared_memory").read_text().splitlines()]
         left = set(run.started.left(RAYS_LAST_WORD)) - {f"shared memory {path}" for path in named}
         assert not left, "left behind:\n" + "\n".join(left)
-        _remove_what_is_orphaned()
+        server_folders.remove_orphaned()
         assert folders(run) == [] and not any(os.path.exists(path) for path in named)
     finally:
         run.end()

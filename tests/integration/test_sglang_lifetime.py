@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from faults import nothing_left
 from rollout_cases import group_members, requests, trajectories
 from safetensors.torch import load_file
 from sglang_cases import Engine, configuration
@@ -42,17 +43,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
     config = configuration(checkpoint, "bfloat16", response_length=40)
     pair = [Engine(config, tmp_path_factory.mktemp("log") / f"server{i}.log", engine_index=i) for i in (0, 1)]
-    try:
-        pair[0].run(pair[0].rollout.start())
-        taken = [pair[0].rollout.weight_target().port]
-        with pytest.MonkeyPatch.context() as patch:
-            # The second one is first sent to the port of the first, where a healthy server answers.
-            patch.setattr(server, "free_port", lambda host: taken.pop() if taken else free_port(host))
-            pair[1].run(pair[1].rollout.start())
-        yield pair[0], pair[1]
-    finally:
-        for engine in pair:
-            engine.close()
+    with nothing_left():  # of the attempt that gets no port neither
+        try:
+            pair[0].run(pair[0].rollout.start())
+            taken = [pair[0].rollout.weight_target().port]
+            with pytest.MonkeyPatch.context() as patch:
+                # The second one is first sent to the port of the first, where a healthy server answers.
+                patch.setattr(server, "free_port", lambda host: taken.pop() if taken else free_port(host))
+                pair[1].run(pair[1].rollout.start())
+            yield pair[0], pair[1]
+        finally:
+            for engine in pair:
+                engine.close()
 
 
 def test_a_taken_port_is_given_up_for_another(engines: tuple[Engine, Engine]) -> None:

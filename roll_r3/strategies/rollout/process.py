@@ -6,12 +6,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +17,7 @@ import psutil
 
 from roll_r3.errors import EngineError
 from roll_r3.processes import FOLDER_VARIABLE
-from roll_r3.strategies.rollout import segments
+from roll_r3.strategies.rollout import folders, segments
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +27,9 @@ _POLL_S = 0.1
 _GONE_S = 10.0
 """Seconds that the kernel may take to end a killed process; one with a GPU gives much memory back."""
 _LOG_TAIL_BYTES = 64 * 1024
-_FOLDERS = "roll_r3-server-"
-"""What the names of servers' directories begin with; who made it follows."""
-_HELD = "shared_memory"
-"""In such a directory: a file that names the shared memory of the server, should nobody who knows it be left."""
+_NOTE_S = 0.5
+"""Seconds between two looks at what a server that starts holds in shared memory; what it makes between the last one and
+its death stays there."""
 
 
 def free_port(host: str) -> int:
@@ -68,26 +64,28 @@ class ServerProcess:
         self._segments_before: frozenset[str] = frozenset()
         self._segments: set[str] = set()
         self._folder: Path | None = None
+        self._starting = False
+        """What it holds in shared memory grows."""
         self._all_gone = False
         """Nothing of its process group is left: the number may be another's by now."""
 
     def launch(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start the child and its watch; needs a running event loop.
+        """Start the child and its watch; needs a running event loop. What is left of the child before it is removed.
 
         The calling thread must live as long as the child where the child asks the kernel to die with its parent.
 
         Raises:
-            EngineError: the program does not exist or may not be run.
+            EngineError: the program does not exist or may not be run, or the disk has no room for its log or directory.
         """
         assert self._process is None or self._process.poll() is not None, "the previous child is still running"
-        self._segments_before = segments.existing()
-        self._remove_folder()
-        _remove_what_is_orphaned()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_own_folders()}{os.getpid()}-"))
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
-            self._log_start = log.tell()
-            try:
+        self._remove_what_it_left()
+        try:
+            folders.remove_orphaned()
+            self._segments_before = segments.existing()  # what was left by those before is not among them any more
+            self._folder = folders.make()
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_path.open("ab") as log:
+                self._log_start = log.tell()
                 self._process = subprocess.Popen(
                     list(command),
                     env={**environment, FOLDER_VARIABLE: str(self._folder)},
@@ -96,15 +94,18 @@ class ServerProcess:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-            except OSError as error:
-                self._remove_folder()
-                raise EngineError(f"{self._name}: cannot run {command[0]}: {error}") from error
-        self._all_gone = False
+        except OSError as error:
+            self._remove_what_it_left()
+            raise EngineError(f"{self._name}: cannot run {command[0]}: {error}") from error
+        self._all_gone, self._starting = False, True
         self._death = asyncio.create_task(self._watch(self._process))
 
-    @staticmethod
-    async def _watch(process: subprocess.Popen[bytes]) -> int:
+    async def _watch(self, process: subprocess.Popen[bytes]) -> int:
+        look_at = 0.0
         while (code := process.poll()) is None:
+            if self._starting and time.monotonic() >= look_at:
+                self._note_shared_memory()
+                look_at = time.monotonic() + _NOTE_S
             await asyncio.sleep(_POLL_S)
         return code
 
@@ -122,14 +123,23 @@ class ServerProcess:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def note_shared_memory(self) -> None:
-        """Remember what the child and its children hold in shared memory by now: `stop` removes it, should they be
-        killed before they can, or the next launch of anybody's, should this process be killed too."""
-        if self._process is not None:
-            self._segments |= segments.mapped(_living(self._process.pid)) - self._segments_before
-        if self._folder is not None:
-            with contextlib.suppress(OSError):  # a full disk: it is of use only if this process is killed
-                (self._folder / _HELD).write_text("\n".join(sorted(self._segments)))
+    def started(self) -> None:
+        """The child and its children hold in shared memory all that they will: it is not looked for any more."""
+        self._note_shared_memory()
+        self._starting = False
+
+    def _note_shared_memory(self) -> None:
+        """Remember what the child and its children hold in shared memory by now: `stop` or the next `launch` removes
+        it, should they be killed before they can, or the next launch of anybody's, should this process be killed too.
+        """
+        if self._process is None or self._folder is None:
+            return
+        existing = segments.existing()
+        new = existing - self._segments_before - self._segments
+        held = (self._segments & existing) | (segments.mapped(_living(self._process.pid), new) if new else set())
+        if held != self._segments:
+            self._segments = held
+            folders.note(self._folder, held)
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines that this child wrote."""
@@ -164,15 +174,15 @@ class ServerProcess:
         process = self._process
         if process is None or self._all_gone:
             return
-        self.note_shared_memory()
+        self._note_shared_memory()
+        self._starting = False
         if grace_s:
             signal_group(process.pid, signal.SIGTERM)
             await asyncio.wait([self.death], timeout=grace_s)
         # Children that outlived the leader are still in its group, so this is not only for a deaf leader.
         signal_group(process.pid, signal.SIGKILL)
         # Now, for whoever ends this process may not give it the time to see all of them gone.
-        segments.remove(self._segments)
-        self._remove_folder()
+        self._remove_what_it_left()
         deadline = time.monotonic() + _GONE_S
         while (left := _living(process.pid)) and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
@@ -182,33 +192,12 @@ class ServerProcess:
         else:
             await asyncio.wait([self.death], timeout=_GONE_S)
 
-    def _remove_folder(self) -> None:
+    def _remove_what_it_left(self) -> None:
+        segments.remove(self._segments)
+        self._segments.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            folders.remove(self._folder)
             self._folder = None
-
-
-def _own_folders() -> str:
-    """What names begin with whose makers' numbers mean something here: containers that share a directory do not share
-    their processes."""
-    try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = 0
-    return f"{_FOLDERS}{namespace}-"
-
-
-def _remove_what_is_orphaned() -> None:
-    """Directories and shared memory of servers whose makers were killed before they could. Another user's cannot be
-    removed, and are not tried."""
-    own = _own_folders()
-    for folder in Path(tempfile.gettempdir()).glob(f"{own}*"):
-        maker = re.match(r"([0-9]{1,9})-", folder.name.removeprefix(own))  # anybody may make others
-        with contextlib.suppress(OSError):  # another looks after them too
-            if maker and not psutil.pid_exists(int(maker[1])) and folder.lstat().st_uid == os.getuid():
-                if (folder / _HELD).is_file():
-                    segments.remove((folder / _HELD).read_text().splitlines())
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _living(group: int) -> list[int]:

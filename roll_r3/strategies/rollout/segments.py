@@ -15,13 +15,13 @@ def existing() -> frozenset[str]:
     return frozenset(str(path) for path in _SHM.iterdir()) if _SHM.is_dir() else frozenset()
 
 
-def mapped(pids: Iterable[int]) -> set[str]:
-    """Paths of those that processes have mapped.
+def mapped(pids: Iterable[int], among: Iterable[str]) -> set[str]:
+    """Paths of those of `among` that processes have mapped.
 
     Found by inode: a semaphore is made under one name and linked to another, and the kernel shows the first.
     """
     names = {}
-    for path in existing():
+    for path in among:
         with contextlib.suppress(OSError):  # it is gone
             names[os.stat(path).st_ino] = path
     found = set()

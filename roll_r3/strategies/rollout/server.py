@@ -191,7 +191,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
             async with asyncio.timeout_at(limit):
                 client = await self._launch(str(checkpoint), self._facts, environment)
                 await self._warm_up(client)
-                self._process.note_shared_memory()
+                self._process.started()
         except TimeoutError as error:
             text = f"did not answer within {self._config.startup_timeout:g} s (strategy_config.startup_timeout)"
             tail = self._process.log_tail()
@@ -258,6 +258,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
             if attempt == _LAUNCHES or "address already in use" not in self._process.log_tail(200).lower():
                 raise EngineError(f"{self._name} did not start: {self._process.obituary()}")
             logger.warning("%s: port %d was taken, trying another", self._name, self._port)
+            await self._process.stop(grace_s=0.0)  # its children may not have noticed yet
         raise AssertionError("the last attempt returned or raised")
 
     async def _warm_up(self, client: ServerClient) -> None:
@@ -397,7 +398,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
         It may not be asked before `on_weights_updated`: it has the checkpoint's weights, under version 0.
 
         Raises:
-            EngineError: as `start`.
+            ConfigError, EngineError: as `start`.
         """
         await self._end()
         self._renew()

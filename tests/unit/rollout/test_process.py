@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from roll_r3.errors import EngineError
 from roll_r3.processes import FOLDER_VARIABLE
+from roll_r3.strategies.rollout import folders
 from roll_r3.strategies.rollout.process import ServerProcess
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux's shared memory")
@@ -52,7 +55,7 @@ def test_shared_memory_of_a_childs_child_is_removed(tmp_path: Path, paths: tuple
         while "ready" not in process.log_tail():
             await asyncio.sleep(0.05)
         if killed:
-            process.note_shared_memory()
+            process.started()
             os.killpg(process.pid or 0, signal.SIGKILL)
             await process.death
         assert own.exists()
@@ -60,6 +63,94 @@ def test_shared_memory_of_a_childs_child_is_removed(tmp_path: Path, paths: tuple
         assert not own.exists()
         assert older.exists()
         await process.stop()
+
+    asyncio.run(scenario())
+
+
+ENDS = """
+import mmap, os, sys, time
+file = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR)
+os.ftruncate(file, 4096)
+held = mmap.mmap(file, 4096)
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("then", ["launched again", "stopped"])
+def test_what_a_server_held_that_ended_while_it_started_is_removed(
+    tmp_path: Path, paths: tuple[Path, Path], then: str
+) -> None:
+    own, older = paths
+    end = tmp_path / "end"
+
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        process.launch([sys.executable, "-c", ENDS, str(own), str(end)], os.environ)
+        deadline = time.monotonic() + 20
+        while str(own) not in process._segments and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        end.touch()
+        await process.death
+        assert own.exists()
+        if then == "launched again":
+            process.launch(["sleep", "600"], os.environ)
+            assert not own.exists(), "else it would count as what was there before the second"
+        await process.stop(grace_s=0.0)
+        assert not own.exists()
+        assert older.exists()
+
+    asyncio.run(scenario())
+
+
+MAKER = f"""
+import asyncio, os, sys
+from pathlib import Path
+from roll_r3.strategies.rollout.process import ServerProcess
+
+async def main():
+    process = ServerProcess("server", Path(sys.argv[1]))
+    process.launch([sys.executable, "-c", {ENDS!r}, *sys.argv[2:]], os.environ)
+    print(process.pid, flush=True)
+    await process.death
+
+asyncio.run(main())
+"""
+
+
+def test_what_a_server_holds_whose_maker_is_killed_while_it_starts_is_removed_by_the_next_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: tuple[Path, Path]
+) -> None:
+    own, _ = paths
+    command = [sys.executable, "-c", MAKER, str(tmp_path / "log"), str(own), str(tmp_path / "never")]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as maker:
+        assert maker.stdout is not None
+        server = int(maker.stdout.readline())
+        (folder,) = tmp_path.glob("roll_r3-server-*")
+        deadline = time.monotonic() + 20
+        while not (folder / "shared_memory").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        maker.kill()
+    os.killpg(server, signal.SIGKILL)  # as the kernel does with one whose parent is gone
+    assert own.exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders.remove_orphaned()
+    assert not own.exists() and not folder.exists()
+
+
+def test_a_server_that_has_started_is_not_looked_at_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its many mappings are long to read, and whoever reads them holds them."""
+
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "log")
+        process.launch(["sleep", "600"], os.environ)
+        process.started()
+        with monkeypatch.context() as patch:
+            patch.setattr(process, "_note_shared_memory", lambda: pytest.fail("looked"))
+            await asyncio.wait([process.death], timeout=1.0)
+            assert not process.death.done()
+        await process.stop(grace_s=0.0)
 
     asyncio.run(scenario())
 
@@ -126,11 +217,11 @@ def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with subprocess.Popen(["true"]) as gone:
         pass
-    here = os.stat("/proc/self/ns/pid").st_ino
+    here = folders._here()
     makers = (
         f"{here}-{gone.pid}",
         f"{here}-{os.getppid()}",
-        f"{here + 1}-{gone.pid}",
+        f"somewhere-{gone.pid}",
         f"{here}-{'9' * 30}",
         f"{here}-²",
         "x",
@@ -153,6 +244,56 @@ def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
     assert all(path.exists() for path in (living / "store", *others, older, elsewhere))
 
 
+@pytest.mark.parametrize("elsewhere", ["another boot", "another namespace", "no boot", "no namespace"])
+def test_what_was_made_elsewhere_or_perhaps_elsewhere_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: tuple[Path, Path], elsewhere: str
+) -> None:
+    """Several machines may share a disk, and on all of them the first namespace of processes has the same number."""
+    _, older = paths
+    boot = tmp_path / "boot_id"
+    boot.write_text("0e2c8b1f-73b5-4a69-9d06-5cf8f3e4a7d2\n" if elsewhere == "another boot" else "\n")
+    there = {
+        "another boot": ("_BOOT", boot),
+        "another namespace": ("_NAMESPACE", tmp_path),
+        "no boot": ("_BOOT", boot),
+        "no namespace": ("_NAMESPACE", tmp_path / "none"),
+    }
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, *there[elsewhere])
+        with monkeypatch.context() as dead:
+            dead.setattr(os, "getpid", lambda: gone.pid)
+            made = folders.make()
+        folders.note(made, {str(older)})
+        if elsewhere.startswith("no "):
+            folders.remove_orphaned()  # it may be of any machine where this cannot be told either
+    folders.remove_orphaned()
+    assert made.exists() and older.exists()
+
+
+def test_a_folders_name_is_short() -> None:
+    """Some engines put sockets into it, and the path of one has 107 characters at most."""
+    made = folders.make()
+    folders.remove(made)
+    assert len(made.name) <= len("roll_r3-server-0123456789ab-4194304-abcdefgh")
+
+
+def test_a_disk_without_room_is_an_engine_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "file").touch()
+
+    async def scenario() -> None:
+        process = ServerProcess("server", tmp_path / "file" / "log")
+        with pytest.raises(EngineError, match=r"server: cannot run sleep: .*file"):
+            process.launch(["sleep", "600"], os.environ)
+        await process.stop()
+
+    asyncio.run(scenario())
+    assert list(tmp_path.glob("roll_r3-server-*")) == []
+
+
 def test_a_folder_names_the_shared_memory_that_its_server_holds(tmp_path: Path, paths: tuple[Path, Path]) -> None:
     own, older = paths
 
@@ -161,7 +302,7 @@ def test_a_folder_names_the_shared_memory_that_its_server_holds(tmp_path: Path, 
         process.launch([sys.executable, "-c", CODE, str(own), str(older)], os.environ)
         while "ready" not in process.log_tail():
             await asyncio.sleep(0.05)
-        process.note_shared_memory()
+        process.started()
         assert process._folder is not None
         assert (process._folder / "shared_memory").read_text() == str(own)
         await process.stop()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import psutil
@@ -16,11 +18,11 @@ import pytest
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import EngineError, RouteError
+from roll_r3.errors import ConfigError, EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout import liveness, server
 from roll_r3.strategies.rollout.client import UnreachableError
-from roll_r3.strategies.rollout.process import ServerProcess
+from roll_r3.strategies.rollout.process import _NOTE_S, ServerProcess
 from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
 from roll_r3.strategies.rollout.server import ServerRollout
 from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
@@ -245,6 +247,74 @@ def test_nothing_is_launched_by_a_start_under_which_the_engine_was_stopped(
             await engine.restart()
 
     run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("startable")
+def test_a_start_that_could_not_read_the_model_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [ConfigError("config.json cannot be read: [Errno 5] Input/output error")]
+
+    def read_facts(_: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(server, "read_facts", read_facts)
+
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        async def launch(*_: object) -> Client:
+            engine._process.launch(["sleep", "600"], os.environ)
+            engine._client = Client()  # type: ignore[assignment]
+            return Client()
+
+        monkeypatch.setattr(engine, "_launch", launch)
+        for name in ("_installed_version", "_warm_up"):
+            monkeypatch.setattr(engine, name, AsyncMock(return_value="0.0.0"))
+        monkeypatch.setattr(engine, "check_version", lambda _: None)
+        with pytest.raises(ConfigError, match="Input/output error"):
+            await engine.restart()
+        await engine.restart()
+        assert await engine.why_down(ask=True) == ""
+
+    run(tmp_path, scenario)
+
+
+TAKEN = """
+import mmap, os, subprocess, sys, time
+file = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR)
+os.ftruncate(file, 4096)
+held = mmap.mmap(file, 4096)
+child = subprocess.Popen(["sleep", "600"])
+time.sleep(float(sys.argv[2]))
+print("child", child.pid, "error: [Errno 98] Address already in use", flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux's shared memory")
+@pytest.mark.usefixtures("startable")
+def test_an_attempt_whose_port_was_taken_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [Path(f"/dev/shm/roll_r3_test_{os.getpid()}_{attempt}") for attempt in range(server._LAUNCHES)]
+    attempts = iter(held)
+
+    async def scenario(engine: ServerRollout[Any]) -> None:
+        monkeypatch.setattr(
+            engine, "command", lambda *_: [sys.executable, "-c", TAKEN, str(next(attempts)), str(4 * _NOTE_S)]
+        )
+        await engine._process.stop(grace_s=0.0)
+        with pytest.raises(EngineError, match=r"did not start: process \d+ exited with code 0"):
+            await engine._launch("/models/tiny", None, dict(os.environ))  # type: ignore[arg-type]
+        await engine.stop()
+
+    try:
+        run(tmp_path, scenario)
+        children = re.findall(r"child (\d+)", (tmp_path / "log").read_text())
+        assert len(children) == len(held)
+        assert not [path for path in held if path.exists()]
+        living = [int(pid) for pid in children if psutil.pid_exists(int(pid))]
+        assert not [pid for pid in living if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    finally:
+        for path in held:
+            path.unlink(missing_ok=True)
 
 
 @pytest.mark.usefixtures("startable")
