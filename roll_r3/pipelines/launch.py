@@ -87,7 +87,7 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
         replay_mode=config.actor_train.router_replay.mode,
         seconds=time.monotonic() - started,
     )
-    Progress(config.max_steps, sys.stdout).say(summary)
+    Progress(config.max_steps, sys.stdout).say(summary)  # as `print`, but who reads may be gone
     return 0
 
 
