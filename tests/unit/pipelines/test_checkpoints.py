@@ -1,125 +1,29 @@
-"""What a run saves and when, what it goes on from, and what it does when that is damaged or the disk is full.
+"""What a run saves and when, and what it does when the disk is full or it is to leave.
 
 The trainer is a stand-in: two files in the place of its tensors, whose writing is tested where the real ones are.
 """
 
 from __future__ import annotations
 
-import errno
-import io
-import json
 import os
 import resource
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import datetime
 from pathlib import Path
-from threading import Event, Timer
+from threading import Timer
 from typing import Any
 
 import pytest
+from fake_run import FakeRun, config_of
 
-from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.yaml_file import to_yaml
-from roll_r3.data.prompts import Prompt
-from roll_r3.errors import CheckpointError, ConfigError, LostWorkerError, RollError
-from roll_r3.pipelines.checkpoints import Checkpoints, lacks_export, stores_of
-from roll_r3.pipelines.leaving import Leave, LeaveNow, Leaving
-from roll_r3.pipelines.resume import (
-    ResumePoint,
-    changes,
-    data_of,
-    opened,
-    put_back,
-)
-from roll_r3.saving.manifest import FileSum, file_sum, verify
+from roll_r3.errors import CheckpointError, LostWorkerError
+from roll_r3.pipelines.checkpoints import lacks_export
+from roll_r3.pipelines.leaving import Leave, LeaveNow
+from roll_r3.saving.manifest import verify
 from roll_r3.saving.state import read_state
-from roll_r3.tracking.progress import Progress
-
-PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i)) for i in range(10)]
-
-
-class TwoFiles:
-    """In the place of the trainer's ranks."""
-
-    def __init__(self) -> None:
-        self.may_write = Event()
-        self.may_write.set()
-        self.calls: list[str] = []
-
-    def take_snapshot(self) -> None:
-        self.calls.append("snapshot")
-
-    def write_snapshot(self, path: Path) -> dict[str, FileSum]:
-        assert self.may_write.wait(30)
-        path.mkdir()
-        for name in "ab":
-            (path / name).write_bytes(name.encode() * 5000)
-        self.calls.append("written")
-        return {name: file_sum(path / name) for name in "ab"}
-
-    def save_hf(self, path: Path) -> dict[str, int]:
-        self.calls.append("exported")
-        (path / "model.safetensors").write_bytes(b"x")
-        return {"model.safetensors": 1}
-
-
-def config_of(tmp_path: Path, **changed: Any) -> RLVRConfig:
-    fields = {"exp_name": "exp", "pretrain": "p", "output_dir": str(tmp_path), "max_steps": 10, "save_steps": 2}
-    return RLVRConfig(**(fields | {"actor_train": {}, "actor_infer": {}, "rollout_batch_size": 4} | changed))
-
-
-class Said(Progress):
-    """Takes down what is said."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__(10, io.StringIO())
-        self._lines = lines
-
-    def say(self, text: str) -> None:
-        if not text.endswith(" ..."):  # a stage
-            self._lines.append(text)
-
-
-class FakeRun:
-    """The loop around what saves, without what is trained."""
-
-    def __init__(self, config: RLVRConfig, *, hour: int = 1) -> None:
-        self.config = config
-        self.said: list[str] = []
-        with opened(config, datetime(2026, 1, 1, hour), Said(self.said)) as (self.run_dir, self.point):
-            pass
-        self.checkpoints, self.exports = stores_of(self.run_dir)
-        self.done = self.point.state.step if self.point else 0
-        data = data_of(PROMPTS, config.seed, self.point.state.data.drawn if self.point else ())
-        if self.point:
-            put_back(self.run_dir, self.point, self.said.append)
-        self.trainer: Any = TwoFiles()
-        self.leaving = Leaving(60.0)
-        self.saving = Checkpoints(
-            config,
-            self.run_dir,
-            self.trainer,
-            data=data,
-            begun=self.done,
-            leaving=self.leaving,
-            say=self.said.append,
-        )
-
-    def run_to(self, last: int) -> FakeRun:
-        for step in range(self.done + 1, last + 1):
-            with self.run_dir.metrics_file.open("a") as stream:
-                stream.write(json.dumps({"step": step}) + "\n")
-            with self.run_dir.samples_file.open("a") as stream:
-                stream.write(json.dumps({"step": step, "sample": "x"}) + "\n")
-            self.done = step
-            self.saving.step_done(step, samples_seen=32 * step)
-        return self
-
-    def steps_in(self, path: Path) -> list[int]:
-        return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
 def test_a_checkpoint_holds_what_a_run_goes_on_from(tmp_path):
@@ -185,80 +89,6 @@ def test_checkpoints_may_be_on_another_disk(tmp_path):
     assert again.run_dir == run.run_dir
 
 
-def test_auto_goes_on_with_the_run_in_its_directory(tmp_path):
-    config = config_of(tmp_path, resume_from_checkpoint="auto")
-    first = FakeRun(config)
-    assert first.point is None
-    assert "no run in" in first.said[0]
-    first.run_to(5)
-    FakeRun(config_of(tmp_path), hour=2)  # one that died before its first checkpoint
-    again = FakeRun(config)
-    assert again.run_dir == first.run_dir
-    assert again.done == 4
-    assert again.steps_in(again.run_dir.metrics_file) == [1, 2, 3, 4], "step 5 is done again"
-    assert again.steps_in(again.run_dir.samples_file) == [1, 2, 3, 4]
-    again.run_to(6)
-    assert again.steps_in(again.run_dir.metrics_file) == [1, 2, 3, 4, 5, 6]
-    assert again.steps_in(again.checkpoints.path(6) / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
-    assert read_state(again.checkpoints.path(6)).data.drawn == ((6, 4),)
-
-
-def test_a_path_begins_a_new_run_there(tmp_path):
-    first = FakeRun(config_of(tmp_path)).run_to(5)
-    named = str(first.checkpoints.path(2))
-    other = FakeRun(config_of(tmp_path, resume_from_checkpoint=named, rollout_batch_size=8), hour=2).run_to(4)
-    assert other.run_dir != first.run_dir
-    assert other.steps_in(other.run_dir.metrics_file) == [1, 2, 3, 4]
-    assert other.steps_in(other.run_dir.samples_file) == [3, 4], "what it sampled itself"
-    assert first.checkpoints.steps() == [2, 4]
-    assert first.steps_in(first.run_dir.metrics_file) == [1, 2, 3, 4, 5]
-    assert read_state(other.checkpoints.path(4)).data.drawn == ((2, 4), (2, 8))
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path):
-    config = config_of(tmp_path, resume_from_checkpoint="auto")
-    first = FakeRun(config).run_to(6)
-    (first.checkpoints.path(6) / "trainer" / "a").write_bytes(b"a" * 4999)
-    again = FakeRun(config)
-    assert again.done == 4
-    assert "step-00000006 is DAMAGED: trainer/a has 4999 bytes, and had 5000" in again.said[0]
-    assert "step-00000006.damaged" in again.said[1]
-    again.run_to(6)
-    verify(again.checkpoints.path(6))
-
-
-def test_what_another_process_saves_as_it_leaves_is_gone_on_from(tmp_path):
-    """It is looked for under the lock, so that nothing that is whole is taken for damaged."""
-    config = config_of(tmp_path, resume_from_checkpoint="auto")
-    first = FakeRun(config).run_to(2)
-    with first.run_dir.locked(print), pytest.raises(ConfigError, match="another process runs in"):
-        FakeRun(config)
-    first.run_to(4)
-    again = FakeRun(config)
-    assert again.done == 4
-    assert again.checkpoints.steps() == [2, 4]
-
-
-@pytest.mark.parametrize("number", ["ESTALE", "EIO", "ENOTCONN"])
-def test_a_checkpoint_that_cannot_be_read_just_now_is_not_damaged(tmp_path, monkeypatch, number):
-    config = config_of(tmp_path, resume_from_checkpoint="auto")
-    run = FakeRun(config).run_to(4)
-    stat = os.stat
-
-    def refused(path: Any, **more: Any) -> os.stat_result:
-        if str(path).endswith("step-00000004/complete"):
-            raise OSError(getattr(errno, number), "it is away")
-        return stat(path, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "stat", refused)
-        with pytest.raises(RollError, match=r"nothing can be said of .*step-00000004.*it is away") as stopped:
-            FakeRun(config)
-    assert not isinstance(stopped.value, CheckpointError)
-    assert run.checkpoints.steps() == [2, 4]
-    assert FakeRun(config).done == 4
-
-
 def test_an_export_that_was_due_when_a_run_ended_is_made_by_the_next(tmp_path):
     config = config_of(tmp_path, save_hf_steps=5, resume_from_checkpoint="auto", max_steps=10)
     run = FakeRun(config).run_to(9)
@@ -304,31 +134,6 @@ def test_an_export_onto_a_disk_of_another_node_is_not_called_saved(tmp_path, the
         run.run_to(2)
     assert run.exports.steps() == []
     assert not any("/hf/" in said for said in run.said)
-
-
-def test_samples_keep_what_ends_a_line_elsewhere(tmp_path):
-    config = config_of(tmp_path, resume_from_checkpoint="auto")
-    run = FakeRun(config).run_to(3)
-    lines = [json.dumps({"step": s, "sample": "a\u2028b\u0085c\x0bd"}, ensure_ascii=False) + "\n" for s in (1, 2, 3)]
-    run.run_dir.samples_file.write_text("".join(lines))
-    again = FakeRun(config)
-    assert again.done == 2
-    assert again.run_dir.samples_file.read_text() == "".join(lines[:2])
-
-
-def test_where_all_are_damaged_nothing_starts(tmp_path):
-    config = config_of(tmp_path, resume_from_checkpoint="auto")
-    run = FakeRun(config).run_to(2)
-    (run.checkpoints.path(2) / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="the run does not start over by itself"):
-        FakeRun(config)
-
-
-def test_a_damaged_checkpoint_that_is_named_is_refused(tmp_path):
-    run = FakeRun(config_of(tmp_path)).run_to(4)
-    (run.checkpoints.path(4) / "complete").unlink()
-    with pytest.raises(ConfigError, match="cannot be gone on from: it was not completed"):
-        FakeRun(config_of(tmp_path, resume_from_checkpoint=str(run.checkpoints.path(4))))
 
 
 @contextmanager
@@ -506,34 +311,6 @@ def test_a_failure_to_save_does_not_hide_the_error_before_it(tmp_path):
     assert "step 2 was not saved: " in run.said[-1]
 
 
-def test_changed_fields_are_named(tmp_path):
-    run = FakeRun(config_of(tmp_path)).run_to(2)
-    point = ResumePoint(run.checkpoints.path(2), read_state(run.checkpoints.path(2)))
-    assert changes(run.config, point) == []
-    layout = {"strategy_args": {"strategy_config": {"tensor_model_parallel_size": 2}}}
-    other = config_of(tmp_path, max_steps=20, resume_from_checkpoint="auto", actor_train=layout)
-    assert changes(other, point) == [
-        "  max_steps: 10 -> 20",
-        "  actor_train.strategy_args.strategy_config.tensor_model_parallel_size: 1 -> 2",
-    ]
-
-
-def test_weights_of_a_step_that_is_done_again_are_in_nobodys_way(tmp_path):
-    config = config_of(tmp_path, save_steps=4, save_hf_steps=3, resume_from_checkpoint="auto")
-    FakeRun(config).run_to(7)
-    run = FakeRun(config).run_to(6)
-    assert run.exports.steps() == [3, 6]
-    assert sorted(path.name for path in run.exports.folder.iterdir())[-1] == "step-00000006.earlier"
-    assert any("done again" in said for said in run.said)
-
-
-def test_a_run_that_begins_again_has_no_history(tmp_path):
-    run = FakeRun(config_of(tmp_path, save_hf_steps=1)).run_to(1)
-    put_back(run.run_dir, None, run.said.append)
-    assert run.run_dir.metrics_file.read_text() == run.run_dir.samples_file.read_text() == ""
-    assert run.exports.steps() == []
-
-
 def test_what_is_left_is_saved_once(tmp_path):
     run = FakeRun(config_of(tmp_path, save_steps=3)).run_to(5)
     run.saving.leave(5, 160)
@@ -564,34 +341,3 @@ def test_a_lost_worker_while_saving_is_no_full_disk(tmp_path, async_save):
     with pytest.raises(LostWorkerError, match="actor_train-1 died"), run.saving:
         run.run_to(4)
     assert [path.name for path in run.checkpoints.folder.iterdir()] == ["step-00000002"]
-
-
-SAYS_NO_CONFIGURATION = {
-    "aliases that double": "a: &a {x: 1}\n"
-    + "".join(f"b{i}: &b{i} {{p: *{f'b{i - 1}' if i else 'a'}, q: *{f'b{i - 1}' if i else 'a'}}}\n" for i in range(40)),
-    "a tag": "a: !!python/object/apply:os.mkdir [x]",
-    "no YAML": "{",
-    "nothing": None,
-}
-
-
-@pytest.mark.timeout(30)
-@pytest.mark.parametrize("text", SAYS_NO_CONFIGURATION.values(), ids=SAYS_NO_CONFIGURATION)
-def test_a_checkpoint_whose_configuration_is_none_is_refused(tmp_path, text):
-    run = FakeRun(config_of(tmp_path)).run_to(2)
-    path = run.checkpoints.path(2)
-    (path / "config.yaml").unlink() if text is None else (path / "config.yaml").write_text(text)
-    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
-        changes(run.config, ResumePoint(path, read_state(path)))
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"step": "1"}', '{"step": 1, "a": "b"}', "\udcff", None])
-def test_metrics_that_are_none_are_refused(tmp_path, text):
-    run = FakeRun(config_of(tmp_path)).run_to(2)
-    path = run.checkpoints.path(2)
-    if text is None:
-        (path / "metrics.jsonl").unlink()
-    else:
-        (path / "metrics.jsonl").write_text(text, errors="surrogateescape")
-    with pytest.raises(CheckpointError, match="does not hold the metrics"):
-        put_back(run.run_dir, ResumePoint(path, read_state(path)), run.said.append)

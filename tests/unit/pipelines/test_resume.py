@@ -1,0 +1,178 @@
+"""What a run goes on from, what may have changed meanwhile, and what it does when that is damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from typing import Any
+
+import pytest
+from fake_run import FakeRun, config_of
+
+from roll_r3.errors import CheckpointError, ConfigError, RollError
+from roll_r3.pipelines.resume import (
+    ResumePoint,
+    changes,
+    put_back,
+)
+from roll_r3.saving.manifest import verify
+from roll_r3.saving.state import read_state
+
+
+def test_auto_goes_on_with_the_run_in_its_directory(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    first = FakeRun(config)
+    assert first.point is None
+    assert "no run in" in first.said[0]
+    first.run_to(5)
+    FakeRun(config_of(tmp_path), hour=2)  # one that died before its first checkpoint
+    again = FakeRun(config)
+    assert again.run_dir == first.run_dir
+    assert again.done == 4
+    assert again.steps_in(again.run_dir.metrics_file) == [1, 2, 3, 4], "step 5 is done again"
+    assert again.steps_in(again.run_dir.samples_file) == [1, 2, 3, 4]
+    again.run_to(6)
+    assert again.steps_in(again.run_dir.metrics_file) == [1, 2, 3, 4, 5, 6]
+    assert again.steps_in(again.checkpoints.path(6) / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert read_state(again.checkpoints.path(6)).data.drawn == ((6, 4),)
+
+
+def test_a_path_begins_a_new_run_there(tmp_path):
+    first = FakeRun(config_of(tmp_path)).run_to(5)
+    named = str(first.checkpoints.path(2))
+    other = FakeRun(config_of(tmp_path, resume_from_checkpoint=named, rollout_batch_size=8), hour=2).run_to(4)
+    assert other.run_dir != first.run_dir
+    assert other.steps_in(other.run_dir.metrics_file) == [1, 2, 3, 4]
+    assert other.steps_in(other.run_dir.samples_file) == [3, 4], "what it sampled itself"
+    assert first.checkpoints.steps() == [2, 4]
+    assert first.steps_in(first.run_dir.metrics_file) == [1, 2, 3, 4, 5]
+    assert read_state(other.checkpoints.path(4)).data.drawn == ((2, 4), (2, 8))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    first = FakeRun(config).run_to(6)
+    (first.checkpoints.path(6) / "trainer" / "a").write_bytes(b"a" * 4999)
+    again = FakeRun(config)
+    assert again.done == 4
+    assert "step-00000006 is DAMAGED: trainer/a has 4999 bytes, and had 5000" in again.said[0]
+    assert "step-00000006.damaged" in again.said[1]
+    again.run_to(6)
+    verify(again.checkpoints.path(6))
+
+
+def test_what_another_process_saves_as_it_leaves_is_gone_on_from(tmp_path):
+    """It is looked for under the lock, so that nothing that is whole is taken for damaged."""
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    first = FakeRun(config).run_to(2)
+    with first.run_dir.locked(print), pytest.raises(ConfigError, match="another process runs in"):
+        FakeRun(config)
+    first.run_to(4)
+    again = FakeRun(config)
+    assert again.done == 4
+    assert again.checkpoints.steps() == [2, 4]
+
+
+@pytest.mark.parametrize("number", ["ESTALE", "EIO", "ENOTCONN"])
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_damaged(tmp_path, monkeypatch, number):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    run = FakeRun(config).run_to(4)
+    stat = os.stat
+
+    def refused(path: Any, **more: Any) -> os.stat_result:
+        if str(path).endswith("step-00000004/complete"):
+            raise OSError(getattr(errno, number), "it is away")
+        return stat(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refused)
+        with pytest.raises(RollError, match=r"nothing can be said of .*step-00000004.*it is away") as stopped:
+            FakeRun(config)
+    assert not isinstance(stopped.value, CheckpointError)
+    assert run.checkpoints.steps() == [2, 4]
+    assert FakeRun(config).done == 4
+
+
+def test_samples_keep_what_ends_a_line_elsewhere(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    run = FakeRun(config).run_to(3)
+    lines = [json.dumps({"step": s, "sample": "a\u2028b\u0085c\x0bd"}, ensure_ascii=False) + "\n" for s in (1, 2, 3)]
+    run.run_dir.samples_file.write_text("".join(lines))
+    again = FakeRun(config)
+    assert again.done == 2
+    assert again.run_dir.samples_file.read_text() == "".join(lines[:2])
+
+
+def test_where_all_are_damaged_nothing_starts(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    run = FakeRun(config).run_to(2)
+    (run.checkpoints.path(2) / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="the run does not start over by itself"):
+        FakeRun(config)
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(tmp_path):
+    run = FakeRun(config_of(tmp_path)).run_to(4)
+    (run.checkpoints.path(4) / "complete").unlink()
+    with pytest.raises(ConfigError, match="cannot be gone on from: it was not completed"):
+        FakeRun(config_of(tmp_path, resume_from_checkpoint=str(run.checkpoints.path(4))))
+
+
+def test_changed_fields_are_named(tmp_path):
+    run = FakeRun(config_of(tmp_path)).run_to(2)
+    point = ResumePoint(run.checkpoints.path(2), read_state(run.checkpoints.path(2)))
+    assert changes(run.config, point) == []
+    layout = {"strategy_args": {"strategy_config": {"tensor_model_parallel_size": 2}}}
+    other = config_of(tmp_path, max_steps=20, resume_from_checkpoint="auto", actor_train=layout)
+    assert changes(other, point) == [
+        "  max_steps: 10 -> 20",
+        "  actor_train.strategy_args.strategy_config.tensor_model_parallel_size: 1 -> 2",
+    ]
+
+
+def test_weights_of_a_step_that_is_done_again_are_in_nobodys_way(tmp_path):
+    config = config_of(tmp_path, save_steps=4, save_hf_steps=3, resume_from_checkpoint="auto")
+    FakeRun(config).run_to(7)
+    run = FakeRun(config).run_to(6)
+    assert run.exports.steps() == [3, 6]
+    assert sorted(path.name for path in run.exports.folder.iterdir())[-1] == "step-00000006.earlier"
+    assert any("done again" in said for said in run.said)
+
+
+def test_a_run_that_begins_again_has_no_history(tmp_path):
+    run = FakeRun(config_of(tmp_path, save_hf_steps=1)).run_to(1)
+    put_back(run.run_dir, None, run.said.append)
+    assert run.run_dir.metrics_file.read_text() == run.run_dir.samples_file.read_text() == ""
+    assert run.exports.steps() == []
+
+
+SAYS_NO_CONFIGURATION = {
+    "aliases that double": "a: &a {x: 1}\n"
+    + "".join(f"b{i}: &b{i} {{p: *{f'b{i - 1}' if i else 'a'}, q: *{f'b{i - 1}' if i else 'a'}}}\n" for i in range(40)),
+    "a tag": "a: !!python/object/apply:os.mkdir [x]",
+    "no YAML": "{",
+    "nothing": None,
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("text", SAYS_NO_CONFIGURATION.values(), ids=SAYS_NO_CONFIGURATION)
+def test_a_checkpoint_whose_configuration_is_none_is_refused(tmp_path, text):
+    run = FakeRun(config_of(tmp_path)).run_to(2)
+    path = run.checkpoints.path(2)
+    (path / "config.yaml").unlink() if text is None else (path / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        changes(run.config, ResumePoint(path, read_state(path)))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"step": "1"}', '{"step": 1, "a": "b"}', "\udcff", None])
+def test_metrics_that_are_none_are_refused(tmp_path, text):
+    run = FakeRun(config_of(tmp_path)).run_to(2)
+    path = run.checkpoints.path(2)
+    if text is None:
+        (path / "metrics.jsonl").unlink()
+    else:
+        (path / "metrics.jsonl").write_text(text, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match="does not hold the metrics"):
+        put_back(run.run_dir, ResumePoint(path, read_state(path)), run.said.append)
