@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,10 @@ class Prompt:
     token_ids: tuple[int, ...]
     ground_truth: str
     domain: str = "default"
+    messages: tuple[Mapping[str, str], ...] = ()
+    """The conversation that the chat template was given, as {role, content}."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """Every column of the row, as in the file."""
 
 
 def read_prompts(args: DataArgs, tokenizer: ChatTokenizer, max_tokens: int) -> list[Prompt]:
