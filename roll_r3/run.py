@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from roll_r3.config.derived import checkpoint_of, model_workers
@@ -85,6 +86,8 @@ def _refuse_misplaced(parser: argparse.ArgumentParser, options: argparse.Namespa
         parser.error("--format goes with --validate-only or --plan")
     if options.print_config and options.format != "text":
         parser.error("--print-config prints YAML: leave --format out")
+    if options.show_dropped and (options.format != "text" or options.explain is not None):
+        parser.error("--show-dropped goes with findings as text: JSON has every key")
     if options.devices_per_node is not None and not options.plan:
         parser.error("--devices-per-node goes with --plan")
     if options.devices_per_node is not None and options.devices_per_node < 1:
@@ -110,10 +113,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.validate_only:
         _report(options, findings, loaded.origins)
         if options.format == "text":
-            print(summary(loaded.config, loaded.origins.file, surroundings))
+            print(summary(loaded.config, loaded.origins, surroundings))
         return EXIT_OK
     if findings:
-        print(render(findings, loaded.origins), file=sys.stderr)
+        print(render(findings, loaded.origins, show_dropped=options.show_dropped), file=sys.stderr)
     if options.print_config:
         print(to_yaml(loaded.config), end="")
         return EXIT_OK
@@ -121,7 +124,8 @@ def _run(options: argparse.Namespace) -> int:
         plan = _plan(loaded, surroundings, options.devices_per_node or DEVICES_PER_NODE)
         misplaced = plan_findings(loaded.config, plan)
         if options.format == "json":
-            print(json.dumps(plan_json(plan) | {"findings": as_json(misplaced, loaded.origins)}, indent=2))
+            found = {"dialect": _dialect(loaded.origins), "findings": as_json(misplaced, loaded.origins)}
+            print(json.dumps(plan_json(plan) | found, indent=2))
         else:
             print(render_plan(plan))
             _report(options, misplaced, loaded.origins)
@@ -148,9 +152,15 @@ def _plan(loaded: LoadedConfig, surroundings: Surroundings, devices_per_node: in
 def _report(options: argparse.Namespace, findings: Sequence[Finding], origins: Origins) -> None:
     """Show findings: to people on stderr, to programs on stdout."""
     if options.format == "json":
-        print(json.dumps({"file": origins.file, "findings": as_json(findings, origins)}, indent=2, allow_nan=False))
+        found = {"file": origins.file, "dialect": _dialect(origins), "findings": as_json(findings, origins)}
+        print(json.dumps(found, indent=2, allow_nan=False))
     elif findings:
-        print(render(findings, origins), file=sys.stderr)
+        print(render(findings, origins, show_dropped=options.show_dropped), file=sys.stderr)
+
+
+def _dialect(origins: Origins) -> dict[str, object] | None:
+    """Dialect of the file, for programs; None where it could not be read."""
+    return None if origins.dialect is None else asdict(origins.dialect)
 
 
 def _explain(rule_id: str) -> int:
@@ -195,6 +205,9 @@ def _parser() -> argparse.ArgumentParser:
         help="its files and engines are on other machines: do not look for them here",
     )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of findings and of the plan")
+    parser.add_argument(
+        "--show-dropped", action="store_true", help="list the keys of ROLL that are dropped, one by one"
+    )
     parser.add_argument(
         "--devices-per-node",
         type=int,

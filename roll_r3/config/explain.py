@@ -42,6 +42,8 @@ PATTERNS = {
 """A pattern of the schema -> what it allows, in words."""
 _TAG = "strategy_name"
 """Field by which a section is one of several, and the type of the error that it names none of them."""
+_SIMILAR = 0.75
+"""Likeness from which a name is taken for a slip: `sead` for seed, and not `sft_train` for actor_train."""
 _RULE_IDS = {"extra_forbidden": "unknown-field", "missing": "missing-field", _TAG: _TAG}
 
 
@@ -90,7 +92,7 @@ def _fix(path: str, value: object, details: list[ErrorDetails], data: dict[str, 
     """What to write instead of `value`; empty where the reason says it already."""
     kinds = {detail["type"] for detail in details}
     if "extra_forbidden" in kinds:
-        return _did_you_mean(path, data)
+        return did_you_mean(path, data)
     if "missing" in kinds:
         return f"give it in the file, or as an override {path}=..."
     if kinds & {"literal_error", _TAG}:
@@ -193,6 +195,14 @@ def _is_meant(annotation: Any, node: Any) -> bool:
     return named in typing.get_args(field.annotation)
 
 
+def null_is_a_value(path: str, data: Any = None) -> bool:
+    """Return true if null at a dotted path differs from leaving the field out."""
+    parent, _, name = path.rpartition(".")
+    sections = [kind for kind in _kinds(parent, data) if is_section(kind) and name in kind.model_fields]
+    fields = [section.model_fields[name] for section in sections]
+    return any(types.NoneType in members(field.annotation) and field.default is not None for field in fields)
+
+
 def fields_at(path: str, data: Any = None) -> list[str]:
     """The fields of the section at a dotted path, in their order; empty when there is no such section."""
     sections = [m for annotation in annotations_at(path, data) for m in members(annotation) if is_section(m)]
@@ -210,11 +220,11 @@ def _locate(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> tuple
     return ((*keys, loc[-1]), ABSENT) if is_missing else (keys, node)
 
 
-def _did_you_mean(path: str, data: dict[str, Any]) -> str:
+def did_you_mean(path: str, data: dict[str, Any]) -> str:
     """What was probably meant by an unknown field: a similar name beside it, or such a name in another section."""
     parent, _, name = path.rpartition(".")
     here = fields_at(parent, data)
-    if close := difflib.get_close_matches(name, here, n=1):
+    if close := difflib.get_close_matches(name, here, n=1, cutoff=_SIMILAR):
         return f"did you mean {join(parent, close[0])}?"
     by_name: dict[str, list[str]] = {}
     for field in _all_fields(""):

@@ -13,14 +13,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from roll_r3.config.dialect import Dialect
 from roll_r3.config.disk import NOTHING, why_no_file
 from roll_r3.config.explain import annotations_at, explain, is_section, members, misread_values
 from roll_r3.config.interpolate import resolve
+from roll_r3.config.overrides import apply
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import ABSENT, MAX_FINDINGS, Finding, InvalidConfigError, Origins, limited, show_value
-from roll_r3.config.roll_yaml import include_defaults, translate
-from roll_r3.config.tree import Keys, at, dotted, holds, join, remove
-from roll_r3.config.yaml_file import MAX_DEPTH, MAX_PATH, is_writable, parse_yaml
+from roll_r3.config.report import ABSENT, MAX_FINDINGS, Finding, InvalidConfigError, Origins, limited
+from roll_r3.config.roll_yaml import (
+    blame_includes,
+    dialect_of,
+    doubt,
+    given,
+    include_defaults,
+    other_pipeline,
+    translate,
+)
+from roll_r3.config.tree import Keys, at, dotted, leads_somewhere, remove
+from roll_r3.config.yaml_file import parse_yaml
 
 MAX_BYTES = 1 << 20
 """Largest file that is read."""
@@ -46,7 +56,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     Args:
         path: the YAML file.
         overrides: `a.b.c=value`, applied in order. The value is read as YAML and replaces what stands there; list
-            items are named by number (`device_mapping.0=3`); sections that are missing are made.
+            items are named by number (`device_mapping.0=3`); sections that are missing are made. `a.b.c=null` takes
+            the key away, as if it were not in the file; where null is a value of its own, that is set.
 
     Raises:
         InvalidConfigError: the file is not one from which a configuration can be made at all, or has more than
@@ -66,6 +77,7 @@ def load_text(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedConf
     draft = _Draft(data, file, places, found)
     for override in overrides:
         draft.set(override)
+    draft.decide()
     draft.include()
     draft.resolve()
     draft.translate()
@@ -84,32 +96,54 @@ class _Draft:
         self._around: set[str] = set()
         """The paths in `doubtful`, and those of the sections around them."""
         self._file = file
+        self._includes: Any = None
+        self._unknown_includes: list[Finding] = []
+        self.dialect = dialect_of(data)
+        """Decided by the file alone: no override changes it, but for `dialect=` itself."""
         self._note(findings)
 
     @property
     def origins(self) -> Origins:
-        return Origins(self._file, self.places)
+        return Origins(self._file, self.places, self.dialect)
 
     def set(self, override: str) -> None:
         """Apply one `a.b.c=value`."""
-        if findings := _apply(override, self.data, self.places):
+        if findings := apply(override, self.data, self.places):
             self._note(findings)
             self._doubt(override.partition("=")[0])
 
+    def decide(self) -> None:
+        """Take an override of `dialect` into account.
+
+        Raises:
+            InvalidConfigError: the file is one of another pipeline of ROLL's.
+        """
+        self.dialect = given(self.data, self.dialect)
+        other = None if self.dialect.given and not self.dialect.is_rolls else other_pipeline(self.data, self.places)
+        if other is not None:
+            signs = tuple(path for path, _ in other.found)
+            self.dialect = self.dialect if self.dialect.is_rolls else Dialect("roll", rolls=signs)
+            raise InvalidConfigError([other], self.origins)
+
     def include(self) -> None:
         """Take in what a `defaults:` list of Hydra's names."""
-        self.data, self.places, findings = include_defaults(self.data, self.places)
-        self._note(findings)
+        self._includes = self.data.get("defaults")
+        self.data, self.places, self._unknown_includes = include_defaults(self.data, self.places)
 
     def resolve(self) -> None:
-        """Replace every `${section.field}`."""
+        """Replace every `${section.field}`. Those that need an include which is not read are named with it."""
         self.data, unresolved = resolve(self.data, self.places)
+        findings, unresolved, blamed = blame_includes(self.data, self._includes, self._unknown_includes, unresolved)
+        for keys in blamed:
+            remove(self.data, keys)
+        self._note(findings)
         self.leave_out(unresolved)
 
     def translate(self) -> None:
         """Put roll_r3's own keys in the place of ROLL's."""
-        self.data, self.places, findings = translate(self.data, self.places)
-        self._note(findings)
+        unclear = doubt(self.data, self.places, self.dialect)
+        self.data, self.places, findings = translate(self.data, self.places, self.dialect.name)
+        self._note([*findings, *unclear])
 
     def _note(self, findings: Sequence[Finding]) -> None:
         """Note findings about values that are left out already. Raises InvalidConfigError where they are too many."""
@@ -128,7 +162,7 @@ class _Draft:
         for keys, finding in wrong:
             if finding.found[0][1] is ABSENT:
                 self._fill_in(keys)
-            elif _leads_somewhere(self.data, keys):
+            elif leads_somewhere(self.data, keys):
                 remove(self.data, keys)
             self._doubt(finding.path, dotted(keys))
 
@@ -168,15 +202,6 @@ def _sections_of(path: str) -> list[str]:
     return [".".join(keys[:depth]) for depth in range(1, len(keys) + 1)]
 
 
-def _leads_somewhere(node: Any, keys: Keys) -> bool:
-    """Whether there is still a value where `keys` lead."""
-    for key in keys:
-        if not holds(node, key):
-            return False
-        node = node[key]
-    return True
-
-
 def _read(path: Path) -> tuple[str | None, list[Finding]]:
     """The file's text, or what is wrong with it."""
     if (why := why_no_file(path)) not in ("", NOTHING):
@@ -210,53 +235,3 @@ def _parse(text: str, file: str) -> tuple[dict[str, Any] | None, dict[str, str],
 
 def _file_finding(why: str, fix: str = "") -> Finding:
     return Finding("file", "error", (), why, fix)
-
-
-def _apply(override: str, data: dict[str, Any], places: dict[str, str]) -> list[Finding]:
-    """Set one `a.b.c=value` in `data`, and its place in `places`; returns what is wrong with it."""
-    path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys) or any(c.isspace() for c in path) or len(keys) > MAX_DEPTH or len(path) > MAX_PATH:
-        fix = "write section.field=value, without spaces around ="
-        return [Finding("override", "error", (), f"{show_value(override)!r} is not an override", fix)]
-    if not is_writable(override):
-        why = f"{show_value(override)!r} is not UTF-8"
-        return [Finding("override", "error", (), why, "write it on a terminal whose encoding is UTF-8")]
-    place = f"override {show_value(override)}"
-    parsed = parse_yaml(text, place, path)
-    if parsed.findings:
-        return parsed.findings
-    *above, last = keys
-    node: Any = data
-    here = ""
-    for key in above:
-        if problem := _cannot_set(node, key, here, override):
-            return [problem]
-        inner = join(here, key)
-        if isinstance(node, dict) and node.get(key) is None:
-            node[key] = {}
-            places[inner] = place
-        node, here = node[int(key) if isinstance(node, list) else key], inner
-    if problem := _cannot_set(node, last, here, override):
-        return [problem]
-    node[int(last) if isinstance(node, list) else last] = parsed.value
-    for replaced in [p for p in places if p == path or p.startswith(f"{path}.")]:
-        del places[replaced]
-    places.update(dict.fromkeys([path, *parsed.places], place))
-    return []
-
-
-def _cannot_set(node: Any, key: str, here: str, override: str) -> Finding | None:
-    """What stops `key` from being set in `node`, which stands at `here`."""
-    if isinstance(node, dict):
-        return None
-    if not isinstance(node, list):
-        why = f"{show_value(override)!r}: {here} holds a value, it is not a section, so nothing can be set inside it"
-        return Finding("override", "error", ((here, node),), why, f"set {here} itself")
-    if key.isdecimal() and len(key) <= len(str(len(node))) and int(key) < len(node):
-        return None
-    why = (
-        f"{show_value(override)!r}: {here} is a list of {len(node)} items and {show_value(key)} is none of them (they "
-        "count from 0)"
-    )
-    return Finding("override", "error", ((here, node),), why, f"set the whole list: {here}=[...]")

@@ -64,6 +64,9 @@ class RLVRConfig(Config):
     """Everything that a run is made of. Batch arithmetic: a step samples rollout_batch_size prompts x
     num_return_sequences_in_group responses and trains on all of them, ppo_epochs times."""
 
+    dialect: Literal["roll_r3", "roll"] = "roll_r3"
+    """Keys and defaults that the file is written in; `roll`: those of ROLL (docs/from_roll.md). Without this key, all
+    keys of the file together decide, and the first line of a report says so. Once read, it is `roll_r3`."""
     exp_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
     """Name of the experiment and of its directory under `output_dir`."""
     seed: NonNegativeInt = 42

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from roll_r3.config.dialect import Dialect
 from roll_r3.config.readable import printable
 from roll_r3.config.tree import overlap
 from roll_r3.errors import ConfigError
@@ -60,6 +61,9 @@ class Finding:
     """Dotted paths of further fields that had a part in it, `*` any key; not shown."""
     count: int = 1
     """Findings that it stands for, see `limited`."""
+    shows: Literal["fields", "on-request", "line"] = "fields"
+    """Fields that people see: the first of them, all of them where they ask for it (see `render`), or none, since the
+    reason names them."""
 
     @property
     def path(self) -> str:
@@ -78,6 +82,13 @@ class Origins:
     file: str
     places: Mapping[str, str] = field(default_factory=dict)
     """Dotted path -> `file:line`, or the override as it was typed. Fields that nobody gave are not in it."""
+    dialect: Dialect | None = None
+    """Whose keys the file is written in; None: it could not be read."""
+
+    @property
+    def said_first(self) -> str:
+        """The first line of a report; empty where nothing is known of the file."""
+        return self.dialect.line(printable(self.file)) if self.dialect else ""
 
     def of(self, path: str) -> str:
         """The place of the value at `path`; "default" when nobody gave it."""
@@ -128,13 +139,18 @@ def limited(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(kept)
 
 
-def render(findings: Iterable[Finding], origins: Origins) -> str:
-    """All findings as text, errors first, and a closing line that counts them."""
+def render(findings: Iterable[Finding], origins: Origins, *, show_dropped: bool = False) -> str:
+    """All findings as text: the file's dialect, the findings with errors first, and a closing line that counts them.
+
+    Args:
+        show_dropped: list the fields that findings show on request.
+    """
     ordered = sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
     numbers = {severity: sum(f.count for f in ordered if f.severity == severity) for severity in SEVERITIES}
     counts = [f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in numbers.items() if n]
     listed = " and ".join(filter(None, [", ".join(counts[:-1]), *counts[-1:]])) or "nothing found"
-    return "\n\n".join([*(_render(f, origins) for f in ordered), f"{origins.file}: {listed}"])
+    told = (_render(f, origins, show_dropped) for f in ordered)
+    return "\n\n".join(filter(None, [origins.said_first, *told, f"{origins.file}: {listed}"]))
 
 
 def as_json(findings: Iterable[Finding], origins: Origins) -> list[dict[str, object]]:
@@ -170,15 +186,18 @@ def _plain(value: object) -> object:
     return value if isinstance(value, str | int | float) else show_value(value)
 
 
-def _render(finding: Finding, origins: Origins) -> str:
+def _render(finding: Finding, origins: Origins, show_dropped: bool) -> str:
     lines = [f"{finding.severity} [{finding.rule}] {finding.why}"]
-    for path, value in finding.found[:_MAX_FIELDS]:
+    if finding.shows == "on-request" and not show_dropped:
+        return printable(f"{lines[0]} (--show-dropped lists them)")
+    shown_fields = {"fields": _MAX_FIELDS, "on-request": len(finding.found), "line": 0}[finding.shows]
+    for path, value in finding.found[:shown_fields]:
         shown = printable(path)  # a newline in a key makes no line
         if value is ABSENT:
             lines.append(f"    {shown}  ({ABSENT.value}; {origins.near(path)})")
         else:
             lines.append(f"    {shown} = {show_value(value)}  ({origins.of(path)})")
-    if (more := len(finding.found) - _MAX_FIELDS) > 0:
+    if finding.shows == "fields" and (more := len(finding.found) - shown_fields) > 0:
         lines.append(f"    and {more:,} more {'field' if more == 1 else 'fields'}")
     if finding.fix:
         lines.append(f"    fix: {finding.fix}")

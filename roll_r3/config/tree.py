@@ -41,6 +41,15 @@ def holds(node: Any, key: str | int) -> bool:
     )
 
 
+def leads_somewhere(node: Any, keys: Keys) -> bool:
+    """Return true if there is still a value where `keys` lead."""
+    for key in keys:
+        if not holds(node, key):
+            return False
+        node = node[key]
+    return True
+
+
 def unshared(node: Any) -> Any:
     """A copy in which no section or list stands at two places, as those of an alias do: each can be changed alone."""
     if isinstance(node, dict):

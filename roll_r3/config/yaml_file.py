@@ -184,6 +184,8 @@ class _Walk:
             if key.tag == "tag:yaml.org,2002:merge":
                 self._wrong(value, join(path, "<<"), "the merge key << is not read", "write ${section.field}")
                 continue
+            if isinstance(key, yaml.ScalarNode) and key.tag == _INT:
+                key.tag = _Loader.DEFAULT_SCALAR_TAG  # a name is a name, in digits too
             why, fix = _wrong_with_key(key, path)
             if why:
                 self._wrong(key, path, why, fix)

@@ -24,7 +24,10 @@ _LOADING = {
     "missing-field": "a field without a default is not given",
     "bad-value": "a value is not of the field's type, or out of its bounds",
     MORE: f"more than {MAX_FINDINGS} findings of a kind are not listed one by one",
-    "roll-include": "an include that only ROLL could read; paste its content in its place",
+    "dialect-unclear": "the file has keys of ROLL and of roll_r3, and its meaning depends on which of the two it is "
+    "for; write `dialect: roll` or `dialect: roll_r3` at its top",
+    "roll-pipeline": "a file of another pipeline of ROLL's; roll_r3 runs RLVR alone",
+    "roll-include": "an include that only ROLL could read, and what needs it; paste its content in its place",
     "roll-defaults": "what a file that was written for ROLL leaves out, where ROLL's defaults are not roll_r3's",
     "roll-translated": "a key of ROLL that roll_r3 writes in another way; it was translated",
     "roll-unread": "a key of ROLL without which nothing changes here",

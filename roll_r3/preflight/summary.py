@@ -12,13 +12,14 @@ from roll_r3.config.derived import (
     runs_megatron,
 )
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.report import Origins
 from roll_r3.preflight.surroundings import Surroundings
 
 
-def summary(config: RLVRConfig, file: str, surroundings: Surroundings) -> str:
+def summary(config: RLVRConfig, origins: Origins, surroundings: Surroundings) -> str:
     """What would run, and what was known of the model when it was checked."""
     lines = [
-        f"valid: {file}",
+        f"valid: {origins.said_first or origins.file}",
         f"  {config.exp_name}: {config.max_steps} steps of {config.rollout_batch_size} prompts x "
         f"{config.num_return_sequences_in_group} samples",
         f"  model: {_model(config, surroundings)}",

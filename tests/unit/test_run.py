@@ -334,3 +334,60 @@ def test_usage_errors_have_status_2():
     )
     assert done.returncode == 2
     assert "--config" in done.stderr
+
+
+ROLLS = ROOT / "tests" / "unit" / "config" / "roll" / "sglang.yaml"
+
+
+def test_the_dialect_is_said_first(config_file, capsys):
+    assert run.main(["--config", str(config_file), "--validate-only"]) == 0
+    first = f"valid: {config_file} is read as a file of roll_r3 (dialect: roll_r3)"
+    assert capsys.readouterr().out.splitlines()[0] == first
+    assert run.main(["--config", str(ROLLS), "--validate-only", "--elsewhere"]) == 0
+    out, err = capsys.readouterr()
+    for line in (out.removeprefix("valid: ").splitlines()[0], err.splitlines()[0]):
+        assert line.startswith(f"{ROLLS} is read as a file for ROLL (dialect: roll): rewards.*.worker_cls, ")
+    assert run.main(["--config", str(ROLLS), "sead=1"]) == 2
+    assert "(dialect: roll)" in capsys.readouterr().err.splitlines()[0]
+
+
+@pytest.mark.parametrize("action", ["--validate-only", "--plan"])
+def test_programs_are_told_the_dialect(capsys, action):
+    assert run.main(["--config", str(ROLLS), action, "--elsewhere", "--format", "json"]) == 0
+    said = json.loads(capsys.readouterr().out)["dialect"]
+    assert (said["name"], said["given"], said["ours"]) == ("roll", False, [])
+    assert "rewards.*.worker_cls" in said["rolls"]
+
+
+def test_dropped_keys_are_one_line_unless_they_are_asked_for(capsys):
+    arguments = ["--config", str(ROLLS), "--validate-only", "--elsewhere"]
+    assert run.main(arguments) == 0
+    short = capsys.readouterr().err
+    (line,) = [line for line in short.splitlines() if "[roll-unread]" in line]
+    assert re.search(r"\[roll-unread\] \d\d keys of ROLL dropped: .* \(--show-dropped lists them\)$", line)
+    assert "logging_dir =" not in short
+    assert run.main([*arguments, "--show-dropped"]) == 0
+    long = capsys.readouterr().err
+    number = int(re.search(r"(\d+) keys of ROLL dropped", long)[1])
+    listed = long.split("[roll-unread]")[1].split("    fix: ")[0]
+    assert len(listed.splitlines()) == 1 + number > 20
+    assert "more fields" not in listed
+    assert run.main([*arguments, "--format", "json"]) == 0
+    (unread,) = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["rule"] == "roll-unread"]
+    assert len(unread["fields"]) == number
+
+
+def test_a_list_of_dropped_keys_is_for_text(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--config", str(ROLLS), "--validate-only", "--format", "json", "--show-dropped"])
+    assert "--show-dropped" in capsys.readouterr().err
+
+
+def test_a_file_of_another_pipeline_is_one_error(tmp_path, capsys):
+    path = tmp_path / "sft.yaml"
+    path.write_text("sft_train: {model_args: {}}\nprompt_key: instruction\nmax_steps: many\n")
+    assert run.main(["--config", str(path), "--validate-only", "--format", "json"]) == 2
+    said = json.loads(capsys.readouterr().out)
+    assert said["dialect"]["name"] == "roll"
+    ((rule, fields),) = [(f["rule"], f["fields"]) for f in said["findings"]]
+    assert (rule, fields[0]["path"], fields[0]["line"]) == ("roll-pipeline", "sft_train", 1)

@@ -11,6 +11,8 @@ from roll_r3.config.roll_yaml.rows import By, Joint, Moved, Off, Row, Same, Step
 from roll_r3.config.tree import Keys
 
 _ESTIMATORS = ("gae", "skip_obs_gae", "gigpo", "step_reinforce", "agentic_reinforce", "flowgrpo", "diffnft")
+_WITH_CRITIC = ("gae", "skip_obs_gae")
+_OF_CRITIC = ("critic", "critic_epochs", "value_clip", "lambd", "l2")
 _UNSUPPORTED_ESTIMATOR = "there is no critic and no such estimator: write grpo, or reinforce with norm_mean_type: batch"
 _NO_BASELINE = (
     "ROLL's reinforce without norm_mean_type has no baseline, and here reinforce subtracts the batch's mean: "
@@ -42,6 +44,15 @@ _FLAT_WEIGHT = "use_rollout_importance_sampling_ratio"
 _FLAT_BOUND = "rollout_importance_sampling_ratio_upper_bound"
 _BOUND = 1.2
 """ROLL's default bound of the weights."""
+
+
+def _critic(draft: Draft) -> None:
+    """Settings of the critic go with gae, which is what asks for it; beside any other estimator ROLL reads none."""
+    estimator = draft.get("adv_estimator")
+    if estimator in _WITH_CRITIC or (estimator is ABSENT and draft.is_rolls):
+        for key in _OF_CRITIC:
+            if draft.has(key):
+                draft.refuse(key, "it belongs to gae's critic, and there is none")
 
 
 def _advantages(draft: Draft) -> None:
@@ -151,8 +162,7 @@ def _kl(draft: Draft) -> None:
         if draft.has("kl_loss_coef"):
             draft.unread("kl_loss_coef")
         if isinstance(draft.get("reference"), dict):
-            why = "without use_kl_loss the reference only measures a KL divergence: it would take devices for nothing"
-            draft.translate("reference", {}, why)
+            draft.unread("reference")
 
 
 def _corrections(draft: Draft) -> None:
@@ -186,7 +196,7 @@ def _weight(draft: Draft, path: str, bound: Any) -> None:
     draft.translate(path, {f"{_CORRECTION}.mode": "token_tis", f"{_CORRECTION}.cap": bound}, why)
 
 
-STEPS: tuple[Step, ...] = (_advantages, _reward_clip, _clip_range, _kl, _corrections)
+STEPS: tuple[Step, ...] = (_critic, _advantages, _reward_clip, _clip_range, _kl, _corrections)
 
 ROWS = (
     Row(
@@ -242,7 +252,10 @@ ROWS = (
         ("kl_penalty", "target_kl", "kl_horizon", "enable_reference"),
         Unread("they belong to the token-level penalty; a reference is there when its section is"),
     ),
-    Row(("reference",), Joint("the same; left out where no KL loss uses it")),
+    Row(
+        ("reference",),
+        Joint("the same; no effect where no KL loss uses it: it would measure a divergence, and take devices for that"),
+    ),
     Row(
         ("train_infer_correction",),
         Joint(
@@ -284,9 +297,10 @@ ROWS = (
     Row(("minibatch_data_iter_num",), Off((1,), "passes over the samples are ppo_epochs")),
     Row(("critic_warmup",), Off((0,), "there is no critic to wait for")),
     Row(
-        ("critic", "critic_epochs", "reward_pretrain", "value_clip", "lambd", "l2"),
-        Unread("they belong to the critic, which only gae uses"),
+        _OF_CRITIC,
+        Unread("they belong to the critic, which only gae uses; beside gae, which is not supported, neither are they"),
     ),
+    Row(("reward_pretrain",), Unread("only models that judge start from it")),
     Row(
         ("is_pure_opd", "use_opd", "teacher", "student_train", "student_infer", "pure_opd_pipeline_type"),
         Off((False, {}), "there is no distillation"),

@@ -10,9 +10,6 @@ from roll_r3.config.report import ABSENT, Finding, show_value
 from roll_r3.config.tree import Keys, dotted, paths_below, unshared
 
 ROLES = ("actor_train", "actor_infer", "reference")
-SIGNS = ("rewards.*.worker_cls", "actor_train.data_args.domain_interleave_probs")
-"""ROLL cannot run without either of them, and roll_r3 has neither: what a file with them leaves out, and keys that both
-have but read differently, mean what ROLL takes them for."""
 ROLLS_DEFAULT = "ROLL's default"
 """The place of a value that nobody wrote."""
 
@@ -33,11 +30,12 @@ _MAX_KEYS = 6
 class Draft:
     """The tree, the places of its values, and the findings about it. Nothing raises, whatever the tree holds."""
 
-    def __init__(self, data: dict[str, Any], places: Mapping[str, str]) -> None:
+    def __init__(self, data: dict[str, Any], places: Mapping[str, str], *, is_rolls: bool = False) -> None:
         self.data = copy.deepcopy(data)
         self.places = dict(places)
-        self.is_rolls = any(self.expand(sign) for sign in SIGNS)
-        """Whether the file was written for ROLL, see `SIGNS`."""
+        self.is_rolls = is_rolls
+        """Whether the file was written for ROLL: what it leaves out, and keys that both have but read differently, mean
+        what ROLL takes them for."""
         self._notes: list[Finding] = []
         self._refused: list[tuple[str, object, str]] = []
         self._unread: list[tuple[str, object]] = []
@@ -170,7 +168,7 @@ class Draft:
             self.put(path, value, ROLLS_DEFAULT)
         if absent:
             why = "the file was written for ROLL and leaves these out, where ROLL's defaults are not roll_r3's"
-            fix = f"write them into the file before {' and '.join(SIGNS)} go: without these two it is read as roll_r3's"
+            fix = "write those that you mean to keep into the file; `dialect: roll` keeps ROLL's for all others"
             self._notes.append(Finding("roll-defaults", "note", tuple(absent.items()), why, fix))
 
     def findings(self) -> list[Finding]:
@@ -185,9 +183,21 @@ class Draft:
             why = "roll_r3 does not do what these keys of ROLL ask for, and leaving them out changes the run"
             found.append(Finding("roll-unsupported", "error", keys, why, f"take them out, or:{lines}"))
         if self._unread:
-            why = "nothing reads these keys of ROLL here, and the training is the same without them"
-            found.append(Finding("roll-unread", "warning", tuple(self._unread), why, "take them out"))
+            number = len(self._unread)
+            why = f"{number} key{'s' * (number > 1)} of ROLL dropped: nothing reads them here, and training is the same"
+            found.append(
+                Finding("roll-unread", "warning", tuple(self._unread), why, "take them out", shows="on-request")
+            )
         return found
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Return true if a row's pattern can name the key at a dotted path, whatever strategy runs the role."""
+    parts, keys = pattern.split("."), path.split(".")
+    return len(parts) == len(keys) and all(
+        key in ROLES if part == "<role>" else key in _RUN_BY[part][0] if part in _RUN_BY else part in ("*", key)
+        for part, key in zip(parts, keys, strict=True)
+    )
 
 
 def as_keys(path: str | Keys) -> Keys:

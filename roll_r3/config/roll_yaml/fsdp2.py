@@ -75,17 +75,21 @@ ROWS = (
         By(_attention, "`strategy_config.attn_implementation` for `sdpa` and `eager`; others have no effect"),
     ),
     Row(
-        under(_FSDP2, "fsdp_size", "wrap_policy", "apply_expert_patch"),
+        under(_FSDP2, "fsdp_size", "ep_size", "efsdp_size", "wrap_policy", "apply_expert_patch", "moe_use_grouped_mm"),
         Unread("every device holds its part of each weight, and gathers whole decoder layers with all their experts"),
     ),
-    Row(under(_FSDP2, "reduce_dtype"), Unread("gradients are added in fp32")),
+    Row(
+        under(_FSDP2, "reduce_dtype", "reduce_scatter_during_grad_accumulation"),
+        Unread("gradients are added in fp32, in every micro-batch"),
+    ),
+    Row(under(_FSDP2, "bf16"), Unread("ROLL does not read it here: FSDP2 computes in param_dtype")),
     Row(under(_FSDP2, "offload_policy"), Unread("nothing is offloaded: engines have GPUs of their own")),
     Row(
         under(_FSDP2, "apply_tiled_mlp", "tiled_num_shards", "model_type"),
         Unread("feed-forward layers are not computed in pieces, which gives the same"),
     ),
     Row(
-        under(_FSDP2, "async_save_ckpt", "use_batched_model_update"),
+        under(_FSDP2, "async_save_ckpt", "save_only_model", "use_batched_model_update"),
         Unread(
             "how to save is said by `checkpoint_config.async_save`, weights go out in groups as weight_bucket_mb says"
         ),

@@ -167,5 +167,12 @@ ROWS = (
         ),
         Unread("ROLL's own RLVR run does not read them, or they are about speed; the answer is in column ground_truth"),
     ),
+    Row(
+        under(_DATA, *(f"{kind}_folder" for kind in ("image", "video", "audio")))
+        + under(_DATA, "image_max_pixels", "image_min_pixels", "custom_data_kwargs_func")
+        + under(_DATA, *(f"video_{name}" for name in ("max_pixels", "min_pixels", "total_pixels", "fps")))
+        + under(_DATA, "video_max_frames", "video_resize_chunk_frames"),
+        Off((), "prompts are text: nothing is trained on images, video or sound"),
+    ),
     Row(("vlm_filter",), Unread("it belongs to pipelines with images")),
 )

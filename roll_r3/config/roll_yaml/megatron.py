@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+from roll_r3.config.explain import fields_at
 from roll_r3.config.report import ABSENT
 from roll_r3.config.roll_yaml.draft import Draft
 from roll_r3.config.roll_yaml.rows import Joint, Moved, Off, Row, Same, Step, Unread, under
-from roll_r3.config.tree import Keys
+from roll_r3.config.tree import Keys, dotted
 
 _MEGATRON = "<trainer>.strategy_args.strategy_config"
+_ADDITIONAL = "additional_configs"
+_NOT_HERE = "roll_r3 does not set it in Megatron's model: write what roll_r3 has for it in strategy_config"
+
+
+def _additional(draft: Draft) -> None:
+    """Megatron's settings in `additional_configs` are those that stand beside it, which count where both are given."""
+    known = {key.rpartition(".")[2] for row in ROWS for key in row.keys if key.startswith(f"{_MEGATRON}.")}
+    for keys in draft.expand(f"{_MEGATRON}.{_ADDITIONAL}"):
+        section, settings = keys[:-1], draft.get(keys)
+        if isinstance(settings, str) and settings:
+            draft.refuse(keys, "settings are read from one file: write those of the JSON file beside the others")
+        elif settings in (None, "") or isinstance(settings, dict):
+            for name, value in list((settings or {}).items()):
+                if draft.has((*section, name)):
+                    draft.unread((*keys, name))
+                elif name in known | set(fields_at(dotted(section), draft.data)) - {_ADDITIONAL}:
+                    draft.put((*section, name), value, (*keys, name))
+                else:
+                    draft.refuse((*keys, name), _NOT_HERE)
+            draft.drop(keys)
+
+
+def _precision(draft: Draft) -> None:
+    """`bf16` beside the layout goes before model_args.dtype in ROLL."""
+    for keys in draft.expand(f"{_MEGATRON}.bf16"):
+        target, value = (keys[0], "model_args", "dtype"), draft.get(keys)
+        if value is None:
+            draft.drop(keys)
+        elif isinstance(value, bool):
+            meant, written = "bf16" if value else "fp32", draft.get(target)
+            if meant == ("bf16" if written in (ABSENT, None) else written):
+                draft.unread(keys)
+                continue
+            if draft.is_rolls and draft.fits(target):
+                draft.drop(target)
+            draft.translate(keys, {target: meant}, "what the trainer computes in; ROLL puts it before model_args.dtype")
 
 
 def _layouts(draft: Draft) -> None:
@@ -16,9 +53,9 @@ def _layouts(draft: Draft) -> None:
         if not isinstance(draft.get(section), dict):
             continue
         _moe_recompute(draft, section)
+        _recompute(draft, section)
         if draft.is_rolls:
             _parallel(draft, section)
-            _recompute(draft, section)
 
 
 def _parallel(draft: Draft, section: Keys) -> None:
@@ -61,14 +98,14 @@ def _recompute(draft: Draft, section: Keys) -> None:
         (*section, f"recompute_{name}") for name in ("granularity", "method", "num_layers", "modules")
     )
     if draft.get(granularity) == "full" and not draft.has(method) and not draft.has(layers):
-        why = "every layer is recomputed by itself, which is what ROLL does when nothing is said"
+        why = "every layer is recomputed by itself, the least memory, which is what ROLL does when nothing is said"
         draft.translate(granularity, {granularity: "full", method: "uniform", layers: 1}, why)
     if draft.get(granularity) == "selective" and not draft.has(modules):
         why = "Megatron recomputes the attention core when nothing is said"
         draft.translate(granularity, {granularity: "selective", modules: ["core_attn"]}, why)
 
 
-STEPS: tuple[Step, ...] = (_layouts,)
+STEPS: tuple[Step, ...] = (_additional, _precision, _layouts)
 
 ROWS = (
     Row(
@@ -122,7 +159,12 @@ ROWS = (
     Row(under(_MEGATRON, "fp8_param"), Off((False,), "the trainer computes in bf16 or fp32")),
     Row(under(_MEGATRON, "calculate_per_token_loss"), Off((False,), "the loss's denominator is loss_agg_mode")),
     Row(under(_MEGATRON, "optimizer"), Off(("adam",), "the optimizer is Adam")),
-    Row(under(_MEGATRON, "additional_configs"), Off(({},), "write those that roll_r3 has beside the others")),
+    Row(
+        under(_MEGATRON, _ADDITIONAL),
+        Joint(f"each setting in it is treated as one beside it; one that no row names is not supported: {_NOT_HERE}"),
+    ),
+    Row(under(_MEGATRON, "bf16"), Joint("`<role>.model_args.dtype`: `bf16`, or `fp32` for `false`")),
+    Row(under(_MEGATRON, "fp16"), Off((False,), "the trainer computes in bf16 or fp32")),
     Row(under(_MEGATRON, "micro_batch_size"), Off((), "write training_args.per_device_train_batch_size")),
     Row(under(_MEGATRON, "moe_enable_routing_replay"), Unread("router_replay.mode says so")),
     Row(
@@ -136,7 +178,9 @@ ROWS = (
             _MEGATRON,
             "accumulate_allreduce_grads_in_fp32",
             "apply_rope_fusion",
+            "batch_p2p_comm",
             "bias_activation_fusion",
+            "bias_dropout_fusion",
             "check_for_nan_in_loss_and_grad",
             "ckpt_d2h_non_blocking",
             "ckpt_format",
@@ -146,16 +190,22 @@ ROWS = (
             "cuda_graph_scope",
             "ddp_average_in_collective",
             "ddp_bucket_size",
+            "deallocate_pipeline_outputs",
             "delay_grad_reduce",
             "distrib_optim_fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient",
+            "gradient_accumulation_fusion",
+            "masked_softmax_fusion",
+            "moe_permute_fusion",
             "moe_shared_expert_overlap",
             "optimizer_cpu_offload",
             "optimizer_offload_fraction",
             "overlap_p2p_comm",
             "overlap_param_gather",
             "save_merged_model",
+            "save_only_model",
             "sequence_packing",
+            "tp_comm_overlap",
             "transformer_impl",
             "use_flash_attn",
             "variable_seq_lengths",

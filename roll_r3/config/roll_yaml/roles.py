@@ -204,8 +204,12 @@ ROWS = (
     ),
     Row(under("<role>.model_args", "model_name_or_path", "dtype"), Same("not `fp16` in the trainer")),
     Row(
-        under("<role>.model_args", "lora_target", "adapter_name_or_path", "freeze_module_prefix", "export_dir"),
+        under("<role>.model_args", "lora_target", "adapter_name_or_path", "export_dir"),
         Off((), "all weights are trained; there is no LoRA"),
+    ),
+    Row(
+        under("<role>.model_args", "freeze_module_prefix"),
+        Off((), "all weights are trained: no part of a model, such as a vision tower, is frozen"),
     ),
     Row(
         under("<trainer>.model_args", *_FOR_TRANSFORMERS) + under("actor_infer.model_args", *_FOR_TRANSFORMERS),

@@ -65,7 +65,7 @@ class Unread:
     reason: str
 
     def apply(self, draft: Draft, keys: Keys) -> None:
-        if not draft.is_rolls and keys[-1] in _names_of_ours():
+        if not draft.is_rolls and keys[-1] in names_of_ours():
             return  # in a file of our own this is a field in the wrong place, which the models say
         if draft.get(keys) is None:
             draft.drop(keys)
@@ -128,7 +128,7 @@ class By:
 
 
 @cache
-def _names_of_ours() -> frozenset[str]:
+def names_of_ours() -> frozenset[str]:
     """What fields of roll_r3 are called, wherever they stand."""
     names, sections = set(), [""]
     while sections:

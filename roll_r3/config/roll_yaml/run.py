@@ -8,7 +8,6 @@ from roll_r3.config.roll_yaml.includes import DEEPSPEED
 from roll_r3.config.roll_yaml.rows import By, Joint, Off, Row, Same, Step, Unread
 from roll_r3.config.tree import Keys
 
-_TRACKERS = ("wandb", "swanlab", "ml_tracker")
 _ROLLOUT_LOOP = "roll.distributed.scheduler.user_defined_rollout_loop.UserDefinedRolloutLoop"
 
 
@@ -57,8 +56,8 @@ def _tracker(draft: Draft, keys: Keys) -> None:
         draft.translate(keys, {keys: ["tensorboard"]}, "it is a list")
     elif name == "stdout":
         draft.translate(keys, {keys: []}, "progress is always shown, and metrics.jsonl always written")
-    elif isinstance(name, str) and name in _TRACKERS:
-        draft.refuse(keys, "curves go to TensorBoard and metrics.jsonl: write track_with: [tensorboard]")
+    elif isinstance(name, str) and draft.is_rolls:
+        draft.unread(keys)  # in a file of our own the models say what there is
 
 
 def _mock(draft: Draft, keys: Keys) -> None:
@@ -90,8 +89,14 @@ ROWS = (
         Same(),
     ),
     Row(("sequence_length",), Joint("`response_length`: less `prompt_length`, as ROLL reads it")),
-    Row(("defaults",), Joint("`deepspeed_zero*` and `*envs` are known by name; paste what another include says")),
-    Row(("track_with",), By(_tracker, "`track_with: [tensorboard]`; `stdout` is `[]`; others are not supported")),
+    Row(("defaults",), Joint("`deepspeed_zero*` and `*envs*` are known by name; paste what another include says")),
+    Row(
+        ("track_with",),
+        By(
+            _tracker,
+            "`track_with: [tensorboard]`; `stdout` is `[]`; of others nothing is read: curves go to TensorBoard",
+        ),
+    ),
     Row(
         ("checkpoint_config",),
         By(
@@ -177,5 +182,8 @@ ROWS = (
         Unread("nothing is offloaded: engines have GPUs of their own"),
     ),
     Row(("reward_model", "reward_system_config"), Unread("only reward workers that are not supported use them")),
-    Row(("lora_target", "lora_rank", "lora_alpha"), Unread("at the top level they are names for `${...}` only")),
+    Row(
+        ("lora_target", "lora_rank", "lora_alpha", "offload_nccl"),
+        Unread("at the top level they are names for `${...}` only"),
+    ),
 )

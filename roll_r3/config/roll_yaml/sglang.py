@@ -75,6 +75,10 @@ ROWS = (
         Unread("the engine starts from the checkpoint and keeps its memory"),
     ),
     Row(
+        under(_SGLANG, "cuda_graph_bs", "log_level_http", "decode_log_interval", "log_requests"),
+        Unread("SGLang chooses the batch sizes of its CUDA graphs, and what it writes into its log"),
+    ),
+    Row(
         under(_SGLANG, "model_path", "port", "random_seed", "skip_tokenizer_init", "trust_remote_code", "nnodes")
         + under(_SGLANG, "node_rank"),
         Unread("ROLL sets them itself, and so does roll_r3"),

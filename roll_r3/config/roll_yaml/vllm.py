@@ -58,6 +58,15 @@ ROWS = (
         + under(_VLLM, "disable_async_output_proc", "use_v2_block_manager"),
         Unread("they are of earlier vLLMs, and about speed"),
     ),
+    Row(
+        under(_VLLM, "cuda_graph_sizes", "cudagraph_capture_sizes"),
+        Unread("vLLM chooses the batch sizes that it captures as CUDA graphs, which is about speed"),
+    ),
+    Row(
+        under(_VLLM, "disable_mm_preprocessor_cache", "mm_processor_cache_gb", "limit_mm_per_prompt")
+        + under(_VLLM, "mm_processor_kwargs", "skip_mm_profiling"),
+        Unread("prompts are text, which no such processor sees"),
+    ),
     Row(under(_VLLM, "pipeline_parallel_size"), Off((1,), "an engine's stages do not gather their routes")),
     Row(
         under(_VLLM, "data_parallel_size"), Off((1,), "weights are sent to one replica: engines are devices / tp_size")

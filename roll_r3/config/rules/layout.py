@@ -234,7 +234,7 @@ RULES: tuple[AnyRule, ...] = (
         fields=(f"{RECOMPUTE}_method", f"{RECOMPUTE}_num_layers", f"{RECOMPUTE}_granularity"),
         why="full recompute needs to know in which groups layers are recomputed",
         fix="write recompute_method: uniform and recompute_num_layers: 1 (the least memory)",
-        wrong=(f"{TRAIN}.recompute_granularity=full",),
+        wrong=(f"{TRAIN}.recompute_granularity=full", f"{TRAIN}.recompute_method=uniform"),
         right=(
             f"{TRAIN}.recompute_granularity=full",
             f"{TRAIN}.recompute_method=block",
@@ -263,7 +263,7 @@ RULES: tuple[AnyRule, ...] = (
         fields=(f"{RECOMPUTE}_modules", f"{RECOMPUTE}_granularity"),
         why="selective recompute needs the modules to recompute",
         fix="write recompute_modules: [moe], say",
-        wrong=(f"{TRAIN}.recompute_granularity=selective",),
+        wrong=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[]"),
         right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe]"),
         violates=lambda w: layout(w).recompute_granularity == "selective" and not layout(w).recompute_modules,
     ),

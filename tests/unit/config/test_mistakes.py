@@ -209,3 +209,15 @@ def test_of_a_finding_with_many_fields_people_see_the_first():
     assert "a.20" not in text
     assert "and 30 more fields\n    fix: fix" in text
     assert len(as_json([finding], Origins("x"))[0]["fields"]) == 50
+
+
+@pytest.mark.parametrize("name", ["sft_train", "prompt_key", "positive_loss_coef"])
+def test_what_is_hardly_like_a_field_is_not_taken_for_it(load_text, name):
+    assert "did you mean" not in only(load_text, f"{MINIMAL}{name}: 1\n").fix
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("sead", "seed"), ("max_step", "max_steps"), ("respons_length", "response_length")]
+)
+def test_a_slip_is_still_recognised(load_text, name, meant):
+    assert only(load_text, f"{MINIMAL}{name}: 1\n").fix == f"did you mean {meant}?"

@@ -55,7 +55,6 @@ def test_the_vllm_file_names_what_is_missing_all_at_once():
     (refused,) = [f for f in findings if f.rule == "roll-unsupported"]
     assert refused.severity == "error"
     assert {path for path, _ in refused.found} == {
-        "track_with",
         "system_envs",
         "adv_estimator",
         "whiten_advantages",
@@ -84,7 +83,6 @@ def test_the_vllm_file_loads_without_what_is_missing():
     data, places = read(ROLL / "vllm.yaml")
     (refused,) = [f for f in translate(data, places)[2] if f.rule == "roll-unsupported"]
     instead = {
-        "track_with": "tensorboard",
         "adv_estimator": "grpo",
         "rewards.code_sandbox.worker_cls": MATH,
         "actor_infer.generating_args.temperature": "1",
@@ -167,7 +165,6 @@ def test_settings_of_our_own_keep_our_meaning():
                 "strategy_config": {
                     "virtual_pipeline_model_parallel_size": 1,
                     "sequence_parallel": True,
-                    "recompute_granularity": "full",
                 }
             },
         },

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from roll_r3.config.load import load_text
 from roll_r3.config.roll_yaml import include_defaults, translate
+from roll_r3.config.rules.example import MINIMAL
 
 
 def test_known_includes_become_markers():
@@ -41,3 +43,39 @@ def test_a_block_of_the_users_own_is_not_replaced():
 @pytest.mark.parametrize("value", [None, "x", {}, 3])
 def test_defaults_of_another_form_are_left_to_the_models(value):
     assert include_defaults({"defaults": value}, {}) == ({"defaults": value}, {}, [])
+
+
+OURS = f"dialect: roll_r3\n{MINIMAL}"
+NEEDS_AN_INCLUDE = OURS + (
+    "defaults: [../config/traj_envs@_here_, ../config/deepspeed_zero3@_here_]\n"
+    "response_length: ${max_tokens_per_step}\n"
+    "prompt_length: ${max_actions_per_traj}\n"
+    "seed: ${response_length}\n"
+)
+
+
+def test_what_a_skipped_include_defines_is_one_error():
+    (finding,) = load_text(NEEDS_AN_INCLUDE, "run.yaml").findings
+    assert (finding.rule, finding.severity) == ("roll-include", "error")
+    assert [path for path, _ in finding.found] == ["defaults.0", "response_length", "prompt_length", "seed"]
+    assert "../config/traj_envs@_here_" in finding.why
+    assert "paste" in finding.fix
+
+
+def test_what_no_include_of_rolls_defines_is_a_mistake_of_its_own():
+    text = NEEDS_AN_INCLUDE.replace("${max_actions_per_traj}", "${my_length}")
+    findings = {f.rule: [path for path, _ in f.found] for f in load_text(text, "run.yaml").findings}
+    assert findings == {"roll-include": ["defaults.0", "response_length", "seed"], "interpolation": ["prompt_length"]}
+
+
+def test_an_unknown_include_is_named_with_what_needs_it():
+    text = OURS + "defaults: [../config/my_model]\nresponse_length: ${my_length}\n"
+    (finding,) = load_text(text, "run.yaml").findings
+    assert (finding.rule, [path for path, _ in finding.found]) == ("roll-include", ["defaults.0", "response_length"])
+    (alone,) = load_text(OURS + "defaults: [../config/my_model]\n", "run.yaml").findings
+    assert (alone.rule, alone.path) == ("roll-include", "defaults.0")
+
+
+def test_what_deepspeeds_include_defines_resolves():
+    text = OURS + "defaults: [../config/deepspeed_zero3]\nhydra: ${deepspeed_zero3}\n"
+    assert [f.severity for f in load_text(text, "run.yaml").findings] == ["warning"], "hydra is dropped"

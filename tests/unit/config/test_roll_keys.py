@@ -6,6 +6,7 @@ import pytest
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import ABSENT
+from roll_r3.config.roll_yaml import translate
 from tests.unit.config.from_roll import ENGINE, LAYOUT, MATH, at, of_roll, put, run
 
 
@@ -193,7 +194,6 @@ def test_a_value_becomes_what_it_means(changes, expected):
         ({"rollout_mock": {"enable": True}}, "rollout_mock"),
         ({"auto_resume": "some/where"}, "auto_resume"),
         ({"checkpoint_config": {"type": "oss", "output_dir": "x"}}, "checkpoint_config.type"),
-        ({"track_with": "swanlab"}, "track_with"),
         (
             {"train_infer_correction": {"is_weight": {"enabled": True, "weight_type": "sequence"}}},
             "train_infer_correction.is_weight",
@@ -319,3 +319,92 @@ def test_a_budget_of_rolls_says_that_steps_keep_their_samples():
     packed = {"algorithm": "load_balance", "max_packed_sequence_length_train": 64}
     _, named = run(of_roll(actor_train__use_sequence_packing=True, actor_train__sequence_packing_args=packed))
     assert "actor_train.use_dynamic_batching_in_train" not in named["roll-translated"]
+
+
+VLLM = {"actor_infer__strategy_args__strategy_name": "vllm"}
+FSDP2 = {"actor_train__strategy_args__strategy_name": "fsdp2_train"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "dropped"),
+    [
+        ({f"{LAYOUT}.bf16": True}, f"{LAYOUT}.bf16"),
+        ({f"{LAYOUT}.bf16": False, "actor_train__model_args__dtype": "fp32"}, f"{LAYOUT}.bf16"),
+        ({f"{LAYOUT}.additional_configs": {"moe_permute_fusion": True}}, f"{LAYOUT}.moe_permute_fusion"),
+        (FSDP2 | {f"{LAYOUT}.ep_size": 8}, f"{LAYOUT}.ep_size"),
+        (FSDP2 | {f"{LAYOUT}.efsdp_size": 4}, f"{LAYOUT}.efsdp_size"),
+        (FSDP2 | {f"{LAYOUT}.moe_use_grouped_mm": False}, f"{LAYOUT}.moe_use_grouped_mm"),
+        (VLLM | {f"{ENGINE}.cuda_graph_sizes": [1, 2]}, f"{ENGINE}.cuda_graph_sizes"),
+        (VLLM | {f"{ENGINE}.cudagraph_capture_sizes": [1, 2]}, f"{ENGINE}.cudagraph_capture_sizes"),
+        (VLLM | {f"{ENGINE}.disable_mm_preprocessor_cache": True}, f"{ENGINE}.disable_mm_preprocessor_cache"),
+        ({"offload_nccl": False}, "offload_nccl"),
+        ({"track_with": "ml_tracker"}, "track_with"),
+        ({"track_with": "a_new_one"}, "track_with"),
+        ({"reference": {}}, "reference"),
+        ({"value_clip": 0.5, "lambd": 0.9, "critic": {}}, "critic"),
+    ],
+)
+def test_what_changes_no_training_is_dropped_with_the_others(changes, dropped):
+    translated, named = run(of_roll(**changes))
+    assert dropped in named["roll-unread"]
+    assert "roll-unsupported" not in named
+    assert at(translated, dropped) is ABSENT
+    RLVRConfig.model_validate(translated)
+
+
+def test_bf16_beside_the_layout_goes_before_the_models_dtype():
+    for written in (ABSENT, "bf16"):
+        translated, named = run(of_roll(**{f"{LAYOUT}.bf16": False, "actor_train__model_args__dtype": written}))
+        assert at(translated, "actor_train.model_args.dtype") == "fp32"
+        assert f"{LAYOUT}.bf16" in named["roll-translated"]
+    translated, _ = run(of_roll(**{f"{LAYOUT}.bf16": True, "actor_train__model_args__dtype": "fp32"}))
+    assert at(translated, "actor_train.model_args.dtype") == "bf16"
+
+
+def test_additional_settings_of_megatron_are_treated_as_those_beside_them():
+    settings = {
+        "moe_aux_loss_coeff": 0.5,
+        "fp8": "e4m3",
+        "num_layers_in_first_pipeline_stage": 3,
+        "expert_model_parallel_size": 4,
+        "rotary_interleaved": True,
+    }
+    translated, named = run(
+        of_roll(**{f"{LAYOUT}.additional_configs": settings, f"{LAYOUT}.expert_model_parallel_size": 2})
+    )
+    assert at(translated, LAYOUT) == {
+        "moe_aux_loss_coeff": 0.5,
+        "num_layers_in_first_pipeline_stage": 3,
+        "expert_model_parallel_size": 2,
+    }
+    assert set(named["roll-unsupported"]) == {f"{LAYOUT}.fp8", f"{LAYOUT}.additional_configs.rotary_interleaved"}
+    assert named["roll-unread"] == (f"{LAYOUT}.additional_configs.expert_model_parallel_size",)
+    assert (
+        f"{LAYOUT}.additional_configs"
+        in run(of_roll(**{f"{LAYOUT}.additional_configs": "a.json"}))[1]["roll-unsupported"]
+    )
+
+
+@pytest.mark.parametrize("estimator", ["gae", "skip_obs_gae", ABSENT])
+def test_what_belongs_to_gae_is_refused_with_it(estimator):
+    _, named = run(of_roll(adv_estimator=estimator, critic={"model_args": {}}, lambd=0.9, value_clip=0.5))
+    assert {"adv_estimator", "critic", "lambd", "value_clip"} <= set(named["roll-unsupported"])
+    assert "roll-unread" not in named
+
+
+def reason(path: str, value: object) -> str:
+    """Why a key is refused."""
+    (finding,) = [f for f in translate(put(of_roll(), path, value), {})[2] if f.rule == "roll-unsupported"]
+    return finding.fix
+
+
+def test_reasons_are_those_of_the_key():
+    assert "LoRA" not in reason("actor_train.model_args.freeze_module_prefix", "vision_model")
+    assert "frozen" in reason("actor_train.model_args.freeze_module_prefix", "vision_model")
+    assert "LoRA" in reason("actor_train.model_args.lora_target", "all-linear")
+    for key in ("image_max_pixels", "video_fps", "audio_folder", "custom_data_kwargs_func"):
+        assert "prompts are text" in reason(f"actor_train.data_args.{key}", 3)
+
+
+def test_a_tracker_in_a_file_of_our_own_is_left_to_the_models():
+    assert run({"track_with": "wandb"}) == ({"track_with": "wandb"}, {})

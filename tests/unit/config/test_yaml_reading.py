@@ -6,7 +6,7 @@ import pytest
 
 from roll_r3.config.report import InvalidConfigError
 from roll_r3.config.rules.example import MINIMAL
-from roll_r3.config.yaml_file import MAX_NODES, MAX_PATH, to_yaml
+from roll_r3.config.yaml_file import MAX_NODES, MAX_PATH, parse_yaml, to_yaml
 from tests.unit.config.conftest import findings_of, only
 
 
@@ -24,7 +24,9 @@ from tests.unit.config.conftest import findings_of, only
         ("exp_name: a\nseed: 1\nexp_name: b\n", "given twice, first at"),
         ("exp_name: !!python/object/apply:os.system ['true']\n", "nothing is constructed or executed"),
         ("exp_name: !mine x\n", "tag !mine"),
-        ("1: x\n", "a key must be text"),
+        ("1.5: x\n", "a key must be text"),
+        ("on: x\n", "a key must be text"),
+        ("1: x\n'1': y\n", "given twice, first at"),
         ("? [a]\n: x\n", "a key must be text"),
         ("a: &x {b: 1}\nc:\n  <<: *x\n", "merge key"),
         ("a: &x [*x]\n", "contains itself"),
@@ -156,3 +158,9 @@ def test_what_an_alias_stands_for_is_changed_in_one_place_alone(load_text):
 def test_what_is_wrong_at_an_alias_is_named_at_each_place(load_text):
     text = MINIMAL + "rewards:\n  a: &a {reward: math, kwargs: {x: '${nowhere}'}}\n  b: *a\n"
     assert [finding.path for finding in findings_of(load_text, text)] == ["rewards.a.kwargs.x", "rewards.b.kwargs.x"]
+
+
+def test_a_key_in_digits_is_a_name():
+    parsed = parse_yaml("grid: {0: W, -1: x, 0x1F: y}\n", "f.yaml")
+    assert (parsed.value, parsed.findings) == ({"grid": {"0": "W", "-1": "x", "0x1F": "y"}}, [])
+    assert parsed.places["grid.0"] == "f.yaml:1"

@@ -10,6 +10,7 @@ import pytest
 
 from roll_r3.config.load import load_text
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.report import Origins
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE, TRAIN
 from roll_r3.config.rules.table import Row
@@ -223,7 +224,7 @@ def test_the_summary_of_roles_without_a_layout():
         "actor_train.device_mapping=range(4)",
         "actor_infer.device_mapping=range(2)",
     )
-    lines = summary(config, "run.yaml", elsewhere(config)).splitlines()
+    lines = summary(config, Origins("run.yaml"), elsewhere(config)).splitlines()
     assert "  actor_train: fsdp2_train, devices 4, DP 4" in lines
     assert "  actor_infer: hf_infer, devices 2, engines 2" in lines
 
