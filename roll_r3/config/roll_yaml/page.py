@@ -25,27 +25,46 @@ Every key of the file then has one of four fates.
 - roll_r3 says it in another way: it is translated, and a note `roll-translated` shows what was made of it.
 - roll_r3 does not do it, and the run would be another one without it: the error `roll-unsupported` names all such keys,
   with what to write instead. The run does not start until they are gone.
-- Without it the training is the same: the warning `roll-unread` names all such keys, and they are dropped. A switch
-  that stands on "off" is dropped without a word.
+- Without it the training is the same: the warning `roll-unread` counts all such keys, and they are dropped.
+  `--show-dropped` lists them, and `--format json` always does. A switch that stands on "off" is dropped without a word.
 
 A key that neither ROLL nor roll_r3 knows is refused, as it would be in a file of roll_r3's own. `--print-config` shows
 the whole file in roll_r3's schema, which is what to keep in the long run.
 
-Overrides on the command line may use ROLL's keys too, and `key=null` takes one of them away: `reward_clip=null` runs a
-file that asks for clipped rewards without that.
+Overrides on the command line may use ROLL's keys too, and `key=null` takes any key away, as if it were not in the file:
+`reward_clip=null` runs a file that asks for clipped rewards without that, `rewards.code_sandbox=null` drops a reward,
+`reference=null` a role. A field that is required cannot be left out, with `null` neither. Where null is a value of its
+own, as of `moe_router_dtype`, it is set. In the file, `key: null` is the value null.
+
+## Which dialect
+
+ROLL and roll_r3 share many keys, but not their defaults. So a file is read in one of two dialects, and the first line of
+every report, and `dialect` in JSON, says in which. All keys of the file decide together: those that ROLL alone has
+against those that roll_r3 alone has. Taking out some of them, as a report advises, does not change the dialect, and
+overrides never do. Where a file could be read both ways and would mean something else, the warning `dialect-unclear`
+says so.
+
+`dialect: roll` or `dialect: roll_r3` at the top of the file, or as an override, settles it. `--print-config` writes
+`dialect: roll_r3`, since what it prints is translated.
+
+## Other pipelines
+
+A file of ROLL's agentic, SFT, DPO, distillation or on-policy distillation pipeline is refused as such, with the one
+error `roll-pipeline`. It is told by its root keys, such as `custom_envs`, `sft_train`, `chosen_key` or `student`.
 
 ## Includes
 
-roll_r3 reads one file. In the `defaults:` list, `deepspeed_zero*` and `*envs` are known by name: they define blocks
-that only DeepSpeed and the agentic pipeline read. Any other include is refused; paste its content in its place. The
-`hydra:` block has no effect; overrides are written as in Hydra, `actor_train.training_args.learning_rate=1e-6`.
+roll_r3 reads one file. In the `defaults:` list, `deepspeed_zero*` and `*envs*` are known by name: they define blocks
+that only DeepSpeed and the agentic pipeline read. Any other include is refused; paste its content in its place. A
+`${key}` that such an include would define is reported with it, in one error. The `hydra:` block has no effect;
+overrides are written as in Hydra, `actor_train.training_args.learning_rate=1e-6`.
 
 ## What the file leaves out
 
-ROLL cannot run a file without `rewards.*.worker_cls` and `actor_train.data_args.domain_interleave_probs`, and roll_r3
-has neither. A file with one of them was therefore written for ROLL, and what it leaves out is ROLL's default where
-roll_r3 has another; a note `roll-defaults` lists these values. In any other file it is
-[roll_r3's](configuration.md).
+In a file of the dialect `roll`, what it leaves out is ROLL's default where roll_r3 has another; a note `roll-defaults`
+lists these values. In any other file it is [roll_r3's](configuration.md). ROLL runs no file without
+`rewards.*.worker_cls` and `actor_train.data_args.domain_interleave_probs`, so these two weigh most when the dialect is
+decided.
 
 """
 

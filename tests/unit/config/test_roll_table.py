@@ -9,6 +9,7 @@ import pytest
 from roll_r3.config.explain import annotations_at
 from roll_r3.config.report import ABSENT
 from roll_r3.config.roll_yaml import render_from_roll
+from roll_r3.config.roll_yaml.pipelines import PIPELINES
 from roll_r3.config.roll_yaml.rows import Moved, Off, Row, Same, Unread
 from roll_r3.config.roll_yaml.signs import REQUIRED
 from tests.unit.config.from_roll import ALL_ROWS, KEYS, ROOT, at, concrete, for_pattern, of_roll, put, run
@@ -67,6 +68,7 @@ def test_the_page_is_fresh():
 def test_the_page_names_every_key():
     text = render_from_roll()
     assert all(f"`{sign}`" in text for sign in REQUIRED)
+    assert all(any(f"`{sign}`" in text for sign in signs) for signs in PIPELINES.values())
     for row in ALL_ROWS:
         assert all(f"{key.rpartition('.')[2]}`" in text for key in row.keys), row
         assert row.treatment.describe().replace("|", "\\|") in text
