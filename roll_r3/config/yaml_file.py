@@ -185,7 +185,8 @@ class _Walk:
                 self._wrong(value, join(path, "<<"), "the merge key << is not read", "write ${section.field}")
                 continue
             if isinstance(key, yaml.ScalarNode) and key.tag == _INT:
-                key.tag = _Loader.DEFAULT_SCALAR_TAG  # a name is a name, in digits too
+                # A name is a name, in digits too. An alias may have the same node for a number elsewhere.
+                key = yaml.ScalarNode(_Loader.DEFAULT_SCALAR_TAG, key.value, key.start_mark, key.end_mark)
             why, fix = _wrong_with_key(key, path)
             if why:
                 self._wrong(key, path, why, fix)

@@ -74,7 +74,7 @@ STEPS: tuple[Step, ...] = (_size, _dtype, _buckets)
 
 ROWS = (
     Row(
-        (*under(_SETTINGS, "tensor_parallel_size"), _DEVICES),
+        (*under(_SETTINGS, "tensor_parallel_size"), "<role>.num_gpus_per_worker"),
         Joint(
             "`strategy_config.tp_size`; `num_gpus_per_worker` for SGLang only, where the other is not given: it has no "
             "effect for other roles and engines"

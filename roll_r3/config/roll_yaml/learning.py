@@ -127,6 +127,7 @@ ROWS = (
         ),
         Unread("ROLL sets them from the run's max_steps, output_dir and seed, and from model_args.dtype"),
     ),
+    Row(under(_TRAINING, "save_hf_model"), Unread("save_hf_steps says when weights are written for transformers")),
     Row(under(_SAMPLING, "temperature", "top_p", "top_k"), Same()),
     Row(
         under(_SAMPLING, "max_new_tokens"), Joint("no effect: ROLL replaces it by `response_length`, the default here")

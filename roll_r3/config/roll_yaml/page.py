@@ -38,10 +38,10 @@ own, as of `moe_router_dtype`, it is set. In the file, `key: null` is the value 
 
 ## Which dialect
 
-ROLL and roll_r3 share many keys, but not their defaults. So a file is read in one of two dialects, and the first line of
-every report, and `dialect` in JSON, says in which. All keys of the file decide together: those that ROLL alone has
+ROLL and roll_r3 share many keys, but not their defaults. So a file is read in one of two dialects. The first line of a
+report says in which, and so does `dialect` in JSON. All keys of the file decide together: those that ROLL alone has
 against those that roll_r3 alone has. Taking out some of them, as a report advises, does not change the dialect, and
-overrides never do. Where a file could be read both ways and would mean something else, the warning `dialect-unclear`
+overrides never do. Where a file could be read both ways and its meaning depends on that, the warning `dialect-unclear`
 says so.
 
 `dialect: roll` or `dialect: roll_r3` at the top of the file, or as an override, settles it. `--print-config` writes

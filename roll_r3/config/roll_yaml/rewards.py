@@ -107,4 +107,13 @@ ROWS = (
             "ROLL does not read them either"
         ),
     ),
+    Row(
+        under("rewards.*", "offload_nccl", "router_replay", "use_sequence_packing", "sequence_packing_args")
+        + under("rewards.*", *(f"use_dynamic_batching_in_{name}" for name in ("train", "infer")))
+        + under("rewards.*", *(f"max_tokens_per_microbatch_in_{name}" for name in ("train", "infer")))
+        + under("rewards.*", *(f"sequence_length_round_in_{name}" for name in ("train", "infer")))
+        + under("rewards.*", "logits_in_fp32", "apply_loss_scale", "pg_variant", "mtp_training_mode", "opd_kl_coef")
+        + under("rewards.*", "model_update_frequency", "topr_positive_weight", "topr_negative_weight"),
+        Unread("a rule runs no model, so there is nothing to batch or to train"),
+    ),
 )

@@ -202,6 +202,7 @@ ROWS = (
         + under("actor_train", "generating_args"),
         Unread("the trainer trains and reads the data, the rollout samples"),
     ),
+    Row(under("actor_infer.model_args", "moe_aux_loss_coef"), Unread("the rollout has no loss")),
     Row(under("<role>.model_args", "model_name_or_path", "dtype"), Same("not `fp16` in the trainer")),
     Row(
         under("<role>.model_args", "lora_target", "adapter_name_or_path", "export_dir"),

@@ -164,3 +164,4 @@ def test_a_key_in_digits_is_a_name():
     parsed = parse_yaml("grid: {0: W, -1: x, 0x1F: y}\n", "f.yaml")
     assert (parsed.value, parsed.findings) == ({"grid": {"0": "W", "-1": "x", "0x1F": "y"}}, [])
     assert parsed.places["grid.0"] == "f.yaml:1"
+    assert parse_yaml("seed: &n 7\ngrid: {*n : x}\n", "f.yaml").value == {"seed": 7, "grid": {"7": "x"}}
