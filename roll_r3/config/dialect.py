@@ -34,11 +34,11 @@ class Dialect:
         if self.given:
             return f"{read}, as it says"
         if self.is_rolls:
-            return f"{read}: {_named(self.rolls)}. `dialect: roll` in the file settles it"
-        return f"{read}, although it has keys of ROLL: {_named(self.rolls)}" if self.rolls else read
+            return f"{read}: {named(self.rolls)}. `dialect: roll` in the file settles it"
+        return f"{read}, although it has keys of ROLL: {named(self.rolls)}" if self.rolls else read
 
 
-def _named(signs: tuple[str, ...]) -> str:
+def named(signs: tuple[str, ...]) -> str:
     """The first signs by name, and how many more there are."""
     if len(signs) <= _SHOWN:
         return ", ".join(signs)

@@ -364,7 +364,7 @@ def test_dropped_keys_are_one_line_unless_they_are_asked_for(capsys):
     assert run.main(arguments) == 0
     short = capsys.readouterr().err
     (line,) = [line for line in short.splitlines() if "[roll-unread]" in line]
-    assert re.search(r"\[roll-unread\] \d\d keys of ROLL dropped: .* \(--show-dropped lists them\)$", line)
+    assert re.search(r"\[roll-unread\] \d\d keys of ROLL dropped, .* \(--show-dropped lists them\)$", line)
     assert "logging_dir =" not in short
     assert run.main([*arguments, "--show-dropped"]) == 0
     long = capsys.readouterr().err

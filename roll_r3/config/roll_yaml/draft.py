@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from roll_r3.config.report import ABSENT, Finding, show_value
 from roll_r3.config.tree import Keys, dotted, paths_below, unshared
@@ -23,6 +23,8 @@ _RUN_BY = {
 }
 """Part of a pattern -> the roles that it may stand for, and the strategies of which one must run them."""
 _SECRETS = ("judge_api_key", "api_key")
+_FEW = 3
+"""Dropped keys that a report lists without being asked."""
 _MAX_KEYS = 6
 """Keys of a section that are named where it stands for its values."""
 
@@ -184,10 +186,9 @@ class Draft:
             found.append(Finding("roll-unsupported", "error", keys, why, f"take them out, or:{lines}"))
         if self._unread:
             number = len(self._unread)
-            why = f"{number} key{'s' * (number > 1)} of ROLL dropped: nothing reads them here, and training is the same"
-            found.append(
-                Finding("roll-unread", "warning", tuple(self._unread), why, "take them out", shows="on-request")
-            )
+            why = f"{number:,} key{'s' * (number > 1)} of ROLL dropped, on which training does not depend"
+            shows: Literal["fields", "on-request"] = "fields" if number <= _FEW else "on-request"
+            found.append(Finding("roll-unread", "warning", tuple(self._unread), why, "take them out", shows=shows))
         return found
 
 

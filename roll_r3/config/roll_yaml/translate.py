@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from roll_r3.config.dialect import KEY, Dialect, DialectName
+from roll_r3.config.dialect import KEY, Dialect, DialectName, named
 from roll_r3.config.report import ABSENT, Finding
 from roll_r3.config.roll_yaml import algorithm, engines, fsdp2, learning, megatron, rewards, roles, run, sglang, vllm
 from roll_r3.config.roll_yaml.defaults import fill_in_defaults
@@ -84,8 +84,8 @@ def doubt(data: dict[str, Any], places: dict[str, str], dialect: Dialect) -> lis
     if not differing:
         return []
     why = (
-        f"the file has keys of ROLL ({', '.join(dialect.rolls)}) and "
-        f"{'keys of roll_r3 (' + ', '.join(dialect.ours) + ')' if dialect.ours else 'no key that roll_r3 alone has'}; "
+        f"the file has keys of ROLL ({named(dialect.rolls)}) and "
+        f"{'keys of roll_r3 (' + named(dialect.ours) + ')' if dialect.ours else 'no key that roll_r3 alone has'}; "
         f"it is read as a file {'for ROLL' if dialect.is_rolls else 'of roll_r3'}, and these settings depend on that"
     )
     fix = "write `dialect: roll` or `dialect: roll_r3` at the top of the file"

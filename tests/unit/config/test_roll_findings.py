@@ -7,6 +7,8 @@ from roll_r3.config.roll_yaml import translate
 from roll_r3.config.roll_yaml.draft import Draft
 from tests.unit.config.from_roll import ENGINE, MATH, of_roll
 
+NAMES = ("world_size", "infer_batch_size", "backend_timeout", "max_concurrency")
+
 
 def test_every_note_names_one_key_and_what_it_became():
     _, _, findings = translate(of_roll(dual_clip_loss=True), {})
@@ -65,3 +67,13 @@ def test_values_of_a_section_are_not_printed():
         p for f in findings for p, _ in f.found
     }
     assert "hush" not in render(findings, Origins("f.yaml", {}))
+
+
+def test_a_few_dropped_keys_are_listed_and_many_are_counted():
+    few, many = ({f"rewards__math_rule__{name}": 1 for name in names} for names in (NAMES[:3], NAMES))
+    for changes, listed in ((few, True), (many, False)):
+        _, _, findings = translate(of_roll(**changes), {})
+        text = render([f for f in findings if f.rule == "roll-unread"], Origins("f.yaml", {}))
+        assert f"{len(changes)} keys of ROLL dropped" in text
+        assert ("rewards.math_rule.world_size = 1" in text) == listed
+        assert ("--show-dropped" in text) != listed
