@@ -127,7 +127,7 @@ ROWS = (
         ),
         Unread("ROLL sets them from the run's max_steps, output_dir and seed, and from model_args.dtype"),
     ),
-    Row(under(_SAMPLING, "temperature", "top_p", "top_k"), Same()),
+    Row(under(_SAMPLING, "temperature", "top_p", "top_k", "stop_strings"), Same()),
     Row(
         under(_SAMPLING, "max_new_tokens"), Joint("no effect: ROLL replaces it by `response_length`, the default here")
     ),
@@ -137,7 +137,6 @@ ROWS = (
     ),
     Row(under(_SAMPLING, "num_beams"), Off((1,), "responses are sampled")),
     Row(under(_SAMPLING, "repetition_penalty"), Off((1,), "the trainer's probabilities know no such penalty")),
-    Row(under(_SAMPLING, "stop_strings"), Off(([],), "a response ends with the model's own end token")),
     Row(under(_SAMPLING, "extra_args"), Off(({},), "sampling is temperature, top_p and top_k")),
     Row(
         under(_SAMPLING, "do_sample", "max_length", "length_penalty", "logprobs", "include_stop_str_in_output", "seed"),
