@@ -21,6 +21,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
 from roll_r3.pipelines.engines import Engines
+from roll_r3.pipelines.silence import SilenceWatch
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
 from roll_r3.rewards.scoring import Response, Rewards
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
@@ -82,6 +83,8 @@ class Experience:
     failed_rewards: int
     """Responses among them that have no reward, and so no place in what follows."""
     trajectories: list[Trajectory]
+    groups: list[str]
+    """The prompt of each of them."""
     samples: list[ScoredSample]
     """Of `trajectories`, in their order."""
     penalised: np.ndarray
@@ -113,6 +116,7 @@ class RLVRPipeline:
         self._trainer = trainer
         self._reference = reference
         self._progress = progress
+        self._silence = SilenceWatch(config)
         self.samples_seen = 0
         """Samples trained on since the run began."""
 
@@ -145,7 +149,7 @@ class RLVRPipeline:
         scores = np.array([s.score for s in samples])
         penalised = scores - self._kl_penalty(batch)[: len(scores)]
         batch = self._with_advantages(batch, penalised, groups)
-        return Experience(step, clock, results, failed, trajectories, samples, penalised, batch, old)
+        return Experience(step, clock, results, failed, trajectories, groups, samples, penalised, batch, old)
 
     def learn(self, experience: Experience) -> StepResult:
         """The second half: update the weights and send them to the engines."""
@@ -162,6 +166,7 @@ class RLVRPipeline:
             step=step,
             seconds=clock.stop(),
             trajectories=experience.trajectories,
+            groups=experience.groups,
             scores=np.array([s.score for s in experience.samples]),
             penalised=experience.penalised,
             batch=batch,
@@ -173,7 +178,11 @@ class RLVRPipeline:
             engine_restarts=self._engines.step_done(),
             samples_seen=self.samples_seen,
         )
-        return StepResult(step_metrics(self._config, record), experience.samples)
+        metrics = step_metrics(self._config, record)
+        if warning := self._silence.observe(metrics):
+            logger.warning("%s", warning)
+            self._progress.say(f"step {step}: {warning}")
+        return StepResult(metrics, experience.samples)
 
     def _requests(self, prompts: Sequence[Prompt], step: int) -> list[GenerateRequest]:
         group = self._config.num_return_sequences_in_group

@@ -11,6 +11,7 @@ import torch
 
 from roll_r3.algorithms.kl import kl_estimate
 from roll_r3.algorithms.mismatch import mismatch_metrics
+from roll_r3.algorithms.signal import group_signal
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
@@ -24,6 +25,8 @@ class StepRecord:
     step: int
     seconds: dict[str, float]
     trajectories: Sequence[Trajectory]
+    groups: Sequence[str]
+    """The prompt of each trajectory."""
     scores: npt.NDArray[np.float64]
     """Rewards, one per trajectory."""
     penalised: npt.NDArray[np.float64]
@@ -49,6 +52,7 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
     metrics = {
         **r.seconds,
         **_spread("critic/score", r.scores),
+        **group_signal(r.scores, r.groups),
         **_spread("critic/rewards", r.penalised),
         **_spread("critic/advantages", batch.advantages_N[mask]),
         **_spread("tokens/prompt_length", prompts),

@@ -92,6 +92,11 @@ METRICS: dict[str, Metric] = {
     "rollout/retries": Metric("requests", "requests that were sent again"),
     "rollout/engine_restarts": Metric("restarts", "engines that were started again since the last step"),
     "reward/failed": Metric("samples", "samples left out of the step, because their rule failed to give a reward"),
+    "reward/groups_without_signal": Metric(
+        "share", "groups whose samples all have the same score: they have no part in GRPO's gradient"
+    ),
+    "reward/groups_all_right": Metric("share", "such groups whose score is above 0"),
+    "reward/groups_all_wrong": Metric("share", "such groups whose score is 0 or less"),
     "time/step_total": Metric("s", "the whole step"),
     "time/step_generate": Metric("s", "rollout"),
     "time/step_reward": Metric("s", "rewards and advantages"),

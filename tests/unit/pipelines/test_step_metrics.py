@@ -43,6 +43,7 @@ def record() -> StepRecord:
         step=4,
         seconds={"time/step_total": 2.0, "time/step_generate": 1.0},
         trajectories=trajectories,
+        groups=["a", "a"],
         scores=np.array([1.0, 0.0]),
         penalised=np.array([0.9, 0.0]),
         batch=batch,
