@@ -290,3 +290,15 @@ def test_one_token_far_from_the_reference_neither_spoils_the_loss_nor_goes_uncou
     _, found = advantages_of([1.0, 0.0], [[-40.0, 0.1], [0.2, 0.1]], init_kl_coef=0.001)
     assert found.penalty_clamped == 0.25
     assert found.advantages_N[0] == pytest.approx(0.5 / np.std([1, 0], ddof=1) + 0.0199, rel=1e-5)
+
+
+def test_a_clamped_log_ratio_leaves_the_ratio_without_a_gradient_too() -> None:
+    """Else the constant of the clamp would act through it."""
+    live = torch.tensor([-1.0, -1.0], requires_grad=True)
+    ratio = (live - live.detach() - 3.0).exp()
+    estimate, clamped = kl_estimate(live, live.detach() - torch.tensor([21.0, 2.0]), "k3", ratio)
+    (gradient,) = torch.autograd.grad(estimate.sum(), live)
+    assert estimate[0] < 1.0 < MAX_K3
+    assert clamped.tolist() == [True, False]
+    assert gradient[0] == 0
+    assert gradient[1] == pytest.approx(2.0 * np.exp(-3.0), rel=1e-5)
