@@ -96,7 +96,15 @@ RULES: tuple[AnyRule, ...] = (
         right=("pg_clip=0.9",),
         violates=lambda c: c.clip_range[0] >= 1 and f"the lower clip is {c.clip_range[0]:g}",
     ),
-    at_most("clip-high-clips", "pg_clip_high", 10, "a ratio clipped at 1 + this is not bounded", "0.28"),
+    Rule(
+        id="clip-high-clips",
+        fields=("pg_clip_high", "pg_clip"),
+        why="the ratio is clipped at 1 + this; above 10 a token may become 11 times as likely, which is no clip",
+        fix="write at most 10 (0.28 is usual)",
+        wrong=("pg_clip_high=11",),
+        right=("pg_clip_high=10",),
+        violates=lambda c: c.clip_range[1] > 10 and f"the upper clip is {c.clip_range[1]:g}",
+    ),
     at_most(
         "dual-clip-bounds", "dual_clip_loss", 100, "a loss bounded at this times the advantage is not bounded", "3"
     ),
