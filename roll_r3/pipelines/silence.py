@@ -71,8 +71,8 @@ class SilenceWatch:
             yield "- every optimizer step was skipped, because its loss or gradient was not finite: see logs/driver.log"
         elif silent["gradient"]:
             yield (
-                f"- {metrics['actor/ppo_ratio_clipfrac']:.0%} of the tokens are outside the clip range, where the loss "
-                "has no gradient: lower the learning rate or the number of optimizer steps in a step"
+                f"- {metrics['actor/pg_clipfrac']:.0%} of the tokens have no gradient, since the loss clips "
+                "their ratio: lower the learning rate or the number of optimizer steps in a step"
             )
 
 

@@ -16,7 +16,7 @@ LEARNS = {
     "critic/advantages/min": -1.0,
     "actor_train/grad_norm": 0.5,
     "actor_train/optimizer_steps": 1.0,
-    "actor/ppo_ratio_clipfrac": 0.0,
+    "actor/pg_clipfrac": 0.0,
     "tokens/truncated_ratio": 0.1,
     "reward/groups_without_signal": 0.0,
     "reward/groups_all_right": 0.0,
@@ -36,7 +36,7 @@ ALL_RIGHT = ALL_WRONG | {
     "reward/groups_all_right": 1.0,
     "reward/groups_all_wrong": 0.0,
 }
-CLIPPED = LEARNS | {"actor_train/grad_norm": 0.0, "actor/ppo_ratio_clipfrac": 1.0}
+CLIPPED = LEARNS | {"actor_train/grad_norm": 0.0, "actor/pg_clipfrac": 1.0}
 SKIPPED = {k: v for k, v in LEARNS.items() if k != "actor_train/grad_norm"} | {"actor_train/optimizer_steps": 0.0}
 
 
@@ -66,7 +66,7 @@ REASONS = {
     "all wrong": (ALL_WRONG, ["every reward is 0", "the gradient is 0", "ground_truth", "100% all wrong"]),
     "all right": (ALL_RIGHT, ["every advantage is 0", "too easy", "100% all right"]),
     "cut": (ALL_WRONG | {"tokens/truncated_ratio": 0.9}, ["90% of the responses reach response_length (1024 tokens)"]),
-    "clipped": (CLIPPED, ["the gradient is 0 (for 3 steps)", "100% of the tokens are outside the clip range"]),
+    "clipped": (CLIPPED, ["the gradient is 0 (for 3 steps)", "100% of the tokens have no gradient"]),
     "skipped": (SKIPPED, ["every optimizer step was skipped"]),
 }
 
