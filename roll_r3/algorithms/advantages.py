@@ -1,45 +1,101 @@
-"""Advantages of whole responses. Shape legend: n samples."""
+"""Advantages: of responses from their scores, of tokens less the KL penalty. Shape legend: n samples, N inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from roll_r3.algorithms.kl import kl_estimate
+from roll_r3.batch.batch import Batch, FloatN
 from roll_r3.config.pipeline import RLVRConfig
 
 EPSILON = 1e-6
 """Added to a group's standard deviation, so that a group of equal rewards has advantage 0."""
 
 
+@dataclass(frozen=True)
+class TokenAdvantages:
+    """What the tokens of a step learn from."""
+
+    advantages_N: FloatN
+    """0 where the loss mask is False."""
+    rewards_n: npt.NDArray[np.float64]
+    """Of each scored sample: its normalised score less the penalty of its whole response."""
+    penalty_n: npt.NDArray[np.float64] | None
+    """Of each scored sample: init_kl_coef x KL of its response, nats; None where there is no penalty."""
+    penalty_clamped: float | None
+    """Share of trained tokens whose log ratio to the reference was clamped; None where there is no penalty."""
+
+
+def token_advantages(
+    batch: Batch, scores_n: npt.NDArray[np.float64], groups: Sequence[str], config: RLVRConfig
+) -> TokenAdvantages:
+    """The advantage of each trained token: that of its response, less the KL penalty of this token and those after it.
+
+    As in ROLL the penalty comes after the normalisation, so init_kl_coef weighs it whatever the group's deviation is.
+    A token answers for its own penalty and later ones; the penalty before it does not depend on it.
+
+    Args:
+        batch: with the log-probabilities of the policy and of the reference where `add_token_level_kl` is on. Samples
+            that follow those with a score are fillers, which have advantage 0.
+        scores_n: rewards.
+        groups: which prompt each scored sample answers.
+    """
+    rewards_n = np.zeros(batch.num_samples)
+    rewards_n[: len(scores_n)] = response_advantages(scores_n, groups, config)
+    advantages_N, penalty_n, clamped = batch.per_sample(rewards_n), None, None
+    if config.add_token_level_kl:
+        penalty_N, clamped = _kl_penalty(batch, config)
+        advantages_N = advantages_N - _sum_to_end(batch, penalty_N)
+        penalty_n = batch.sum_per_sample(penalty_N)
+        rewards_n = rewards_n - penalty_n
+        penalty_n = penalty_n[: len(scores_n)]
+    if config.advantage_clip is not None:
+        advantages_N = np.clip(advantages_N, -config.advantage_clip, config.advantage_clip)
+    masked_N = np.where(batch.loss_mask_N, advantages_N, 0.0).astype(np.float32)
+    return TokenAdvantages(masked_N, rewards_n[: len(scores_n)], penalty_n, clamped)
+
+
 def response_advantages(
     scores_n: npt.NDArray[np.float64], groups: Sequence[str], config: RLVRConfig
-) -> npt.NDArray[np.float32]:
-    """One advantage per sample.
+) -> npt.NDArray[np.float64]:
+    """One advantage per sample, before the KL penalty and `advantage_clip`.
 
     grpo: (score - mean of its group) / (standard deviation of its group + 1e-6), Shao et al. 2024 (arXiv 2402.03300),
     with the sample deviation (n - 1); without the division it is Dr. GRPO's (Liu et al. 2025, arXiv 2503.20783).
     reinforce: score - mean of the batch. A group of one sample has advantage 0 under grpo.
 
     Args:
-        scores_n: rewards, KL penalty included where it is on.
+        scores_n: rewards.
         groups: which prompt each sample answers.
-
-    Returns:
-        float32 [n], clipped to `advantage_clip`.
     """
     if config.adv_estimator == "reinforce":
-        advantages = scores_n - scores_n.mean()
-    else:
-        advantages = np.zeros_like(scores_n)
-        _, index_n = np.unique(np.asarray(groups), return_inverse=True)
-        for group in range(index_n.max() + 1):
-            members = np.flatnonzero(index_n == group)
-            centred = scores_n[members] - scores_n[members].mean()
-            if config.norm_adv_by_std_in_grpo and len(members) > 1:
-                centred = centred / (scores_n[members].std(ddof=1) + EPSILON)
-            advantages[members] = centred
-    if config.advantage_clip is not None:
-        advantages = np.clip(advantages, -config.advantage_clip, config.advantage_clip)
-    return advantages.astype(np.float32)
+        return scores_n - scores_n.mean()
+    advantages_n = np.zeros_like(scores_n)
+    _, index_n = np.unique(np.asarray(groups), return_inverse=True)
+    for group in range(index_n.max() + 1):
+        members = np.flatnonzero(index_n == group)
+        centred = scores_n[members] - scores_n[members].mean()
+        if config.norm_adv_by_std_in_grpo and len(members) > 1:
+            centred = centred / (scores_n[members].std(ddof=1) + EPSILON)
+        advantages_n[members] = centred
+    return advantages_n
+
+
+def _kl_penalty(batch: Batch, config: RLVRConfig) -> tuple[npt.NDArray[np.float64], float]:
+    """init_kl_coef x KL of each trained token (float64 [N]), and the share of them that was clamped."""
+    assert batch.old_log_probs_N is not None and batch.ref_log_probs_N is not None
+    old, ref = (torch.from_numpy(x).double() for x in (batch.old_log_probs_N, batch.ref_log_probs_N))
+    kl, clamped = kl_estimate(old, ref, config.kl_penalty)
+    kl_N = np.where(batch.loss_mask_N, kl.numpy(), 0.0)
+    return config.init_kl_coef * kl_N, float(clamped.numpy()[batch.loss_mask_N].mean())
+
+
+def _sum_to_end(batch: Batch, values_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """At each input the sum over it and the later inputs of its sample: float64 [N]."""
+    sums = np.concatenate([np.zeros(1), np.cumsum(values_N)])
+    return batch.per_sample(sums[batch.offsets[1:]]) - sums[:-1]

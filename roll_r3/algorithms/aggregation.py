@@ -11,15 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from roll_r3.batch.batch import Batch
+from roll_r3.config.pipeline import RLVRConfig
 
 
-def loss_weights(batch: Batch, mode: str) -> npt.NDArray[np.float32]:
+def loss_weights(batch: Batch, config: RLVRConfig) -> npt.NDArray[np.float32]:
     """The weight of each input's loss, float32 [N]; 0 where it is not trained on.
 
     token-mean and seq-mean-token-sum: 1. seq-mean-token-mean: 1 / trained tokens of its sample.
+    seq-mean-token-sum-norm: 1 / loss_scale_factor, the same for every sample (Dr. GRPO, arXiv 2503.20783).
     """
     mask_N = batch.loss_mask_N.astype(np.float32)
-    if mode != "seq-mean-token-mean":
+    if config.loss_agg_mode == "seq-mean-token-sum-norm":
+        return mask_N / np.float32(config.loss_divisor)
+    if config.loss_agg_mode != "seq-mean-token-mean":
         return mask_N
     tokens_n = batch.sum_per_sample(batch.loss_mask_N)
     return mask_N * batch.per_sample((1.0 / np.maximum(tokens_n, 1)).astype(np.float32))

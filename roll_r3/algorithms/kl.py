@@ -1,27 +1,53 @@
-"""Schulman's estimators of KL(policy || reference) from tokens sampled by the policy.
+"""Estimates of the KL divergence between policy and reference, from tokens sampled by the policy.
 
-Source: J. Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html.
+Sources: J. Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html; the ratio before the
+estimate is DeepSeek-V3.2's (arXiv 2512.02556). docs/algorithm.md says which gradient each gives in which place.
 """
 
 from __future__ import annotations
 
 import torch
 
+MAX_LOG_RATIO = 20.0
+"""Log ratios are clamped to +-this before exp: beyond it fp32 overflows long after the token has lost its meaning."""
+MAX_K3 = 10.0
+"""Upper bound of k3, as in ROLL and verl: policy 2.6 nats below the reference, or 11 above it."""
 
-def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Per-token estimate, same shape as the inputs, nats.
 
-    With d = log policy - log reference: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, low variance),
-    k3 = exp(-d) - 1 + d (unbiased, never negative).
+def kl_estimate(
+    log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str, ratio: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Estimate of each token, and where it was clamped: there it has no gradient.
+
+    With d = log policy - log reference, clamped to +-20: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, low
+    variance), abs = |d|, k3 = exp(-d) - 1 + d (unbiased, never negative), clamped to at most 10.
+
+    Args:
+        log_probs: of the policy, nats.
+        ref_log_probs: of the reference, same shape.
+        ratio: of the policy to the one that sampled, which the estimate is multiplied by before k3's clamp.
+
+    Returns:
+        (float estimate in nats, bool), each of the shape of the inputs.
 
     Raises:
         ValueError: an unknown estimator.
     """
-    d = log_probs - ref_log_probs
+    gap = log_probs - ref_log_probs
+    d, clamped = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), gap.abs() > MAX_LOG_RATIO
     if estimator == "k1":
-        return d
-    if estimator == "k2":
-        return d.square() / 2
+        kl = d
+    elif estimator == "k2":
+        kl = d.square() / 2
+    elif estimator == "abs":
+        kl = d.abs()
+    elif estimator == "k3":
+        kl = torch.expm1(-d) + d
+    else:
+        raise ValueError(f"KL estimator must be k1, k2, k3 or abs, got {estimator!r}")
+    if ratio is not None:
+        kl = ratio * kl
     if estimator == "k3":
-        return torch.expm1(-d) + d
-    raise ValueError(f"KL estimator must be k1, k2 or k3, not {estimator!r}")
+        clamped = clamped | (kl > MAX_K3)
+        kl = kl.clamp(max=MAX_K3)
+    return torch.where(clamped, kl.detach(), kl), clamped

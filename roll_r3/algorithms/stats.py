@@ -12,11 +12,14 @@ _START = {"max": -torch.inf, "min": torch.inf}
 
 
 class TokenStats:
-    """Running mean, maximum and minimum of named token values; everything stays on its device until `reduce`."""
+    """Running mean, maximum and minimum of named token values, and sums over optimizer steps, on their device until
+    `reduce`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._bounds: dict[str, tuple[Reducer, torch.Tensor]] = {}
+        self._shares: dict[str, torch.Tensor] = {}
+        self._merged = 0
 
     @torch.no_grad()
     def add(self, name: str, values: torch.Tensor, mask: torch.Tensor, reducer: Reducer = "mean") -> None:
@@ -32,8 +35,17 @@ class TokenStats:
             new = pick(torch.stack([self._bounds[name][1], new]))
         self._bounds[name] = (reducer, new)
 
+    @torch.no_grad()
+    def add_share(self, name: str, share: torch.Tensor) -> None:
+        """Count a micro-batch's share (a scalar) of a sum over one optimizer step, such as its loss."""
+        share = share.detach().double()
+        self._shares[name] = self._shares[name] + share if name in self._shares else share
+
     def merge(self, other: TokenStats) -> None:
-        """Count everything that `other` counted; it may be this object's own from now on."""
+        """Count everything that `other` counted in one optimizer step; it may be this object's own from now on."""
+        self._merged += 1
+        for name, share in other._shares.items():
+            self.add_share(name, share)
         for name, sums in other._sums.items():
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
         for name, (reducer, bound) in other._bounds.items():
@@ -50,9 +62,16 @@ class TokenStats:
                 group must have added the same names.
 
         Returns:
-            name -> figure; names that no token counted for are left out.
+            name -> figure; names that no token counted for are left out. A sum over an optimizer step is its mean over
+            the merged ones.
         """
         out: dict[str, float] = {}
+        if self._shares:
+            names = sorted(self._shares)
+            shares = torch.stack([self._shares[n] for n in names])
+            if all_reduce:
+                all_reduce(shares, "sum")
+            out |= {n: total / max(self._merged, 1) for n, total in zip(names, shares.tolist(), strict=True)}
         if self._sums:
             names = sorted(self._sums)
             sums = torch.stack([self._sums[n] for n in names])

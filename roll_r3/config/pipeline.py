@@ -60,6 +60,32 @@ ResumeFrom = Annotated[
 ]
 
 
+def _kl_in_loss(value: Any) -> Any:
+    """Say why k1 is no estimator of the KL loss."""
+    if value == "k1":
+        raise ValueError(
+            "k1 in the loss regularises nothing: its gradient is 0 in the mean. Write k2 or k3, or take k1 off the "
+            "advantages: add_token_level_kl: true with kl_penalty: k1"
+        )
+    return value
+
+
+def _kl_in_reward(value: Any) -> Any:
+    """Say why k3 is no estimator of the KL penalty."""
+    if value == "k3":
+        raise ValueError(
+            "k3 in the reward pulls towards nothing near the reference: only its value acts there, which is of second "
+            "order. Write k1, or take k3 into the loss: use_kl_loss: true with kl_estimator: k3"
+        )
+    return value
+
+
+KLInLoss = Annotated[Literal["k2", "k3"], BeforeValidator(_kl_in_loss, json_schema_input_type=Literal["k2", "k3"])]
+KLInReward = Annotated[
+    Literal["k1", "k2", "abs"], BeforeValidator(_kl_in_reward, json_schema_input_type=Literal["k1", "k2", "abs"])
+]
+
+
 class RLVRConfig(Config):
     """Everything that a run is made of. Batch arithmetic: a step samples rollout_batch_size prompts x
     num_return_sequences_in_group responses and trains on all of them, ppo_epochs times."""
@@ -107,19 +133,32 @@ class RLVRConfig(Config):
     """Upper clip range: the ratio is clipped at 1 + this; default: pg_clip."""
     dual_clip_loss: PositiveFloat | None = None
     """For negative advantages the loss is bounded by this times the advantage (dual-clip PPO, above 1); None: not."""
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
-    """How token losses of an optimizer step become one number."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """How token losses of an optimizer step become one number. token-mean: their mean over all trained tokens. The rest
+    are means over responses: of the token mean, the token sum, or the token sum over loss_scale_factor (Dr. GRPO)."""
+    loss_scale_factor: PositiveFloat | None = None
+    """With seq-mean-token-sum-norm: tokens that the sum of a response is divided by; default: response_length."""
     entropy_loss_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     use_kl_loss: bool = False
-    """Add kl_loss_coef x KL(policy || reference) to the loss; needs `reference`."""
+    """Add kl_loss_coef x kl_estimator's estimate of KL(policy || reference) to the loss; needs `reference`."""
     kl_loss_coef: NonNegativeFloat = 0.001
     """Weight of that term."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Schulman's estimators of the KL divergence from samples."""
+    kl_estimator: KLInLoss = "k3"
+    """Estimate of the KL divergence in the loss. On samples of the policy itself, k2's gradient is that of KL(policy ||
+    reference) and k3's that of KL(reference || policy). In later optimizer steps on the same samples both are off by
+    the ratio, see use_unbiased_kl. k3 is clamped to 10, log ratios to +-20; clamped tokens give no gradient."""
+    use_unbiased_kl: bool = False
+    """Multiply k3 by the ratio policy / old policy, whose gradient counts too. The term's gradient is then that of
+    KL(policy || reference) in every optimizer step (DeepSeek-V3.2). Weights of rollout_correction do not touch it."""
     add_token_level_kl: bool = False
-    """Subtract init_kl_coef x KL(old policy || reference), summed over the response, from the reward; needs
-    `reference`."""
+    """Subtract init_kl_coef x KL(old policy || reference), summed over a token and the later ones of its response, from
+    the token's advantage. That is after the normalisation by adv_estimator; needs `reference`."""
+    kl_penalty: KLInReward = "k1"
+    """Estimate of the KL divergence in that penalty. k1's gradient is that of KL(policy || reference). k2 and abs also
+    push down tokens that the policy already holds below the reference. Log ratios are clamped to +-20."""
     init_kl_coef: NonNegativeFloat = 0.0
     """Weight of that penalty."""
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
@@ -175,3 +214,8 @@ class RLVRConfig(Config):
     def clip_range(self) -> tuple[float, float]:
         """(low, high): the ratio is clipped to [1 - low, 1 + high]."""
         return (self.pg_clip_low or self.pg_clip, self.pg_clip_high or self.pg_clip)
+
+    @property
+    def loss_divisor(self) -> float:
+        """With seq-mean-token-sum-norm: what the sum of a response is divided by."""
+        return self.loss_scale_factor or float(self.response_length)

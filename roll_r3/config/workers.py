@@ -104,6 +104,12 @@ class GeneratingArgs(Config):
     """Nucleus sampling. Log-probabilities stay those of the whole distribution, so below 1 ratios are biased."""
     top_k: int = -1
     """Sample among so many tokens; -1: all."""
+    stop_token_ids: Annotated[tuple[NonNegativeInt, ...], Field(max_length=64)] = ()
+    """Token ids that end a response, besides the end tokens of the checkpoint. The response keeps the token, and it is
+    trained on."""
+    stop_strings: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=16)] = ()
+    """Texts that end a response (ROLL's name). Sampling ends with the token that completes one of them. The response
+    keeps that token, so the text may go on a little behind the stop string."""
 
 
 class DataArgs(Config):

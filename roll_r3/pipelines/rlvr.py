@@ -10,10 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from roll_r3.algorithms.advantages import response_advantages
-from roll_r3.algorithms.kl import kl_estimate
+from roll_r3.algorithms.advantages import TokenAdvantages, token_advantages
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, ModelGroup, RolloutGroup
@@ -21,6 +19,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
 from roll_r3.pipelines.engines import Engines
+from roll_r3.pipelines.silence import SilenceWatch
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
 from roll_r3.rewards.scoring import Response, Rewards
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
@@ -82,10 +81,11 @@ class Experience:
     failed_rewards: int
     """Responses among them that have no reward, and so no place in what follows."""
     trajectories: list[Trajectory]
+    groups: list[str]
+    """The prompt of each of them."""
     samples: list[ScoredSample]
     """Of `trajectories`, in their order."""
-    penalised: np.ndarray
-    """float64 [n]: scores less the KL penalty."""
+    advantages: TokenAdvantages
     batch: Batch
     old: BatchLogProbs
 
@@ -113,6 +113,7 @@ class RLVRPipeline:
         self._trainer = trainer
         self._reference = reference
         self._progress = progress
+        self._silence = SilenceWatch(config)
         self.samples_seen = 0
         """Samples trained on since the run began."""
 
@@ -143,9 +144,9 @@ class RLVRPipeline:
             old = self._trainer.compute_log_probs(batch)
             batch = replace(batch, old_log_probs_N=old.log_probs_N)
         scores = np.array([s.score for s in samples])
-        penalised = scores - self._kl_penalty(batch)[: len(scores)]
-        batch = self._with_advantages(batch, penalised, groups)
-        return Experience(step, clock, results, failed, trajectories, samples, penalised, batch, old)
+        advantages = token_advantages(batch, scores, groups, self._config)
+        batch = replace(batch, advantages_N=advantages.advantages_N)
+        return Experience(step, clock, results, failed, trajectories, groups, samples, advantages, batch, old)
 
     def learn(self, experience: Experience) -> StepResult:
         """The second half: update the weights and send them to the engines."""
@@ -162,8 +163,9 @@ class RLVRPipeline:
             step=step,
             seconds=clock.stop(),
             trajectories=experience.trajectories,
+            groups=experience.groups,
             scores=np.array([s.score for s in experience.samples]),
-            penalised=experience.penalised,
+            advantages=experience.advantages,
             batch=batch,
             old=experience.old,
             update=update,
@@ -173,7 +175,11 @@ class RLVRPipeline:
             engine_restarts=self._engines.step_done(),
             samples_seen=self.samples_seen,
         )
-        return StepResult(step_metrics(self._config, record), experience.samples)
+        metrics = step_metrics(record)
+        if warning := self._silence.observe(metrics):
+            logger.warning("%s", warning)
+            self._progress.say(f"step {step}: {warning}")
+        return StepResult(metrics, experience.samples)
 
     def _requests(self, prompts: Sequence[Prompt], step: int) -> list[GenerateRequest]:
         group = self._config.num_return_sequences_in_group
@@ -231,19 +237,3 @@ class RLVRPipeline:
         args = self._config.actor_train.training_args
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self._trainer.data_parallel_size
         return int(np.lcm(size, self._reference.data_parallel_size)) if self._reference else size
-
-    def _kl_penalty(self, batch: Batch) -> np.ndarray:
-        """What the KL term takes from each sample's score: float64 [n]."""
-        if not self._config.add_token_level_kl:
-            return np.zeros(batch.num_samples)
-        assert batch.old_log_probs_N is not None and batch.ref_log_probs_N is not None
-        kl_N = kl_estimate(
-            torch.from_numpy(batch.old_log_probs_N), torch.from_numpy(batch.ref_log_probs_N), self._config.kl_estimator
-        )
-        return self._config.init_kl_coef * batch.sum_per_sample(np.where(batch.loss_mask_N, kl_N.numpy(), 0.0))
-
-    def _with_advantages(self, batch: Batch, scores: np.ndarray, groups: Sequence[str]) -> Batch:
-        """Spread each response's advantage over its trained tokens; fillers have none."""
-        advantages_n = np.zeros(batch.num_samples, np.float32)
-        advantages_n[: len(scores)] = response_advantages(scores, groups, self._config)
-        return replace(batch, advantages_N=np.where(batch.loss_mask_N, batch.per_sample(advantages_n), np.float32(0)))

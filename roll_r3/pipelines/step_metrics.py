@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from roll_r3.algorithms.advantages import TokenAdvantages
 from roll_r3.algorithms.kl import kl_estimate
 from roll_r3.algorithms.mismatch import mismatch_metrics
+from roll_r3.algorithms.signal import group_signal
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
-from roll_r3.config.pipeline import RLVRConfig
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class StepRecord:
     step: int
     seconds: dict[str, float]
     trajectories: Sequence[Trajectory]
+    groups: Sequence[str]
+    """The prompt of each trajectory."""
     scores: npt.NDArray[np.float64]
     """Rewards, one per trajectory."""
-    penalised: npt.NDArray[np.float64]
-    """The same less the KL penalty."""
+    advantages: TokenAdvantages
     batch: Batch
     """With every field filled; fillers may follow the trajectories."""
     old: BatchLogProbs
@@ -39,7 +41,7 @@ class StepRecord:
     samples_seen: int
 
 
-def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
+def step_metrics(r: StepRecord) -> dict[str, float]:
     """Metric name -> figure."""
     batch, mask = r.batch, r.batch.loss_mask_N
     assert batch.old_log_probs_N is not None and batch.advantages_N is not None
@@ -49,7 +51,8 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
     metrics = {
         **r.seconds,
         **_spread("critic/score", r.scores),
-        **_spread("critic/rewards", r.penalised),
+        **group_signal(r.scores, r.groups),
+        **_spread("critic/rewards", r.advantages.rewards_n),
         **_spread("critic/advantages", batch.advantages_N[mask]),
         **_spread("tokens/prompt_length", prompts),
         **_spread("tokens/response_length", responses),
@@ -69,12 +72,13 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         metrics["critic/entropy/mean"] = float(r.old.entropy_N[mask].mean())
     if batch.ref_log_probs_N is not None:
         metrics["critic/ref_log_prob/mean"] = float(batch.ref_log_probs_N[mask].mean())
-        kl = kl_estimate(
-            torch.from_numpy(batch.old_log_probs_N[mask]),
-            torch.from_numpy(batch.ref_log_probs_N[mask]),
-            config.kl_estimator,
-        )
+        old, ref = (torch.from_numpy(x[mask]).double() for x in (batch.old_log_probs_N, batch.ref_log_probs_N))
+        kl, clamped = kl_estimate(old, ref, "k3")
         metrics["critic/kl"] = float(kl.mean())
+        metrics["critic/kl_clamped"] = float(clamped.double().mean())
+    if r.advantages.penalty_n is not None and r.advantages.penalty_clamped is not None:
+        metrics["critic/kl_penalty"] = float(r.advantages.penalty_n.mean())
+        metrics["critic/kl_penalty_clamped"] = r.advantages.penalty_clamped
     return metrics | _replay_metrics(r, seconds)
 
 

@@ -33,24 +33,41 @@ def _stats(prefix: str, unit: str, what: str) -> dict[str, Metric]:
 METRICS: dict[str, Metric] = {
     **_stats("critic/score", "reward", "what the reward rules gave, over the step's samples"),
     **_stats(
-        "critic/rewards", "reward", "scores less the KL penalty (the score itself when add_token_level_kl is off)"
+        "critic/rewards",
+        "1",
+        "a response's score as adv_estimator normalises it, less its KL penalty where add_token_level_kl is on",
     ),
     **_stats("critic/advantages", "1", "the advantage of trained tokens"),
-    "critic/kl": Metric("nats", "mean over tokens of the kl_estimator's KL(old policy || reference)"),
+    "critic/kl": Metric(
+        "nats",
+        "mean over tokens of k3's KL(old policy || reference); not quite 0 in the first step under replay, since the "
+        "reference chooses its own experts",
+    ),
+    "critic/kl_clamped": Metric("share", "tokens whose k3 was clamped in it: further than 2.6 nats below, or 11 above"),
+    "critic/kl_penalty": Metric("nats", "init_kl_coef x kl_penalty, summed over a response; mean over responses"),
+    "critic/kl_penalty_clamped": Metric("share", "tokens whose log ratio was clamped to +-20 in it"),
     "critic/entropy/mean": Metric("nats", "mean entropy of the policy before the update, at trained tokens"),
     "critic/old_log_prob/mean": Metric("nats", "mean log-probability of sampled tokens before the update"),
     "critic/ref_log_prob/mean": Metric("nats", "mean log-probability of sampled tokens under the reference"),
     **_stats("tokens/prompt_length", "tokens", "prompt length"),
     **_stats("tokens/response_length", "tokens", "response length, end-of-sequence token included"),
     "tokens/truncated_ratio": Metric("share", "samples that ended because response_length was reached"),
-    "actor/pg_loss": Metric("1", "policy-gradient loss, mean over trained tokens of all optimizer steps"),
-    "actor/total_loss": Metric("1", "policy-gradient loss with its KL and entropy terms, mean over trained tokens"),
-    "actor/kl_loss": Metric("nats", "kl_estimator's KL(policy || reference) during the update"),
-    "actor/entropy": Metric("nats", "entropy during the update"),
+    "actor/loss": Metric(
+        "1", "the loss that an optimizer step minimises, by loss_agg_mode; mean over optimizer steps that were made"
+    ),
+    "actor/pg_loss": Metric("1", "the policy-gradient term of actor/loss"),
+    "actor/kl_loss": Metric(
+        "nats", "the KL term of actor/loss before its coefficient: kl_estimator's, by loss_agg_mode"
+    ),
+    "actor/kl_clamped": Metric("share", "tokens whose estimate was clamped in it; they give it no gradient"),
+    "actor/entropy": Metric("nats", "entropy during the update, mean over trained tokens"),
     "actor/ratio_mean": Metric("1", "mean of policy / old policy"),
     "actor/ratio_max": Metric("1", "largest policy / old policy"),
     "actor/ratio_min": Metric("1", "smallest policy / old policy"),
-    "actor/ppo_ratio_clipfrac": Metric("share", "tokens whose ratio is outside the clip range"),
+    "actor/pg_clipfrac": Metric(
+        "share", "tokens whose policy gradient was cut: out of the clip range on the side that their advantage pulls to"
+    ),
+    "actor/ppo_ratio_clipfrac": Metric("share", "tokens whose ratio is outside the clip range, on either side"),
     "actor/ppo_ratio_high_clipfrac": Metric("share", "tokens whose ratio is above it"),
     "actor/ppo_ratio_low_clipfrac": Metric("share", "tokens whose ratio is below it"),
     "actor/approxkl": Metric("nats", "mean of (log ratio)^2 / 2"),
@@ -92,6 +109,11 @@ METRICS: dict[str, Metric] = {
     "rollout/retries": Metric("requests", "requests that were sent again"),
     "rollout/engine_restarts": Metric("restarts", "engines that were started again since the last step"),
     "reward/failed": Metric("samples", "samples left out of the step, because their rule failed to give a reward"),
+    "reward/groups_without_signal": Metric(
+        "share", "groups whose samples all have the same score: they have no part in GRPO's gradient"
+    ),
+    "reward/groups_all_right": Metric("share", "such groups whose score is above 0"),
+    "reward/groups_all_wrong": Metric("share", "such groups whose score is 0 or less"),
     "time/step_total": Metric("s", "the whole step"),
     "time/step_generate": Metric("s", "rollout"),
     "time/step_reward": Metric("s", "rewards and advantages"),

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from roll_r3.strategies.rollout.sglang import payload as sglang
 from roll_r3.strategies.rollout.vllm import payload as vllm
 
 PROMPT, RESPONSE, LOG_PROBS = (5, 6, 7), [9, 8, 258], [-0.5, -1.5, 0.0]
+END = 258
 ROWS, LAYERS, TOP_K, EXPERTS, VOCAB, VERSION, MOST = 5, 3, 2, 16, 260, 4, 8
 FACTS = facts_of(
     {"model_type": "qwen3_moe", "num_hidden_layers": LAYERS, "mlp_only_layers": [0], "decoder_sparse_step": 1,
@@ -91,13 +93,14 @@ def need(condition: object, what: str) -> None:
         raise NotRight(what)
 
 
-def _common(ids: Any, entries: list[tuple[Any, Any]], reason: Any, versions: list[Any], prompt: Any) -> None:
+def _common(ids: Any, entries: list[tuple[Any, Any]], reason: Any, end: Any, versions: list[Any], prompt: Any) -> None:
     need(isinstance(ids, list) and 1 <= len(ids) <= MOST, "tokens")
     need(all(type(i) is int and 0 <= i < VOCAB for i in ids), "a token")
     need(len(entries) == len(ids), "as many log-probabilities as tokens")
     for (value, token), i in zip(entries, ids, strict=True):
         need(type(value) in (int, float) and math.isfinite(value) and value <= 1e-4, "a log-probability")
         need(type(token) is int and token == i, "its token")
+    need(reason != "stop" or end == ids[-1], "the token that ended it")
     need(reason in ("stop", "length") and (reason == "stop" or len(ids) == MOST), "the end")
     need(versions and all(str(v) == str(VERSION) for v in versions), "versions")
     need(type(prompt) is int and prompt == len(PROMPT), "the prompt")
@@ -119,7 +122,10 @@ def sglang_says(body: bytes) -> tuple[list[int], list[float], list[list[list[int
     meta = said["meta_info"]
     entries = [(entry[0], entry[1]) for entry in meta["output_token_logprobs"]]
     versions = [meta["weight_version"], *(span["version"] for span in meta.get("weight_versions") or ())]
-    _common(said["output_ids"], entries, meta["finish_reason"]["type"], versions, meta["prompt_tokens"])
+    reason = meta["finish_reason"]
+    end = reason.get("matched")
+    need(end is None or type(end) in (int, str), "an end")
+    _common(said["output_ids"], entries, reason["type"], end, versions, meta["prompt_tokens"])
     data = base64.b64decode(meta["routed_experts"], validate=True)
     need(len(data) % 4 == 0, "whole ids")
     flat = list(struct.unpack(f"<{len(data) // 4}i", data))
@@ -135,7 +141,8 @@ def vllm_says(body: bytes) -> tuple[list[int], list[float], list[list[list[int]]
     covered = [t for span in spans for t in range(span["start"], span["end"])]
     need(covered == list(range(len(choice["token_ids"]))), "every token has a version")
     versions = [span["version"] for span in spans]
-    _common(choice["token_ids"], entries, choice["finish_reason"], versions, said["usage"]["prompt_tokens"])
+    prompt = said["usage"]["prompt_tokens"]
+    _common(choice["token_ids"], entries, choice["finish_reason"], END, versions, prompt)
     data = base64.b64decode(choice["routed_experts"], validate=True)
     need(data[:8] == b"\x93NUMPY\x01\0", "npy")
     end = 10 + struct.unpack_from("<H", data, 8)[0]
@@ -157,7 +164,7 @@ class Engine:
 
 ENGINES = {
     "sglang": Engine(SGLANG, sglang.read_sample, sglang_says, ("meta_info",)),
-    "vllm": Engine(VLLM, vllm.read_sample, vllm_says, ("choices", 0)),
+    "vllm": Engine(VLLM, partial(vllm.read_sample, end_tokens=(END,)), vllm_says, ("choices", 0)),
 }
 METRICS = b"""# TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="32",cache_dtype="auto",enable_prefix_caching="True",engine="0"} 1.0

@@ -398,17 +398,23 @@ class Reference:
         )
 
     def loss(self, batch: Batch, config: RLVRConfig, *, replay: bool) -> torch.Tensor:
-        """PPO's clipped loss with a k3 KL term and an entropy bonus, token mean."""
+        """The clipped loss with a clamped k3 KL term and an entropy bonus, in the configured mode."""
         log_probs, entropies = self.tokens(batch, replay=replay)
         old, advantages = torch.from_numpy(batch.old_log_probs_N), torch.from_numpy(batch.advantages_N)
         ratio = (log_probs - old).exp()
         loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
         if config.use_kl_loss:
             gap = torch.from_numpy(batch.ref_log_probs_N) - log_probs
-            loss = loss + config.kl_loss_coef * (gap.exp() - 1 - gap)
+            loss = loss + config.kl_loss_coef * (gap.exp() - 1 - gap).clamp(max=10)
         loss = loss - config.entropy_loss_coef * entropies
-        mask = torch.from_numpy(batch.loss_mask_N)
-        return loss[mask].sum() / mask.sum()
+        masks = torch.from_numpy(batch.loss_mask_N).split(batch.lengths_n.tolist())
+        kept = [part[m] for part, m in zip(loss.split(batch.lengths_n.tolist()), masks, strict=True) if m.any()]
+        if config.loss_agg_mode == "token-mean":
+            return torch.cat(kept).mean()
+        if config.loss_agg_mode == "seq-mean-token-mean":
+            return torch.stack([part.mean() for part in kept]).mean()
+        sums = torch.stack([part.sum() for part in kept]).mean()
+        return sums if config.loss_agg_mode == "seq-mean-token-sum" else sums / config.response_length
 
     def gradients(self, batch: Batch, config: RLVRConfig, *, replay: bool = True) -> Weights:
         self.model.zero_grad()

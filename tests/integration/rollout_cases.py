@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.facts import read_facts
+from roll_r3.models.hf.tokenizer import read_end_tokens, read_tokenizer
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, RolloutStrategy
 from roll_r3.strategies.rollout.process import ServerProcess
 from roll_r3.strategies.rollout.sampling import SampleRequest
@@ -55,6 +56,27 @@ def rollout_config(
             },
         }
     )
+
+
+STOPS = {"stop_token_ids": (3, 200), "stop_strings": ("a", "b", "c", "d", "e", "f", "g", "h", "AB")}
+"""Over the byte vocabulary, about every second response of 12 tokens meets one of them."""
+
+
+def assert_stopped_where_asked(results: Sequence[GenerateResult], checkpoint: Path) -> None:
+    """Each response ends with the first token that is a stop token or completes a stop string, and keeps it."""
+    tokenizer = read_tokenizer(checkpoint, trust_remote_code=False)
+    ends = read_end_tokens(checkpoint, tokenizer)
+    seen = set()
+    for t in trajectories(results).values():
+        ids = t.response_ids_R.tolist()
+        text = [tokenizer.decode(ids[: i + 1], skip_special_tokens=False) for i in range(len(ids))]
+        by_string = [any(s in text[i] for s in STOPS["stop_strings"]) for i in range(len(ids))]
+        by_token = [i in STOPS["stop_token_ids"] or i in ends for i in ids]
+        met = [a or b for a, b in zip(by_string, by_token, strict=True)]
+        assert t.finish_reason == ("stop" if any(met) else "length")
+        assert not any(met[:-1]) and (any(met) or len(ids) == RESPONSE_LENGTH)
+        seen |= {"string"} if by_string[-1] else {"token"} if by_token[-1] else {"length"}
+    assert seen == {"string", "token", "length"}
 
 
 SMALL_SERVER = {"max_total_tokens": 8192, "max_running_requests": 64, "startup_timeout": 400}

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.integration
     "fields",
     [
         {},
-        {"packed": True, "layout": RECOMPUTE},
+        {"packed": True, "layout": RECOMPUTE, "options": {"loss_agg_mode": "seq-mean-token-sum-norm"}},
         {"role": {**BUDGET, "sequence_length_round": 3}, "layout": {"attn_implementation": "eager", **RECOMPUTE}},
         {"role": {**BUDGET, "sequence_length_round": 3}, "packed": True, "layout": {"reshard_after_forward": False}},
         {"micro_batch_size": 4, "packed": True, "layout": {"attn_implementation": "eager"}},
@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_those_of_transformers_one_sample_at_a_time(
     print(f"gradients off by {difference:.1e}")
     assert difference < 1e-6
     loss = reference.loss(batch, case.config(size), replay=True).item()
-    assert outcomes[0].metrics["actor/total_loss"] == pytest.approx(loss, abs=1e-6)
+    assert outcomes[0].metrics["actor/loss"] == pytest.approx(loss, abs=1e-6)
     assert all(outcome.at_rest for outcome in outcomes)
     counts = outcomes[0].train_counts
     assert counts.trainable == counts.trainable_replayed == batch.loss_mask_N.sum() * LAYERS
@@ -241,7 +241,7 @@ def test_bf16_steps_on_fp32_masters(gang: Gangs, tiny_moe: Path) -> None:
     for master, share, loss in gang(2).run(_bf16_steps, case, batch):
         assert master is torch.float32
         assert share[0] < 0.2 < share[1]
-        exact = gang(2).run(run_case, single, batch)[0].metrics["actor/total_loss"]
+        exact = gang(2).run(run_case, single, batch)[0].metrics["actor/loss"]
         assert loss == pytest.approx(exact, abs=0.02)
 
 
@@ -262,7 +262,7 @@ def _bf16_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[torch.d
     head = dict(exported(strategy))["lm_head.weight"]
     losses, shares = [], []
     for step in range(1, 9):
-        losses.append(strategy.train_step(part, step=step).metrics["actor/total_loss"])
+        losses.append(strategy.train_step(part, step=step).metrics["actor/loss"])
         shares.append(float((dict(exported(strategy))["lm_head.weight"] != head).mean()))
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
     hook.remove()

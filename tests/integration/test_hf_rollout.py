@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 from own_code import with_code_of_its_own
-from rollout_cases import Reference, Rollout, requests, rollout_config, trajectories
+from rollout_cases import (
+    STOPS,
+    Reference,
+    Rollout,
+    assert_stopped_where_asked,
+    requests,
+    rollout_config,
+    trajectories,
+)
 from safetensors.torch import load_file, save_file
 
 from roll_r3.data.tiny_task import addition_mod10
@@ -127,6 +135,10 @@ def test_short_prompts_long_prompts_and_samples_that_stop(tiny_moe, tmp_path, st
     assert_is_what_the_model_computes([results[0], *results[3:]], learned)
     reasons = {t.finish_reason for r in results for t in r.trajectories}
     assert reasons == {"stop", "length"}
+
+
+def test_stop_tokens_and_stop_strings_end_a_response(tiny_moe, start):
+    assert_stopped_where_asked(start(tiny_moe, generating=STOPS).generate(requests(6, 8)), tiny_moe)
 
 
 def test_a_truncated_distribution_is_sampled_from_and_log_probs_are_of_the_whole(tiny_moe, start):

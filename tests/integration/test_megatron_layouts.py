@@ -132,7 +132,7 @@ def test_layers_that_are_not_dealt_evenly(layers: int, layout: dict, gang: Gangs
     assert largest_difference(found, Reference(str(checkpoint)).gradients(batch, case.config())) < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("mode", ["seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_the_loss_does_not_depend_on_how_samples_are_cut(mode: str, gang: Gangs, tiny_moe: Path) -> None:
     batch = make_batch()
     case = Case(str(tiny_moe), options={"loss_agg_mode": mode})
@@ -142,6 +142,8 @@ def test_the_loss_does_not_depend_on_how_samples_are_cut(mode: str, gang: Gangs,
 
     before = read_weights(tiny_moe)
     assert largest_difference(gradients(before, alone.weights), gradients(before, spread.weights)) < 1e-6
+    loss = Reference(str(tiny_moe)).loss(batch, case.config(), replay=True).item()
+    assert [x.metrics["actor/loss"] for x in (alone, spread)] == pytest.approx([loss, loss], abs=1e-6)
 
 
 ADAM = {"learning_rate": 1e-3, "adam_epsilon": 1e-3, "max_grad_norm": 0.5}

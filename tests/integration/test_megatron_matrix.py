@@ -62,7 +62,7 @@ def test_a_mix_equals_the_reference(
     wanted = reference.gradients(expected, config)
     difference = largest_difference(gradients(read_weights(checkpoint), outcomes[0].weights), wanted)
     loss = float(reference.loss(expected, config, replay=True))
-    loss_off = abs(outcomes[0].metrics["actor/total_loss"] - loss)
+    loss_off = abs(outcomes[0].metrics["actor/loss"] - loss)
     counts = outcomes[0].train_counts
     print(
         f"{name_of(mix)}: |gradient - reference| {difference:.1e}, |loss - reference| {loss_off:.1e}, "

@@ -45,7 +45,7 @@ def test_wrong_routes_change_the_loss(gang: Gangs, tiny_moe: Path) -> None:
             RoutedExperts(w.ids_MRK[:, : r.num_rows]) for w, r in zip(wrong.routes, right.routes, strict=True)
         ),
     )
-    losses = [gang(2).run(run_case, case, batch)[0].metrics["actor/total_loss"] for batch in (right, wrong)]
+    losses = [gang(2).run(run_case, case, batch)[0].metrics["actor/loss"] for batch in (right, wrong)]
     assert abs(losses[0] - losses[1]) > 1e-2
 
 

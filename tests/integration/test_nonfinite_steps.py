@@ -43,9 +43,9 @@ def spoiled(batch: Batch, field: str, value: float) -> Batch:
 BAD = {
     "advantage": ("advantages_N", math.inf),
     "old log-probability": ("old_log_probs_N", math.nan),
-    "reference": ("ref_log_probs_N", -math.inf),
+    "reference": ("ref_log_probs_N", math.nan),
 }
-"""The last two make the loss infinite or NaN, but no gradient: one is clamped away, that of the other is 1."""
+"""The last two make the loss NaN, but no gradient, which is clamped away."""
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ import pytest
 import torch.distributed as dist
 from rollout_cases import (
     RESPONSE_LENGTH,
+    STOPS,
     Evicting,
     Reference,
     Sent,
+    assert_stopped_where_asked,
     group_members,
     long_requests,
     one_by_one,
@@ -135,6 +137,12 @@ def test_samples_whose_prompt_left_the_cache_are_asked_for_again(
     assert results[0].retries >= 3
     assert_is_what_the_model_computes(asked, results, old_weights)
     assert evicting.shareable_rows(asked[0]) == 0, "nothing is shared for a while"
+
+
+def test_stop_tokens_and_stop_strings_end_a_response(engine: Engine, old_weights: Path, monkeypatch) -> None:
+    settings = engine.rollout._generating.model_copy(update=STOPS)
+    monkeypatch.setattr(engine.rollout, "_generating", settings)
+    assert_stopped_where_asked(engine.generate(requests(6, 8)), old_weights)
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine: Engine) -> None:

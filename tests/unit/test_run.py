@@ -183,7 +183,7 @@ actor_infer:
 def test_every_mistake_of_a_file_is_found_in_one_run_with_its_line(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(TEN_MISTAKES)
-    assert run.main(["--config", str(path), "--validate-only", "--format", "json", "kl_estimator=k1"]) == 2
+    assert run.main(["--config", str(path), "--validate-only", "--format", "json", "kl_estimator=k2"]) == 2
     findings = json.loads(capsys.readouterr().out)["findings"]
     layout = "strategy_config"
     found = {(f["rule"], f["fields"][0]["path"].replace("actor_train.strategy_args.", "")): f for f in findings}
@@ -204,7 +204,7 @@ def test_every_mistake_of_a_file_is_found_in_one_run_with_its_line(tmp_path, cap
     }
     assert set(found) == set(expected)
     assert {key: found[key]["fields"][0].get("line") for key in expected} == expected
-    assert found[("kl-estimator-unread", "kl_estimator")]["fields"][0]["origin"] == "override kl_estimator=k1"
+    assert found[("kl-estimator-unread", "kl_estimator")]["fields"][0]["origin"] == "override kl_estimator=k2"
     origin = found[("dual-clip-above-one", "dual_clip_loss")]["fields"][0]["origin"]
     assert origin == f"{path}:10, from ${{limit}} at {path}:11"
     assert all(f["why"] and f["fields"] for f in findings)

@@ -22,11 +22,14 @@ _NORMALISATION = (
     "rewards are normalised by group mean and deviation, by group mean alone (norm_std_type: null) or by the batch's "
     "mean (norm_mean_type: batch, norm_std_type: null)"
 )
-_TOKEN_KL = (
-    "ROLL's penalty is per token, on the rewards to come and after normalisation; here the whole response's goes off "
-    "its reward: write use_kl_loss: true, or keep this key in a file of roll_r3's own"
+_PENALTIES = {"kl": "k1", "mse": "k2"}
+"""ROLL's names of estimates in the reward -> roll_r3's."""
+_FULL = "the penalty is of sampled tokens alone, not of the whole vocabulary: write kl_penalty: kl"
+_ADAPTIVE = "init_kl_coef stays what it is: no controller moves it towards a target"
+_ROLLS_NORM = (
+    "ROLL divides by the padded length alone, this mode by the number of responses too: give loss_scale_factor, the "
+    "tokens that a response's sum is divided by, as well"
 )
-_NO_NORM = "no mode divides by the padded length; seq-mean-token-sum differs by a constant factor"
 _BOUNDED_RULES = ("math", "exact_match")
 """Rules whose rewards lie in [0, 1]."""
 _MASKS = (
@@ -114,6 +117,8 @@ def _reward_clip(draft: Draft) -> None:
 
 def _largest_reward(draft: Draft) -> float:
     """The largest magnitude of a reward after ROLL's normalisation, or infinity where that is not known."""
+    if draft.get("add_token_level_kl") is True:
+        return math.inf  # ROLL clips the rewards of tokens, less their penalty
     size = draft.get("num_return_sequences_in_group")
     if draft.get("adv_estimator") == "grpo" and draft.get("norm_adv_by_std_in_grpo") is not False:
         return (size - 1) / math.sqrt(size) if isinstance(size, int) and size > 1 else math.inf
@@ -135,8 +140,9 @@ def _clip_range(draft: Draft) -> None:
 
 
 def _aggregation(draft: Draft, keys: Keys) -> None:
-    if draft.get(keys) == "seq-mean-token-sum-norm":
-        draft.refuse(keys, _NO_NORM)
+    """A file of ROLL's means ROLL's divisor, unless it names roll_r3's."""
+    if draft.is_rolls and draft.get(keys) == "seq-mean-token-sum-norm" and not draft.has("loss_scale_factor"):
+        draft.refuse(keys, _ROLLS_NORM)
 
 
 def _dual_clip(draft: Draft, keys: Keys) -> None:
@@ -150,19 +156,33 @@ def _dual_clip(draft: Draft, keys: Keys) -> None:
 
 
 def _kl(draft: Draft) -> None:
-    """Settings of KL terms that are off, and a reference that no KL term needs."""
+    """The penalty's estimate, settings of KL terms that are off, and a reference that no KL term needs."""
+    penalised = draft.get("add_token_level_kl") is True
+    if penalised or not draft.is_rolls:
+        _penalty(draft)
     if not draft.is_rolls:
         return
-    if draft.get("add_token_level_kl") is True:
-        draft.refuse("add_token_level_kl", _TOKEN_KL)
-        draft.drop("init_kl_coef")
-    elif draft.has("init_kl_coef"):
-        draft.unread("init_kl_coef")
+    if penalised:
+        if draft.has("target_kl"):
+            draft.refuse("target_kl", _ADAPTIVE)
+    else:
+        for key in ("init_kl_coef", "kl_penalty"):
+            if draft.has(key):
+                draft.unread(key)
     if draft.get("use_kl_loss") in (False, ABSENT):
         if draft.has("kl_loss_coef"):
             draft.unread("kl_loss_coef")
-        if isinstance(draft.get("reference"), dict):
+        if isinstance(draft.get("reference"), dict) and not penalised:
             draft.unread("reference")
+
+
+def _penalty(draft: Draft) -> None:
+    name = draft.get("kl_penalty")
+    if isinstance(name, str) and name in _PENALTIES:
+        why = "of d = log policy - log reference, ROLL's kl is d and its mse d^2 / 2"
+        draft.translate("kl_penalty", {"kl_penalty": _PENALTIES[name]}, why)
+    elif name == "full":
+        draft.refuse("kl_penalty", _FULL)
 
 
 def _corrections(draft: Draft) -> None:
@@ -203,8 +223,14 @@ ROWS = (
         ("ppo_epochs", "pg_clip", "advantage_clip", "entropy_loss_coef", "use_kl_loss"),
         Same(),
     ),
-    Row(("loss_agg_mode",), By(_aggregation, f"the same; `seq-mean-token-sum-norm` is not supported: {_NO_NORM}")),
-    Row(("kl_loss_coef",), Joint("the same; no effect without `use_kl_loss`. The estimator is k3, as in ROLL")),
+    Row(("loss_agg_mode",), By(_aggregation, f"the same; `seq-mean-token-sum-norm` as it is, not: {_ROLLS_NORM}")),
+    Row(
+        ("kl_loss_coef",),
+        Joint(
+            "the same; no effect without `use_kl_loss`. The estimate is k3 clamped to 10, as in ROLL; log ratios are "
+            "clamped to 20 before, so that clamped tokens give no gradient instead of NaN"
+        ),
+    ),
     Row(
         ("adv_estimator",),
         Joint(f"`grpo` is the same. `reinforce`: see `norm_mean_type`. Others: {_UNSUPPORTED_ESTIMATOR}"),
@@ -246,15 +272,28 @@ ROWS = (
     Row(_SIDES, Joint("the same; no effect without `use_pg_clip_range`, as in ROLL")),
     Row(("dual_clip_loss",), By(_dual_clip, "`true` is the number that ROLL uses: 1 + 2 x `pg_clip`")),
     Row(("max_grad_norm",), Moved("actor_train.training_args.max_grad_norm", "a setting of the optimizer")),
-    Row(("add_token_level_kl",), Joint(f"not supported, unless `false`: {_TOKEN_KL}")),
-    Row(("init_kl_coef",), Joint("no effect: it is read with `add_token_level_kl` only")),
     Row(
-        ("kl_penalty", "target_kl", "kl_horizon", "enable_reference"),
-        Unread("they belong to the token-level penalty; a reference is there when its section is"),
+        ("add_token_level_kl",),
+        Same("the penalty of a token and of those after it goes off its advantage, after the normalisation"),
+    ),
+    Row(("init_kl_coef",), Joint("the same; no effect without `add_token_level_kl`")),
+    Row(
+        ("kl_penalty",),
+        Joint(
+            "`kl` is `k1`, `mse` is `k2`, `abs` is the same; log ratios are clamped to 20 here. No effect without "
+            f"`add_token_level_kl`. `full` is not supported: {_FULL}"
+        ),
+    ),
+    Row(
+        ("target_kl", "kl_horizon", "enable_reference"),
+        Unread(
+            "a reference is there when its section is, and nothing moves init_kl_coef. `target_kl` is not supported "
+            "with `add_token_level_kl`"
+        ),
     ),
     Row(
         ("reference",),
-        Joint("the same; no effect where no KL loss uses it: it would measure a divergence, and take devices for that"),
+        Joint("the same; no effect where no KL term uses it: it would measure a divergence, and take devices for that"),
     ),
     Row(
         ("train_infer_correction",),

@@ -20,6 +20,8 @@ DEFAULTS: dict[str, Any] = {
 }
 KL_LOSS_COEF = {"kl_loss_coef": 0}
 """Read with use_kl_loss only."""
+INIT_KL_COEF = {"init_kl_coef": 0.2}
+"""Read with add_token_level_kl only."""
 DOMAIN = {"actor_train.data_args.domain": "tag"}
 """Read where a reward has tags only."""
 
@@ -33,6 +35,7 @@ def fill_in_defaults(draft: Draft) -> None:
         return
     tags = [draft.get(keys) for keys in draft.expand("rewards.*.tag_included")]
     kl = KL_LOSS_COEF if draft.get("use_kl_loss") is True else {}
+    penalty = INIT_KL_COEF if draft.get("add_token_level_kl") is True else {}
     domain = DOMAIN if any(tag not in (ABSENT, None, []) for tag in tags) else {}
     recompute = RECOMPUTE if draft.strategy("actor_train") == "fsdp2_train" else {}
-    draft.fill_in(DEFAULTS | kl | domain | recompute)
+    draft.fill_in(DEFAULTS | kl | penalty | domain | recompute)

@@ -10,6 +10,13 @@ from roll_r3.config.tree import Keys
 _TRAINING = "actor_train.training_args"
 _DATA = "actor_train.data_args"
 _SAMPLING = "actor_infer.generating_args"
+
+
+def _stop_strings(draft: Draft, keys: Keys) -> None:
+    if draft.get(keys) is None:
+        draft.drop(keys)
+
+
 _TEMPLATES = ("native", "qwen2_5", "qwen3")
 """Templates of ROLL's that are the tokenizer's own, with a generation prompt."""
 _TEMPLATE = "prompts go through the tokenizer's own chat template; put what another template adds into the data"
@@ -129,6 +136,7 @@ ROWS = (
     ),
     Row(under(_TRAINING, "save_hf_model"), Unread("save_hf_steps says when weights are written for transformers")),
     Row(under(_SAMPLING, "temperature", "top_p", "top_k"), Same()),
+    Row(under(_SAMPLING, "stop_strings"), By(_stop_strings, "the same; `null`: none")),
     Row(
         under(_SAMPLING, "max_new_tokens"), Joint("no effect: ROLL replaces it by `response_length`, the default here")
     ),
@@ -138,7 +146,6 @@ ROWS = (
     ),
     Row(under(_SAMPLING, "num_beams"), Off((1,), "responses are sampled")),
     Row(under(_SAMPLING, "repetition_penalty"), Off((1,), "the trainer's probabilities know no such penalty")),
-    Row(under(_SAMPLING, "stop_strings"), Off(([],), "a response ends with the model's own end token")),
     Row(under(_SAMPLING, "extra_args"), Off(({},), "sampling is temperature, top_p and top_k")),
     Row(
         under(_SAMPLING, "do_sample", "max_length", "length_penalty", "logprobs", "include_stop_str_in_output", "seed"),

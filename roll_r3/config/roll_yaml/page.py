@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from roll_r3.config import generated
 from roll_r3.config.report import show_value
-from roll_r3.config.roll_yaml.defaults import DEFAULTS, DOMAIN, KL_LOSS_COEF, RECOMPUTE
+from roll_r3.config.roll_yaml.defaults import DEFAULTS, DOMAIN, INIT_KL_COEF, KL_LOSS_COEF, RECOMPUTE
 from roll_r3.config.roll_yaml.rows import Row
 from roll_r3.config.roll_yaml.translate import TABLES
 
@@ -104,6 +104,9 @@ def render_from_roll() -> str:
     lines = ["| Field | ROLL | |", "| --- | --- | --- |"]
     lines += [f"| `{path}` | `{show_value(value)}` | |" for path, value in DEFAULTS.items()]
     lines += [f"| `{path}` | `{show_value(value)}` | with `use_kl_loss` |" for path, value in KL_LOSS_COEF.items()]
+    lines += [
+        f"| `{path}` | `{show_value(value)}` | with `add_token_level_kl` |" for path, value in INIT_KL_COEF.items()
+    ]
     lines += [f"| `{path}` | `{show_value(value)}` | where a reward has tags |" for path, value in DOMAIN.items()]
     lines += [f"| `{path}` | `{show_value(value)}` | where FSDP2 trains |" for path, value in RECOMPUTE.items()]
     tables = [_table(title, rows) for title, (_, rows) in TABLES.items()]

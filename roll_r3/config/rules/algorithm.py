@@ -4,6 +4,29 @@ from __future__ import annotations
 
 from roll_r3.config.rules.table import AnyRule, Rule, unread
 
+_KL_LOSS = ("use_kl_loss=true", "reference={}")
+_KL_PENALTY = ("add_token_level_kl=true", "init_kl_coef=0.1", "reference={}")
+
+
+def at_most(id: str, field: str, limit: float, why: str, usual: str, *switch: str) -> Rule:
+    """A number that does nothing, or everything, above a limit.
+
+    Args:
+        why: the consequence.
+        usual: what to write.
+        switch: overrides under which the field is read.
+    """
+    return Rule(
+        id=id,
+        fields=(field,),
+        why=f"above {limit:g} {why}",
+        fix=f"write at most {limit:g} ({usual} is usual)",
+        wrong=(*switch, f"{field}={limit + 1:g}"),
+        right=(*switch, f"{field}={limit:g}"),
+        violates=lambda config: (getattr(config, field) or 0) > limit,
+    )
+
+
 RULES: tuple[AnyRule, ...] = (
     Rule(
         id="kl-needs-reference",
@@ -33,6 +56,73 @@ RULES: tuple[AnyRule, ...] = (
         right=("use_kl_loss=true", "reference={}"),
         violates=lambda c: (c.use_kl_loss and c.kl_loss_coef == 0) or (c.add_token_level_kl and c.init_kl_coef == 0),
         severity="warning",
+    ),
+    Rule(
+        id="unbiased-kl-is-k3",
+        fields=("kl_estimator", "use_unbiased_kl"),
+        why="the gradient of the ratio times k2 is not KL(policy || reference)'s; that of the ratio times k3 is",
+        fix="write kl_estimator: k3",
+        wrong=(*_KL_LOSS, "kl_estimator=k2", "use_unbiased_kl=true"),
+        right=(*_KL_LOSS, "use_unbiased_kl=true"),
+        violates=lambda c: c.use_unbiased_kl and c.kl_estimator != "k3",
+    ),
+    Rule(
+        id="kl-penalty-of-both-signs",
+        fields=("kl_penalty", "add_token_level_kl"),
+        why="in the reward only k1 has the gradient of KL(policy || reference); k2 and abs penalise a token below the "
+        "reference too, so near the reference their pull is weak or elsewhere",
+        fix="write kl_penalty: k1",
+        wrong=(*_KL_PENALTY, "kl_penalty=k2"),
+        right=(*_KL_PENALTY,),
+        violates=lambda c: c.add_token_level_kl and c.kl_penalty != "k1",
+        severity="warning",
+    ),
+    Rule(
+        id="token-sum-meets-clipping",
+        fields=("loss_agg_mode", "actor_train.training_args.max_grad_norm"),
+        why="summed over tokens, the gradient grows with the length of responses, and max_grad_norm then cuts every "
+        "step to the same length",
+        fix="write loss_agg_mode: seq-mean-token-sum-norm, which divides by loss_scale_factor",
+        wrong=("loss_agg_mode=seq-mean-token-sum",),
+        right=("loss_agg_mode=seq-mean-token-sum-norm",),
+        violates=lambda c: c.loss_agg_mode == "seq-mean-token-sum" and c.actor_train.training_args.max_grad_norm > 0,
+        severity="warning",
+    ),
+    Rule(
+        id="clip-low-below-one",
+        fields=("pg_clip_low", "pg_clip"),
+        why="the ratio is clipped at 1 - this, and no ratio is 0 or below",
+        fix="write a value below 1 (0.2 is usual)",
+        wrong=("pg_clip=2",),
+        right=("pg_clip=0.9",),
+        violates=lambda c: c.clip_range[0] >= 1 and f"the lower clip is {c.clip_range[0]:g}",
+    ),
+    Rule(
+        id="clip-high-clips",
+        fields=("pg_clip_high", "pg_clip"),
+        why="the ratio is clipped at 1 + this; above 10 a token may become 11 times as likely, which is no clip",
+        fix="write at most 10 (0.28 is usual)",
+        wrong=("pg_clip_high=11",),
+        right=("pg_clip_high=10",),
+        violates=lambda c: c.clip_range[1] > 10 and f"the upper clip is {c.clip_range[1]:g}",
+    ),
+    at_most(
+        "dual-clip-bounds", "dual_clip_loss", 100, "a loss bounded at this times the advantage is not bounded", "3"
+    ),
+    at_most("advantage-clip-clips", "advantage_clip", 1000, "no advantage is as large, so nothing is clipped", "5"),
+    at_most("entropy-coef-bounded", "entropy_loss_coef", 1, "the entropy would outweigh the reward", "0.001"),
+    at_most("kl-loss-coef-bounded", "kl_loss_coef", 100, "the KL loss would outweigh the reward", "0.001", *_KL_LOSS),
+    at_most(
+        "init-kl-coef-bounded", "init_kl_coef", 100, "the penalty would outweigh the reward", "0.001", *_KL_PENALTY
+    ),
+    Rule(
+        id="correction-cap-in-range",
+        fields=("rollout_correction.cap",),
+        why="where rollout and trainer agree the weight is 1: a cap below 1 truncates that, one above 100 nothing",
+        fix="write a value from 1 to 100 (2 is usual)",
+        wrong=("rollout_correction={mode: token_tis, cap: 0.5}",),
+        right=("rollout_correction={mode: token_tis, cap: 1}",),
+        violates=lambda c: c.rollout_correction.mode != "disable" and not 1 <= c.rollout_correction.cap <= 100,
     ),
     Rule(
         id="dual-clip-above-one",
@@ -84,10 +174,37 @@ RULES: tuple[AnyRule, ...] = (
         "kl-estimator-unread",
         "kl_estimator",
         "use_kl_loss",
-        lambda c: c.use_kl_loss or c.add_token_level_kl,
-        "write use_kl_loss: true, or leave kl_estimator out",
-        wrong=("kl_estimator=k1",),
-        right=("kl_estimator=k1", "use_kl_loss=true", "reference={}"),
+        lambda c: c.use_kl_loss,
+        "write use_kl_loss: true, or leave kl_estimator out; the penalty of add_token_level_kl has kl_penalty",
+        wrong=("kl_estimator=k2",),
+        right=("kl_estimator=k2", *_KL_LOSS),
+    ),
+    unread(
+        "unbiased-kl-unread",
+        "use_unbiased_kl",
+        "use_kl_loss",
+        lambda c: c.use_kl_loss,
+        "write use_kl_loss: true, or leave use_unbiased_kl out",
+        wrong=("use_unbiased_kl=true",),
+        right=("use_unbiased_kl=true", *_KL_LOSS),
+    ),
+    unread(
+        "kl-penalty-unread",
+        "kl_penalty",
+        "add_token_level_kl",
+        lambda c: c.add_token_level_kl,
+        "write add_token_level_kl: true, or leave kl_penalty out",
+        wrong=("kl_penalty=abs",),
+        right=("kl_penalty=k1", *_KL_PENALTY),
+    ),
+    unread(
+        "loss-scale-factor-unread",
+        "loss_scale_factor",
+        "loss_agg_mode",
+        lambda c: c.loss_agg_mode == "seq-mean-token-sum-norm",
+        "write loss_agg_mode: seq-mean-token-sum-norm, or leave loss_scale_factor out",
+        wrong=("loss_scale_factor=1000",),
+        right=("loss_scale_factor=1000", "loss_agg_mode=seq-mean-token-sum-norm"),
     ),
     unread(
         "correction-cap-unread",

@@ -118,6 +118,15 @@ RULES: tuple[AnyRule, ...] = (
         right=(_VLLM, f"actor_infer.generating_args.temperature={VLLM_COLDEST}"),
         violates=_too_cold,
     ),
+    Rule(
+        id="vllm-stops-at-tokens",
+        fields=("actor_infer.generating_args.stop_strings", "actor_infer.strategy_args.strategy_name"),
+        why="vLLM is asked for tokens without their text, so it does not see a stop string",
+        fix="write stop_token_ids instead, or strategy_name: sglang",
+        wrong=(_VLLM, "actor_infer.generating_args.stop_strings=[END]"),
+        right=(_VLLM, "actor_infer.generating_args.stop_token_ids=[7]"),
+        violates=lambda c: vllm(c) is not None and bool(c.actor_infer.generating_args.stop_strings),
+    ),
     unread(
         "engine-batch-unread",
         "actor_infer.infer_batch_size",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -108,4 +109,19 @@ class _Hook:
         return spec
 
 
+def _fork_children() -> None:
+    """Fork SGLang's scheduler and detokenizer from the server, which has imported what they need.
+
+    SGLang asks for `spawn`, since a forked process cannot use CUDA. On a CPU each spawned process only imports the same
+    packages again, one after the other. Nothing has started a thread pool before they are forked.
+    """
+    set_start_method = multiprocessing.set_start_method
+
+    def fork(method: str | None, force: bool = False) -> None:
+        set_start_method("fork" if method == "spawn" else method, force)
+
+    multiprocessing.set_start_method = fork
+
+
+_fork_children()
 sys.meta_path.insert(0, _Hook())

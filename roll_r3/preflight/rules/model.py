@@ -47,6 +47,14 @@ def _models(config: RLVRConfig, surroundings: Surroundings) -> dict[str, Model]:
     return {role: surroundings.models[name] for role, name in names.items() if name in surroundings.models}
 
 
+def _stop_tokens_outside(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    model = _models(config, surroundings).get("actor_infer")
+    if model is None or model.facts is None:
+        return False
+    outside = [i for i in config.actor_infer.generating_args.stop_token_ids if i >= model.facts.vocab_size]
+    return f"vocab_size is {model.facts.vocab_size}, and {outside} are not below it" if outside else False
+
+
 def _is_dense(model: Model) -> bool:
     return not model.facts.moe_layers if model.facts else not any(name in model.raw for name in _EXPERTS)
 
@@ -345,6 +353,15 @@ RULES: tuple[AnyPreflightRule, ...] = (
         right=("device_type=cpu", "actor_infer.strategy_args={strategy_name: vllm}"),
         right_where=VLLM_INSTALLED,
         violates=_vllm_lacks_a_kernel,
+    ),
+    SurroundingsRule(
+        id="stop-tokens-in-the-vocabulary",
+        fields=("actor_infer.generating_args.stop_token_ids", *_CHECKPOINTS),
+        why="the model has no such token, so none of them would ever end a response",
+        fix="write ids below the model's vocab_size",
+        wrong=("actor_infer.generating_args.stop_token_ids=[10000000]",),
+        right=("actor_infer.generating_args.stop_token_ids=[100]",),
+        violates=_stop_tokens_outside,
     ),
     SurroundingsRule(
         id="engine-heads-over-tp",

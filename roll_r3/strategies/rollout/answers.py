@@ -49,6 +49,8 @@ class Asked:
     """Of the weights that must have produced every token."""
     record_routes: bool
     """Whether routes were asked for and must be there."""
+    stop_strings: tuple[str, ...] = ()
+    """The texts that may end the response."""
 
     def most_bytes(self, facts: ModelFacts) -> int:
         """What an answer can take at most, with room to spare: routes of the longest response in base64, and text."""
@@ -62,6 +64,8 @@ class Answer:
     """What an engine said, under one set of names."""
 
     finish_reason: FinishReason
+    ended_by: int | str | None
+    """The end token or the stop string that ended the response; None where the engine does not name one."""
     response_ids_R: npt.NDArray[np.int32]
     log_prob_entries: Sequence[Sequence[Any]]
     """(log-probability, token id) of each sampled token; what else an entry holds is not looked at."""
@@ -125,6 +129,24 @@ def read_finish_reason(kind: Any, detail: str) -> FinishReason:
     return "stop" if kind == "stop" else "length"
 
 
+def _check_end(answer: Answer, stop_strings: Sequence[str]) -> None:
+    """A response that stopped must hold what stopped it: without it the policy would never learn to stop.
+
+    Raises:
+        SampleError: the end token is not the last one, the stop string was not asked for, or there is neither.
+    """
+    end, last = answer.ended_by, int(answer.response_ids_R[-1])
+    if answer.finish_reason != "stop" or (end == last if isinstance(end, int) else end in stop_strings):
+        return
+    if isinstance(end, int):
+        raise SampleError(
+            f"the response was ended by token {end}, but its last token is {last}: the end token was taken away"
+        )
+    if end is None:
+        raise SampleError(f"the response stopped, but its last token {last} is no end token")
+    raise SampleError(f"the engine ended the response with {readable(repr(end))}, which is no stop string of the run")
+
+
 def parsed(body: bytes) -> tuple[Any, memoryview | None]:
     """The JSON of an answer without the text of its `routed_experts`, and that text, undecoded and uncopied.
 
@@ -173,7 +195,8 @@ def checked_sample(
             must be; raises RouteError. Called only where routes were asked for.
 
     Raises:
-        SampleError: cut short by the engine, of stale weights, or of another prompt.
+        SampleError: cut short by the engine, of stale weights, of another prompt, or stopped by a token that is not
+            there.
         RouteError: log-probabilities or routes break their contract.
     """
     response_ids_R, prompt_ids = answer.response_ids_R, asked.sample.prompt_ids
@@ -194,6 +217,7 @@ def checked_sample(
             "its context or its cache is too small for the prompt and the response (of a server: "
             "strategy_config.context_length, max_total_tokens)"
         )
+    _check_end(answer, asked.stop_strings)
     log_probs_R = _log_probs(answer.log_prob_entries, response_ids_R)
     routes = None
     if asked.record_routes:

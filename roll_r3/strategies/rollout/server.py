@@ -440,6 +440,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
                 max_new_tokens=max_new_tokens,
                 weight_version=self._weight_version,
                 record_routes=self._record_routes,
+                stop_strings=self._generating.stop_strings,
             )
         )
 

@@ -43,8 +43,8 @@ class FiniteSteps:
     def what_is_wrong(self, grad_norm: float, loss: LossSum) -> str:
         """Which figures are not finite, on whatever rank; empty where the step is to be made. Collective, world-wide.
 
-        A loss may be infinite although no gradient is: a KL term's, where the reference's log-probability is minus
-        infinity, has the gradient 1.
+        A loss may be NaN although no gradient is: where a log-probability of the policy before the update or of the
+        reference is NaN, the clamp of the log ratio leaves no gradient.
 
         Args:
             grad_norm: before clipping, over all that this rank's norm is of.

@@ -46,7 +46,7 @@ def policy_objective(
 
     Args:
         denominator: of the whole optimizer step, over all data-parallel ranks.
-        stats: receives the token statistics.
+        stats: receives the token statistics and the terms of the loss.
         total: receives the losses.
     """
 
@@ -63,12 +63,13 @@ def policy_objective(
             old_log_probs=micro.tensor(batch.old_log_probs_N, 0, device),
             rollout_log_probs=micro.tensor(batch.rollout_log_probs_N, 0, device),
             ref_log_probs=None if reference is None else micro.tensor(reference, 0, device),
+            weights=micro.tensor(loss_weights(batch, config), 0, device) / denominator,
         )
         if not micro.counted:  # every weight takes part, with no gradient
             return logits_BSV.sum() * 0.0, (log_probs_BS.detach(), entropy_BS.detach())
         losses_BS = policy_loss(log_probs_BS, entropy_BS, tokens, config, stats)
-        weights_BS = micro.tensor(loss_weights(batch, config.loss_agg_mode), 0, device)
-        loss = (losses_BS * weights_BS).sum() / denominator
+        loss = (losses_BS * tokens.weights).sum()
+        stats.add_share("actor/loss", loss)
         total.add(loss)
         return loss, (log_probs_BS.detach(), entropy_BS.detach())
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from roll_r3.algorithms.advantages import response_advantages
+from roll_r3.algorithms.advantages import token_advantages
 from roll_r3.algorithms.aggregation import loss_denominator, loss_weights
 from roll_r3.algorithms.kl import kl_estimate
 from roll_r3.algorithms.mismatch import mismatch_metrics
@@ -40,7 +40,8 @@ def slow_loss(lp, ent, mask, adv, old, roll, ref, c: RLVRConfig) -> list[float]:
             loss *= min(math.exp(old[i] - roll[i]), c.rollout_correction.cap)
         if c.use_kl_loss:
             d = lp[i] - ref[i]
-            loss += c.kl_loss_coef * {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[c.kl_estimator]
+            kl = {"k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[c.kl_estimator]
+            loss += c.kl_loss_coef * (r * kl if c.use_unbiased_kl else kl)
         out.append(loss - c.entropy_loss_coef * ent[i])
     return out
 
@@ -52,7 +53,7 @@ def slow_loss(lp, ent, mask, adv, old, roll, ref, c: RLVRConfig) -> list[float]:
         {"pg_clip_low": 0.1, "pg_clip_high": 0.4},
         {"dual_clip_loss": 1.5},
         {"rollout_correction": {"mode": "token_tis", "cap": 1.2}},
-        {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_estimator": "k1"},
+        {"use_kl_loss": True, "kl_loss_coef": 0.3, "use_unbiased_kl": True},
         {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_estimator": "k2"},
         {"use_kl_loss": True, "kl_loss_coef": 0.3, "entropy_loss_coef": 0.2},
     ],
@@ -66,7 +67,7 @@ def test_policy_loss_equals_the_loop(changes):
     mask = torch.rand(50, generator=g) > 0.3
     lp, old, roll, ref = lp[0], old[1], roll[2], ref[3]
     stats = TokenStats()
-    got = policy_loss(lp, ent, TokenInputs(mask, adv, old, roll, ref), c, stats)
+    got = policy_loss(lp, ent, TokenInputs(mask, adv, old, roll, ref, weights=mask / mask.sum()), c, stats)
     want = slow_loss(*(x.tolist() for x in (lp, ent, mask, adv, old, roll, ref)), c)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-12, rtol=0)
     figures = stats.reduce()
@@ -79,13 +80,49 @@ def test_policy_loss_equals_the_loop(changes):
 def test_masked_tokens_cannot_spoil_loss_or_gradient():
     lp = torch.tensor([-1.0, -500.0], requires_grad=True)
     mask = torch.tensor([True, False])
-    x = TokenInputs(mask, torch.ones(2), torch.tensor([-1.0, 500.0]), torch.zeros(2), torch.tensor([-1.0, 900.0]))
+    x = TokenInputs(
+        mask,
+        torch.ones(2),
+        torch.tensor([-1.0, 500.0]),
+        torch.zeros(2),
+        torch.tensor([-1.0, 900.0]),
+        weights=torch.tensor([1.0, 0.0]),
+    )
     loss = policy_loss(lp, None, x, config(use_kl_loss=True), TokenStats()).sum()
     loss.backward()
     assert torch.isfinite(loss)
     assert lp.grad is not None
     assert lp.grad[1] == 0
     assert torch.isfinite(lp.grad[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pg_clip_low": 0.1, "pg_clip_high": 0.4},
+        {"dual_clip_loss": 1.5},
+        {"rollout_correction": {"mode": "token_tis", "cap": 1.2}},
+    ],
+)
+def test_the_clipped_share_counts_tokens_that_have_no_gradient(changes):
+    g = torch.Generator().manual_seed(1)
+    n = 400
+    old, roll, mask = -torch.rand(n, generator=g) * 2, -torch.rand(n, generator=g) * 2, torch.rand(n, generator=g) > 0.3
+    lp = (old + torch.randn(n, generator=g)).requires_grad_()
+    with torch.no_grad():
+        lp[:8] = old[:8] + torch.tensor([25.0, -25.0]).repeat(4)
+    adv = torch.randn(n, generator=g) * (torch.rand(n, generator=g) > 0.2)
+    stats = TokenStats()
+    x = TokenInputs(mask, adv, old, roll, weights=mask / mask.sum())
+    (gradient,) = torch.autograd.grad(policy_loss(lp, None, x, config(**changes), stats).sum(), lp)
+    figures = stats.reduce()
+    learns = mask & (adv != 0)
+    assert figures["actor/pg_clipfrac"] == pytest.approx(float((learns & (gradient == 0)).sum() / mask.sum()))
+    assert 0.1 < figures["actor/pg_clipfrac"] < figures["actor/ppo_ratio_clipfrac"] - 0.1
+    assert figures["actor/ppo_ratio_clipfrac"] == pytest.approx(
+        figures["actor/ppo_ratio_high_clipfrac"] + figures["actor/ppo_ratio_low_clipfrac"]
+    )
 
 
 def batch_of(masks: list[list[bool]]) -> Batch:
@@ -101,28 +138,51 @@ def batch_of(masks: list[list[bool]]) -> Batch:
     )
 
 
-@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
-def test_aggregation_equals_its_name(mode):
+MODES = [
+    {"loss_agg_mode": "token-mean"},
+    {"loss_agg_mode": "seq-mean-token-mean"},
+    {"loss_agg_mode": "seq-mean-token-sum"},
+    {"loss_agg_mode": "seq-mean-token-sum-norm", "response_length": 40},
+    {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 7.5},
+]
+
+
+def aggregated(samples: list[list[float]], c: RLVRConfig) -> float:
+    """The loss of a step from the token losses of its samples; one of which none is trained on does not count."""
+    kept = [sample for sample in samples if sample]
+    if c.loss_agg_mode == "token-mean":
+        return sum(map(sum, kept)) / sum(map(len, kept))
+    divisor = {
+        "seq-mean-token-mean": None,
+        "seq-mean-token-sum": 1,
+        "seq-mean-token-sum-norm": c.loss_scale_factor or c.response_length,
+    }[c.loss_agg_mode]
+    return sum(sum(sample) / (divisor or len(sample)) for sample in kept) / len(kept)
+
+
+@pytest.mark.parametrize("changes", MODES)
+def test_aggregation_equals_its_name(changes):
+    c = config(**changes)
     masks = [[False, True, True], [True], [False, False], [True, True, True, True]]
     losses = np.random.default_rng(0).normal(size=10).astype(np.float64)
-    rows, start = [], 0
-    for m in masks:
-        kept = [losses[start + i] for i, x in enumerate(m) if x]
-        start += len(m)
-        if kept:
-            rows.append(kept)
-    want = {
-        "token-mean": np.mean(np.concatenate(rows)),
-        "seq-mean-token-mean": np.mean([np.mean(r) for r in rows]),
-        "seq-mean-token-sum": np.mean([np.sum(r) for r in rows]),
-    }[mode]
+    starts = [0, 3, 4, 6]
+    want = aggregated([[losses[i + j] for j, x in enumerate(m) if x] for i, m in zip(starts, masks, strict=True)], c)
     whole = batch_of(masks)
-    assert (loss_weights(whole, mode) * losses).sum() / loss_denominator(whole, mode) == pytest.approx(want, rel=1e-6)
+    found = (loss_weights(whole, c) * losses).sum() / loss_denominator(whole, c.loss_agg_mode)
+    assert found == pytest.approx(want, rel=1e-6)
     # and it does not matter how samples are cut up
     parts = [whole.select([0, 2]), whole.select([1, 3])]
     picked = [np.r_[losses[:3], losses[4:6]], np.r_[losses[3:4], losses[6:]]]
-    total = sum((loss_weights(p, mode) * x).sum() for p, x in zip(parts, picked, strict=True))
-    assert total / sum(loss_denominator(p, mode) for p in parts) == pytest.approx(want, rel=1e-6)
+    total = sum((loss_weights(p, c) * x).sum() for p, x in zip(parts, picked, strict=True))
+    assert total / sum(loss_denominator(p, c.loss_agg_mode) for p in parts) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_token_weighs_the_same_whatever_the_lengths_are():
+    """The constant of Dr. GRPO: neither the length of its response nor samples that were dropped change it."""
+    c = config(loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=8.0)
+    for masks in ([[True]], [[True] * 5, [True]], [[True] * 3, [False] * 2]):
+        weights = loss_weights(batch_of(masks), c)
+        assert set(weights.tolist()) <= {0.0, 0.125}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +198,14 @@ def test_advantages_equal_the_loop(changes):
         value = s - statistics.mean(peers)
         if c.adv_estimator == "grpo" and c.norm_adv_by_std_in_grpo and len(peers) > 1:
             value /= statistics.stdev(peers) + 1e-6
-        want.append(max(-0.5, min(0.5, value)) if c.advantage_clip else value)
-    np.testing.assert_allclose(response_advantages(np.array(scores), groups, c), want, rtol=1e-5, atol=1e-6)
+        want.append(value)
+    batch = batch_of([[False, True, True]] * len(scores))
+    found = token_advantages(batch, np.array(scores), groups, c)
+    np.testing.assert_allclose(found.rewards_n, want, rtol=1e-5, atol=1e-6)
+    clipped = [max(-0.5, min(0.5, value)) if c.advantage_clip else value for value in want]
+    tokens = [value * trained for value in clipped for trained in (0, 1, 1)]
+    np.testing.assert_allclose(found.advantages_N, tokens, rtol=1e-5, atol=1e-6)
+    assert (found.penalty_n, found.penalty_clamped) == (None, None)
 
 
 def test_kl_estimators_agree_with_the_exact_divergence_in_the_mean():
@@ -150,8 +216,8 @@ def test_kl_estimators_agree_with_the_exact_divergence_in_the_mean():
     x = p.sample((200_000,))
     exact = torch.distributions.kl_divergence(p, q).item()
     for k in ("k1", "k3"):
-        assert kl_estimate(p.log_prob(x), q.log_prob(x), k).mean().item() == pytest.approx(exact, rel=0.15)
-    with pytest.raises(ValueError, match="k1, k2 or k3"):
+        assert kl_estimate(p.log_prob(x), q.log_prob(x), k)[0].mean().item() == pytest.approx(exact, rel=0.15)
+    with pytest.raises(ValueError, match="k1, k2, k3 or abs, got 'k4'"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
 
 
@@ -193,3 +259,23 @@ def test_merged_stats_are_those_of_everything_together():
         if number < 2:
             merged.merge(part)
     assert merged.reduce() == whole.reduce() == {"mean": 1.0, "max": 5.0, "min": -4.0}
+
+
+def test_a_sum_over_an_optimizer_step_is_its_mean_over_the_steps_that_were_made():
+    """Micro-batches and ranks add up within a step, and the steps do not."""
+    ranks = []
+    for rank in range(2):
+        whole = TokenStats()
+        for step in range(3):
+            part = TokenStats()
+            for micro_batch in range(2):
+                part.add_share("loss", torch.tensor(100.0 * step + 10.0 * rank + micro_batch))
+            if step != 1:  # left out
+                whole.merge(part)
+        ranks.append(whole)
+    sums = sum(ranks[r]._shares["loss"] for r in range(2))
+    wanted = ((0 + 1 + 10 + 11) + (200 + 201 + 210 + 211)) / 2
+    assert [r.reduce(lambda t, op: t.copy_(sums.expand_as(t)))["loss"] for r in ranks] == [wanted, wanted]
+    alone = TokenStats()
+    alone.add_share("loss", torch.tensor(3.0))
+    assert alone.reduce() == {"loss": 3.0}

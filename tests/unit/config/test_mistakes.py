@@ -85,7 +85,10 @@ rewards:
 @pytest.mark.parametrize(
     ("override", "why", "fix"),
     [
-        ("kl_estimator=k9", "should be 'k1', 'k2' or 'k3'", "write one of k1, k2, k3"),
+        ("kl_estimator=k9", "should be 'k2' or 'k3'", "write one of k2, k3"),
+        ("kl_estimator=k1", "k1 in the loss regularises nothing: its gradient is 0 in the mean. Write k2 or k3", ""),
+        ("kl_penalty=k3", "k3 in the reward pulls towards nothing near the reference", ""),
+        ("kl_penalty=kl2", "should be 'k1', 'k2' or 'abs'", "write one of k1, k2, abs"),
         ("track_with=[wandb]", "should be 'tensorboard'", "write tensorboard"),
         ("seed=many", "should be a whole number", "write a number, for example 42"),
         ("seed=1.5", "should be a whole number", "write a number, for example 42"),

@@ -155,6 +155,7 @@ def test_settings_of_our_own_keep_our_meaning():
         "adv_estimator": "reinforce",
         "add_token_level_kl": True,
         "init_kl_coef": 0.1,
+        "loss_agg_mode": "seq-mean-token-sum-norm",
         "pg_clip_low": 0.1,
         "kl_loss_coef": 0.5,
         "reference": {},

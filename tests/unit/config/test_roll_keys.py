@@ -48,7 +48,29 @@ from tests.unit.config.from_roll import ENGINE, LAYOUT, MATH, at, of_roll, put, 
         # KL
         ({"use_kl_loss": True, "reference": {}}, {"kl_loss_coef": 0, "reference": {}}),
         ({"kl_loss_coef": 0.1, "reference": {}}, {"kl_loss_coef": ABSENT, "reference": ABSENT}),
-        ({"add_token_level_kl": False, "init_kl_coef": 0.2}, {"init_kl_coef": ABSENT, "add_token_level_kl": False}),
+        (
+            {"add_token_level_kl": False, "init_kl_coef": 0.2, "kl_penalty": "full", "target_kl": 6},
+            {"init_kl_coef": ABSENT, "kl_penalty": ABSENT, "target_kl": ABSENT, "add_token_level_kl": False},
+        ),
+        (
+            {"add_token_level_kl": True, "kl_penalty": "kl", "target_kl": None, "kl_horizon": 9, "reference": {}},
+            {
+                "add_token_level_kl": True,
+                "kl_penalty": "k1",
+                "init_kl_coef": 0.2,
+                "reference": {},
+                "kl_horizon": ABSENT,
+            },
+        ),
+        (
+            {"add_token_level_kl": True, "kl_penalty": "mse", "init_kl_coef": 0.1},
+            {"kl_penalty": "k2", "init_kl_coef": 0.1},
+        ),
+        ({"add_token_level_kl": True, "kl_penalty": "abs"}, {"kl_penalty": "abs"}),
+        (
+            {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 500},
+            {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 500},
+        ),
         # corrections
         (
             {"train_infer_correction": {"is_weight": {"enabled": True}}},
@@ -183,7 +205,9 @@ def test_a_value_becomes_what_it_means(changes, expected):
         ({"reward_clip": 10, "num_return_sequences_in_group": 200}, "reward_clip"),
         ({"gamma": 0.9}, "gamma"),
         ({"gamma": True}, "gamma"),
-        ({"add_token_level_kl": True}, "add_token_level_kl"),
+        ({"add_token_level_kl": True, "kl_penalty": "full"}, "kl_penalty"),
+        ({"add_token_level_kl": True, "target_kl": 6}, "target_kl"),
+        ({"add_token_level_kl": True, "reward_clip": 10}, "reward_clip"),
         ({"importance_sampling": "seq"}, "importance_sampling"),
         ({"loss_agg_mode": "seq-mean-token-sum-norm"}, "loss_agg_mode"),
         ({"dataset_filter": 3}, "dataset_filter"),

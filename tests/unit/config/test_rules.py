@@ -242,6 +242,17 @@ MORE_EXAMPLES: dict[str, Examples] = {
     ),
     "kl-weighs-nothing": ([["add_token_level_kl=true", "reference={}"]], []),
     "dual-clip-above-one": ([["dual_clip_loss=0.5"]], []),
+    "clip-low-below-one": ([["pg_clip_low=1"], ["pg_clip=1", "pg_clip_high=0.3"]], [["pg_clip=2", "pg_clip_low=0.2"]]),
+    "clip-high-clips": ([["pg_clip=11", "pg_clip_low=0.2"]], []),
+    "correction-cap-in-range": ([["rollout_correction={mode: token_tis, cap: 101}"]], []),
+    "kl-penalty-of-both-signs": (
+        [["add_token_level_kl=true", "init_kl_coef=0.1", "reference={}", "kl_penalty=abs"]],
+        [],
+    ),
+    "token-sum-meets-clipping": (
+        [],
+        [["loss_agg_mode=seq-mean-token-sum", "actor_train.training_args.max_grad_norm=0"]],
+    ),
     "grpo-needs-groups": ([], [["num_return_sequences_in_group=2"]]),
     "top-k-range": ([["actor_infer.generating_args.top_k=-2"]], []),
     "truncated-sampling": ([["actor_infer.generating_args.top_p=0.9"]], []),

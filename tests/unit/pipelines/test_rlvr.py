@@ -51,7 +51,14 @@ class Cluster:
         return SimpleNamespace(scores=[1.0 for _ in responses], failed=0, why="")
 
 
-def pipeline(withheld: dict[str, str], said: list[str]) -> RLVRPipeline:
+class FarReference(Cluster):
+    """Half a nat below the policy everywhere."""
+
+    def compute_log_probs(self, batch: Batch) -> BatchLogProbs:
+        return BatchLogProbs(np.full(batch.loss_mask_N.shape, -0.5, np.float32), None, None, 0.0)
+
+
+def pipeline(withheld: dict[str, str], said: list[str], frozen: Any = None, **changes: Any) -> RLVRPipeline:
     cluster: Any = Cluster(withheld)
     progress = Progress(1)
     progress.say = said.append  # type: ignore[method-assign]
@@ -62,6 +69,7 @@ def pipeline(withheld: dict[str, str], said: list[str]) -> RLVRPipeline:
         num_return_sequences_in_group=2,
         actor_train={},
         actor_infer={},
+        **changes,
     )
     return RLVRPipeline(
         config,
@@ -70,7 +78,7 @@ def pipeline(withheld: dict[str, str], said: list[str]) -> RLVRPipeline:
         rewards=cluster,
         rollout=cluster,
         trainer=cluster,
-        reference=None,
+        reference=frozen,
         progress=progress,
     )
 
@@ -94,3 +102,12 @@ def test_a_step_without_any_sample_says_why() -> None:
     withheld = {f"step1/prompt{i}/sample{j}": "HTTP 500" for i in range(2) for j in range(2)}
     with pytest.raises(RollError, match="no sample of the step is left: HTTP 500"):
         pipeline(withheld, []).sample(1)
+
+
+def test_the_penalty_comes_off_the_advantages_of_the_tokens() -> None:
+    penalised = {"add_token_level_kl": True, "init_kl_coef": 0.1, "reference": {}}
+    experience = pipeline({}, [], FarReference({}), **penalised).sample(1)
+    assert experience.batch.advantages_N is not None
+    np.testing.assert_allclose(experience.batch.advantages_N, -0.05, rtol=1e-6)
+    np.testing.assert_allclose(experience.advantages.rewards_n, -0.05, rtol=1e-6)
+    assert {s.score for s in experience.samples} == {1.0}, "the scores are as they were given"

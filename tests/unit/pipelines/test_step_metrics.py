@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from roll_r3.algorithms.advantages import TokenAdvantages
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
-from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
 from roll_r3.strategies.base import ReplayCounts
 from roll_r3.tracking.names import METRICS
@@ -43,8 +43,9 @@ def record() -> StepRecord:
         step=4,
         seconds={"time/step_total": 2.0, "time/step_generate": 1.0},
         trajectories=trajectories,
+        groups=["a", "a"],
         scores=np.array([1.0, 0.0]),
-        penalised=np.array([0.9, 0.0]),
+        advantages=TokenAdvantages(batch.advantages_N, np.array([0.9, -0.7]), None, None),
         batch=batch,
         old=BatchLogProbs(old, np.where(mask, 0.3, 99).astype(np.float32), counts, 0.1),
         update=BatchUpdate({"actor/lr": 1e-3}, counts, 0.3),
@@ -57,8 +58,7 @@ def record() -> StepRecord:
 
 
 def test_figures(record):
-    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
-    m = step_metrics(config, record)
+    m = step_metrics(record)
     assert set(m) <= set(METRICS)
     assert m["critic/score/mean"] == 0.5
     assert m["critic/rewards/max"] == 0.9
@@ -73,34 +73,44 @@ def test_figures(record):
     assert m["router_replay/agreement_native"] == 0.75
     assert m["router_replay/bytes_per_token"] == 6, "3 MoE layers x top-2 x 1 byte"
     assert m["router_replay/time_share"] == pytest.approx(0.2)
-    assert "critic/kl" not in m
+    assert not [name for name in m if name.startswith("critic/kl")]
 
 
 def test_the_reference_adds_its_figures(record):
-    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
     ref = (record.batch.old_log_probs_N + 0.5).astype(np.float32)
-    m = step_metrics(config, replace(record, batch=replace(record.batch, ref_log_probs_N=ref)))
+    m = step_metrics(replace(record, batch=replace(record.batch, ref_log_probs_N=ref)))
     assert m["critic/kl"] == pytest.approx(np.exp(0.5) - 1 - 0.5, rel=1e-4)
+    assert m["critic/kl_clamped"] == 0
+    far = np.where(np.cumsum(record.batch.loss_mask_N) == 1, ref + 3, ref).astype(np.float32)
+    m = step_metrics(replace(record, batch=replace(record.batch, ref_log_probs_N=far)))
+    assert m["critic/kl_clamped"] == pytest.approx(1 / 3)
+    assert set(m) <= set(METRICS)
+
+
+def test_the_penalty_adds_its_figures(record):
+    taken = replace(record.advantages, penalty_n=np.array([0.1, 0.3]), penalty_clamped=0.25)
+    m = step_metrics(replace(record, advantages=taken))
+    assert m["critic/kl_penalty"] == pytest.approx(0.2)
+    assert m["critic/kl_penalty_clamped"] == 0.25
+    assert m["critic/rewards/min"] == -0.7
+    assert set(m) <= set(METRICS)
 
 
 def test_without_replay_there_are_no_replay_figures(record):
-    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
     plain = replace(record, old=replace(record.old, replay=None), update=replace(record.update, replay=None))
-    assert not [name for name in step_metrics(config, plain) if name.startswith("router_replay/")]
+    assert not [name for name in step_metrics(plain) if name.startswith("router_replay/")]
 
 
 def test_r2_reports_coverage_without_an_agreement(record):
-    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
-    m = step_metrics(config, replace(record, old=replace(record.old, replay=None)))
+    m = step_metrics(replace(record, old=replace(record.old, replay=None)))
     assert m["router_replay/coverage"] == 1.0
     assert "router_replay/agreement_native" not in m
 
 
 def test_an_audited_step_says_how_much_was_compared(record):
-    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
-    assert not {"router_replay/audit_equal", "router_replay/audit_entries"} & set(step_metrics(config, record))
+    assert not {"router_replay/audit_equal", "router_replay/audit_entries"} & set(step_metrics(record))
     counts = replace(record.update.replay, audited=40, audit_equal=30)
-    m = step_metrics(config, replace(record, update=replace(record.update, replay=counts)))
+    m = step_metrics(replace(record, update=replace(record.update, replay=counts)))
     assert m["router_replay/audit_equal"] == 0.75
     assert m["router_replay/audit_entries"] == 40
     assert set(m) <= set(METRICS)

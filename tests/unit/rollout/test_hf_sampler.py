@@ -7,7 +7,7 @@ import torch
 
 from roll_r3.errors import RouteError
 from roll_r3.strategies.rollout.hf.routers import RouteRecorder
-from roll_r3.strategies.rollout.hf.sampler import choose
+from roll_r3.strategies.rollout.hf.sampler import Stop, choose
 
 PROBS = (0.1, 0.4, 0.0, 0.3, 0.2)
 
@@ -49,6 +49,24 @@ def test_a_forward_is_recorded_once_by_every_router_in_their_order():
         recorder.take()
     first(torch.zeros(3, 2))
     assert recorder.take()[:, 0].tolist() == [[0, 0], [1, 1]]
+
+
+STOP = Stop(frozenset({0}), ("</a>", "é"), lambda ids: bytes(ids).decode(errors="replace"))
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        (b"abc\0", True),
+        (b"\0abc", False),
+        (b"x </a>", True),
+        (b"x </a", False),
+        ("caf\u00e9".encode(), True),
+        ("caf\u00e9".encode()[:-1], False),
+    ],
+)
+def test_an_end_token_or_a_whole_stop_string_ends_a_response(text, ends):
+    assert STOP.ends(list(text)) is ends
 
 
 class Recorded(torch.nn.Module):

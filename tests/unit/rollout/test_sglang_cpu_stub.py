@@ -1,9 +1,11 @@
-"""The hash behind seeded sampling, against MurmurHash3 on plain integers."""
+"""SGLang on a CPU: the hash behind seeded sampling, against MurmurHash3 on plain integers; forked children."""
 
 from __future__ import annotations
 
 import importlib.util
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,3 +56,14 @@ def test_the_stand_in_computes_the_same() -> None:
         for seed, position in zip(seeds, positions, strict=True)
     ]
     assert got.tolist() == expected
+
+
+def test_children_are_forked_where_sglang_asks_for_spawn() -> None:
+    """A spawned child imports what its parent has already; that was two thirds of a server's start."""
+    code = (
+        "import multiprocessing, roll_r3_sglang_cpu\n"
+        "multiprocessing.set_start_method('spawn', force=True)\n"
+        "print(multiprocessing.get_start_method())"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=CPU_PATH, capture_output=True, text=True, check=True)
+    assert told.stdout == "fork\n"

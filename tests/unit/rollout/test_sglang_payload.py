@@ -84,6 +84,13 @@ def test_a_good_answer_becomes_a_trajectory() -> None:
     np.testing.assert_array_equal(trajectory.routes.ids_MRK, routes()[:, 1:].transpose(1, 0, 2))
 
 
+def test_the_stop_string_that_was_asked_for_may_end_a_response() -> None:
+    ended = answer(finish_reason={"type": "stop", "matched": "</answer>"})
+    assert read(ended, stop_strings=("x", "</answer>")).finish_reason == "stop"
+    with pytest.raises(SampleError, match="'</answer>', which is no stop string"):
+        read(ended, stop_strings=("x",))
+
+
 def test_without_recording_the_answer_needs_no_routes() -> None:
     value = answer()
     del value["meta_info"]["routed_experts"]
@@ -183,6 +190,13 @@ BAD_ANSWERS = {
     "cut short": (answer(finish_reason={"type": "length", "length": 3}), "after 3 of 8 tokens"),
     "unknown finish": (answer(finish_reason={"type": "tool"}), "tool"),
     "unfinished": (answer(finish_reason=None), "cannot be read"),
+    "stopped by a token that is not there": (
+        {**answer(finish_reason={"type": "stop", "matched": 7})},
+        "ended by token 7, but its last token is 258",
+    ),
+    "stopped by nothing": (answer(finish_reason={"type": "stop"}), "last token 258 is no end token"),
+    "logits of NaN": (answer(finish_reason={"type": "stop", "matched": "NaN happened"}), "'NaN happened', which is no"),
+    "stopped by what is neither": (answer(finish_reason={"type": "stop", "matched": 258.0}), "matched is 258.0"),
     "a truncated prompt": (answer(prompt_tokens=2), "2 prompt tokens of 3"),
     "no tokens": ({**answer(output_token_logprobs=[]), "output_ids": []}, "shape"),
     "a token outside the vocabulary": ({**answer(), "output_ids": [9, 8, 260]}, "vocabulary of 260"),

@@ -85,7 +85,11 @@ def read_whole(
     sample = SampleRequest(PROMPT, "s", 0, first_row, cached_rows)
     asked = {"sample": sample, "max_new_tokens": 8, "weight_version": 4, "record_routes": True}
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return read_sample(body, Asked(**{**asked, **changes}), model)
+    return read_sample(body, Asked(**{**asked, **changes}), model, END_TOKENS)
+
+
+END_TOKENS = {0, 258}
+"""0 is the last token of the answers of one token."""
 
 
 def read(value: Any, model: ModelFacts = FACTS, **changes: Any) -> Trajectory:
@@ -235,6 +239,17 @@ def spans(*versions: tuple[str, int, int]) -> list[dict[str, Any]]:
     return [{"version": version, "start": start, "end": end} for version, start, end in versions]
 
 
+def without_its_end() -> dict[str, Any]:
+    """As from a proxy that strips the end token."""
+    whole = answer()["choices"][0]
+    return {
+        "token_ids": whole["token_ids"][:-1],
+        "weight_versions": spans(("4", 0, 2)),
+        "logprobs": {"content": whole["logprobs"]["content"][:-1]},
+        "routed_experts": encode(routes()[:-1]),
+    }
+
+
 BAD_ANSWERS = {
     "stale weights": (answer(weight_versions=spans(("3", 0, 3))), "version 3, not 4"),
     "weights half written": (answer(weight_versions=spans(("4-incomplete", 0, 3))), "4-incomplete"),
@@ -248,6 +263,7 @@ BAD_ANSWERS = {
     "cut short": (answer(finish_reason="length"), "after 3 of 8 tokens"),
     "a truncated prompt": ({**answer(), "usage": {"prompt_tokens": 2}}, "2 prompt tokens of 3"),
     "a token outside the vocabulary": (answer(token_ids=[9, 8, 260]), "vocabulary of 260"),
+    "stopped without an end token": (answer(**without_its_end()), "last token 8 is no end token"),
     "two choices": ({**answer(), "choices": answer()["choices"] * 2}, "cannot be read"),
     "not JSON": (b"<html>", "cannot be read"),
     "no log-probabilities": (answer(logprobs=None), "cannot be read"),

@@ -30,7 +30,7 @@ vllm:num_preemptions_total{engine="1",model_name="m"} 2.0
 """
 
 
-def rollout(name: str, prompt_length: int = 300) -> ServerRollout[Any]:
+def rollout(name: str, prompt_length: int = 300, **generating: Any) -> ServerRollout[Any]:
     config = RLVRConfig.model_validate(
         {
             "exp_name": "test",
@@ -38,7 +38,11 @@ def rollout(name: str, prompt_length: int = 300) -> ServerRollout[Any]:
             "prompt_length": prompt_length,
             "response_length": 20,
             "actor_train": {},
-            "actor_infer": {"router_replay": {"mode": "R3"}, "strategy_args": {"strategy_name": name}},
+            "actor_infer": {
+                "router_replay": {"mode": "R3"},
+                "strategy_args": {"strategy_name": name},
+                "generating_args": generating,
+            },
         }
     )
     return STRATEGIES[name](config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=Path("/dev/null"))
@@ -58,6 +62,13 @@ def test_a_request_names_its_rows_and_its_key():
     assert (body["return_routed_experts"], body["routed_experts_start_len"], body["extra_key"]) == (True, 2, "key")
     body = rollout("vllm").request(asked)
     assert (body["sampling_params"]["routed_experts_prompt_start"], body["cache_salt"]) == (2, "key")
+
+
+def test_what_ends_a_response_is_named():
+    asked = Asked(SampleRequest((1, 2, 3), "s", 7), 5, 0, record_routes=False, stop_strings=("</a>",))
+    params = rollout("sglang", stop_token_ids=[7]).request(asked)["sampling_params"]
+    assert (params["stop_token_ids"], params["stop"]) == ([7], ["</a>"])
+    assert rollout("vllm", stop_token_ids=[7]).request(asked)["sampling_params"]["stop_token_ids"] == [7]
 
 
 def test_without_a_key_and_routes_none_are_named():

@@ -6,7 +6,7 @@ per token, R rows of routes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +38,26 @@ class Sampled:
     """Expert ids of the processed tokens, prompt first, in parts of [M, R, K]; empty when none are recorded."""
 
 
+@dataclass(frozen=True)
+class Stop:
+    """The end of a response."""
+
+    token_ids: frozenset[int]
+    strings: tuple[str, ...]
+    decode: Callable[[Sequence[int]], str]
+    """Token ids -> text, special tokens included."""
+
+    def ends(self, token_ids: Sequence[int]) -> bool:
+        """True if the last token is an end token, or completes a stop string."""
+        if token_ids[-1] in self.token_ids:
+            return True
+        if not self.strings:
+            return False
+        longest = max(len(text.encode()) for text in self.strings)
+        tail = self.decode(token_ids[-longest - 1 :])  # a token is a byte at least
+        return any(text in tail for text in self.strings)
+
+
 @torch.inference_mode()
 def sample(
     model: Any,
@@ -45,7 +65,7 @@ def sample(
     settings: GeneratingArgs,
     *,
     max_new_tokens: int,
-    stop_ids: frozenset[int],
+    stop: Stop,
     recorder: RouteRecorder | None,
 ) -> list[Sampled]:
     """One batch, decoded until each sample has stopped or is as long as it may be. Results in the order of `jobs`.
@@ -88,7 +108,7 @@ def sample(
             if b in running:
                 results[b].token_ids.append(token)
                 results[b].log_probs.append(min(chosen_B[b], 0.0))
-                if token in stop_ids:
+                if stop.ends(results[b].token_ids):
                     results[b].finish_reason = "stop"
                     running.remove(b)
         if not running:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from roll_r3.models.checkpoint import resolve_checkpoint, safetensors_files
 from roll_r3.models.facts import ModelFacts, read_facts
 from roll_r3.models.hf.config import read_hf_config
 from roll_r3.models.hf.routers import find_routers
-from roll_r3.models.hf.tokenizer import read_tokenizer
+from roll_r3.models.hf.tokenizer import read_end_tokens, read_tokenizer
 from roll_r3.replay.checks import check_log_probs, compact_routes
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.strategies.rollout.hf.parameters import tensors_by_name
 from roll_r3.strategies.rollout.hf.receiver import WeightReceiver
 from roll_r3.strategies.rollout.hf.routers import RouteRecorder
-from roll_r3.strategies.rollout.hf.sampler import Job, Sampled, sample
+from roll_r3.strategies.rollout.hf.sampler import Job, Sampled, Stop, sample
 from roll_r3.strategies.rollout.target import ServerTarget
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class HfRollout:
         self._recorder: RouteRecorder | None = None
         self._receiver: WeightReceiver | None = None
         self._stop_ids: frozenset[int] = frozenset()
+        self._decode: Callable[[Sequence[int]], str] | None = None
         self._weight_version = 0
         self._weights_due = False
 
@@ -99,7 +100,8 @@ class HfRollout:
         routers = find_routers(model, facts.moe_layers)
         self._recorder = RouteRecorder(routers) if self._record_routes else None
         tokenizer = read_tokenizer(checkpoint, trust_remote_code=self._model_args.trust_remote_code)
-        self._stop_ids = _ids(model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
+        self._stop_ids = read_end_tokens(checkpoint, tokenizer)
+        self._decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
         tensors = tensors_by_name(model, ARCHITECTURES[facts.model_type])
         self._receiver = WeightReceiver(tensors, self._busy, self._node_address)
         self._model, self._facts = model, facts
@@ -136,7 +138,7 @@ class HfRollout:
 
     def _sample(self, jobs: Sequence[Job]) -> dict[str, Trajectory | str]:
         """Sample id -> the checked trajectory, or why there is none."""
-        assert self._receiver is not None, "start() comes first"
+        assert self._receiver is not None and self._decode is not None, "start() comes first"
         outcomes: dict[str, Trajectory | str] = {job.sample_id: problem for job in jobs if (problem := self._bad(job))}
         good = [job for job in jobs if job.sample_id not in outcomes]
         if not good:
@@ -151,7 +153,9 @@ class HfRollout:
                 good,
                 self._generating,
                 max_new_tokens=self._max_new_tokens,
-                stop_ids=self._stop_ids,
+                stop=Stop(
+                    self._stop_ids.union(self._generating.stop_token_ids), self._generating.stop_strings, self._decode
+                ),
                 recorder=self._recorder,
             )
         for job, result in zip(good, sampled, strict=True):
@@ -253,8 +257,3 @@ def _read_model(checkpoint: Path, dtype: torch.dtype) -> Any:
     if lacking := sorted(loaded["missing_keys"]):
         raise ConfigError(f"{checkpoint} lacks weights that make up {', '.join(lacking[:5])} ({len(lacking)} in all)")
     return model.eval().requires_grad_(False)
-
-
-def _ids(*eos: int | list[int] | None) -> frozenset[int]:
-    """Token ids that end a response, of what configurations say of them."""
-    return frozenset(i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids]))

@@ -40,7 +40,8 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         facts: the model's layers, experts and vocabulary.
 
     Raises:
-        SampleError: aborted, cut short by the engine, of stale weights, or not in the form that SGLang documents.
+        SampleError: aborted, cut short by the engine, of stale weights, stopped by a token that is not there, or not in
+            the form that SGLang documents.
         RouteError: log-probabilities or routes break their contract.
     """
     with reading("the answer cannot be read", body):
@@ -49,6 +50,7 @@ def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         reason = meta["finish_reason"]
         answer = Answer(
             finish_reason=read_finish_reason(reason["type"], reason.get("message", "no reason given")),
+            ended_by=_ended_by(reason.get("matched")),
             response_ids_R=token_ids(said["output_ids"]),
             log_prob_entries=meta["output_token_logprobs"],
             weight_versions=_weight_versions(meta),
@@ -68,6 +70,11 @@ def read_cache_page(body: bytes) -> int:
         if not off and whole(page, "page_size") < 1:
             raise ValueError(f"page_size is {page}")
     return 0 if off else page
+
+
+def _ended_by(matched: Any) -> int | str | None:
+    """Token id or stop string. For logits of NaN it is a text that nobody asked for. Raises ValueError."""
+    return matched if matched is None or type(matched) is str else whole(matched, "matched")
 
 
 def _weight_versions(meta: Mapping[str, Any]) -> list[str]:

@@ -79,6 +79,10 @@ class SglangRollout(ServerRollout[SglangConfig]):
             },
             "return_logprob": True,
         }
+        if self._generating.stop_token_ids:
+            request["sampling_params"]["stop_token_ids"] = list(self._generating.stop_token_ids)
+        if asked.stop_strings:
+            request["sampling_params"]["stop"] = list(asked.stop_strings)
         if asked.record_routes:
             request |= {"return_routed_experts": True, "routed_experts_start_len": asked.sample.first_row}
         if asked.sample.cache_key:

@@ -6,6 +6,7 @@ Shape legend: R response tokens; L all decoder layers, K experts per token.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -47,24 +48,29 @@ _NUMBER = re.compile(rb"[0-9]{1,9}")
 _COUNT = re.compile(rb"[0-9]{1,16}(\.[0-9]{1,17})?(e\+[0-9]{1,2})?")
 
 
-def read_sample(body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
+def read_sample(body: bytes, asked: Asked, facts: ModelFacts, end_tokens: Collection[int]) -> Sample:
     """Read the answer to one `/inference/v1/generate` request.
 
     Args:
         body: the JSON answer, as it came.
         asked: what it must be an answer to.
         facts: the model's layers, experts and vocabulary.
+        end_tokens: the ids that may end a response; the answer does not name the one that did.
 
     Raises:
-        SampleError: aborted, cut short by the engine, of stale weights, or not in the form that vLLM documents.
+        SampleError: aborted, cut short by the engine, of stale weights, stopped without an end token, or not in the
+            form that vLLM documents.
         RouteError: log-probabilities or routes break their contract.
     """
     with reading("the answer cannot be read", body):
         said, payload = parsed(body)
         (choice,) = said["choices"]
+        ids_R = token_ids(choice["token_ids"])
+        last = int(ids_R[-1]) if len(ids_R) else None
         answer = Answer(
             finish_reason=read_finish_reason(choice["finish_reason"], "a weight update, or the server is going down"),
-            response_ids_R=token_ids(choice["token_ids"]),
+            ended_by=last if last in end_tokens else None,
+            response_ids_R=ids_R,
             log_prob_entries=[(entry["logprob"], entry["token_id"]) for entry in choice["logprobs"]["content"]],
             weight_versions=_weight_versions(choice),
             prompt_tokens=whole(said["usage"]["prompt_tokens"], "prompt_tokens"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -45,6 +46,8 @@ class VllmRollout(ServerRollout[VllmConfig]):
     package = "vllm"
     generate_path = "/inference/v1/generate"
     keyed_path = "/weight_info"
+    _end_tokens: frozenset[int] = frozenset()
+    """Known once the server answers."""
 
     @property
     def python(self) -> str:
@@ -83,8 +86,16 @@ class VllmRollout(ServerRollout[VllmConfig]):
         return server_environment(self._config, os.environ, device=self._device, gpu_ids=self._gpu_ids, key=self._key)
 
     async def prepare(self, client: ServerClient) -> None:
-        """vLLM calls the weights that it loaded "default"."""
+        """Read the checkpoint's end tokens. vLLM calls the weights that it loaded "default"."""
+        self._end_tokens = await asyncio.to_thread(self._read_end_tokens)
         await client.post("/update_weight_version", {"new_version": str(self._weight_version)}, _CALL_S)
+
+    def _read_end_tokens(self) -> frozenset[int]:
+        from roll_r3.models.hf.tokenizer import read_end_tokens, read_tokenizer  # seconds to import
+
+        checkpoint = resolve_checkpoint(self._model_path)
+        tokenizer = read_tokenizer(checkpoint, trust_remote_code=self._model_args.trust_remote_code)
+        return read_end_tokens(checkpoint, tokenizer).union(self._generating.stop_token_ids)
 
     async def why_closed(self, client: ServerClient) -> str:
         """While an update is open, or after one that failed, requests would wait for an engine that is paused."""
@@ -115,9 +126,11 @@ class VllmRollout(ServerRollout[VllmConfig]):
                 "routed_experts_prompt_start": sample.first_row if asked.record_routes else len(sample.prompt_ids),
             },
         }
+        if self._generating.stop_token_ids:
+            request["sampling_params"]["stop_token_ids"] = list(self._generating.stop_token_ids)
         if sample.cache_key:
             request["cache_salt"] = sample.cache_key
         return request
 
     def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
-        return read_sample(body, asked, facts)
+        return read_sample(body, asked, facts, self._end_tokens)

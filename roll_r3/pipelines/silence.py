@@ -1,0 +1,82 @@
+"""Warnings for steps that teach nothing: no reward, no advantage, or no gradient for several steps in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from roll_r3.config.pipeline import RLVRConfig
+
+FIRST_WARNING = 3
+"""Silent steps in a row before the first warning; the next ones come after twice as many each."""
+_MANY_CUT = 0.5
+
+
+class SilenceWatch:
+    """Counts silent steps of a run and says so, with the likely reasons."""
+
+    def __init__(self, config: RLVRConfig) -> None:
+        self._config = config
+        self._silent = {"reward": 0, "advantage": 0, "gradient": 0}
+        """Steps in a row."""
+
+    def observe(self, metrics: Mapping[str, float]) -> str | None:
+        """Take the metrics of the next step. Returns a warning where one is due."""
+        quiet = {
+            "reward": metrics["critic/score/max"] == metrics["critic/score/min"] == 0,
+            "advantage": metrics["critic/advantages/max"] == metrics["critic/advantages/min"] == 0,
+            "gradient": metrics.get("actor_train/grad_norm", 0.0) == 0,
+        }
+        self._silent = {name: self._silent[name] + 1 if quiet[name] else 0 for name in quiet}
+        if not any(_is_due(count) for count in self._silent.values()):
+            return None
+        return "\n  ".join([self._headline(), *self._reasons(metrics)])
+
+    def _headline(self) -> str:
+        """The silent quantities that last at least as long as a first warning takes."""
+        words = {"reward": "every reward is 0", "advantage": "every advantage is 0", "gradient": "the gradient is 0"}
+        long = [f"{words[name]} (for {count} steps)" for name, count in self._silent.items() if count >= FIRST_WARNING]
+        terms = [
+            name
+            for name, on in (("KL", self._config.use_kl_loss), ("entropy", self._config.entropy_loss_coef > 0))
+            if on
+        ]
+        only = (
+            f"; only the {' and '.join(terms)} term moves the weights" if terms and not self._silent["gradient"] else ""
+        )
+        return f"NOTHING IS LEARNED: {', '.join(long)}{only}. Likely reasons:"
+
+    def _reasons(self, metrics: Mapping[str, float]) -> Iterator[str]:
+        silent = self._silent
+        cut = metrics["tokens/truncated_ratio"]
+        if cut > _MANY_CUT:
+            yield (
+                f"- {cut:.0%} of the responses reach response_length ({self._config.response_length} tokens) and are "
+                "cut before their answer: raise it, or ask for shorter answers in the prompt"
+            )
+        if silent["reward"]:
+            yield (
+                "- the reward rule finds no right answer: compare response and ground_truth in samples.jsonl; the rule "
+                "may want another form, or data_args.ground_truth may name another column"
+            )
+        elif silent["advantage"] and metrics["critic/score/min"] > 0:
+            yield "- every answer is right: the prompts are too easy for this policy"
+        if silent["advantage"]:
+            yield (
+                f"- all responses of a prompt have the same reward in {metrics['reward/groups_without_signal']:.0%} of "
+                f"the groups ({metrics['reward/groups_all_right']:.0%} all right, "
+                f"{metrics['reward/groups_all_wrong']:.0%} all wrong): choose prompts that are neither too hard nor "
+                "too easy, or raise num_return_sequences_in_group"
+            )
+        elif silent["gradient"] and not metrics["actor_train/optimizer_steps"]:
+            yield "- every optimizer step was skipped, because its loss or gradient was not finite: see logs/driver.log"
+        elif silent["gradient"]:
+            yield (
+                f"- {metrics['actor/pg_clipfrac']:.0%} of the tokens have no gradient, since the loss clips "
+                "their ratio: lower the learning rate or the number of optimizer steps in a step"
+            )
+
+
+def _is_due(count: int) -> bool:
+    """True after FIRST_WARNING steps, and after 2, 4, 8 ... times as many."""
+    times, rest = divmod(count, FIRST_WARNING)
+    return times > 0 and rest == 0 and times & (times - 1) == 0
