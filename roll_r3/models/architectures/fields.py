@@ -104,11 +104,9 @@ def _names(builders: Collection[Builder]) -> str:
     found = [builder.value for builder in Builder if builder in builders]
     if len(found) == len(Builder):
         return "roll_r3 builds the model"
-    return (
-        f"{found[0]} builds the model"
-        if len(found) == 1
-        else f"{', '.join(found[:-1])} and {found[-1]} build the model"
-    )
+    if len(found) == 1:
+        return f"{found[0]} builds the model"
+    return f"{', '.join(found[:-1])} and {found[-1]} build the model"
 
 
 def shown(value: object) -> str:
@@ -142,12 +140,13 @@ COMMON = Fields(
         **_all("the tokenizer and generating_args say it", "bos_token_id pad_token_id sep_token_id unk_token_id"),
         **_all(
             "settings of generation: generating_args says it",
-            "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty "
-            "do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff "
-            "eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty "
-            "max_length max_new_tokens min_length no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule "
-            "num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty "
-            "return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p",
+            "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens "
+            "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty "
+            "epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
+            "length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_assistant_tokens "
+            "num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_scores "
+            "remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens target_lookbehind "
+            "temperature top_k top_p typical_p",
         ),
         **_all(
             "it says what transformers returns or keeps, or how, not what it computes",

@@ -81,6 +81,10 @@ def build_model(
         raise ConfigError(
             "moe_grouped_gemm: true needs TransformerEngine on a GPU; leave it out to have it where it is"
         )
+    if "layernorm" in settings.recompute_modules and not transformer_engine:
+        raise ConfigError(
+            "recompute_modules: [layernorm] needs TransformerEngine on a GPU: take layernorm out, or install it"
+        )
     bridge = weights.open_bridge(
         model_path,
         dtype=DTYPES[model_args.dtype],
