@@ -90,52 +90,6 @@ def test_gradients_equal_the_reference(name: str, gang: Gangs, tiny_moe: Path) -
     assert all(outcome.train_counts == counts and outcome.metrics == outcomes[0].metrics for outcome in outcomes)
 
 
-def selective(*modules: str) -> dict[str, object]:
-    return {"recompute_granularity": "selective", "recompute_modules": modules}
-
-
-UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
-FOURS = {
-    "TP4 above 2 key and value heads": (
-        "qwen3_moe_mixed",
-        {"tensor_model_parallel_size": 4, **selective("core_attn", "mlp")},
-        False,
-    ),
-    "TP4 EP2 of latent attention": (
-        "moonlight",
-        {"tensor_model_parallel_size": 4, **EP2, **selective("mla_up_proj", "shared_experts")},
-        True,
-    ),
-    "PP4": (
-        "deepseek_v3",
-        {"pipeline_model_parallel_size": 4, **selective("core_attn", "mla_up_proj", "mlp", "shared_experts")},
-        True,
-    ),
-    "CP4 packed": ("qwen2_moe", {"context_parallel_size": 4, **UNIFORM}, True),
-    "CP4 EP4": ("mixtral", {"context_parallel_size": 4, "expert_model_parallel_size": 4, **UNIFORM}, False),
-}
-"""Four ranks in one dimension, which the matrix, whose layouts mix dimensions, has no room for; and what it does not
-recompute."""
-
-
-@pytest.mark.parametrize("name", FOURS)
-def test_four_ranks_in_one_dimension_equal_the_reference(name: str, gang: Gangs, models: dict[str, Path]) -> None:
-    model, layout, packed = FOURS[name]
-    checkpoint = models[model]
-    batch = make_batch(checkpoint=checkpoint)
-    case = Case(str(checkpoint), layout, packed=packed)
-
-    outcomes = gang(4).run(run_case, case, batch)
-
-    found = gradients(read_weights(checkpoint), outcomes[0].weights)
-    difference = largest_difference(found, Reference(str(checkpoint)).gradients(batch, case.config()))
-    print(f"{name}: largest |gradient - reference| {difference:.1e}")
-    assert difference < 1e-6
-    assert_copies_agree(outcomes)
-    counts = outcomes[0].train_counts
-    assert counts.trainable == counts.trainable_replayed > 0
-
-
 def test_the_pipeline_equals_one_process(gang: Gangs, tiny_moe: Path) -> None:
     batch = make_batch()
     one = Case(str(tiny_moe), options=EVERY_TERM)

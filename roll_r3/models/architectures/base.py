@@ -15,10 +15,10 @@ from roll_r3.models.architectures.fields import (
     MEGATRON,
     Builder,
     Fields,
-    RawConfig,
     Refusal,
     shown,
 )
+from roll_r3.models.architectures.fields import RawConfig as RawConfig  # read by many beside its fields
 from roll_r3.models.architectures.rope import ROPE_TYPES, RopeTypes, rope_refusals, rotary_arguments, unknown_rope
 
 HfConfig = Any

@@ -18,7 +18,7 @@ _CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
 
 def _builders(config: RLVRConfig) -> dict[str, Builder]:
     """Role -> the library that builds its model."""
-    names = {"actor_infer": config.actor_infer.strategy_args.strategy_name}
+    names: dict[str, str] = {"actor_infer": config.actor_infer.strategy_args.strategy_name}
     names |= {role: worker.strategy_args.strategy_name for role, worker in model_workers(config).items()}
     return {role: STRATEGIES[name].builder for role, name in names.items()}
 
