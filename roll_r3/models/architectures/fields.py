@@ -127,7 +127,7 @@ COMMON = Fields(
     read=names(
         "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "head_dim rms_norm_eps max_position_embeddings rope_parameters rope_scaling rope_theta num_experts_per_tok "
-        "tie_word_embeddings eos_token_id quantization_config"
+        "original_max_position_embeddings tie_word_embeddings eos_token_id quantization_config"
     ),
     inert={
         **_all("weights come from the checkpoint", "initializer_range"),

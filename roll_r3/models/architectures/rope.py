@@ -44,8 +44,11 @@ _SCALED = Fields(
 
 
 def rope_settings(config: RawConfig) -> Mapping[str, Any]:
-    """The settings of the rotary embedding, under the name of transformers 5 or that of before; empty: plain."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """The settings of the rotary embedding; empty: plain.
+
+    `rope_parameters` is the name of transformers 5. Where the older name stands too, transformers reads that one.
+    """
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def rope_refusals(kinds: RopeTypes, config: RawConfig) -> list[Refusal]:

@@ -175,6 +175,14 @@ def test_rope_settings_of_another_type_are_a_reason(rope: object) -> None:
     assert [text.startswith("its settings cannot be read") for text in found] == ([True] if rope else [])
 
 
+def test_of_two_names_for_rope_settings_that_which_transformers_reads_counts() -> None:
+    plain, scaled = {"rope_theta": 1e4, "rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}
+    both = AutoConfig.for_model("qwen3_moe", rope_parameters=plain, rope_scaling=scaled)
+    assert both.rope_parameters["rope_type"] == "linear"
+    found = refused("qwen3_moe", MEGATRON, rope_parameters=plain, rope_scaling=scaled)
+    assert found == ["rope type 'linear' is not built, only default"]
+
+
 def test_an_architectures_row_replaces_the_common_one() -> None:
     common = Fields(read=frozenset({"a", "d"}), inert={"b": "no effect"}, only={"c": only(1)})
     both = common | Fields(read=frozenset({"b", "c"}), inert={"a": "no effect"})
