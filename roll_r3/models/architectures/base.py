@@ -65,7 +65,7 @@ class Architecture:
     """The norms of Q and K span all heads of a token, not each head alone."""
 
     def has(self, name: str, config: RawConfig) -> bool:
-        """Whether a checkpoint with this config.json has the parameter `name` of `layer_names`."""
+        """Tell if a checkpoint with this config.json has the parameter `name` of `layer_names`."""
         return name in self.layer_names and self.optional.get(name, lambda config: True)(config)
 
 

@@ -1,4 +1,4 @@
-"""Whether the model is built as its config.json says."""
+"""Rules on the fields of a config.json: the model is built as they say, or not at all."""
 
 from __future__ import annotations
 
