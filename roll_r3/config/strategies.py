@@ -152,8 +152,8 @@ class MegatronConfig(Config):
     moe_router_fusion: bool = False
     """Megatron's fused top-k kernel. Refused under replay: it never consults the recorded routes."""
     moe_aux_loss_coeff: float = 0.0
-    """Weight of the load-balancing loss. Only 0 is accepted: it takes a top-k of its own, padding included, and so
-    balances experts that no token used."""
+    """Weight of the load-balancing loss. Only 0 is accepted: it takes a top-k of its own, and so balances experts
+    that no token used."""
     moe_router_bias_update_rate: NonNegativeFloat = 0.0
     """DeepSeek-style expert bias: how far an optimizer step moves it towards balance; 0: it stays as in the
     checkpoint."""

@@ -63,7 +63,6 @@ class Shape:
     """Of one head's queries and keys."""
     value_dim: int
     latent: Latent | None
-    qkv_bias: bool
     qk_norm: bool
     whole_qk_norm: bool
     """See `Architecture.whole_qk_norm`."""
@@ -103,7 +102,6 @@ def shape_problem(config: RawConfig) -> str:
 def _shape(config: RawConfig, facts: ModelFacts) -> Shape:
     """Raises KeyError for a field that is missing, ValueError for one that is no size."""
     architecture = ARCHITECTURES[facts.model_type]
-    names = architecture.layer_names
     hidden, ffn = whole_number(config, "hidden_size"), whole_number(config, "intermediate_size")
     latent = None
     if architecture.latent_attention:
@@ -128,14 +126,13 @@ def _shape(config: RawConfig, facts: ModelFacts) -> Shape:
         key_dim=key_dim,
         value_dim=value_dim,
         latent=latent,
-        qkv_bias="self_attention.linear_qkv.bias" in names and bool(config.get("qkv_bias", True)),
-        qk_norm="self_attention.k_layernorm.weight" in names,
+        qk_norm=architecture.has("self_attention.k_layernorm.weight", config),
         whole_qk_norm=architecture.whole_qk_norm,
         ffn=ffn,
         num_experts=facts.num_experts,
         top_k=facts.top_k,
         expert_ffn=expert_ffn,
-        shared_ffn=shared_ffn if "mlp.shared_experts.linear_fc1.weight" in names else 0,
+        shared_ffn=shared_ffn if architecture.has("mlp.shared_experts.linear_fc1.weight", config) else 0,
     )
 
 
@@ -170,7 +167,7 @@ _SIZES: dict[str, Callable[[Shape], tuple[int, Split]]] = {
     "input_layernorm.weight": lambda s: (s.hidden, Split.WHOLE),
     "pre_mlp_layernorm.weight": lambda s: (s.hidden, Split.WHOLE),
     "self_attention.linear_qkv.weight": lambda s: (_qkv(s) * s.hidden, Split.TENSOR),
-    "self_attention.linear_qkv.bias": lambda s: (_qkv(s) * s.qkv_bias, Split.TENSOR),
+    "self_attention.linear_qkv.bias": lambda s: (_qkv(s), Split.TENSOR),
     "self_attention.linear_proj.weight": lambda s: (s.heads * s.value_dim * s.hidden, Split.TENSOR),
     "self_attention.q_layernorm.weight": _query_norm,
     "self_attention.k_layernorm.weight": _key_norm,
@@ -237,8 +234,8 @@ def model_size(config: RawConfig) -> ModelSize:
         ConfigError: an unknown architecture, or a field that is missing or no size.
     """
     shape = shape_of(config)
-    names = ARCHITECTURES[str(config["model_type"])].layer_names
-    weights = [Weight(name, *_SIZES[name](shape)) for name in names]
+    architecture = ARCHITECTURES[str(config["model_type"])]
+    weights = [Weight(n, *_SIZES[n](shape)) for n in architecture.layer_names if architecture.has(n, config)]
     held = [weight for weight in weights if weight.size]
     dense = tuple(w for w in held if not w.name.startswith("mlp.") or w.name in DENSE_MLP)
     routed = tuple(w for w in held if w.name not in DENSE_MLP)

@@ -57,9 +57,19 @@ def compact_routes(
     # a router that chooses one expert may well send a few tokens to the first
     if num_rows and (empty := ~ids_MRK.any(axis=(1, 2))).any() and (top_k > 1 or num_rows > FEW_ROWS):
         layers = [moe_layers[i] for i in np.flatnonzero(empty).tolist()]
-        raise RouteError(f"routed_experts is all zeros in MoE layers {layers}: the engine did not record them")
+        raise RouteError(f"routed_experts is all zeros in MoE layers {layers}: {_why_empty(num_rows, top_k)}")
     check_distinct(ids_MRK)
     return RoutedExperts(ids_MRK)
+
+
+def _why_empty(num_rows: int, top_k: int) -> str:
+    """What zeros alone mean. With one expert a token they are also what a collapsed router would give."""
+    if top_k > 1:
+        return "the engine did not record them"
+    return (
+        f"the engine did not record them, or the router sent all {num_rows} tokens to expert 0; with one expert a "
+        f"token these cannot be told apart, and more than {FEW_ROWS} such rows are rejected"
+    )
 
 
 def check_distinct(ids_MRK: npt.NDArray[np.integer]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from roll_r3.config.base import Config
 from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig, SglangConfig, VllmConfig
+from roll_r3.models.architectures.fields import Builder
 from roll_r3.strategies.base import Capabilities
 
 
@@ -21,6 +22,8 @@ class StrategyEntry:
     kind: Literal["rollout", "train", "infer"]
     config: type[Config]
     capabilities: Capabilities
+    builder: Builder
+    """The library that builds the model from the checkpoint's config.json."""
     factory: str
     """`module:attribute` of the strategy class, imported when it is first needed."""
     weight_channel: str | None = None
@@ -45,6 +48,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
         kind="rollout",
         config=SglangConfig,
         capabilities=Capabilities(records_routes=True),
+        builder=Builder.SGLANG,
         factory="roll_r3.strategies.rollout.sglang.strategy:SglangRollout",
         weight_channel="roll_r3.strategies.rollout.sglang.weights:SglangWeightChannel",
     ),
@@ -52,6 +56,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
         kind="rollout",
         config=VllmConfig,
         capabilities=Capabilities(records_routes=True),
+        builder=Builder.VLLM,
         factory="roll_r3.strategies.rollout.vllm.strategy:VllmRollout",
         weight_channel="roll_r3.strategies.rollout.vllm.weights:VllmWeightChannel",
     ),
@@ -59,6 +64,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
         kind="rollout",
         config=HfInferConfig,
         capabilities=Capabilities(records_routes=True),
+        builder=Builder.TRANSFORMERS,
         factory="roll_r3.strategies.rollout.hf.strategy:HfRollout",
         weight_channel="roll_r3.strategies.rollout.sglang.weights:SglangWeightChannel",
     ),
@@ -66,24 +72,28 @@ STRATEGIES: dict[str, StrategyEntry] = {
         kind="train",
         config=MegatronConfig,
         capabilities=Capabilities(replays=_REPLAYS, packs=True),
+        builder=Builder.MEGATRON,
         factory=f"{_MEGATRON}:MegatronTrain",
     ),
     "megatron_infer": StrategyEntry(
         kind="infer",
         config=MegatronConfig,
         capabilities=Capabilities(packs=True),
+        builder=Builder.MEGATRON,
         factory=f"{_MEGATRON}:MegatronInfer",
     ),
     "fsdp2_train": StrategyEntry(
         kind="train",
         config=Fsdp2Config,
         capabilities=Capabilities(replays=_REPLAYS, packs=True),
+        builder=Builder.TRANSFORMERS,
         factory=f"{_FSDP2}:Fsdp2Train",
     ),
     "fsdp2_infer": StrategyEntry(
         kind="infer",
         config=Fsdp2Config,
         capabilities=Capabilities(packs=True),
+        builder=Builder.TRANSFORMERS,
         factory=f"{_FSDP2}:Fsdp2Infer",
     ),
 }

@@ -31,7 +31,7 @@ _SIZES = {
     "head_dim": 16, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 16, "decoder_sparse_step": 1, "mlp_only_layers": [0], "norm_topk_prob": True},
+    "qwen3_moe": {"num_experts": 16, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 8},
     "deepseek_v3": {"n_routed_experts": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
                     "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,

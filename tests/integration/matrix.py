@@ -218,6 +218,10 @@ REFUSED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ),
+    "another activation": ("qwen2_moe", {"hidden_act": "gelu"}),
+    "rotary embeddings of a part of a head": ("qwen3_moe", {"partial_rotary_factor": 0.5}),
+    "one expert with sigmoid gates": ("moonlight", {"num_experts_per_tok": 1}),
+    "one expert with gates that are renormalised": ("mixtral", {"num_experts_per_tok": 1}),
     "quantized weights": ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}),
 }
 """Checkpoints that are refused: a tiny model, and the fields of its config.json that differ."""

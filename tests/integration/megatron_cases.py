@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from epsilon import with_one_epsilon
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
@@ -334,7 +335,8 @@ def largest_difference(a: Weights, b: Weights) -> float:
 def _load_reference(checkpoint: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    return with_one_epsilon(model)
 
 
 class Reference:

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import psutil
 import torch
+from epsilon import with_one_epsilon
 from transformers import AutoModelForCausalLM
 
 from roll_r3.batch.trajectory import Trajectory
@@ -197,7 +198,7 @@ class Reference:
     """One transformers forward in fp32 over a whole sequence: no cache, no batching, no code of ours."""
 
     def __init__(self, checkpoint: Path, temperature: float = 1.0) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self._model = with_one_epsilon(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
         self._temperature = temperature
         self._chosen: list[torch.Tensor] = []
         for layer in read_facts(checkpoint).moe_layers:

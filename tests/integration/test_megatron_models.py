@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from distributed import Gang
+from epsilon import with_one_epsilon
 from megatron_cases import (
     FULL_RECOMPUTE,
     INTERLEAVED,
     Case,
     Reference,
+    assert_copies_agree,
     gradients,
     largest_difference,
     make_batch,
@@ -79,6 +81,123 @@ def test_native_log_probs_equal_transformers(name: str, gang: Gangs, models: dic
     wanted = Reference(str(checkpoint)).tokens(batch, replay=False)[0].detach().numpy()
     print(f"{name}: {np.abs(outcome.log_probs - wanted).max():.1e}")
     assert np.abs(outcome.log_probs - wanted).max() < 1e-5
+
+
+def selective(*modules: str) -> dict[str, object]:
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
+UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+FOURS = {
+    "TP4 above 2 key and value heads": (
+        "qwen3_moe_mixed",
+        {"tensor_model_parallel_size": 4, **selective("core_attn", "mlp")},
+        False,
+    ),
+    "TP4 EP2 of latent attention": (
+        "moonlight",
+        {"tensor_model_parallel_size": 4, **EP2, **selective("mla_up_proj", "shared_experts")},
+        True,
+    ),
+    "PP4": (
+        "deepseek_v3",
+        {"pipeline_model_parallel_size": 4, **selective("core_attn", "mla_up_proj", "mlp", "shared_experts")},
+        True,
+    ),
+    "CP4 packed": ("qwen2_moe", {"context_parallel_size": 4, **UNIFORM}, True),
+    "CP4 EP4": ("mixtral", {"context_parallel_size": 4, "expert_model_parallel_size": 4, **UNIFORM}, False),
+}
+"""Four ranks in one dimension, for which the matrix has no room, since it mixes dimensions; and what it does not
+recompute."""
+
+
+@pytest.mark.parametrize("name", FOURS)
+def test_four_ranks_in_one_dimension_equal_the_reference(name: str, gang: Gangs, models: dict[str, Path]) -> None:
+    model, layout, packed = FOURS[name]
+    checkpoint = models[model]
+    batch = make_batch(checkpoint=checkpoint)
+    case = Case(str(checkpoint), layout, packed=packed)
+
+    outcomes = gang(4).run(run_case, case, batch)
+
+    found = gradients(read_weights(checkpoint), outcomes[0].weights)
+    difference = largest_difference(found, Reference(str(checkpoint)).gradients(batch, case.config()))
+    print(f"{name}: largest |gradient - reference| {difference:.1e}")
+    assert difference < 1e-6
+    assert_copies_agree(outcomes)
+    counts = outcomes[0].train_counts
+    assert counts.trainable == counts.trainable_replayed > 0
+
+
+HALF = {"rope_theta": 300.0, "rms_norm_eps": 1e-2}
+READ: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"head_dim": 24, "norm_topk_prob": False, "moe_intermediate_size": 48, "decoder_sparse_step": 2},
+    "qwen2_moe": {"qkv_bias": False, "norm_topk_prob": True, "shared_expert_intermediate_size": 48},
+    "olmoe": {"norm_topk_prob": True},
+    "mixtral": {"head_dim": 24, "num_experts_per_tok": 3},
+    "deepseek_v3": {
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 2,
+        "v_head_dim": 24,
+        "qk_rope_head_dim": 12,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    },
+    "moonlight": {"q_lora_rank": 24, "routed_scaling_factor": 1.5, "n_shared_experts": 2},
+}
+"""Fields of config.json with another value than the tiny models have, none of which may be taken for its default."""
+
+
+@pytest.mark.parametrize("engine", ["megatron", "fsdp2"])
+@pytest.mark.parametrize("name", READ)
+def test_fields_of_config_json_are_built_as_they_say(name: str, engine: str, gang: Gangs, tmp_path: Path) -> None:
+    checkpoint = make_model(tmp_path, name, **HALF, **READ[name])
+    batch = make_batch(checkpoint=checkpoint)
+    case = Case(str(checkpoint), log_probs_first=True, engine=engine)
+
+    outcome = gang(1).run(run_case, case, batch)[0]
+
+    reference = Reference(str(checkpoint))
+    difference = largest_difference(
+        gradients(read_weights(checkpoint), outcome.weights), reference.gradients(batch, case.config())
+    )
+    off = np.abs(outcome.log_probs - reference.tokens(batch, replay=True)[0].detach().numpy()).max()
+    print(f"{name}, {engine}: |gradient - reference| {difference:.1e}, |log-prob - reference| {off:.1e}")
+    assert difference < 1e-6
+    assert off < 1e-5
+
+
+SEEN = {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "routed_scaling_factor": 2.5}
+"""Values that these fields have otherwise, of those with which the weights still fit."""
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_comparison_would_see_a_field_that_is_not_read(name: str, tmp_path: Path) -> None:
+    checkpoint = make_model(tmp_path / "m", name, **HALF, **READ[name])
+    batch = make_batch(checkpoint=checkpoint)
+    wanted = Reference(str(checkpoint)).tokens(batch, replay=True)[0]
+    for field, value in SEEN.items():
+        other = Reference(str(checkpoint))
+        if field == "routed_scaling_factor" and not hasattr(other.model.config, field):
+            continue
+        if field == "rope_theta":
+            other.model.config.rope_parameters["rope_theta"] = value
+            rotary = other.model.model.rotary_emb
+            other.model.model.rotary_emb = type(rotary)(other.model.config)
+        elif field == "rms_norm_eps":
+            other.model.config.rms_norm_eps = value
+            with_one_epsilon(other.model)
+        else:
+            setattr(other.model.config, field, value)
+        assert (other.tokens(batch, replay=True)[0] - wanted).abs().max() > 1e-3, field
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,12 @@ def _recomputes_ungrouped(config: RLVRConfig) -> Verdict:
     )
 
 
+def _recomputes_norms_on_cpu(config: RLVRConfig) -> Verdict:
+    roles = {role: layout(worker) for role, worker in megatron_workers(config).items()}
+    used = [role for role, m in roles.items() if "layernorm" in m.recompute_modules]
+    return ", ".join(used) if config.device_type == "cpu" else False
+
+
 def _gpu_kernels_on_cpu(config: RLVRConfig) -> Verdict:
     roles = {role: layout(worker) for role, worker in megatron_workers(config).items()}
     used = [role for role, m in roles.items() if m.moe_grouped_gemm or m.moe_router_fusion]
@@ -280,6 +286,19 @@ RULES: tuple[AnyRule, ...] = (
         ),
         right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe_act]"),
         violates=_recomputes_ungrouped,
+    ),
+    Rule(
+        id="layernorm-needs-transformer-engine",
+        fields=(f"*.{RECOMPUTE}_modules", "device_type"),
+        why="megatron-core recomputes norms by a part of TransformerEngine, which runs on a GPU only",
+        fix="take layernorm out",
+        wrong=(
+            "device_type=cpu",
+            f"{TRAIN}.recompute_granularity=selective",
+            f"{TRAIN}.recompute_modules=[layernorm]",
+        ),
+        right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[layernorm]"),
+        violates=_recomputes_norms_on_cpu,
     ),
     Rule(
         id="gpu-kernels-on-cpu",

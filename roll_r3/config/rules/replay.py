@@ -66,8 +66,8 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="no-aux-loss",
         fields=(f"{MEGATRON}.moe_aux_loss_coeff",),
-        why="megatron-core's load-balancing loss takes a top-k of its own over all rows, padding included: it balances "
-        "experts that no token used",
+        why="megatron-core's load-balancing loss takes a top-k of its own: under replay it balances experts that no "
+        "token used",
         fix="write moe_aux_loss_coeff: 0",
         wrong=(f"{TRAIN}.moe_aux_loss_coeff=0.01",),
         right=(f"{TRAIN}.moe_aux_loss_coeff=0",),

@@ -5,17 +5,28 @@ Only data and arithmetic: no engine and no weights are needed to read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from roll_r3.config.report import show_value
+from roll_r3.models.architectures.fields import (
+    ALL,
+    COMMON,
+    MEGATRON,
+    Builder,
+    Fields,
+    Refusal,
+    shown,
+)
+from roll_r3.models.architectures.fields import RawConfig as RawConfig  # read by many beside its fields
+from roll_r3.models.architectures.rope import ROPE_TYPES, RopeTypes, rope_refusals, rotary_arguments, unknown_rope
 
 HfConfig = Any
 """The `transformers` configuration of a checkpoint, with its defaults filled in."""
-RawConfig = Mapping[str, Any]
-"""A config.json as it was written."""
 Names = dict[str, tuple[str, ...]]
+GateKind = Literal["softmax", "softmax renormalised", "sigmoid"]
+"""Of the chosen experts: their part of the softmax over all, renormalised where `norm_topk_prob` says so, or always; or
+sigmoids with a scale."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +46,27 @@ class Architecture:
     value is that number. The parts of `linear_qkv` and `linear_fc1` are interleaved and stacked by mbridge."""
     tiny: Mapping[str, Mapping[str, Any]]
     """Configurations of tiny models for tests, by name; what `TINY` gives need not be said again."""
-    refuses: Callable[[RawConfig], list[str]] = lambda config: []
-    """Settings of a checkpoint that megatron-core cannot build, each with the reason; see `unbuildable`."""
+    router_class: str
+    """The class of transformers' router."""
+    gates: GateKind
+    """The formula of that router's gates."""
+    fields: Fields
+    """The account of its config.json, beyond `COMMON`."""
+    refuses: Callable[[RawConfig], list[Refusal]] = lambda config: []
+    """Settings that are not built and that more than one field decides; see `unbuildable`."""
+    rope_types: RopeTypes = field(default_factory=lambda: ROPE_TYPES)
+    gpt_model: Callable[[HfConfig], dict[str, Any]] = rotary_arguments
+    """Arguments of megatron's GPTModel that follow from the checkpoint, beyond sizes."""
+    optional: Mapping[str, Callable[[RawConfig], bool]] = field(default_factory=dict)
+    """Keys of `layer_names` that only some checkpoints have, and which do."""
     latent_attention: bool = False
     """Multi-head latent attention: keys and values through a low-rank projection."""
     whole_qk_norm: bool = False
     """The norms of Q and K span all heads of a token, not each head alone."""
+
+    def has(self, name: str, config: RawConfig) -> bool:
+        """Tell if a checkpoint with this config.json has the parameter `name` of `layer_names`."""
+        return name in self.layer_names and self.optional.get(name, lambda config: True)(config)
 
 
 TOP_NAMES: Names = {
@@ -111,9 +137,9 @@ def whole_number(config: RawConfig, name: str, *, least: int = 1, most: int = MA
     """A number of a config.json. Raises KeyError where it is missing, ValueError where it is none, or out of bounds."""
     value = config[name]
     if type(value) is not int or value < least:  # a bool is no number
-        raise ValueError(f"{name} is {_shown(value)}")
+        raise ValueError(f"{name} is {shown(value)}")
     if value > most:
-        raise ValueError(f"{name} is {_shown(value)}, at most {most} are possible")
+        raise ValueError(f"{name} is {shown(value)}, at most {most} are possible")
     return value
 
 
@@ -129,13 +155,8 @@ def layer_numbers(config: RawConfig, name: str) -> frozenset[int]:
     if value is None:
         return frozenset()
     if not isinstance(value, list) or any(type(layer) is not int or layer < 0 for layer in value):
-        raise ValueError(f"{name} is {_shown(value)}, which is no list of layers")
+        raise ValueError(f"{name} is {shown(value)}, which is no list of layers")
     return frozenset(value)
-
-
-def _shown(value: object) -> str:
-    """A value as JSON has it, cut: a text in quotation marks, which are what is wrong with many a number."""
-    return f'"{show_value(value)}"' if isinstance(value, str) else show_value(value)
 
 
 def all_layers(config: RawConfig) -> tuple[int, ...]:
@@ -155,29 +176,33 @@ def softmax_router(config: HfConfig, *, renormalised: bool) -> dict[str, Any]:
     }
 
 
-def refuse(**reasons: object) -> list[str]:
-    """`name=value` of each given setting that is set (not None, False or 0)."""
-    return [f"{name} is {value!r}" for name, value in reasons.items() if value]
+def top_one_refusals(config: RawConfig, *, renormalised: bool) -> list[Refusal]:
+    """A softmax that is renormalised over one expert: megatron-core refuses it, for its gate is always 1."""
+    if not renormalised or config.get("num_experts_per_tok") != 1:
+        return []
+    return [
+        Refusal(
+            "num_experts_per_tok is 1 with gates that are renormalised: each is 1, which trains no router", MEGATRON
+        )
+    ]
 
 
-def rope_settings(config: RawConfig) -> Mapping[str, Any]:
-    """The settings of the rotary embedding, under the name of transformers 5 or that of before; empty: plain."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def unbuildable(architecture: Architecture, config: RawConfig) -> list[str]:
-    """Why megatron-core cannot build a checkpoint with this config.json; empty when it can."""
+def unbuildable(architecture: Architecture, config: RawConfig, builders: Collection[Builder] = ALL) -> list[str]:
+    """Why these libraries cannot build a checkpoint with this config.json; empty when they can."""
     try:
-        return _unbuildable(architecture, config)
+        found = [
+            *architecture.refuses(config),
+            *(COMMON | architecture.fields).refusals(config),
+            *rope_refusals(architecture.rope_types, config),
+        ]
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a field of another type, or a 0
         return [f"its settings cannot be read: {error}"]
+    return [refusal.reason for refusal in found if refusal.by & frozenset(builders)]
 
 
-def _unbuildable(architecture: Architecture, config: RawConfig) -> list[str]:
-    reasons = architecture.refuses(config)
-    rope = rope_settings(config)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    known = ("default", "yarn") if architecture.latent_attention else ("default",)
-    if kind not in known:
-        reasons.append(f"rope type {kind!r} is not built, only {' and '.join(known)}")
-    return reasons
+def unknown_fields(architecture: Architecture, config: RawConfig) -> list[str]:
+    """`name = value` of each field of a config.json that roll_r3 does not know."""
+    try:
+        return [*(COMMON | architecture.fields).unknown(config), *unknown_rope(config)]
+    except (TypeError, ValueError, AttributeError):  # rope settings of another type, which `unbuildable` names
+        return []

@@ -16,11 +16,11 @@ from roll_r3.models.architectures.base import (
     HfConfig,
     RawConfig,
     all_layers,
-    refuse,
-    rope_settings,
     shared_expert,
     whole_number_or,
 )
+from roll_r3.models.architectures.fields import ALL, MEGATRON, TRANSFORMERS, VLLM, Fields, Refusal, names, off, only
+from roll_r3.models.architectures.rope import rope_settings
 
 
 def _moe_layers(config: RawConfig) -> tuple[int, ...]:
@@ -67,23 +67,52 @@ def _rope(rope: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuses(config: RawConfig) -> list[str]:
+def _refuses(config: RawConfig) -> list[Refusal]:
     """What config.json leaves out has the defaults of transformers."""
-    found = refuse(attention_bias=config.get("attention_bias"))
-    if not config.get("norm_topk_prob", True):
-        found.append("norm_topk_prob is false, but megatron renormalises sigmoid gates")
-    if not config.get("rope_interleave", True):
-        found.append("rope_interleave is false, but megatron's latent attention pairs neighbouring channels")
+    found = []
     top_k, groups = config.get("num_experts_per_tok", 8), config.get("topk_group", 4)
-    if config.get("n_group", 8) > 1 and top_k // groups != 2:
+    if top_k == 1:
         found.append(
+            Refusal(
+                "num_experts_per_tok is 1: the model renormalises a sigmoid gate always, megatron not one", MEGATRON
+            )
+        )
+    if config.get("n_group", 8) > 1 and top_k // groups != 2:
+        reason = (
             f"num_experts_per_tok {top_k} over topk_group {groups} is not 2: the model rates a group by its two best "
             "experts, megatron by that quotient"
         )
+        found.append(Refusal(reason, MEGATRON))
     if len([name for name in ("mscale", "mscale_all_dim") if rope_settings(config).get(name)]) == 1:
-        found.append("its rope settings have one of mscale and mscale_all_dim: transformers then scales in another way")
+        found.append(
+            Refusal("its rope settings have one of mscale and mscale_all_dim: transformers then scales in another way")
+        )
     return found
 
+
+FIELDS = Fields(
+    read=names(
+        "n_routed_experts num_local_experts n_shared_experts moe_intermediate_size first_k_dense_replace n_group "
+        "topk_group routed_scaling_factor kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
+    ),
+    inert={
+        **dict.fromkeys(("head_dim", "qk_head_dim"), "it follows from qk_nope_head_dim and qk_rope_head_dim"),
+        **dict.fromkeys(
+            ("num_nextn_predict_layers", "num_mtp_layers"),
+            "layers that predict further tokens are not built; a saved checkpoint keeps their weights as they were",
+        ),
+        **dict.fromkeys(("aux_loss_alpha", "seq_aux"), "it belongs to a balancing loss, which roll_r3 has not"),
+        "ep_size": "the layout of the run says it",
+    },
+    only={
+        "attention_bias": off(by=ALL - TRANSFORMERS),
+        "norm_topk_prob": only(True, by=MEGATRON),
+        "rope_interleave": only(True, by=MEGATRON | VLLM),
+        "moe_layer_freq": only(1, by=TRANSFORMERS),
+        "scoring_func": only("sigmoid"),
+        "topk_method": only("noaux_tc"),
+    },
+)
 
 _TINY = {
     "num_key_value_heads": 4,
@@ -101,6 +130,7 @@ _TINY = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
+    "rms_norm_eps": 1e-5,  # of the latent norms too, where transformers always has 1e-6
     "num_nextn_predict_layers": 0,
     # SGLang reads these, transformers does not
     "moe_layer_freq": 1,
@@ -142,6 +172,10 @@ DEEPSEEK_V3 = Architecture(
         "deepseek_v3": {**_TINY, "rope_scaling": _YARN},
         "moonlight": {**_TINY, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3},
     },
+    router_class="DeepseekV3TopkRouter",
+    gates="sigmoid",
+    fields=FIELDS,
     refuses=_refuses,
+    rope_types={"default": ALL, "yarn": ALL},
     latent_attention=True,
 )

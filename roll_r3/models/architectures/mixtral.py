@@ -9,11 +9,12 @@ from roll_r3.models.architectures.base import (
     NORMS,
     Architecture,
     HfConfig,
-    RawConfig,
     all_layers,
-    refuse,
     softmax_router,
+    top_one_refusals,
 )
+from roll_r3.models.architectures.fields import SGLANG, Fields, off
+from roll_r3.models.architectures.rope import ROPE_TYPES
 
 
 def _megatron(config: HfConfig) -> dict[str, Any]:
@@ -24,9 +25,10 @@ def _megatron(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _refuses(config: RawConfig) -> list[str]:
-    return refuse(sliding_window=config.get("sliding_window"), router_jitter_noise=config.get("router_jitter_noise"))
-
+FIELDS = Fields(
+    read=frozenset({"num_local_experts", "num_experts"}),
+    only={"tie_word_embeddings": off(by=SGLANG)},  # it leaves the output layer without weights
+)
 
 MIXTRAL = Architecture(
     model_type="mixtral",
@@ -44,5 +46,9 @@ MIXTRAL = Architecture(
         "mlp.experts.linear_fc2.weight": ("block_sparse_moe.experts.{}.w2.weight",),
     },
     tiny={"mixtral": {"intermediate_size": 64, "num_local_experts": 8}},
-    refuses=_refuses,
+    router_class="MixtralTopKRouter",
+    gates="softmax renormalised",
+    fields=FIELDS,
+    refuses=lambda config: top_one_refusals(config, renormalised=True),
+    rope_types={kind: by if kind == "default" else by - SGLANG for kind, by in ROPE_TYPES.items()},
 )

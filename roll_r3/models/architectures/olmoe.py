@@ -11,11 +11,11 @@ from roll_r3.models.architectures.base import (
     QK_NORM,
     Architecture,
     HfConfig,
-    RawConfig,
     all_layers,
-    refuse,
     softmax_router,
+    top_one_refusals,
 )
+from roll_r3.models.architectures.fields import ALL, ENGINES, SGLANG, TRANSFORMERS, Fields, off, only
 
 
 def _megatron(config: HfConfig) -> dict[str, Any]:
@@ -28,9 +28,16 @@ def _megatron(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _refuses(config: RawConfig) -> list[str]:
-    return refuse(clip_qkv=config.get("clip_qkv"), attention_bias=config.get("attention_bias"))
-
+FIELDS = Fields(
+    read=frozenset({"num_experts", "num_local_experts"}),
+    only={
+        "attention_bias": off(by=ALL - TRANSFORMERS),
+        "clip_qkv": off(by=ALL - TRANSFORMERS),
+        "norm_topk_prob": off(by=ENGINES),
+        "rms_norm_eps": only(1e-5, by=ENGINES),
+        "tie_word_embeddings": off(by=SGLANG),  # it leaves the output layer without weights
+    },
+)
 
 OLMOE = Architecture(
     model_type="olmoe",
@@ -41,6 +48,9 @@ OLMOE = Architecture(
     tiny={
         "olmoe": {"num_key_value_heads": 4, "intermediate_size": 32, "num_experts": 16, "norm_topk_prob": False},
     },
-    refuses=_refuses,
+    router_class="OlmoeTopKRouter",
+    gates="softmax",
+    fields=FIELDS,
+    refuses=lambda config: top_one_refusals(config, renormalised=bool(config.get("norm_topk_prob"))),
     whole_qk_norm=True,
 )

@@ -16,11 +16,12 @@ from roll_r3.models.architectures.base import (
     RawConfig,
     all_layers,
     layer_numbers,
-    refuse,
     shared_expert,
     softmax_router,
+    top_one_refusals,
     whole_number_or,
 )
+from roll_r3.models.architectures.fields import MEGATRON, SGLANG, VLLM, Fields, Refusal, off, only
 
 
 def _moe_layers(config: RawConfig) -> tuple[int, ...]:
@@ -49,10 +50,22 @@ def _qwen2(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _refuses(config: RawConfig) -> list[str]:
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    return refuse(sliding_window=window, attention_bias=config.get("attention_bias"))
+def _refuses(config: RawConfig) -> list[Refusal]:
+    return top_one_refusals(config, renormalised=bool(config.get("norm_topk_prob")))
 
+
+_FIELDS = Fields(
+    read=frozenset({"num_experts", "num_local_experts", "moe_intermediate_size", "norm_topk_prob"}),
+    inert=dict.fromkeys(("sliding_window", "max_window_layers"), "it is read with use_sliding_window, which is off"),
+    only={
+        # SGLang builds every layer with experts, and a tied output layer without weights
+        "mlp_only_layers": off(by=SGLANG),
+        "decoder_sparse_step": only(1, by=SGLANG),
+        "tie_word_embeddings": off(by=SGLANG),
+    },
+)
+QWEN3_FIELDS = _FIELDS | Fields(only={"attention_bias": off(by=MEGATRON | VLLM)})
+QWEN2_FIELDS = _FIELDS | Fields(read=frozenset({"qkv_bias", "shared_expert_intermediate_size"}))
 
 _TINY = {
     "head_dim": 16,
@@ -70,6 +83,9 @@ QWEN3_MOE = Architecture(
     megatron=_qwen3,
     layer_names={**NORMS, **ATTENTION, **QK_NORM, **DENSE_MLP, **MOE},
     tiny={"qwen3_moe": _TINY, "qwen3_moe_mixed": {**_TINY, "mlp_only_layers": [2]}},
+    router_class="Qwen3MoeTopKRouter",
+    gates="softmax",
+    fields=QWEN3_FIELDS,
     refuses=_refuses,
 )
 
@@ -94,5 +110,9 @@ QWEN2_MOE = Architecture(
             "shared_expert_intermediate_size": 64,
         }
     },
+    router_class="Qwen2MoeTopKRouter",
+    gates="softmax",
+    fields=QWEN2_FIELDS,
     refuses=_refuses,
+    optional={"self_attention.linear_qkv.bias": lambda config: bool(config.get("qkv_bias", True))},
 )

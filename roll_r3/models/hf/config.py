@@ -8,6 +8,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from roll_r3.errors import ConfigError
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.architectures.base import unbuildable
+from roll_r3.models.architectures.fields import TRANSFORMERS
 from roll_r3.models.facts import read_facts
 
 
@@ -19,12 +22,15 @@ def read_hf_config(checkpoint: str | Path) -> Any:
     turned off.
 
     Raises:
-        ConfigError: an architecture that is not known (see `read_facts`), or quantized weights.
+        ConfigError: an architecture that is not known (see `read_facts`), settings that are not built (see
+            `unbuildable`), or quantized weights.
     """
-    read_facts(checkpoint)
+    facts = read_facts(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{checkpoint}: its weights are quantized: convert it to bf16 first")
+    if refused := unbuildable(ARCHITECTURES[facts.model_type], config.to_dict(), TRANSFORMERS):
+        raise ConfigError(f"{checkpoint} ({facts.model_type}) is not built with transformers: {'; '.join(refused)}")
     # None: transformers' own choice. A kernel on the hub that is named here would be fetched and run
     config._attn_implementation = None
     config._experts_implementation = None

@@ -12,25 +12,41 @@ from typing import Any
 import torch
 
 from roll_r3.errors import ConfigError
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.architectures.base import GateKind
 
 RouterOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Gates = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 """(router, logits [t, E], ids [t, K]) -> gates [t, K]."""
+SMALLEST_SUM = 1e-20
+"""Of probabilities that are still divided by: far above where fp32 loses digits, far below K / E."""
+
+
+def _renormalised(chosen_tK: torch.Tensor, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -> torch.Tensor:
+    """Gates that sum to 1 in every row: the chosen probabilities over their sum.
+
+    Replayed experts may be so unlikely that their probabilities vanish. There the softmax over the chosen logits, the
+    same number, takes their place, in backward too. A router's own choice has at least K / E.
+    """
+    sum_t1 = chosen_tK.sum(-1, keepdim=True)
+    vanishing_t1 = sum_t1 < SMALLEST_SUM
+    over_chosen_tK = logits_tE.gather(1, ids_tK).softmax(-1, dtype=torch.float)
+    # a division that is not chosen must not be one by 0: its gradient would be NaN all the same
+    return torch.where(vanishing_t1, over_chosen_tK, chosen_tK / sum_t1.masked_fill(vanishing_t1, 1.0))
 
 
 def _softmax_gates(router: Any, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -> torch.Tensor:
     gates_tK = logits_tE.softmax(-1, dtype=torch.float).gather(1, ids_tK)
     if router.norm_topk_prob:
-        gates_tK = gates_tK / gates_tK.sum(-1, keepdim=True)
+        gates_tK = _renormalised(gates_tK, logits_tE, ids_tK)
     return gates_tK.to(logits_tE.dtype)
 
 
-def _mixtral_gates(router: Any, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -> torch.Tensor:
-    gates_tK = logits_tE.float().softmax(-1).gather(1, ids_tK)
-    return gates_tK / gates_tK.sum(-1, keepdim=True)
+def _always_renormalised_gates(router: Any, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -> torch.Tensor:
+    return _renormalised(logits_tE.float().softmax(-1).gather(1, ids_tK), logits_tE, ids_tK)
 
 
-def _deepseek_gates(router: Any, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -> torch.Tensor:
+def _sigmoid_gates(router: Any, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -> torch.Tensor:
     """The bias and the groups take part in the choice alone."""
     gates_tK = logits_tE.sigmoid().gather(1, ids_tK)
     if router.norm_topk_prob:
@@ -38,13 +54,12 @@ def _deepseek_gates(router: Any, logits_tE: torch.Tensor, ids_tK: torch.Tensor) 
     return gates_tK * router.routed_scaling_factor
 
 
-GATES: dict[str, Gates] = {
-    "Qwen3MoeTopKRouter": _softmax_gates,
-    "Qwen2MoeTopKRouter": _softmax_gates,
-    "OlmoeTopKRouter": _softmax_gates,
-    "MixtralTopKRouter": _mixtral_gates,
-    "DeepseekV3TopkRouter": _deepseek_gates,
+_KINDS: dict[GateKind, Gates] = {
+    "softmax": _softmax_gates,
+    "softmax renormalised": _always_renormalised_gates,
+    "sigmoid": _sigmoid_gates,
 }
+GATES: dict[str, Gates] = {a.router_class: _KINDS[a.gates] for a in ARCHITECTURES.values()}
 """By the router's class, whose forward each was written after: of the router's own choice they are its own gates, to
 the last bit."""
 

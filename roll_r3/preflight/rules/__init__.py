@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from roll_r3.config.rules import RULES as CONFIG_RULES
 from roll_r3.config.rules.table import Row
-from roll_r3.preflight.rules import engines, files, model
+from roll_r3.preflight.rules import engines, fields, files, model
 from roll_r3.preflight.rules.table import AnyPreflightRule
 
-PREFLIGHT_RULES: tuple[AnyPreflightRule, ...] = (*engines.RULES, *files.RULES, *model.RULES)
+PREFLIGHT_RULES: tuple[AnyPreflightRule, ...] = (*engines.RULES, *files.RULES, *model.RULES, *fields.RULES)
 
 ALL_RULES: tuple[Row, ...] = (*CONFIG_RULES, *PREFLIGHT_RULES)
 """Every row of the table, for those who show it."""

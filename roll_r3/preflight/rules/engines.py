@@ -50,7 +50,8 @@ def _cannot_pack(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
 
 def _args_that_lose_routes(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     on_sglang, on_vllm = sglang(config), vllm(config)
-    found = sglang_server.args_that_lose_routes(on_sglang) if on_sglang else []
+    records = config.actor_infer.router_replay.mode == "R3"
+    found = sglang_server.args_that_lose_routes(on_sglang, record_routes=records) if on_sglang else []
     return "; ".join(found + (vllm_server.args_that_lose_routes(on_vllm) if on_vllm else []))
 
 
@@ -141,6 +142,7 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="server-args-lose-routes",
         fields=(f"{ENGINE}.server_args",),
+        depends=(INFER_REPLAY,),
         why="routed experts would be missing or wrong with these features of the engine",
         fix="take them out",
         wrong=(f"{ENGINE}.server_args.speculative_algorithm=EAGLE",),

@@ -21,8 +21,6 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.layout import SPLIT_RULES
 from roll_r3.config.rules.paths import ENGINE, EP, ETP, MEGATRON, PP, TP, TRAIN, TRAIN_REPLAY, VPP
 from roll_r3.config.rules.table import Verdict, remainder
-from roll_r3.models.architectures import ARCHITECTURES
-from roll_r3.models.architectures.base import unbuildable
 from roll_r3.models.layer_map import chunk_layers
 from roll_r3.models.size import shape_of, shape_problem, width_problems
 from roll_r3.preflight.checkpoints import Model
@@ -81,12 +79,6 @@ def _quantized(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
         if (quantization := model.raw.get("quantization_config"))
     ]
     return ", ".join(found)
-
-
-def _unbuildable(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    trained = {r: m for r, m in _models(config, surroundings).items() if r in megatron_workers(config) and m.facts}
-    found = {role: unbuildable(ARCHITECTURES[str(m.raw["model_type"])], m.raw) for role, m in trained.items()}
-    return "; ".join(f"{role}: {', '.join(reasons)}" for role, reasons in found.items() if reasons)
 
 
 def _recomputes_what_is_not_there(model: RoleModel) -> Verdict:
@@ -191,16 +183,6 @@ RULES: tuple[AnyPreflightRule, ...] = (
         wrong=("pretrain=Qwen/Qwen3-8B", "actor_train.router_replay={}", "actor_infer.router_replay={}"),
         right=("pretrain=mistralai/Mixtral-8x7B-v0.1",),
         violates=_unknown_architectures,
-    ),
-    SurroundingsRule(
-        id="checkpoint-buildable",
-        fields=_CHECKPOINTS,
-        why="Megatron cannot build a checkpoint with these settings in its config.json",
-        fix="name a checkpoint without them",
-        wrong=(),
-        wrong_where=Pretend(config_json={"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
-        right=(),
-        violates=_unbuildable,
     ),
     SurroundingsRule(
         id="checkpoint-not-quantized",

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.strategies import MegatronConfig
+from roll_r3.config.workers import ModelArgs
 from roll_r3.errors import ConfigError
 from roll_r3.strategies.base import ProcessInfo
+from roll_r3.strategies.train.megatron.parallel import RankLayout
 
 VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 
@@ -63,3 +67,14 @@ def test_a_role_that_is_not_configured_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="reference is not configured"):
         MegatronInfer(_config(1), "reference", ProcessInfo())
+
+
+@pytest.mark.parametrize(("module", "needs"), [("layernorm", "TransformerEngine"), ("moe_act", "moe_grouped_gemm")])
+def test_modules_that_plain_layers_cannot_recompute_are_refused_before_the_first_step(module: str, needs: str) -> None:
+    """On a GPU without TransformerEngine, which no rule can know of."""
+    from roll_r3.strategies.train.megatron.model import build_model
+
+    settings = MegatronConfig(recompute_granularity="selective", recompute_modules=(module,))
+    layout, device = RankLayout.of(settings, ProcessInfo(), "settings"), torch.device("cpu")
+    with pytest.raises(ConfigError, match=f"recompute_modules has {module}, which needs {needs}"):
+        build_model("/nowhere", ModelArgs(), settings, layout, device, replays=True, trains=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import TINY
 from roll_r3.models.facts import facts_of
 from roll_r3.models.hf.config import read_hf_config
+from roll_r3.models.hf.norms import set_latent_epsilon
 from roll_r3.models.hf.routers import GATES, find_routers, router_class
 from roll_r3.models.hf.tokenizer import read_tokenizer
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
+from roll_r3.strategies.rollout.hf.strategy import _read_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,6 +40,36 @@ def test_gates_of_the_routers_own_choice_are_its_own_to_the_last_bit(name: str, 
         ours = GATES[router_class(router)](router, logits, ids)
         assert ours.dtype == gates.dtype
         assert torch.equal(ours, gates)
+
+
+UNLIKELY = [
+    *((router, {"norm_topk_prob": True}, gap)
+      for router in ("Qwen3MoeTopKRouter", "MixtralTopKRouter")
+      for gap in (0.0, 40.0, 60.0, 85.0, 95.0, 110.0, 200.0)),
+    # sigmoids vanish below -88, in the model and in every trainer
+    *(("DeepseekV3TopkRouter", {"norm_topk_prob": True, "routed_scaling_factor": 2.5}, gap) for gap in (0.0, 85.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("router", "settings", "gap"), UNLIKELY)
+def test_gates_of_unlikely_experts_are_numbers_and_so_are_their_gradients(
+    router: str, settings: dict[str, object], gap: float
+) -> None:
+    """A live choice that is so much more likely than the replayed one that fp32 has no number for the latter."""
+    values = torch.tensor([[gap, 0.0, 1.0, -0.5], [0.3, 0.1, 1.0, -0.5]])
+    if router.startswith("Deepseek"):
+        values[0, 1:] -= gap / 4  # keeps 1e-20, which the model adds, out of the reference
+    ids, weights = torch.tensor([[1, 2], [3, 0]]), torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    logits, exact = values.clone().requires_grad_(), values.double().requires_grad_()
+    gates = GATES[router](types.SimpleNamespace(**settings), logits, ids)
+    scores = exact.sigmoid() if router.startswith("Deepseek") else exact.softmax(-1)
+    chosen = scores.gather(1, ids)
+    wanted = chosen / chosen.sum(-1, keepdim=True) * settings.get("routed_scaling_factor", 1.0)
+    (gates * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    assert torch.allclose(gates.double(), wanted, rtol=1e-5, atol=0)
+    assert torch.isfinite(logits.grad).all()
+    assert torch.allclose(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
 class MixtralTopKRouter(torch.nn.Module):
@@ -108,6 +141,24 @@ def test_a_checkpoint_does_not_say_what_computes_its_attention_and_experts(tmp_p
     assert given._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "qwen3_moe"])
+def test_latent_norms_have_the_epsilon_of_config_json(name: str) -> None:
+    """transformers' own is 1e-6 in every model; one that differs shows in every log-probability."""
+    architecture = ARCHITECTURES[TINY_MODELS[name]]
+    fields = {**TINY, **architecture.tiny[name], "vocab_size": 32, "rms_norm_eps": 1e-3}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.model_type, **fields))
+    set_latent_epsilon(model)
+    norms = {name: module for name, module in model.named_modules() if name.endswith("norm")}
+    assert len(norms) > 8
+    assert {norm.variance_epsilon for norm in norms.values()} == {1e-3}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight"])
+def test_a_rollout_with_transformers_sets_the_epsilon_of_latent_norms(name: str, tmp_path: Path) -> None:
+    model = _read_model(make_tiny_checkpoint(tmp_path, name), torch.float32)
+    assert {norm.variance_epsilon for key, norm in model.named_modules() if key.endswith("norm")} == {1e-5}
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_tokenizer_runs_no_code_of_the_model(trusted: bool, tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
@@ -121,6 +172,7 @@ def test_a_tokenizer_runs_no_code_of_the_model(trusted: bool, tmp_path: Path) ->
     [
         ({"model_type": "llama"}, "model_type 'llama' is not known"),
         ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantized"),
+        ({"mlp_bias": True}, "is not built with transformers: mlp_bias is true"),
     ],
 )
 def test_what_cannot_be_run_is_refused(fields: dict[str, object], said: str, tmp_path: Path) -> None:

@@ -63,6 +63,12 @@ def test_tiny_models_are_as_large_as_transformers_makes_them(name, tied):
     assert model_size(config).total == parameters_of_transformers(config)
 
 
+def test_biases_that_a_model_has_not_are_not_counted():
+    config = tiny_configs()["qwen2_moe"]
+    without = config | {"qkv_bias": False}
+    assert model_size(without).total == parameters_of_transformers(without) < model_size(config).total
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_those_that_publishers_name(name):
     size = model_size(known_config(name))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,9 @@ from roll_r3.errors import EngineError
 from roll_r3.strategies.rollout.server_args import without_rank
 from roll_r3.strategies.rollout.sglang import launcher
 from roll_r3.strategies.rollout.sglang.server import (
+    _RUNNERS_LOSE_ROUTES,
     CPU_PATH,
+    RECORDING_RUNNER,
     args_that_lose_routes,
     refused_server_args,
     server_arguments,
@@ -113,9 +118,57 @@ def test_server_args_come_last_and_false_is_left_out() -> None:
     ],
 )
 def test_arguments_that_lose_routes_are_refused(name: str, value: str | int, reason: str) -> None:
-    (problem,) = args_that_lose_routes(SglangConfig(server_args={name: value}))
+    (problem,) = args_that_lose_routes(SglangConfig(server_args={name: value}), record_routes=False)
     assert name in problem
     assert reason in problem
+
+
+@pytest.mark.parametrize(
+    ("runner", "reason"),
+    [
+        ("auto", "Blackwell"),
+        ("flashinfer_trtllm", "itself"),
+        ("experimental_sgl_trtllm", "itself"),
+        ("flashinfer_mxfp4", "itself"),
+        ("triton_kernel", "itself"),
+    ],
+)
+def test_a_runner_whose_kernel_chooses_the_experts_is_refused_where_they_are_recorded(runner: str, reason: str) -> None:
+    config = SglangConfig(server_args={"moe_runner_backend": runner})
+    (problem,) = args_that_lose_routes(config, record_routes=True)
+    assert problem.startswith(f"server_args.moe_runner_backend: {runner}: ")
+    assert reason in problem
+    assert args_that_lose_routes(config, record_routes=False) == []
+    assert refused_server_args(config) == []
+
+
+@pytest.mark.parametrize(
+    ("server_args", "device", "record_routes", "runner"),
+    [
+        ({}, "cuda", True, "triton"),
+        ({"moe_runner_backend": "cutlass"}, "cuda", True, "cutlass"),
+        ({}, "cuda", False, None),
+        ({}, "cpu", True, None),
+    ],
+)
+def test_on_a_gpu_the_runner_is_one_that_records(
+    server_args: dict[str, str], device: str, record_routes: bool, runner: str | None
+) -> None:
+    line = arguments(SglangConfig(server_args=server_args), device=device, record_routes=record_routes)
+    assert ("--moe-runner-backend" in line) == (runner is not None)
+    assert runner is None or value_of(line, "--moe-runner-backend") == runner
+
+
+def test_the_runners_are_sglangs() -> None:
+    """Names of the release that this strategy was tested with."""
+    source = Path(find_spec("sglang").submodule_search_locations[0], "srt/arg_groups/choices.py").read_text()
+    values = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign) and _names_runners(node)]
+    (choices,) = [ast.literal_eval(value) for value in values]
+    assert {RECORDING_RUNNER, *_RUNNERS_LOSE_ROUTES} <= set(choices)
+
+
+def _names_runners(node: ast.Assign) -> bool:
+    return [target.id for target in node.targets if isinstance(target, ast.Name)] == ["MOE_RUNNER_BACKEND_CHOICES"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +202,7 @@ def test_owned_arguments_are_refused(name: str, value: str | int, reason: str) -
 def test_every_problem_is_reported_and_harmless_arguments_pass() -> None:
     config = SglangConfig(server_args={"pp_size": 2, "schedule_policy": "fcfs", "port": 1, "nnodes": 2})
     assert len(refused_server_args(config)) == 2
-    assert len(args_that_lose_routes(config)) == 1
+    assert len(args_that_lose_routes(config, record_routes=True)) == 1
 
 
 def test_the_key_is_in_the_environment_and_not_on_the_line() -> None:

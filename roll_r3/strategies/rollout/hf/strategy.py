@@ -23,6 +23,7 @@ from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.checkpoint import resolve_checkpoint, safetensors_files
 from roll_r3.models.facts import ModelFacts, read_facts
 from roll_r3.models.hf.config import read_hf_config
+from roll_r3.models.hf.norms import set_latent_epsilon
 from roll_r3.models.hf.routers import find_routers
 from roll_r3.models.hf.tokenizer import read_end_tokens, read_tokenizer
 from roll_r3.replay.checks import check_log_probs, compact_routes
@@ -256,4 +257,5 @@ def _read_model(checkpoint: Path, dtype: torch.dtype) -> Any:
     )
     if lacking := sorted(loaded["missing_keys"]):
         raise ConfigError(f"{checkpoint} lacks weights that make up {', '.join(lacking[:5])} ({len(lacking)} in all)")
+    set_latent_epsilon(model)
     return model.eval().requires_grad_(False)

@@ -42,6 +42,19 @@ _LOSE_ROUTES: dict[str, str] = {
 }
 """Features with which routed experts would be missing or wrong."""
 
+_RUNNER = "moe_runner_backend"
+RECORDING_RUNNER = "triton"
+"""The one that hands its experts' ids to SGLang's recorder on every GPU."""
+_OWN_TOP_K = "its kernel chooses the experts itself, so that none are recorded"
+_RUNNERS_LOSE_ROUTES: dict[str, str] = {
+    "auto": "on a Blackwell GPU SGLang takes flashinfer_trtllm for it, which records no experts",
+    "flashinfer_trtllm": _OWN_TOP_K,
+    "experimental_sgl_trtllm": _OWN_TOP_K,
+    "flashinfer_mxfp4": _OWN_TOP_K,
+    "triton_kernel": _OWN_TOP_K,
+}
+"""Values of `moe_runner_backend` with which SGLang's TopK never reaches its recorder."""
+
 _REFUSED: dict[str, str] = {
     "enable_return_routed_experts": "it follows actor_infer.router_replay.mode",
     "dp_size": _NO_REPLICAS,
@@ -81,9 +94,17 @@ _REFUSED: dict[str, str] = {
 }
 
 
-def args_that_lose_routes(config: SglangConfig) -> list[str]:
-    """One message for each entry of `server_args` with which routed experts would be missing or wrong."""
-    return losing_routes(config, _LOSE_ROUTES)
+def args_that_lose_routes(config: SglangConfig, *, record_routes: bool) -> list[str]:
+    """One message for each entry of `server_args` with which routed experts would be missing or wrong.
+
+    Args:
+        record_routes: they are asked for. Some entries are harmless where they are not.
+    """
+    found = losing_routes(config, _LOSE_ROUTES)
+    runner = config.server_args.get(_RUNNER)
+    if record_routes and (reason := _RUNNERS_LOSE_ROUTES.get(str(runner))):
+        found.append(f"server_args.{_RUNNER}: {runner}: {reason}; leave it out to have {RECORDING_RUNNER}")
+    return found
 
 
 def refused_server_args(config: SglangConfig) -> list[str]:
@@ -141,6 +162,8 @@ def server_arguments(
             "grammar_backend": "none",
             "enable_deterministic_inference": True,  # what makes SGLang look at a request's seed
         }
+    elif record_routes:
+        arguments[_RUNNER] = RECORDING_RUNNER
     arguments |= config.server_args
     return command_line(arguments)
 

@@ -42,7 +42,9 @@ class SglangRollout(ServerRollout[SglangConfig]):
         return self._config.python or sys.executable
 
     def problems(self, facts: ModelFacts) -> list[str]:
-        return args_that_lose_routes(self._config) + refused_server_args(self._config)
+        return args_that_lose_routes(self._config, record_routes=self._record_routes) + refused_server_args(
+            self._config
+        )
 
     def check_version(self, text: str) -> str | None:
         return check_version(text)

@@ -21,6 +21,7 @@ from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import Architecture
 from roll_r3.models.facts import read_facts
 from roll_r3.models.hf.config import read_hf_config
+from roll_r3.models.hf.norms import set_latent_epsilon
 from roll_r3.models.hf.parts import parts_of
 from roll_r3.models.hf.routers import find_routers
 from roll_r3.strategies.train.fsdp2.routers import HookedRouter
@@ -99,6 +100,7 @@ def build_model(
         )
     # transformers gives the padding token's embedding no gradient, whatever the token is used for
     model.model.embed_tokens.padding_idx = None
+    set_latent_epsilon(model)
     recomputes = trains and settings.recompute
     routers = [
         HookedRouter(module, layer, recomputed=recomputes)

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import TOP_NAMES, Architecture, unbuildable
+from roll_r3.models.architectures.fields import MEGATRON
 from roll_r3.strategies.train.megatron.spec import block_spec
 
 
@@ -53,8 +54,7 @@ class TableBridge(LLMBridge):
         return {
             "vocab_size": self.hf_config.vocab_size,
             "max_sequence_length": self.hf_config.max_position_embeddings,
-            "position_embedding_type": "rope",
-            "rotary_base": self.hf_config.rope_parameters["rope_theta"],
+            **self.architecture.gpt_model(self.hf_config),
         }
 
     def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
@@ -92,7 +92,7 @@ def open_bridge(
         raise ConfigError(
             f"{model_path} has model_type {hf_config.model_type!r}; roll_r3 trains {', '.join(sorted(ARCHITECTURES))}"
         )
-    refused = unbuildable(architecture, hf_config.to_dict())
+    refused = unbuildable(architecture, hf_config.to_dict(), MEGATRON)
     if getattr(hf_config, "quantization_config", None) is not None:
         refused.append("its weights are quantized: convert it to bf16 first")
     if refused:

@@ -81,6 +81,7 @@ def build_model(
         raise ConfigError(
             "moe_grouped_gemm: true needs TransformerEngine on a GPU; leave it out to have it where it is"
         )
+    _check_recompute(settings, grouped=grouped, transformer_engine=transformer_engine)
     bridge = weights.open_bridge(
         model_path,
         dtype=DTYPES[model_args.dtype],
@@ -116,6 +117,14 @@ def build_model(
         device=device,
         export=WeightExport(bridge, chunks),
     )
+
+
+def _check_recompute(settings: MegatronConfig, *, grouped: bool, transformer_engine: bool) -> None:
+    """Raises ConfigError for modules that only layers of TransformerEngine can recompute."""
+    if "layernorm" in settings.recompute_modules and not transformer_engine:
+        raise ConfigError("recompute_modules has layernorm, which needs TransformerEngine on a GPU: take it out")
+    if "moe_act" in settings.recompute_modules and not grouped:
+        raise ConfigError("recompute_modules has moe_act, which needs moe_grouped_gemm: take it out")
 
 
 def _overrides(
