@@ -119,7 +119,7 @@ def json_rows(file: str, look: Look | None) -> Iterator[Numbered]:
                 raise Refused("large", f"more than {LARGEST_JSON // _MIB} MiB", "write .jsonl, an object a line")
             stream.seek(0)
             whole = look is None or size <= look.size
-            begin = stream.read(LARGEST_JSON if whole else _END).removeprefix(_BOM).lstrip(_BLANK)
+            begin = stream.read(size if whole else _END).removeprefix(_BOM).lstrip(_BLANK)
             stream.seek(max(0, size - _END))
             end = stream.read(_END).rstrip(_BLANK)
     except OSError as error:

@@ -50,6 +50,8 @@ def parquet_rows(
                         yield number, row
                     if number - start >= rows:
                         break
+                if number - start != rows:
+                    raise ValueError(f"it says that there are {rows} more rows after row {start}")
             if not opened.metadata.num_rows:
                 raise empty()
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
@@ -63,14 +65,21 @@ def _columns(schema: Any, named: Sequence[str], only_named: bool, left_out: list
     if twice := [name for name, times in Counter(schema.names).items() if times > 1]:
         raise Refused("twice", f"the column {quoted(twice)} is there twice", "leave one of the two out")
     wanted = {name for column in named for name in (column, column.partition(".")[0])}
-    columns = [field.name for field in schema if field.name in wanted or (not only_named and _is_json(field.type))]
     left_out += [field.name for field in schema if not _is_json(field.type)]
-    return columns
+    if only_named and all({name, name.partition(".")[0]} & set(schema.names) for name in named):
+        return [name for name in schema.names if name in wanted]
+    return [name for name in schema.names if name in wanted or name not in left_out] or schema.names
 
 
 def _pieces(metadata: Any, most: int | None) -> Iterator[tuple[int, list[int], int]]:
-    """(rows before, row groups, rows to read) of each part that is read."""
+    """(rows before, row groups, rows to read) of each part that is read.
+
+    Raises:
+        ValueError: the file contradicts itself.
+    """
     sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    if sum(sizes) != metadata.num_rows:
+        raise ValueError(f"it says that there are {metadata.num_rows} rows, and its groups have {sum(sizes)}")
     if most is None or sum(sizes) <= most:
         yield 0, list(range(len(sizes))), sum(sizes)
         return

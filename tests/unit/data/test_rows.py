@@ -14,7 +14,7 @@ import pytest
 
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.faults import Faults
-from roll_r3.data.rows import read_rows
+from roll_r3.data.rows import look_at_rows, read_rows
 
 USER = [{"role": "user", "content": "1+1="}]
 
@@ -197,6 +197,10 @@ def test_a_dotted_name_is_a_field_within_a_column(tmp_path):
         assert row.columns == verl
     [row], _ = of_line(tmp_path, '{"prompt": "a", "r.g": "1", "r": {"g": "2"}}', ground_truth="r.g")
     assert row.ground_truth == "1", "a column with this very name goes first"
+    pq.write_table(pa.table({"prompt": ["a"], "r.g": ["1"], "r": [{"g": "2"}]}), tmp_path / "r.parquet")
+    [row], _ = read(tmp_path / "r.parquet", ground_truth="r.g")
+    assert row.ground_truth == "1"
+    assert row.columns == {"prompt": "a", "r.g": "1", "r": {"g": "2"}}
     for value, said in (({"h": "1"}, 'there are "h"'), ({"g": None}, "is null"), ('{"g": "2"}', "has no fields")):
         rows, [fault] = of_line(tmp_path, json.dumps({"prompt": "a", "r": value}), ground_truth="r.g")
         assert not rows
@@ -298,6 +302,26 @@ def test_a_parquet_file_that_is_cut_is_named(tmp_path):
     assert fault.startswith(f"{path}: cannot be read, ArrowInvalid: ")
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({b"\x16\xd8\x04": b"\x16\xd6\x04"}, "there are 299 rows, and its groups have 300"),
+        ({b"\x16\xd8\x04": b"\x16\x94\x05", b"\x16\xc8\x01": b"\x16\xdc\x01"}, "330 more rows after row 0"),
+    ],
+    ids=["in all", "in the groups"],
+)
+def test_a_parquet_file_that_miscounts_its_rows_is_named(tmp_path, changed, said):
+    """The footer holds 300 and 100 as Thrift writes them."""
+    path = tmp_path / "a.parquet"
+    columns = {"prompt": [str(i) for i in range(300)], "ground_truth": ["1"] * 300}
+    pq.write_table(pa.table(columns), path, row_group_size=100)
+    content = path.read_bytes()
+    for old, new in changed.items():
+        content = content.replace(old, new)
+    path.write_bytes(content)
+    assert said in read(path)[1][0]
+
+
 DAY = datetime.date(2024, 1, 5)
 
 
@@ -328,6 +352,19 @@ def test_columns_without_a_form_in_json_are_left_out_and_logged(tmp_path, caplog
     assert row.ground_truth == "2"
     assert row.columns == {"prompt": "a", "ground_truth": "1", "n": 1}
     assert 'do not get columns that JSON has no form for: "day", "deep"' in caplog.text
+
+
+@pytest.mark.parametrize("looked", [False, True])
+def test_a_parquet_file_with_other_columns_alone_lists_them(tmp_path, looked):
+    pq.write_table(pa.table({"day": [DAY] * 3, "n": [1] * 3}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"day": [DAY] * 3}), tmp_path / "b.parquet")
+    args, faults = DataArgs(file_name=str(tmp_path / "*.parquet")), Faults()
+    if looked:
+        look_at_rows(args, faults)
+    else:
+        assert not list(read_rows(args, faults))
+    assert len(faults) == 4
+    assert all("is missing, there are" in fault and "(3 rows: rows 1, 2, 3)" in fault for fault in faults.lines())
 
 
 def test_text_of_parquet_that_is_not_utf_8_is_refused(tmp_path):
