@@ -116,17 +116,24 @@ class DataArgs(Config):
     """Where prompts come from."""
 
     file_name: str | tuple[str, ...] = ()
-    """One or more .jsonl or .parquet files, or `bundled:NAME` for a task that comes with roll_r3."""
+    """One or more .jsonl, .jsonl.gz, .json or .parquet files, patterns like `data/*.jsonl`, or `bundled:NAME` for a
+    task that comes with roll_r3. See docs/data.md."""
     prompt: str = "prompt"
-    """Column with the prompt text (sent through the chat template as the user's message)."""
+    """Column with the prompt text (sent through the chat template as the user's message). Here and in the other columns
+    a dotted name is a field within a column, as in `reward_model.ground_truth`."""
     messages: str | None = None
     """Column with a list of {role, content} messages, or with JSON text of one; takes the place of `prompt`."""
     ground_truth: str = "ground_truth"
-    """Column with what the reward compares with."""
+    """Column with what the reward compares with: text, or a number as it is written in the file."""
     domain: str | None = None
     """Column that picks the reward (see `rewards.*.tag_included`); None: every sample has the domain "default"."""
     id: str | None = None
     """Column with a name for the prompt, which samples.jsonl has; None: the file's name and the row's number."""
+    system_prompt: Annotated[str, Field(min_length=1)] | None = None
+    """System message to put before each row's messages. A row with a system message keeps its own, and these rows are
+    counted on the terminal."""
+    chat_template_kwargs: dict[str, str | int | float | bool] = {}
+    """Arguments of the checkpoint's chat template, like `{enable_thinking: false}`. The template must read them."""
 
 
 class SglangStrategy(Config):

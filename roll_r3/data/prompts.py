@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from roll_r3.config.disk import is_file
 from roll_r3.config.workers import DataArgs
-from roll_r3.data.tiny_task import BUNDLED_TASKS
+from roll_r3.data.chat import Chat, ChatTokenizer
+from roll_r3.data.faults import Faults, Refused
+from roll_r3.data.rows import Row, read_rows
 from roll_r3.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = "bundled:"
-READERS = {".jsonl": "json", ".parquet": "parquet"}
+_SAY_EVERY = 15.0
+"""Seconds between two lines that say how far tokenizing is."""
 _MOST_PASSES = 1 << 18
 """Passes over the data that are gone through again to find a place in it: a minute at most."""
-
-
-class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that prompts need."""
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -49,98 +43,63 @@ class Prompt:
     """Every column of the row, as in the file."""
 
 
-def read_prompts(args: DataArgs, tokenizer: ChatTokenizer, max_tokens: int) -> list[Prompt]:
-    """Read, template and tokenize every row; rows over `max_tokens` tokens are left out and counted in the log.
+def read_prompts(
+    args: DataArgs, tokenizer: ChatTokenizer, max_tokens: int, say: Callable[[str], None] = logger.info
+) -> list[Prompt]:
+    """Read, template and tokenize every row. Rows over `max_tokens` tokens are left out.
+
+    Args:
+        say: is told how many rows were left out, how many kept a system message of their own, and how far a long
+            reading is.
 
     Raises:
-        ConfigError: no such file, task or column, an unreadable row, or no prompt short enough.
+        ConfigError: what cannot be used as it is, of all files at once; or no prompt is short enough.
     """
-    prompts: list[Prompt] = []
-    too_long = 0
-    for name in (args.file_name,) if isinstance(args.file_name, str) else args.file_name:
-        for i, row in enumerate(_rows(name, args)):
-            messages = _messages(row.pop("messages"), f"{name}: row {i}")
-            try:
-                encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-            except Exception as error:  # a template is a program of its own: whatever it raises is about this row
-                raise ConfigError(f"{name}: row {i} does not fit the chat template: {error}") from error
-            ids = tuple(encoded["input_ids"])
-            if len(ids) > max_tokens:
-                too_long += 1
-                continue
-            if not ids:
-                raise ConfigError(f"{name}: row {i} is an empty prompt")
-            prompt_id = str(row.pop("id", None) or f"{Path(name.removeprefix(BUNDLED)).stem}-{i}")
-            prompts.append(Prompt(prompt_id=prompt_id, text=messages[-1]["content"], token_ids=ids, **row))
-    if too_long:
-        logger.warning(
-            "%d of %d prompts are longer than prompt_length (%d tokens) and were left out",
-            too_long,
-            too_long + len(prompts),
-            max_tokens,
-        )
-    if not prompts:
+    faults = Faults()
+    chat = Chat(tokenizer, args)
+    rows = list(read_rows(args, faults))
+    _refuse(faults)
+    prompts = list(_tokenized(rows, chat, faults, say))
+    _refuse(faults)
+    short = [prompt for prompt in prompts if len(prompt.token_ids) <= max_tokens]
+    if chat.own_system:
+        say(f"{chat.own_system} of {len(rows)} rows keep their own system message, without data_args.system_prompt")
+    if not short:
         raise ConfigError(
-            f"actor_train.data_args.file_name ({args.file_name!r}): no prompt of at most "
-            f"prompt_length={max_tokens} tokens"
+            f"actor_train.data_args.file_name ({args.file_name!r}): no prompt of at most prompt_length={max_tokens} "
+            f"tokens; the shortest of {len(prompts)} has {min(len(prompt.token_ids) for prompt in prompts)}"
         )
-    return prompts
+    if long := len(prompts) - len(short):
+        say(f"{long} of {len(prompts)} prompts are longer than prompt_length ({max_tokens} tokens) and were left out")
+    return short
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    """The chat of a row; ROLL's data holds it as JSON text."""
-    if isinstance(value, str):
+def _refuse(faults: Faults) -> None:
+    if faults:
+        raise ConfigError("\n  ".join(["actor_train.data_args: the data cannot be used as they are:", *faults.lines()]))
+
+
+def _tokenized(rows: Sequence[Row], chat: Chat, faults: Faults, say: Callable[[str], None]) -> Iterator[Prompt]:
+    said = time.monotonic()
+    for done, row in enumerate(rows):
+        if time.monotonic() - said > _SAY_EVERY:
+            say(f"{done} of {len(rows)} prompts are tokenized")
+            said = time.monotonic()
+        messages = chat.conversation(row.messages)
         try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ConfigError(f"{where}: the messages are text that is not JSON: {error}") from error
-    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-        raise ConfigError(f"{where}: the messages are no list of {{role, content}}")
-    return value
-
-
-def _rows(name: str, args: DataArgs) -> Iterator[dict[str, Any]]:
-    """Rows of one source as {messages, ground_truth, domain?, id?}."""
-    if name.startswith(BUNDLED):
-        task = BUNDLED_TASKS.get(name.removeprefix(BUNDLED))
-        if task is None:
-            known = ", ".join(BUNDLED + k for k in sorted(BUNDLED_TASKS))
-            raise ConfigError(f"actor_train.data_args.file_name: {name!r} is not a bundled task; there are {known}")
-        for prompt, answer in task():
-            yield {"messages": [{"role": "user", "content": prompt}], "ground_truth": answer}
-        return
-    reader = READERS.get(Path(name).suffix)
-    if reader is None or not is_file(Path(name)):
-        raise ConfigError(
-            f"actor_train.data_args.file_name: {name!r} is not an existing {' or '.join(READERS)} file "
-            f"(nor {BUNDLED}TASK)"
+            token_ids = chat.token_ids(messages)
+        except Refused as refused:
+            faults.of_row(row.place, refused)
+            continue
+        yield Prompt(
+            prompt_id=row.id,
+            text=messages[-1]["content"],
+            token_ids=token_ids,
+            ground_truth=row.ground_truth,
+            domain=row.domain,
+            messages=messages,
+            row=row.columns,
         )
-    from datasets import load_dataset  # noqa: PLC0415  seconds to import, and the bundled tasks do without
-
-    dataset = load_dataset(reader, data_files=name, split="train")
-    columns = {
-        "prompt": args.messages or args.prompt,
-        "ground_truth": args.ground_truth,
-        "domain": args.domain,
-        "id": args.id,
-    }
-    missing = [f"{k}: {v}" for k, v in columns.items() if v and v not in dataset.column_names]
-    if missing:
-        raise ConfigError(
-            f"{name} has no column for actor_train.data_args.{', '.join(missing)}; "
-            f"it has {', '.join(dataset.column_names)}"
-        )
-    for row in dataset:
-        value = row[columns["prompt"]]
-        out = {
-            "messages": value if args.messages else [{"role": "user", "content": str(value)}],
-            "ground_truth": str(row[args.ground_truth]),
-        }
-        if args.domain:
-            out["domain"] = str(row[args.domain])
-        if args.id:
-            out["id"] = str(row[args.id])
-        yield out
 
 
 def prompt_batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -126,7 +127,7 @@ def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: P
         facts = read_facts(checkpoint)
         require_valid(config, look_around(config), origins)
         tokenizer = _read_tokenizer(checkpoint, config.actor_train.model_args.trust_remote_code)
-        prompts = read_prompts(config.actor_train.data_args, tokenizer, config.prompt_length)
+        prompts = read_prompts(config.actor_train.data_args, tokenizer, config.prompt_length, _told(progress))
         rewards.check_domains({p.domain for p in prompts})
         rewards.wait_until_ready()
     progress.say(
@@ -134,6 +135,16 @@ def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: P
         f"{facts.num_experts} experts; {len(prompts)} prompts"
     )
     return tokenizer, prompts
+
+
+def _told(progress: Progress) -> Callable[[str], None]:
+    """Lines for the terminal and for the log."""
+
+    def say(text: str) -> None:
+        logger.info("%s", text)
+        progress.say(text)
+
+    return say
 
 
 def _read_tokenizer(checkpoint: Path, trust_remote_code: bool) -> Any:

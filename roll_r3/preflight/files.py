@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,66 +10,23 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import distributions
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import BinaryIO
 
 from roll_r3.config.disk import NOTHING, is_directory, unseen, why_no_file
 from roll_r3.config.pipeline import RewardConfig
 from roll_r3.config.rules.data import BUILT_IN_REWARDS, FUNCTION
 from roll_r3.config.workers import DataArgs
-from roll_r3.data.prompts import BUNDLED, READERS
-from roll_r3.data.tiny_task import BUNDLED_TASKS
+from roll_r3.data.faults import Faults
+from roll_r3.data.rows import look_at_rows
 from roll_r3.errors import CheckpointError
 from roll_r3.saving.manifest import MARKER
 from roll_r3.saving.state import read_state
 
-_MAX_ROW = 8 << 20
-"""Bytes of a first row that are read to see its columns; nothing is said about a longer one."""
-_PARQUET = b"PAR1"
-
 
 def data_problems(args: DataArgs) -> Iterator[str]:
-    """What is wrong with each source of prompts."""
-    for name in (args.file_name,) if isinstance(args.file_name, str) else args.file_name:
-        if name and (problem := _source_problem(name, args)):
-            yield problem
-
-
-def _source_problem(name: str, args: DataArgs) -> str:
-    if name.startswith(BUNDLED):
-        known = ", ".join(BUNDLED + task for task in sorted(BUNDLED_TASKS))
-        return "" if name.removeprefix(BUNDLED) in BUNDLED_TASKS else f"{name} is not one of {known}"
-    path = Path(name)
-    if path.suffix not in READERS:
-        return f"{name} is not a {', '.join(READERS)} file"
-    if why := why_no_file(path):
-        return f"{name} cannot be read: {why}"
-    try:
-        with path.open("rb") as stream:
-            first = _first_row(stream) if path.suffix == ".jsonl" else stream.read(len(_PARQUET))
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
-    if not first:
-        return f"{name} is empty"
-    if path.suffix == ".jsonl":
-        return "" if len(first) >= _MAX_ROW else _column_problem(name, first, args)
-    return "" if first == _PARQUET else f"{name} is not a parquet file"
-
-
-def _first_row(stream: BinaryIO) -> bytes:
-    """The first line that is not blank, which is how `datasets` reads a .jsonl; cut at _MAX_ROW bytes."""
-    return next((line for line in iter(lambda: stream.readline(_MAX_ROW), b"") if line.strip()), b"")
-
-
-def _column_problem(name: str, first: bytes, args: DataArgs) -> str:
-    try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
-        return f"the first row of {name} is not JSON"
-    if not isinstance(row, dict):
-        return f"the first row of {name} is not a JSON object"
-    columns = (args.messages or args.prompt, args.ground_truth, args.domain, args.id)
-    missing = [column for column in columns if column and column not in row]
-    return f"{name} has no column {', '.join(missing)}; it has {', '.join(map(str, row))}" if missing else ""
+    """What is wrong with the sources of prompts, as far as reading for seconds tells."""
+    faults = Faults()
+    look_at_rows(args, faults)
+    yield from faults.lines()
 
 
 def reward_problems(rewards: Mapping[str, RewardConfig]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from fuzz_harness import Family
 from fuzz_http import Http
 from fuzz_pretrain import Pretrain
 from fuzz_receiver import Receiver
+from fuzz_rows import Rows
 from fuzz_wire import Wire
 from fuzz_yaml import Yaml
 
@@ -31,4 +32,5 @@ FAMILIES: dict[str, Entry] = {
     "checkpoints": Entry(Checkpoints, 2),
     "tensors": Entry(Tensors, 2),
     "pretrain": Entry(Pretrain, 2),
+    "rows": Entry(Rows, 8),
 }

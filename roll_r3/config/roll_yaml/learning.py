@@ -158,7 +158,10 @@ ROWS = (
     Row(under(_DATA, "domain_interleave_probs"), Joint(f"no effect for one domain; else not supported: {_MIXTURE}")),
     Row((*under(_DATA, "template"), "global_template"), Off(_TEMPLATES, _TEMPLATE)),
     Row(("tag_to_template",), Off(({},), _TEMPLATE)),
-    Row(under(_DATA, "enable_thinking"), Off((True,), _TEMPLATE)),
+    Row(
+        under(_DATA, "enable_thinking"),
+        Off((True,), "write data_args.chat_template_kwargs: {enable_thinking: false}, which the template must read"),
+    ),
     Row(("dataset_filter",), By(_filter, "not supported, unless nothing in it is set: filter the files themselves")),
     Row(
         under(

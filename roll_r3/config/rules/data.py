@@ -37,6 +37,20 @@ def _unreachable_rewards(config: RLVRConfig) -> Verdict:
 _COLUMNS = tuple(f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id"))
 
 
+_TEMPLATE_PARTS = frozenset(
+    {
+        "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
+        "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+        "tokenizer_kwargs", "tools", "truncation",
+    }
+)  # fmt: skip
+"""What roll_r3 itself passes to a tokenizer's apply_chat_template, and what takes more than a plain value."""
+
+
+def _clashing_arguments(config: RLVRConfig) -> Verdict:
+    return ", ".join(name for name in config.actor_train.data_args.chat_template_kwargs if name in _TEMPLATE_PARTS)
+
+
 def _columns_of_bundled(config: RLVRConfig) -> Verdict:
     names = config.actor_train.data_args.file_name
     bundled = all(name.startswith("bundled:") for name in ([names] if isinstance(names, str) else names))
@@ -48,7 +62,7 @@ RULES: tuple[AnyRule, ...] = (
         id="data-named",
         fields=("actor_train.data_args.file_name",),
         why="there are no prompts to train on",
-        fix="name one or more .jsonl or .parquet files, or bundled:NAME",
+        fix="name one or more .jsonl, .jsonl.gz, .json or .parquet files, or bundled:NAME",
         wrong=("actor_train.data_args={}",),
         right=("actor_train.data_args.file_name=[a.jsonl]",),
         violates=_no_prompts,
@@ -100,6 +114,15 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("actor_train.data_args.id=name",),
         right=("actor_train.data_args={file_name: prompts.jsonl, id: name}",),
         violates=_columns_of_bundled,
+    ),
+    Rule(
+        id="chat-template-kwargs-free",
+        fields=("actor_train.data_args.chat_template_kwargs",),
+        why="arguments of the chat template cannot take the place of those that roll_r3 gives the tokenizer",
+        fix="leave them out; the prompt comes from data_args.prompt or data_args.messages",
+        wrong=("actor_train.data_args={file_name: a, chat_template_kwargs: {add_generation_prompt: false}}",),
+        right=("actor_train.data_args={file_name: a, chat_template_kwargs: {enable_thinking: false}}",),
+        violates=_clashing_arguments,
     ),
     unread(
         "prompt-column-unread",

@@ -50,11 +50,11 @@ RULES: tuple[SurroundingsRule, ...] = (
         depends=tuple(
             f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id")
         ),
-        why="prompts come from files that can be read and have the named columns",
+        why="prompts come from files whose rows can be kept as they are",
         fix="name files that are there (relative to where the run starts), and their columns",
         wrong=("actor_train.data_args.file_name=no_such_prompts.jsonl",),
         right=("actor_train.data_args.file_name='bundled:copy_digits'",),
-        violates=lambda config, where: "; ".join(where.data_problems),
+        violates=lambda config, where: "\n".join(where.data_problems),
     ),
     SurroundingsRule(
         id="reward-importable",

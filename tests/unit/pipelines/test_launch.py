@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from io import StringIO
+from unittest.mock import MagicMock
+
 import pytest
 
+from roll_r3.config.load import load_text
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.pipelines.launch import with_absolute_paths
+from roll_r3.config.rules.example import MINIMAL
+from roll_r3.models.tiny import make_tiny_checkpoint
+from roll_r3.pipelines.launch import _prepare, with_absolute_paths
+from roll_r3.tracking.progress import Progress
 
 
 def test_checkpoint_directories_become_absolute_and_hub_names_stay(tmp_path, monkeypatch):
@@ -41,3 +49,28 @@ def test_an_engines_interpreter_becomes_absolute_where_it_is_a_file(tmp_path, mo
     assert infer.model_args.model_name_or_path == str(tmp_path)
     for other in ("no/such/python", "python3"):  # what the check refuses, and what PATH finds
         assert launched(other).actor_infer.strategy_args.strategy_config.python == other
+
+
+def test_the_terminal_is_told_of_prompts_that_are_left_out(tmp_path, caplog):
+    make_tiny_checkpoint(tmp_path / "model")
+    rows = [{"prompt": "x" * n, "ground_truth": ""} for n in (3, 30, 40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_text(
+        MINIMAL,
+        "run.yaml",
+        [
+            f"pretrain={tmp_path / 'model'}",
+            f"actor_train.data_args.file_name={tmp_path / 'rows.jsonl'}",
+            f"output_dir={tmp_path}",
+            "prompt_length=10",
+            "response_length=64",
+            "actor_infer.strategy_args.strategy_name=hf_infer",
+        ],
+    )
+    terminal = StringIO()
+    caplog.set_level("INFO")
+    _, prompts = _prepare(loaded.config, loaded.origins, MagicMock(), Progress(1, terminal))
+    assert len(prompts) == 1
+    said = "2 of 3 prompts are longer than prompt_length (10 tokens) and were left out"
+    assert said in terminal.getvalue()
+    assert said in caplog.text

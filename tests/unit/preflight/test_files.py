@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from roll_r3.config.load import load_text
@@ -15,6 +17,7 @@ from roll_r3.config.pipeline import RewardConfig
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.workers import DataArgs
+from roll_r3.data.sources import Look
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import is_hub_name, resolve_checkpoint
 from roll_r3.preflight import files
@@ -105,21 +108,21 @@ def test_what_a_directory_lacks_is_named(checkpoint):
     ("line", "columns", "message"),
     [
         (b'{"prompt": "a", "ground_truth": "b"}\n', {}, None),
-        (b'{"q": "a", "ground_truth": "b"}\n', {}, "no column prompt; it has q, ground_truth"),
+        (b'{"q": "a", "ground_truth": "b"}\n', {}, 'column "prompt" is missing, there are "q", "ground_truth"'),
         (b'{"q": "a", "ground_truth": "b"}\n', {"prompt": "q"}, None),
-        (b'{"m": [], "ground_truth": "b"}\n', {"messages": "m"}, None),
-        (b'{"prompt": "a", "ground_truth": "b"}\n', {"domain": "tag", "id": "id"}, "no column tag, id"),
+        (b'{"m": [{"role": "user", "content": "a"}], "ground_truth": "b"}\n', {"messages": "m"}, None),
+        (b'{"prompt": "a", "ground_truth": "b"}\n', {"domain": "tag"}, 'column "tag" is missing'),
         (b"", {}, "is empty"),
-        (b"{", {}, "is not JSON"),
-        (b"\xff\xfe\n", {}, "is not JSON"),
-        (b"[" * 100_000, {}, "is not JSON"),
-        (b"3\n", {}, "not a JSON object"),
+        (b"{", {}, "not JSON"),
+        (b"\xff\xfe\n", {}, "not UTF-8"),
+        (b"[" * 100_000, {}, "more than 100 levels"),
+        (b"3\n", {}, "3 is not an object"),
         (b'\n \r\n{"prompt": "a", "ground_truth": "b"}\n', {}, None),
-        (b'\n{"q": "a", "ground_truth": "b"}\n', {}, "no column prompt"),
+        (b'\n{"q": "a", "ground_truth": "b"}\n', {}, 'line 2: column "prompt" is missing'),
         (b"\n\n", {}, "is empty"),
     ],
 )
-def test_the_first_row_of_prompts_is_read(tmp_path, line, columns, message):
+def test_rows_of_prompts_are_read(tmp_path, line, columns, message):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(line)
     problems = list(data_problems(DataArgs(file_name=str(path), **columns)))
@@ -130,7 +133,7 @@ def test_the_first_row_of_prompts_is_read(tmp_path, line, columns, message):
 def test_every_source_is_looked_at(tmp_path):
     names = ("bundled:addition_mod10", "bundled:nothing", "a.csv", str(tmp_path / "a.parquet"), str(tmp_path))
     problems = list(data_problems(DataArgs(file_name=names)))
-    assert [problem.split()[0] for problem in problems] == ["bundled:nothing", "a.csv", names[3], str(tmp_path)]
+    assert [problem.split(": ")[0] for problem in problems] == ["bundled:nothing", "a.csv", names[3], str(tmp_path)]
     assert "No such file" in problems[2]
 
 
@@ -273,13 +276,67 @@ def test_what_a_tokenizer_is_made_from(checkpoint):
         (checkpoint / name).unlink()
 
 
-def test_a_parquet_file_is_known_by_its_first_bytes(tmp_path):
+def test_a_damaged_parquet_file_is_named(tmp_path):
     path = tmp_path / "a.parquet"
-    for content, problems in ((b"PAR1....PAR1", 0), (b'{"prompt": 1}', 1), (b"", 1)):
+    for content in (b"PAR1....PAR1", b'{"prompt": 1}', b""):
         path.write_bytes(content)
-        assert len(list(data_problems(DataArgs(file_name=str(path))))) == problems
-    (tmp_path / "a.json").write_text('{"prompt": "a", "ground_truth": "b"}')
-    assert "is not a .jsonl, .parquet file" in next(data_problems(DataArgs(file_name=str(tmp_path / "a.json"))))
+        [problem] = data_problems(DataArgs(file_name=str(path)))
+        assert problem.startswith(f"{path}: cannot be read")
+
+
+def test_the_columns_of_a_parquet_file_are_looked_for(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": ["1", "2"]}), path)
+    assert not list(data_problems(DataArgs(file_name=str(path), ground_truth="answer")))
+    [problem] = data_problems(DataArgs(file_name=str(path)))
+    assert 'row 1: column "ground_truth" is missing' in problem
+    assert "(2 rows: rows 1, 2)" in problem
+
+
+SOUND = b'{"prompt": "a", "ground_truth": "b"}\n'
+
+
+@pytest.mark.parametrize("at", [30, 900], ids=["beginning", "end"])
+def test_a_large_file_is_read_at_both_ends(tmp_path, monkeypatch, at):
+    monkeypatch.setattr("roll_r3.data.rows.LOOK", Look(200, 1 << 20))
+    monkeypatch.setattr("roll_r3.data.json_files._TAIL", len(SOUND) * 150)
+    lines = [SOUND] * 1000
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(b"".join(lines))
+    assert not list(data_problems(DataArgs(file_name=str(path))))
+    lines[500] = b"{\n"
+    path.write_bytes(b"".join(lines))
+    assert not list(data_problems(DataArgs(file_name=str(path)))), "of the middle nothing is known"
+    lines[at] = b'{"prompt": "a"}\n'
+    path.write_bytes(b"".join(lines))
+    [problem] = data_problems(DataArgs(file_name=str(path)))
+    assert ("line 31:" if at == 30 else "line 100 from the end:") in problem
+    path.write_bytes(b"".join(lines)[:-5])
+    assert "line 1 from the end: not JSON" in list(data_problems(DataArgs(file_name=str(path))))[-1]
+
+
+def test_row_groups_of_a_large_parquet_file_are_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr("roll_r3.data.rows.LOOK", Look(200, 1 << 20))
+    path = tmp_path / "large.parquet"
+    answers = ["1"] * 2000
+    pq.write_table(pa.table({"prompt": answers, "ground_truth": answers}), path, row_group_size=250)
+    assert not list(data_problems(DataArgs(file_name=str(path))))
+    pq.write_table(pa.table({"prompt": answers, "ground_truth": [*answers[:1750], None, *answers[1751:]]}), path,
+                   row_group_size=250)  # fmt: skip
+    [problem] = data_problems(DataArgs(file_name=str(path)))
+    assert 'row 1751: column "ground_truth" is null' in problem
+
+
+def test_a_large_json_file_is_read_at_its_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("roll_r3.data.rows.LOOK", Look(200, 1000))
+    monkeypatch.setattr("roll_r3.data.rows._LEAST", Look(1, 1))
+    path = tmp_path / "large.json"
+    rows = b"[" + b",".join([SOUND] * 1000) + b"]"
+    for content, expected in ((rows, None), (rows[:-1], "cut off"), (b"{" + rows, "no list")):
+        path.write_bytes(content)
+        problems = list(data_problems(DataArgs(file_name=str(path))))
+        assert len(problems) == (expected is not None)
+        assert expected is None or expected in problems[0]
 
 
 def test_a_pipe_is_not_waited_for(checkpoint):
