@@ -92,6 +92,10 @@ METRICS: dict[str, Metric] = {
     "rollout/retries": Metric("requests", "requests that were sent again"),
     "rollout/engine_restarts": Metric("restarts", "engines that were started again since the last step"),
     "reward/failed": Metric("samples", "samples left out of the step, because their rule failed to give a reward"),
+    "reward/math_undecided": Metric(
+        "samples",
+        "samples that `math` scored 0, because math-verify took too long or too much memory, or failed on them",
+    ),
     "time/step_total": Metric("s", "the whole step"),
     "time/step_generate": Metric("s", "rollout"),
     "time/step_reward": Metric("s", "rewards and advantages"),
