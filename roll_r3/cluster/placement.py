@@ -93,6 +93,8 @@ def ray_cluster(config: RLVRConfig) -> Iterator[None]:
         else:
             # on one machine a lost connection is a dead server, for which this process would wait a minute
             os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+            # where memory runs out, the kernel kills a reward process (1000) before a rank, which Ray puts at 1000 too
+            os.environ.setdefault("RAY_worker_oom_score_adjustment", "500")
             # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
             cpus = max(device_count(config), os.cpu_count() or 1)
             _close_to_others()

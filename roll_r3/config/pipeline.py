@@ -14,14 +14,25 @@ class RewardConfig(Config):
     """One reward rule."""
 
     reward: str
-    """A built-in rule (`exact_match`, `math`) or `package.module:function`."""
+    """A built-in rule (`exact_match`, `math`) or `package.module:function`, which takes by name what it needs of
+    `response`, `ground_truth`, `domain`, `prompt`, `messages`, `row`, `finish_reason` and `num_response_tokens`."""
     tag_included: tuple[str, ...] = ()
     """Domains that this rule scores; empty: every domain that no other rule names."""
     kwargs: dict[str, str | int | float | bool] = {}
-    """Keyword arguments of the rule. No place for a key: the configuration is printed, and lies in the run's directory
-    and in its checkpoints. A rule finds the environment of the run in `os.environ`, so let it read a key there."""
-    timeout: Seconds = 30.0
-    """Seconds that the rule may take for one response. Its process is killed then, and the response has no reward."""
+    """Further arguments of the rule, under other names. No place for a key: the configuration is printed, and lies in
+    the run's directory and in its checkpoints. A rule finds the environment of the run in `os.environ`, without Ray's
+    variables, so let it read a key there."""
+    timeout: Seconds | None = None
+    """Seconds that the rule may take for one response; default: 30, and 2 for `math`. The process of a function is
+    killed then, and the response has no reward. Its first call in a process may take longer, as it may import.
+    `math` scores 0 then, and its seconds are of processor time, so that a busy machine changes no score."""
+    skip_special_tokens: bool = True
+    """Leave special tokens, such as the end token, out of the response's text. false: the rule sees them."""
+
+    @property
+    def time_limit(self) -> float:
+        """Seconds for one response."""
+        return self.timeout or (2.0 if self.reward == "math" else 30.0)
 
 
 class RolloutCorrectionConfig(Config):

@@ -27,6 +27,7 @@ from roll_r3.pipelines.starts import Starts
 from roll_r3.preflight.check import require_valid
 from roll_r3.preflight.surroundings import look_around
 from roll_r3.rewards.scoring import Rewards
+from roll_r3.rewards.truths import Truth
 from roll_r3.saving.state import check_goes_on
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.report import run_summary
@@ -130,6 +131,7 @@ def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: P
         prompts = read_prompts(config.actor_train.data_args, tokenizer, config.prompt_length, _told(progress))
         rewards.check_domains({p.domain for p in prompts})
         rewards.wait_until_ready()
+        rewards.check_truths(Truth(p.prompt_id, p.domain, p.ground_truth) for p in prompts)
     progress.say(
         f"{facts.model_type}, {len(facts.moe_layers)} MoE layers of {facts.num_layers}, top-{facts.top_k} of "
         f"{facts.num_experts} experts; {len(prompts)} prompts"

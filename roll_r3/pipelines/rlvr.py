@@ -21,7 +21,8 @@ from roll_r3.errors import RollError
 from roll_r3.pipelines.engines import Engines
 from roll_r3.pipelines.silence import SilenceWatch
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
-from roll_r3.rewards.scoring import Response, Rewards
+from roll_r3.rewards.calls import Response
+from roll_r3.rewards.scoring import Rewards, Scores
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.tracking.progress import Progress
 
@@ -36,7 +37,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class ScoredSample:
-    """A response with its reward, as a person would read it."""
+    """A response with its reward, in the words that its rule read."""
 
     sample_id: str
     prompt_id: str
@@ -80,6 +81,8 @@ class Experience:
     results: list[GenerateResult]
     failed_rewards: int
     """Responses among them that have no reward, and so no place in what follows."""
+    undecided_rewards: int
+    """Responses that score 0 because a judge gave up on them."""
     trajectories: list[Trajectory]
     groups: list[str]
     """The prompt of each of them."""
@@ -134,7 +137,7 @@ class RLVRPipeline:
             prompts = next(self._prompts)
             results = self._engines.generate(self._requests(prompts, step))
         with self._progress.stage("rewards", step), clock.stage("reward"):
-            trajectories, groups, samples, failed = self._score(step, prompts, results)
+            trajectories, groups, samples, scored = self._score(step, prompts, results)
             batch = Batch.from_trajectories(trajectories).filled_up(self._samples_multiple())
         if self._reference is not None:
             with self._progress.stage("reference", step), clock.stage("reference"):
@@ -146,7 +149,19 @@ class RLVRPipeline:
         scores = np.array([s.score for s in samples])
         advantages = token_advantages(batch, scores, groups, self._config)
         batch = replace(batch, advantages_N=advantages.advantages_N)
-        return Experience(step, clock, results, failed, trajectories, groups, samples, advantages, batch, old)
+        return Experience(
+            step,
+            clock,
+            results,
+            scored.failed,
+            scored.undecided,
+            trajectories,
+            groups,
+            samples,
+            advantages,
+            batch,
+            old,
+        )
 
     def learn(self, experience: Experience) -> StepResult:
         """The second half: update the weights and send them to the engines."""
@@ -171,6 +186,7 @@ class RLVRPipeline:
             update=update,
             dropped=sum(len(r.dropped) for r in experience.results),
             failed_rewards=experience.failed_rewards,
+            undecided_rewards=experience.undecided_rewards,
             retries=sum(r.retries for r in experience.results),
             engine_restarts=self._engines.step_done(),
             samples_seen=self.samples_seen,
@@ -195,13 +211,9 @@ class RLVRPipeline:
 
     def _score(
         self, step: int, prompts: Sequence[Prompt], results: Sequence[GenerateResult]
-    ) -> tuple[list[Trajectory], list[str], list[ScoredSample], int]:
-        """The step's trajectories that have a reward, the group of each, each as a sample; how many have no reward."""
-        found = [
-            (i, t, self._decoder.decode(t.response_ids_R.tolist(), skip_special_tokens=True))
-            for i, result in enumerate(results)
-            for t in result.trajectories
-        ]
+    ) -> tuple[list[Trajectory], list[str], list[ScoredSample], Scores]:
+        """The step's trajectories that have a reward, the group of each, each as a sample; the scores of all."""
+        found = [(i, t, self._response(prompts[i], t)) for i, result in enumerate(results) for t in result.trajectories]
         dropped = [why for result in results for why in result.dropped.values()]
         reasons = sorted(set(dropped))[:4]
         if dropped:
@@ -210,19 +222,17 @@ class RLVRPipeline:
                 f"step {step}: left out {len(dropped)} of {asked} samples, which the engines did not give: "
                 f"{'; '.join(reasons)}"
             )
-        scored = self._rewards.score(
-            [Response(text, prompts[i].ground_truth, prompts[i].domain) for i, _, text in found]
-        )
+        scored = self._rewards.score([response for _, _, response in found])
         if scored.failed:
             self._progress.say(
                 f"step {step}: left out {scored.failed} of {len(found)} responses, which have no reward: {scored.why}"
             )
         trajectories, groups, samples = [], [], []
-        for (i, t, text), score in zip(found, scored.scores, strict=True):
+        for (i, t, response), score in zip(found, scored.scores, strict=True):
             if score is not None:
                 trajectories.append(t)
                 groups.append(str(i))
-                prompt = prompts[i]
+                prompt, text = prompts[i], response.response
                 samples.append(
                     ScoredSample(t.sample_id, prompt.prompt_id, prompt.text, text, prompt.ground_truth, score)
                 )
@@ -230,7 +240,22 @@ class RLVRPipeline:
             raise RollError(
                 "no sample of the step is left: " + "; ".join([*reasons, scored.why] if scored.why else reasons)
             )
-        return trajectories, groups, samples, scored.failed
+        return trajectories, groups, samples, scored
+
+    def _response(self, prompt: Prompt, trajectory: Trajectory) -> Response:
+        """What a reward rule may know of a sample."""
+        ids = trajectory.response_ids_R.tolist()
+        skips = self._rewards.skips_special_tokens(prompt.domain)
+        return Response(
+            response=self._decoder.decode(ids, skip_special_tokens=skips),
+            ground_truth=prompt.ground_truth,
+            domain=prompt.domain,
+            prompt=prompt.text,
+            messages=prompt.messages,
+            row=prompt.row,
+            finish_reason=trajectory.finish_reason,
+            num_response_tokens=len(ids),
+        )
 
     def _samples_multiple(self) -> int:
         """Samples of a step must divide into every rank's mini-batches."""

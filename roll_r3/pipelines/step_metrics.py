@@ -36,6 +36,7 @@ class StepRecord:
     update: BatchUpdate
     dropped: int
     failed_rewards: int
+    undecided_rewards: int
     retries: int
     engine_restarts: int
     samples_seen: int
@@ -64,6 +65,7 @@ def step_metrics(r: StepRecord) -> dict[str, float]:
         "rollout/retries": r.retries,
         "rollout/engine_restarts": r.engine_restarts,
         "reward/failed": r.failed_rewards,
+        "reward/math_undecided": r.undecided_rewards,
         "system/global_step": r.step,
         "system/samples": r.samples_seen,
         "system/tps": float((prompts.sum() + responses.sum()) / seconds),

@@ -18,6 +18,7 @@ from roll_r3.config.workers import DataArgs
 from roll_r3.data.faults import Faults
 from roll_r3.data.rows import look_at_rows
 from roll_r3.errors import CheckpointError
+from roll_r3.rewards.calls import CallError, call_of
 from roll_r3.saving.manifest import MARKER
 from roll_r3.saving.state import read_state
 
@@ -77,9 +78,9 @@ def _function_problem(config: RewardConfig) -> str:
 def _call_problem(arguments: ast.arguments, kwargs: Mapping[str, object]) -> str:
     """Why a function with `arguments` cannot be called as a reward rule is."""
     try:
-        _signature(arguments).bind("response", "ground_truth", **kwargs)
-    except TypeError as error:
-        return f"it cannot be called as rule(response, ground_truth, **kwargs): {error}"
+        call_of(_signature(arguments), kwargs)
+    except CallError as error:
+        return str(error)
     return ""
 
 

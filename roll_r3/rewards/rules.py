@@ -1,11 +1,12 @@
 """Rules that decide a response's reward: built in by name, or `package.module:function` of the user's own.
 
-A rule is called as `rule(response, ground_truth, **kwargs) -> float` with the response's text, in a process of
-`roll_r3.rewards.worker`: this module is imported there, and imports nothing heavy.
+A rule is called in a process of `roll_r3.rewards.worker`, with what it asks for (see `roll_r3.rewards.calls`) and its
+kwargs. This module is imported there, and imports nothing heavy.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,9 +14,16 @@ from importlib import import_module
 from typing import Any
 
 from roll_r3.errors import ConfigError
+from roll_r3.rewards.calls import Call, CallError, call_of
 
 BUILT_IN = {"exact_match": "roll_r3.rewards.rules:exact_match", "math": "roll_r3.rewards.math_rule:math"}
 """Name -> `package.module:function`."""
+TRUTH_CHECKS = {"math": "roll_r3.rewards.math_rule:can_be_matched"}
+"""Built-in name -> the rule that scores a ground truth 1 if some response can match it, else 0."""
+
+
+class Undecided(BaseException):
+    """A judge gave up on a response, which scores 0. No `except Exception` of a library on the way may swallow it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,9 @@ class Rule:
     """Built-in name or `package.module:function`."""
     kwargs: Mapping[str, Any]
     timeout: float
-    """Seconds for one response."""
+    """Seconds for one response, after which its process is killed."""
+    judge: bool = False
+    """A response that is the end of its process, in whatever way, scores 0: no failure, since the rule is our own."""
 
     def __str__(self) -> str:
         return f"rewards.{self.name} ({self.reward})"
@@ -50,6 +60,23 @@ class Rule:
         if not callable(function):
             raise ConfigError(f"{field}: {self.reward!r} is not a function")
         return function  # type: ignore[no-any-return]
+
+    def call_of(self, function: Callable[..., Any]) -> Call:
+        """How the function is called.
+
+        Raises:
+            ConfigError: it cannot be called with what is offered and its kwargs.
+        """
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # some that are written in C have none
+            signature = None
+        try:
+            return call_of(signature, self.kwargs)
+        except CallError as error:
+            raise ConfigError(
+                "\n".join(f"rewards.{self.name}.{field}: {self.reward}: {why}" for field, why in error.problems)
+            ) from error
 
 
 def exact_match(response: str, ground_truth: str) -> float:

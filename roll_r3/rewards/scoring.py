@@ -1,33 +1,29 @@
-"""The rewards of a step: which rule scores a response, and what becomes of those that have no score."""
+"""The rewards of a run: which rule scores a response, and what becomes of those that it does not score."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.pipeline import RewardConfig, RLVRConfig
 from roll_r3.errors import ConfigError, RollError
-from roll_r3.rewards.processes import Failure, RewardProcesses, Task, TooManyFailuresError
+from roll_r3.rewards.calls import Response
+from roll_r3.rewards.process import Failure, Task, Undecided
+from roll_r3.rewards.processes import RewardProcesses, TooManyFailuresError
 from roll_r3.rewards.rules import Rule
+from roll_r3.rewards.truths import Truth, check_rules, check_truths
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_REASONS = 3
 _SHOWN_RESPONSE, _SHOWN_TRUTH = 200, 100
-
-
-@dataclass(frozen=True)
-class Response:
-    """What is to be scored."""
-
-    text: str
-    ground_truth: str
-    domain: str
+_JUDGE_GRACE_S = 60.0
+"""Seconds past the limit of `math`, which is of processor time, at which its process is killed all the same."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,8 @@ class Scores:
     """None: the rule failed, so the response takes no part in the step."""
     why: str
     """In a few words, of those that have none; empty where all have one."""
+    undecided: int = 0
+    """Responses among them that score 0 because a judge gave up on them."""
 
     @property
     def failed(self) -> int:
@@ -56,9 +54,8 @@ class Rewards:
         Raises:
             ConfigError: a domain that two rules claim.
         """
-        self._rules = [
-            Rule(name, reward.reward, dict(reward.kwargs), reward.timeout) for name, reward in config.rewards.items()
-        ]
+        self._rules = [_rule(name, reward) for name, reward in config.rewards.items()]
+        self._skips_special = [reward.skip_special_tokens for reward in config.rewards.values()]
         self._by_domain: dict[str, int] = {}
         self._default: int | None = None
         self._max_failed = config.max_failed_rewards
@@ -74,7 +71,9 @@ class Rewards:
                         "name domains in tag_included"
                     )
                 self._default = index
-        self._processes = RewardProcesses(self._rules, config.reward_workers, log_dir)
+        self._truth_checks = check_rules(self._rules)
+        rules = [*self._rules, *self._truth_checks.values()]
+        self._processes = RewardProcesses(rules, config.reward_workers, log_dir)
 
     def __enter__(self) -> Self:
         """Start the processes, without waiting for them."""
@@ -93,8 +92,22 @@ class Rewards:
             raise ConfigError(f"rewards: no rule scores the domains {', '.join(lost)}; name them in a tag_included")
 
     def wait_until_ready(self) -> None:
-        """Until every process has imported every rule. Raises ConfigError when one could not."""
+        """Until every process has imported every rule. Raises ConfigError when one could not, or cannot be called."""
         self._processes.wait_until_ready()
+
+    def check_truths(self, truths: Iterable[Truth]) -> None:
+        """Raises ConfigError when no response whatever could match a ground truth, in the rule of its domain."""
+        by_rule = defaultdict(list)
+        for truth in truths:
+            by_rule[self._rule_of(truth.domain)].append(truth)
+        check_truths(
+            self._processes,
+            [(self._rules[i], len(self._rules) + n, by_rule[i]) for n, i in enumerate(self._truth_checks)],
+        )
+
+    def skips_special_tokens(self, domain: str) -> bool:
+        """Whether the rule of a domain reads responses without special tokens."""
+        return self._skips_special[self._rule_of(domain)]
 
     def score(self, responses: Sequence[Response]) -> Scores:
         """The reward of each response; each failure is in this process's log.
@@ -102,7 +115,7 @@ class Rewards:
         Raises:
             RollError: more than `max_failed_rewards` of the responses have none; with the reasons.
         """
-        tasks = [Task(self._rule_of(r.domain), r.text, r.ground_truth) for r in responses]
+        tasks = [Task(self._rule_of(response.domain), response) for response in responses]
         try:
             answers = self._processes.score(tasks, int(self._max_failed * len(tasks)))
         except TooManyFailuresError as error:
@@ -113,24 +126,29 @@ class Rewards:
                 "rule; what it printed is in logs/rewards-*.log, the responses are in logs/driver.log"
             ) from error
         failures = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Failure)}
-        self._log(responses, failures)
-        scores = [None if isinstance(answer, Failure) else answer for answer in answers]
-        return Scores(scores, self._summary(responses, failures))
+        undecided = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Undecided)}
+        self._log(responses, {**failures, **undecided})
+        scores = [
+            None if isinstance(answer, Failure) else 0.0 if isinstance(answer, Undecided) else answer
+            for answer in answers
+        ]
+        return Scores(scores, self._summary(responses, failures), len(undecided))
 
     def _rule_of(self, domain: str) -> int:
         index = self._by_domain.get(domain, self._default)
         assert index is not None, f"domain {domain} was not checked"
         return index
 
-    def _log(self, responses: Sequence[Response], failures: Mapping[int, Failure]) -> None:
-        for index, failure in sorted(failures.items()):
+    def _log(self, responses: Sequence[Response], odd: Mapping[int, Failure | Undecided]) -> None:
+        for index, answer in sorted(odd.items()):
             response = responses[index]
             logger.warning(
-                "%s %s for the response %r (ground truth %r)",
+                "%s %s for the response %r (ground truth %r)%s",
                 self._rules[self._rule_of(response.domain)],
-                failure.reason,
-                response.text[:_SHOWN_RESPONSE],
+                answer.reason,
+                response.response[:_SHOWN_RESPONSE],
                 response.ground_truth[:_SHOWN_TRUTH],
+                ", which scores 0" if isinstance(answer, Undecided) else "",
             )
 
     def _summary(self, responses: Sequence[Response], failures: Mapping[int, Failure]) -> str:
@@ -142,3 +160,10 @@ class Rewards:
         shown = [f"{text} ({n} times)" if n > 1 else text for text, n in counts.most_common(_SHOWN_REASONS)]
         more = [f"and {len(counts) - _SHOWN_REASONS} other reasons"] if len(counts) > _SHOWN_REASONS else []
         return "; ".join(shown + more)
+
+
+def _rule(name: str, reward: RewardConfig) -> Rule:
+    if reward.reward != "math":
+        return Rule(name, reward.reward, dict(reward.kwargs), reward.time_limit)
+    kwargs = reward.kwargs | {"seconds": reward.time_limit}
+    return Rule(name, reward.reward, kwargs, reward.time_limit + _JUDGE_GRACE_S, judge=True)

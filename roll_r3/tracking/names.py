@@ -114,6 +114,10 @@ METRICS: dict[str, Metric] = {
     ),
     "reward/groups_all_right": Metric("share", "such groups whose score is above 0"),
     "reward/groups_all_wrong": Metric("share", "such groups whose score is 0 or less"),
+    "reward/math_undecided": Metric(
+        "samples",
+        "samples that `math` scored 0, because math-verify took too long or too much memory, or failed on them",
+    ),
     "time/step_total": Metric("s", "the whole step"),
     "time/step_generate": Metric("s", "rollout"),
     "time/step_reward": Metric("s", "rewards and advantages"),

@@ -10,6 +10,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 
 def misbehaves(response: str, ground_truth: str, folder: str = "") -> object:
@@ -17,6 +20,8 @@ def misbehaves(response: str, ground_truth: str, folder: str = "") -> object:
     match response.split():
         case ["environment", name]:
             return float(os.environ[name])
+        case ["oom"]:
+            return int(Path("/proc/self/oom_score_adj").read_text())
         case ["raise", *words]:
             raise ValueError(" ".join(words))
         case ["loop"]:
@@ -72,5 +77,59 @@ def falls_over(response: str, ground_truth: str, folder: str) -> object:
         calls.write("x")
         calls.flush()
         number = calls.tell()
+    if number == 1:
+        (Path(folder) / "oom_scores").write_text(" ".join(_oom_scores()))
     planned = PLAN.get(number)
     return float(response.strip() == ground_truth) if planned is None else misbehaves(planned, ground_truth)
+
+
+def _oom_scores() -> list[str]:
+    """Of Ray's workers in this run, each with the kernel's adjustment: the higher, the sooner it is killed."""
+    children = psutil.Process(os.getppid()).children(recursive=True)
+    workers = [child for child in children if "".join(child.cmdline()).startswith("ray::")]
+    return [Path(f"/proc/{worker.pid}/oom_score_adj").read_text().strip() for worker in workers]
+
+
+def forks(response: str, ground_truth: str, how: str) -> float:
+    """The number that the response is; a copy of the process comes back too, with another number or an error."""
+    copy = os.fork()
+    if copy == 0:
+        if how == "exits":
+            sys.exit(3)
+        if how == "raises":
+            raise ValueError("in a copy")
+        return 1000 + float(response)
+    time.sleep(0.005)
+    if how == "exits":
+        assert os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]) == 3
+    return float(response)
+
+
+_imported = False
+
+
+def imports_late(response: str, ground_truth: str, seconds: float) -> float:
+    """As a rule that imports much in its first call; a response "loop" never ends."""
+    global _imported
+    if not _imported:
+        time.sleep(seconds)
+        _imported = True
+    while response == "loop":
+        pass
+    if response == "exit":
+        os._exit(3)
+    return float(response)
+
+
+def passes_tests(response: str, row: dict[str, Any], *, messages: list[dict[str, str]], finish_reason: str) -> float:
+    """The share of a row's test cases that the response, a number, passes; 0 where it was cut off."""
+    assert [set(message) for message in messages] == [{"role", "content"}]
+    if finish_reason == "length":
+        return 0.0
+    tests = row["tests"]
+    return sum(float(response) > test["above"] for test in tests) / len(tests)
+
+
+def needs_more(response: str, solution: str, letter: str, *, row: dict[str, Any]) -> float:
+    """A rule that cannot be called without `letter`."""
+    return 0.0

@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +16,21 @@ import numpy as np
 import psutil
 import pytest
 from faults import Fault, nothing_left
+from reward_processes import LIMIT, MISBEHAVES, Open, asked, ended, rewards, score
 from whole_run import START_TIMEOUT, Run, few_steps
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.rewards.processes import Failure, RewardProcesses, Task
+from roll_r3.rewards.process import Failure, Task
+from roll_r3.rewards.processes import RewardProcesses
 from roll_r3.rewards.rules import Rule
-from roll_r3.rewards.scoring import Response, Rewards
+from roll_r3.rewards.scoring import Rewards
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
-LIMIT = 1.0
-MISBEHAVES = "reward_rules:misbehaves"
-
-Open = Callable[..., Rewards]
-
-
-@pytest.fixture
-def rewards(tmp_path: Path) -> Iterator[Open]:
-    """Rules in their processes, which have to be gone at the end."""
-    with ExitStack() as stack:
-
-        def opened(rule: str = MISBEHAVES, *, workers: int = 2, max_failed: float = 1.0, **fields: Any) -> Rewards:
-            config = RLVRConfig(
-                exp_name="x",
-                pretrain="p",
-                actor_train={},
-                actor_infer={},
-                rewards={"mine": {"reward": rule, "timeout": LIMIT, **fields}},
-                reward_workers=workers,
-                max_failed_rewards=max_failed,
-            )
-            found = stack.enter_context(Rewards(config, tmp_path))
-            found.wait_until_ready()
-            return found
-
-        yield opened
-    assert alive(tmp_path) == []
-
-
-def alive(log_dir: Path) -> list[str]:
-    """What of this process's children still runs and writes to the rules' logs."""
-    left = []
-    for process in psutil.process_iter():
-        try:
-            files = {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2)}
-        except OSError:
-            continue
-        if any(Path(file).parent == log_dir for file in files):
-            left.append(" ".join(process.cmdline()))
-    return left
-
-
-def score(rewards: Rewards, *texts: str) -> list[float | None]:
-    return rewards.score([Response(text, "", "default") for text in texts]).scores
+__all__ = ["rewards"]
 
 
 def test_scores_come_in_order_and_are_those_of_the_function_itself(rewards: Open) -> None:
@@ -105,8 +62,8 @@ def test_every_domain_has_its_rule_and_kwargs(tmp_path: Path) -> None:
     )
     with Rewards(config, tmp_path) as found:
         found.wait_until_ready()
-        asked = [(" 4\n", "4", "other"), ("abbb", "", "abc"), (r"$\frac{1}{2}$", "0.5", "math"), ("5", "4", "default")]
-        assert found.score([Response(*each) for each in asked]).scores == [1.0, 3.0, 1.0, 0.0]
+        texts = [(" 4\n", "4", "other"), ("abbb", "", "abc"), (r"$\frac{1}{2}$", "0.5", "math"), ("5", "4", "default")]
+        assert found.score([asked(*each) for each in texts]).scores == [1.0, 3.0, 1.0, 0.0]
 
 
 def count(response: str, ground_truth: str, letter: str = "a") -> float:
@@ -133,7 +90,7 @@ def count(response: str, ground_truth: str, letter: str = "a") -> float:
 def test_a_rule_that_fails_costs_its_own_response_only(rewards: Open, text: str, reason: str) -> None:
     found = rewards()
     began = time.monotonic()
-    scored = found.score([Response(each, "", "default") for each in ("1", text, "2", "3")])
+    scored = found.score([asked(each) for each in ("1", text, "2", "3")])
     assert scored.scores == [1.0, None, 2.0, 3.0]
     assert scored.why == f"rewards.mine ({MISBEHAVES}) {reason}"
     assert time.monotonic() - began < LIMIT + 15
@@ -160,15 +117,6 @@ def test_what_a_rule_prints_goes_to_a_log(rewards: Open, tmp_path: Path, capfd: 
 def test_what_a_rule_started_is_killed_with_it(rewards: Open, tmp_path: Path) -> None:
     assert score(rewards(kwargs={"folder": str(tmp_path)}), "child", "1") == [None, 1.0]
     assert ended(int((tmp_path / "child").read_text()))
-
-
-def ended(pid: int) -> bool:
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_a_death_between_two_responses_costs_nothing(rewards: Open) -> None:
@@ -243,14 +191,16 @@ def test_processes_die_with_the_driver(tmp_path: Path, busy: bool) -> None:
 import sys, time
 from pathlib import Path
 sys.path[:] = {sys.path!r}
-from roll_r3.rewards.processes import RewardProcesses, Task
+from roll_r3.rewards.calls import Response
+from roll_r3.rewards.process import Task
+from roll_r3.rewards.processes import RewardProcesses
 from roll_r3.rewards.rules import Rule
 found = RewardProcesses([Rule("mine", "{MISBEHAVES}", {{}}, 600.0)], 2, Path({str(tmp_path)!r}))
 found.start()
 found.wait_until_ready()
 print("ready", flush=True)
 if {busy}:
-    found.score([Task(0, "loop", "")] * 2, 0)
+    found.score([Task(0, Response("loop", "", "", "", (), {{}}, "stop", 1))] * 2, 0)
 time.sleep(600)
 """
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -285,7 +235,7 @@ def test_at_most_one_response_is_with_each_process(tmp_path: Path) -> None:
                 return True
 
             process.give = counted  # type: ignore[method-assign]
-        tasks = [Task(0, "seconds 0.01", "")] * 20
+        tasks = [Task(0, asked("seconds 0.01"))] * 20
         assert found.score(tasks, 0) == [0.01] * 20
         assert (len(given), max(given)) == (20, 2)
         assert not any(isinstance(answer, Failure) for answer in found.score(tasks, 0))
@@ -296,7 +246,7 @@ def test_at_most_one_response_is_with_each_process(tmp_path: Path) -> None:
 def test_a_step_of_cheap_rewards_stays_cheap(rewards: Open) -> None:
     """128 responses through the processes; two orders below what a step takes."""
     found = rewards("exact_match", workers=2)
-    responses = [Response(f"{i} " * 200, f"{i}", "default") for i in range(128)]
+    responses = [asked(f"{i} " * 200, f"{i}") for i in range(128)]
     found.score(responses)
     seconds = math.inf
     for _ in range(5):
@@ -342,6 +292,9 @@ def test_a_run_goes_on_without_the_responses_that_have_no_reward(fallen: Run) ->
     assert "Traceback" not in said
     log = (fallen.path / "logs" / "driver.log").read_text()
     assert log.count("rewards.default (reward_rules:falls_over)") == 3
+    oom_scores = (fallen.output.parent / "oom_scores").read_text().split()
+    assert oom_scores, "the run's workers were found"
+    assert set(oom_scores) == {"500"}, "where memory runs out, the kernel takes a reward process first: theirs is 1000"
     assert "Segmentation fault" in "".join((fallen.path / "logs" / f"rewards-{i}.log").read_text() for i in (0, 1))
 
 

@@ -19,6 +19,16 @@ _FALLBACK = "math_rule"
 """The domain that ROLL gives to every tag that no reward names."""
 
 
+def _no_worker(section: str) -> str:
+    """The two ways out for a worker without a counterpart."""
+    return (
+        "write `reward: package.module:function` in its place. The function takes by name what it needs of response, "
+        "ground_truth, domain, prompt, messages, row (every column: test cases, a case type), finish_reason and "
+        f"num_response_tokens. Or take out all of {section}, and its rows out of the data: without worker_cls the "
+        "section has no rule, and rows that stay are scored by another"
+    )
+
+
 def _worker(draft: Draft, keys: Keys) -> None:
     """A worker class becomes a rule; with one that has none, the whole reward goes."""
     section, worker = keys[:-1], draft.get(keys)
@@ -28,7 +38,7 @@ def _worker(draft: Draft, keys: Keys) -> None:
         return
     known = WORKERS.get(worker.rpartition(".")[2])
     if known is None:
-        draft.refuse(keys, "write `reward: package.module:function` with a function (response, ground_truth) -> float")
+        draft.refuse(keys, _no_worker(".".join(map(str, section))))
         draft.drop(section)
         return
     rule, why = known
@@ -60,7 +70,8 @@ ROWS = (
             _worker,
             "`rewards.*.reward`: `...MathRuleRewardWorker` is `math`, which reads the whole response where ROLL's "
             "worker reads what follows the last `</think>` or blank line. Other workers are not supported: write "
-            "`reward: package.module:function`",
+            "`reward: package.module:function`, which takes `response`, `ground_truth`, `prompt`, `messages` or `row` "
+            "by name, or take out the section together with its rows of the data",
         ),
     ),
     Row(

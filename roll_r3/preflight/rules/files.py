@@ -60,7 +60,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="reward-importable",
         fields=("rewards.*.reward", "rewards.*.kwargs"),
         why="a reward function must be found on the import path (which is searched, nothing is imported) and take "
-        "(response, ground_truth, **kwargs)",
+        "its kwargs and what it is offered by name, or (response, ground_truth, **kwargs)",
         fix="put its directory on PYTHONPATH, or correct the name, the function's arguments or the kwargs",
         wrong=("rewards.default.reward=no_such_package.rewards:score",),
         right=("rewards.default.reward=roll_r3.rewards.rules:exact_match",),

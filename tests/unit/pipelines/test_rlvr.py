@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,23 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
 from roll_r3.pipelines.rlvr import RLVRPipeline
-from roll_r3.rewards.scoring import Response
+from roll_r3.rewards.calls import Response
+from roll_r3.rewards.scoring import Scores
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.tracking.progress import Progress
 
-PROMPTS = [Prompt(f"row-{i}", f"question {i}", (1, 2), str(i)) for i in range(2)]
+PROMPTS = [
+    Prompt(
+        f"row-{i}",
+        f"question {i}",
+        (1, 2),
+        str(i),
+        domain=domain,
+        messages=({"role": "user", "content": f"question {i}"},),
+        row={"tests": [i]},
+    )
+    for i, domain in enumerate(("plain", "special"))
+]
 
 
 class Cluster:
@@ -30,6 +41,8 @@ class Cluster:
 
     def __init__(self, withheld: dict[str, str]) -> None:
         self.withheld = withheld
+        self.decoded: list[bool] = []
+        self.scored: list[Response] = []
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         ids, log_probs = np.array([1], np.int32), np.array([-1.0], np.float32)
@@ -45,10 +58,15 @@ class Cluster:
         return BatchLogProbs(np.zeros(batch.loss_mask_N.shape, np.float32), None, None, 0.0)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return "an answer"
+        self.decoded.append(skip_special_tokens)
+        return "an answer" if skip_special_tokens else "an answer<end>"
+
+    def skips_special_tokens(self, domain: str) -> bool:
+        return domain == "plain"
 
     def score(self, responses: Sequence[Response]) -> Any:
-        return SimpleNamespace(scores=[1.0 for _ in responses], failed=0, why="")
+        self.scored = list(responses)
+        return Scores([1.0 for _ in responses], why="", undecided=1)
 
 
 class FarReference(Cluster):
@@ -58,8 +76,10 @@ class FarReference(Cluster):
         return BatchLogProbs(np.full(batch.loss_mask_N.shape, -0.5, np.float32), None, None, 0.0)
 
 
-def pipeline(withheld: dict[str, str], said: list[str], frozen: Any = None, **changes: Any) -> RLVRPipeline:
-    cluster: Any = Cluster(withheld)
+def pipeline(
+    withheld: dict[str, str], said: list[str], cluster: Any = None, frozen: Any = None, **changes: Any
+) -> RLVRPipeline:
+    cluster = cluster or Cluster(withheld)
     progress = Progress(1)
     progress.say = said.append  # type: ignore[method-assign]
     config = RLVRConfig(
@@ -106,8 +126,33 @@ def test_a_step_without_any_sample_says_why() -> None:
 
 def test_the_penalty_comes_off_the_advantages_of_the_tokens() -> None:
     penalised = {"add_token_level_kl": True, "init_kl_coef": 0.1, "reference": {}}
-    experience = pipeline({}, [], FarReference({}), **penalised).sample(1)
+    experience = pipeline({}, [], frozen=FarReference({}), **penalised).sample(1)
     assert experience.batch.advantages_N is not None
     np.testing.assert_allclose(experience.batch.advantages_N, -0.05, rtol=1e-6)
     np.testing.assert_allclose(experience.advantages.rewards_n, -0.05, rtol=1e-6)
     assert {s.score for s in experience.samples} == {1.0}, "the scores are as they were given"
+
+
+def test_a_rule_is_offered_all_that_is_known_of_a_sample() -> None:
+    cluster = Cluster({})
+    experience = pipeline({}, [], cluster).sample(1)
+    first, last = cluster.scored[0], cluster.scored[-1]
+    assert first.values(["response", "ground_truth", "prompt", "messages", "row", "domain"]) == {
+        "response": "an answer",
+        "ground_truth": "0",
+        "prompt": "question 0",
+        "messages": [{"role": "user", "content": "question 0"}],
+        "row": {"tests": [0]},
+        "domain": "plain",
+    }
+    assert (first.finish_reason, first.num_response_tokens) == ("stop", 1)
+    assert (last.row, last.prompt) == ({"tests": [1]}, "question 1")
+    assert experience.undecided_rewards == 1
+
+
+def test_each_response_is_decoded_once_as_its_rule_reads_it() -> None:
+    cluster = Cluster({})
+    samples = pipeline({}, [], cluster).sample(1).samples
+    assert cluster.decoded == [True, True, False, False]
+    assert [r.response for r in cluster.scored] == ["an answer"] * 2 + ["an answer<end>"] * 2
+    assert [s.response for s in samples] == [r.response for r in cluster.scored]

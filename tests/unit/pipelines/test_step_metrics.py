@@ -51,6 +51,7 @@ def record() -> StepRecord:
         update=BatchUpdate({"actor/lr": 1e-3}, counts, 0.3),
         dropped=1,
         failed_rewards=3,
+        undecided_rewards=4,
         retries=2,
         engine_restarts=1,
         samples_seen=8,
@@ -64,7 +65,7 @@ def test_figures(record):
     assert m["critic/rewards/max"] == 0.9
     assert m["tokens/response_length/max"] == 2
     assert m["tokens/truncated_ratio"] == 0.5
-    assert m["reward/failed"] == 3
+    assert (m["reward/failed"], m["reward/math_undecided"]) == (3, 4)
     assert m["system/tps"] == 4.0, "8 tokens in 2 s"
     assert m["actor/rollout_train_logprobs_abs_diff_mean"] == pytest.approx(0.1, rel=1e-5)
     assert m["critic/entropy/mean"] == pytest.approx(0.3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.pipeline import RewardConfig, RLVRConfig
 from roll_r3.config.rules.data import BUILT_IN_REWARDS
 from roll_r3.errors import ConfigError
 from roll_r3.rewards.rules import BUILT_IN, Rule, as_score
@@ -95,3 +95,14 @@ def test_a_domain_without_a_rule_is_named() -> None:
     with pytest.raises(ConfigError, match="no rule scores the domains code"):
         rewards_of(a={"reward": "math", "tag_included": ("math",)}).check_domains({"math", "code"})
     rewards_of(a={"reward": "math", "tag_included": ("math",)}, b={"reward": "math"}).check_domains({"math", "code"})
+
+
+def test_each_domain_has_its_own_text() -> None:
+    found = rewards_of(a={"reward": "math", "tag_included": ("x",), "skip_special_tokens": False}, b={"reward": "math"})
+    assert (found.skips_special_tokens("x"), found.skips_special_tokens("y")) == (False, True)
+
+
+def test_time_limits() -> None:
+    limits = [RewardConfig(**fields).time_limit for fields in ({"reward": "math"}, {"reward": "a:b"})]
+    assert limits == [2.0, 30.0]
+    assert RewardConfig(reward="math", timeout=7).time_limit == 7

@@ -1,0 +1,236 @@
+"""What reward processes are given and kept from, and the limits that hold them; rules that fail are in
+test_reward_faults.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from reward_processes import MISBEHAVES, Open, asked, ended, rewards, score
+from slow_answers import SLOW
+
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.errors import ConfigError, RollError
+from roll_r3.rewards import process
+from roll_r3.rewards.scoring import Rewards
+from roll_r3.rewards.truths import Truth
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+__all__ = ["rewards"]
+
+
+def test_a_rule_reads_test_cases_from_its_row(rewards: Open) -> None:
+    row = {"tests": [{"above": 1}, {"above": 5}], "other": "x" * 1000}
+    messages = ({"role": "user", "content": "a number"},)
+    found = rewards("reward_rules:passes_tests")
+    scores = found.score(
+        [
+            asked("3", row=row, messages=messages),
+            asked("7", row=row, messages=messages),
+            asked("7", row=row, messages=messages, finish_reason="length"),
+        ]
+    ).scores
+    assert scores == [0.5, 1.0, 0.0]
+
+
+def test_only_what_a_rule_asks_for_is_sent(rewards: Open) -> None:
+    found = rewards("reward_rules:passes_tests", workers=1)
+    sent = []
+    (one,) = found._processes._processes
+    send = one.pipe.send
+    one.pipe.send = lambda message: (sent.append(message), send(message))
+    found.score([asked("3", row={"tests": [{"above": 1}]}, messages=[{"role": "user", "content": ""}], prompt="long")])
+    ((_, _, values),) = sent
+    assert set(values) == {"response", "row", "messages", "finish_reason"}
+
+
+def test_a_rule_that_cannot_be_called_stops_the_start_with_every_reason(rewards: Open) -> None:
+    with pytest.raises(ConfigError) as refused:
+        rewards("reward_rules:needs_more", kwargs={"prompt": "x", "lettre": "a"})
+    lines = str(refused.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "rewards.mine.kwargs.prompt",
+        "rewards.mine.reward",
+        "rewards.mine.kwargs.lettre",
+    ]
+    assert "its parameter 'letter'" in lines[1]
+    assert "offered are response, ground_truth, domain, prompt, messages, row" in lines[1]
+
+
+@pytest.mark.parametrize("how", ["returns", "exits", "raises"])
+def test_a_copy_that_a_rule_makes_answers_nothing(rewards: Open, how: str) -> None:
+    found = rewards("reward_rules:forks", kwargs={"how": how})
+    processes = {one._process.pid for one in found._processes._processes if one._process}
+    numbers = [float(i) for i in range(60)]
+    assert score(found, *map(str, numbers)) == numbers
+    children = [child for pid in processes for child in psutil.Process(pid).children()]
+    assert all(ended(child.pid) for child in children), "no copy goes on serving"
+    assert {one._process.pid for one in found._processes._processes if one._process} == processes
+
+
+def test_math_gives_up_in_time_and_scores_0(rewards: Open) -> None:
+    found = rewards("math", max_failed=0.0, timeout=0.5)
+    texts = [SLOW[name] for name in ("tower", "ones", "set of 1000", "factorial", "nested fractions", "parentheses")]
+    right = asked(r"so \boxed{\$18}", r"\$18")
+    wrong = asked(r"so \boxed{\$19}", r"\$18")
+    scored = found.score([right, wrong, *[asked(text, "18") for text in texts], right])
+    assert scored.scores == [1.0, 0.0, *[0.0] * len(texts), 1.0]
+    assert (scored.failed, scored.why) == (0, "")
+    assert 4 <= scored.undecided <= len(texts)
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("sum(range(10**14))", "killed its process (SIGXCPU)"),  # C that looks at no signal
+        ("os.kill(os.getpid(), 9)", "killed its process (SIGKILL: the kernel does that where memory runs out)"),
+        ("os._exit(7)", "ended its process (exit code 7)"),
+    ],
+)
+def test_math_scores_0_where_its_process_is_killed(
+    rewards: Open,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    does: str,
+    said: str,
+) -> None:
+    (tmp_path / "math_verify.py").write_text(
+        f"import os\ndef parse(text, **_):\n    if 'odd' in text:\n        {does}\n    return [text]\n"
+        "def verify(truth, answer, **_): return '7' in answer\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = rewards("math", max_failed=0.0, timeout=0.2, workers=1)
+    scored = found.score([asked("7", "7"), asked("odd", "7"), asked("7", "7")])
+    assert (scored.scores, scored.undecided) == ([1.0, 0.0, 1.0], 1)
+    assert f"rewards.mine (math) {said} for the response 'odd' (ground truth '7'), which scores 0" in caplog.text
+
+
+def test_ground_truths_that_nothing_matches_stop_the_start(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
+    found = rewards("math")
+    found.check_truths([Truth(f"rows-{i}", "default", str(i)) for i in range(40)] + [Truth("rows-40", "x", r"\$18")])
+    lost = [Truth(f"rows-{i}", "default", "" if i % 2 else "\x1b[31m$ $") for i in range(7)]
+    with pytest.raises(ConfigError) as refused:
+        found.check_truths([Truth("rows-7", "default", "18"), *lost])
+    assert str(refused.value).startswith(
+        "rewards.mine (math): 7 of 8 ground truths can never be matched, so that no response to their prompts gets a "
+        "reward: '\\\\x1b[31m$ $' of row rows-0 is nothing that math-verify can read; '' of row rows-1 is nothing"
+    )
+    assert "and 2 more, which are in logs/driver.log" in str(refused.value)
+    assert caplog.text.count("can never be matched") == 7
+    assert score(found, "18") == [0.0]
+
+
+def test_rules_that_compare_text_take_any_ground_truth(tmp_path: Path) -> None:
+    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={}, reward_workers=1)
+    with Rewards(config, tmp_path) as found:
+        found.wait_until_ready()
+        found.check_truths([Truth("rows-0", "default", "")])
+
+
+def test_rays_variables_are_kept_from_rules(rewards: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "1")
+    monkeypatch.setenv("RAY_ADDRESS", "2")
+    found = rewards(workers=1)
+    names = ("RAY_AUTH_TOKEN", "RAY_ADDRESS")
+    assert score(found, *[f"environment {name}" for name in names]) == [None, None]
+    assert score(found, "exit 3") == [None]
+    assert score(found, *[f"environment {name}" for name in names]) == [None, None], "nor has the next one them"
+
+
+def test_the_kernel_ends_a_rule_first_where_memory_runs_out(rewards: Open) -> None:
+    assert score(rewards(workers=1), "oom") == [1000.0]
+
+
+def test_the_first_call_of_a_rule_may_import(rewards: Open) -> None:
+    found = rewards("reward_rules:imports_late", timeout=0.3, kwargs={"seconds": 1.0}, workers=1)
+    assert score(found, "1", "2", "3") == [1.0, 2.0, 3.0]
+    assert score(found, "exit", "5", "6") == [None, 5.0, 6.0], "and so may that of the next process"
+    began = time.monotonic()
+    assert score(found, "loop", "8") == [None, 8.0]
+    assert score(found, "exit", "loop", "9") == [None, None, 9.0]
+    assert time.monotonic() - began < 20, "no response is waited for as for a start"
+
+
+def test_what_a_rule_says_is_made_readable(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
+    scored = rewards(workers=1).score([asked("raise \x1b[31mred \u202e"), asked("1")])
+    assert scored.why == f"rewards.mine ({MISBEHAVES}) raised ValueError: \\x1b[31mred \\u202e".rstrip()
+    assert "\x1b" not in caplog.text
+
+
+COUNTS = """
+import os, signal
+from pathlib import Path
+starts = Path(__file__).with_name("starts")
+starts.write_text((starts.read_text() if starts.exists() else "") + "x")
+if len(starts.read_text()) in {deadly}:
+    os.kill(os.getpid(), signal.SIGKILL)
+def score(response, ground_truth):
+    if response == "exit":
+        os._exit(3)
+    return float(response)
+"""
+
+
+def test_a_process_that_is_killed_while_it_imports_is_replaced_again(
+    rewards: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "killed_twice.py").write_text(COUNTS.format(deadly=(2, 3)))
+    (tmp_path / "killed_for_good.py").write_text(COUNTS.format(deadly="range(2, 99)").replace('"starts"', '"others"'))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert score(rewards("killed_twice:score", workers=1), "1", "exit", "2") == [1.0, None, 2.0]
+    found = rewards("killed_for_good:score", workers=1)
+    with pytest.raises(RollError, match="imported them before; 3 starts in a row failed") as stopped:
+        score(found, "1", "exit", "2")
+    assert not isinstance(stopped.value, ConfigError), "the configuration is not what is wrong"
+    assert (tmp_path / "others").read_text() == "xxxx"
+
+
+def test_a_process_that_takes_nothing_is_not_waited_for(
+    rewards: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "_PIPE_TIMEOUT_S", 1)
+    found = rewards("reward_rules:passes_tests", workers=1)
+    case = asked("3", row={"tests": [{"above": 1}], "long": "x" * (4 << 20)}, messages=[{"role": "", "content": ""}])
+    assert found.score([case]).scores == [1.0]
+    (one,) = found._processes._processes
+    assert one._process is not None
+    os.kill(one._process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    assert found.score([case, case]).scores == [1.0, 1.0]
+    assert time.monotonic() - began < 15
+    assert "did not take a response within 1 s" in caplog.text
+
+
+def test_a_log_keeps_its_newest_part(rewards: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LOG_BYTES", 1 << 20)
+    found = rewards(workers=1)
+    for _ in range(6):
+        assert score(found, "print 400000") == [1.0]
+    assert score(found, "raise the newest", "1") == [None, 1.0]
+    log = tmp_path / "rewards-0.log"
+    assert log.stat().st_size < 2 << 20
+    assert "[what was printed before was cut off]" in log.read_text()
+    assert re.search("ValueError: the newest", log.read_text())
+
+
+def test_an_answer_to_no_question_is_none(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever writes to the pipe, a score is taken with its own number only."""
+    found = rewards(workers=1)
+    (one,) = found._processes._processes
+    give = one.give
+
+    def after_another(index: int, task: process.Task) -> bool:
+        given = give(index, task)
+        assert one._take(one._tasks - 1, "score", 1000.0) is None
+        return given
+
+    one.give = after_another  # type: ignore[method-assign]
+    assert score(found, "1", "2") == [1.0, 2.0]
+    assert caplog.text.count("sent an answer to no question") == 2
