@@ -75,16 +75,22 @@ class TrainingArgs(Config):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of Adam's second moment."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Added to Adam's denominator."""
+    """Added to Adam's denominator, the root of the second moment. Gradients far below it move hardly anything, and in
+    reinforcement learning they can be that small: MiniMax-M1 used 1e-15 (arXiv 2506.13585)."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes to 0 after warm-up, over all optimizer steps of the run."""
+    """How the learning rate goes from its peak to min_lr after warm-up, over all optimizer steps of the run."""
+    min_lr: NonNegativeFloat = 0.0
+    """The learning rate that the decay of linear and cosine ends at, after the run's last optimizer step. At most
+    learning_rate."""
     max_skipped_steps: NonNegativeInt = 3
     """Optimizer steps in a row that may be left out because their gradient or loss is not finite: nothing changes then,
     neither weights nor moments nor the learning rate. With one more the run stops; 0: at the first."""
     warmup_steps: NonNegativeInt = 0
-    """Optimizer steps over which the learning rate rises from 0."""
+    """Optimizer steps over which the learning rate rises: step k, counted from 1, has learning_rate x k / warmup_steps,
+    and step warmup_steps the peak. The decay starts at the step after it. Megatron and transformers give step k the
+    rate of (k - 1) / warmup_steps, so that their first step changes nothing; after warm-up they agree."""
     per_device_train_batch_size: PositiveInt = 1
     """Samples of a micro-batch, per data-parallel rank; with `use_dynamic_batching_in_train` only a factor of an
     optimizer step's samples."""

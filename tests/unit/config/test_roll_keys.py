@@ -69,6 +69,35 @@ from tests.unit.config.from_roll import ENGINE, LAYOUT, MATH, at, of_roll, put, 
             {"actor_train.training_args.lr_scheduler_type": "constant"},
         ),
         (
+            {
+                "actor_train__training_args__lr_scheduler_type": "cosine_with_min_lr",
+                "actor_train__training_args__lr_scheduler_kwargs": {"min_lr": 1e-7},
+            },
+            {
+                "actor_train.training_args.lr_scheduler_type": "cosine",
+                "actor_train.training_args.min_lr": 1e-7,
+                "actor_train.training_args.lr_scheduler_kwargs": ABSENT,
+            },
+        ),
+        (
+            {
+                "actor_train__training_args__lr_scheduler_type": "constant",
+                "actor_train__training_args__lr_scheduler_kwargs": {"min_lr": 1e-7},
+            },
+            {
+                "actor_train.training_args.min_lr": ABSENT,
+                "actor_train.training_args.lr_scheduler_kwargs": ABSENT,
+            },
+        ),
+        (
+            {"enable_old_logprobs_recompute": True},
+            {"enable_old_logprobs_recompute": ABSENT, "force_on_policy_ratio": False},
+        ),
+        (
+            {"enable_old_logprobs_recompute": False},
+            {"enable_old_logprobs_recompute": ABSENT, "force_on_policy_ratio": ABSENT},
+        ),
+        (
             {"actor_train__training_args": {"warmup_ratio": 0.1, "warmup_steps": 5}},
             {"actor_train.training_args.warmup_ratio": ABSENT, "actor_train.training_args.warmup_steps": 5},
         ),
