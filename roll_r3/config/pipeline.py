@@ -96,6 +96,11 @@ class RLVRConfig(Config):
     """Advantages are clipped to [-x, x]; None: not."""
     ppo_epochs: PositiveInt = 1
     """Passes over a step's samples."""
+    force_on_policy_ratio: Literal["auto"] | bool = "auto"
+    """Take the live log-probabilities, without their gradient, for the old ones: the ratio is then exactly 1. auto:
+    where a step has one optimizer step (ppo_epochs 1, its samples one mini-batch). The trainer's pass for old
+    log-probabilities is then made only where R2 or add_token_level_kl needs it. true: always, which takes one optimizer
+    step. false: never, so that the ratio shows how far a pass without gradients rounds otherwise than one with them."""
     pg_clip: PositiveFloat = 0.2
     """PPO's clip range of the ratio, both sides, unless pg_clip_low or pg_clip_high say otherwise."""
     pg_clip_low: PositiveFloat | None = None

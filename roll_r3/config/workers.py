@@ -231,8 +231,10 @@ class WorkerConfig(Config):
     device_mapping: Devices = (0,)
     """The devices (GPUs, or CPU slots where there is none) that this role runs on, one process each, in rank order.
     Roles may share devices, but no role a GPU of `actor_infer`. `list(range(0,8))`, `range(0,8)` or a list."""
-    infer_batch_size: PositiveInt = 8
-    """Samples of a micro-batch in passes without gradients, per data-parallel rank; refused under `actor_infer`."""
+    infer_batch_size: PositiveInt | None = None
+    """Samples of a micro-batch in passes without gradients, per data-parallel rank; refused under `actor_infer`.
+    Default: actor_train's per_device_train_batch_size. Where the pass for old log-probabilities is made, and a step has
+    one optimizer step, both passes then round alike. A larger number is faster where memory allows."""
 
 
 class ActorInferConfig(WorkerConfig):
@@ -250,7 +252,8 @@ class ModelWorkerConfig(WorkerConfig):
     use_dynamic_batching_in_infer: bool = False
     """Cut passes without gradients by `max_tokens_per_microbatch_in_infer` instead of `infer_batch_size`."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
-    """Tokens of one micro-batch in such a pass, padding included, over all context-parallel ranks that share it."""
+    """Tokens of one micro-batch in such a pass, padding included, over all context-parallel ranks that share it;
+    default: actor_train's max_tokens_per_microbatch_in_train."""
     use_sequence_packing: bool = False
     """Put a micro-batch's samples end to end in one row instead of padding each to the longest."""
     sequence_length_round: PositiveInt = 1

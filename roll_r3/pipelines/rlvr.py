@@ -17,6 +17,7 @@ from roll_r3.algorithms.kl import kl_estimate
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, ModelGroup, RolloutGroup
+from roll_r3.config.derived import forces_ratio, needs_old_log_probs
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
@@ -87,7 +88,8 @@ class Experience:
     penalised: np.ndarray
     """float64 [n]: scores less the KL penalty."""
     batch: Batch
-    old: BatchLogProbs
+    old: BatchLogProbs | None
+    """Of the trainer before the update; None: the update finds them (see `needs_old_log_probs`)."""
 
 
 class RLVRPipeline:
@@ -139,12 +141,17 @@ class RLVRPipeline:
             with self._progress.stage("reference", step), clock.stage("reference"):
                 reference = self._reference.compute_log_probs(replace(batch, routes=None))
                 batch = replace(batch, ref_log_probs_N=reference.log_probs_N)
-        with self._progress.stage("old log-probs", step), clock.stage("old_log_probs"):
-            old = self._trainer.compute_log_probs(batch)
-            batch = replace(batch, old_log_probs_N=old.log_probs_N)
+        old = None
+        with clock.stage("old_log_probs"):
+            if needs_old_log_probs(self._config, batch.num_samples):
+                with self._progress.stage("old log-probs", step):
+                    old = self._trainer.compute_log_probs(batch)
+                batch = replace(batch, old_log_probs_N=old.log_probs_N)
         scores = np.array([s.score for s in samples])
         penalised = scores - self._kl_penalty(batch)[: len(scores)]
         batch = self._with_advantages(batch, penalised, groups)
+        if forces_ratio(self._config, batch.num_samples):
+            batch = replace(batch, old_log_probs_N=None)
         return Experience(step, clock, results, failed, trajectories, samples, penalised, batch, old)
 
     def learn(self, experience: Experience) -> StepResult:
@@ -152,6 +159,8 @@ class RLVRPipeline:
         step, clock, batch = experience.step, experience.clock, experience.batch
         with self._progress.stage("update", step), clock.stage("train"):
             update = self._trainer.train_step(batch, step)
+        old = experience.old or update.old
+        assert old is not None
         for text in update.skipped:
             logger.warning("%s", text)
             self._progress.say(text)
@@ -164,8 +173,8 @@ class RLVRPipeline:
             trajectories=experience.trajectories,
             scores=np.array([s.score for s in experience.samples]),
             penalised=experience.penalised,
-            batch=batch,
-            old=experience.old,
+            batch=replace(batch, old_log_probs_N=old.log_probs_N),
+            old=old,
             update=update,
             dropped=sum(len(r.dropped) for r in experience.results),
             failed_rewards=experience.failed_rewards,

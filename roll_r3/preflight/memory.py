@@ -60,7 +60,7 @@ class StageMemory:
     logits: int
     """Of one micro-batch, with the loss's copies; 0 but on the last stage."""
     no_gradient_pass: int
-    """The most that a pass for log-probabilities needs: one layer's activations, or the logits."""
+    """The most that a pass for log-probabilities needs: one layer's activations, or the logits; 0 without one."""
 
     @property
     def total(self) -> int:
