@@ -87,6 +87,12 @@ class RLVRConfig(Config):
     response_length: PositiveInt = 1024
     """Longest response in tokens."""
 
+    fp32_lm_head: bool = False
+    """Compute the logits in fp32, of a bf16 model too: in the trainer, the reference and the engine. The output layer's
+    weights stay bf16 and are widened for its matrix product. In bf16 each side would round its logits by itself, which
+    moves log-probabilities by about a hundredth; MiniMax-M1 found that decisive (arXiv 2506.13585). It costs an fp32
+    matrix product, and a wide copy of that weight while it runs. Not with vLLM."""
+
     adv_estimator: Literal["grpo", "reinforce"] = "grpo"
     """grpo: reward less its group's mean, over the group's standard deviation. reinforce: reward less the batch's
     mean."""

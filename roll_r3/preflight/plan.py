@@ -302,7 +302,15 @@ def _stages(
     stages = []
     for stage, chunks in enumerate(held):
         last = stage == len(held) - 1
-        memory = stage_memory(worker, size.shape, held, stage, passes, entropy_gradient=config.entropy_loss_coef > 0)
+        memory = stage_memory(
+            worker,
+            size.shape,
+            held,
+            stage,
+            passes,
+            entropy_gradient=config.entropy_loss_coef > 0,
+            fp32_lm_head=config.fp32_lm_head,
+        )
         stages.append(
             StagePlan(
                 devices=on[stage],

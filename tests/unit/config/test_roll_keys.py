@@ -248,6 +248,11 @@ def test_a_value_becomes_what_it_means(changes, expected):
             "actor_train.data_args.domain_interleave_probs",
         ),
         ({"actor_train__training_args__warmup_ratio": 0.1}, "actor_train.training_args.warmup_ratio"),
+        (
+            {"actor_train__training_args__lr_scheduler_kwargs": {"min_lr": 1e-7, "init_lr": 1e-8}},
+            "actor_train.training_args.lr_scheduler_kwargs",
+        ),
+        ({f"{ENGINE}.enable_fp32_lm_head": True}, f"{ENGINE}.enable_fp32_lm_head"),
         ({"actor_infer__generating_args__num_beams": 4}, "actor_infer.generating_args.num_beams"),
         ({"actor_infer__generating_args__repetition_penalty": 1.1}, "actor_infer.generating_args.repetition_penalty"),
         ({"actor_infer__num_gpus_per_worker": 4, f"{ENGINE}.tp_size": 2}, "actor_infer.num_gpus_per_worker"),

@@ -45,10 +45,8 @@ def config(devices: int = 1, *, dtype: str = "bf16", train: dict | None = None, 
 def stages(run: RLVRConfig, *, entropy_gradient: bool = False) -> list[StageMemory]:
     worker, size = run.actor_train, model_size(QWEN)
     held, passes = held_parameters(size, worker), Passes.of(run, worker)
-    return [
-        stage_memory(worker, size.shape, held, stage, passes, entropy_gradient=entropy_gradient)
-        for stage in range(len(held))
-    ]
+    loss = {"entropy_gradient": entropy_gradient, "fp32_lm_head": run.fp32_lm_head}
+    return [stage_memory(worker, size.shape, held, stage, passes, **loss) for stage in range(len(held))]
 
 
 def parameters(run: RLVRConfig) -> Held:

@@ -116,7 +116,14 @@ class Fsdp2Infer:
         """
         self.facts = read_facts(self.model_path)
         device = world.join(self.process)
-        self.model = build_model(self.model_path, self.section.model_args, self.settings, device, trains=self.trains)
+        self.model = build_model(
+            self.model_path,
+            self.section.model_args,
+            self.settings,
+            device,
+            trains=self.trains,
+            fp32_lm_head=self.config.fp32_lm_head,
+        )
         self.data_parallel = DataParallel(self.process.rank, self.process.world_size, device)
         # no other rank shares this one's samples
         self.recorded = RecordedRoutes(

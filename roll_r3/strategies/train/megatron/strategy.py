@@ -130,6 +130,7 @@ class MegatronInfer:
             device,
             replays=self.replay_mode != "disable",
             trains=self.trains,
+            fp32_lm_head=self.config.fp32_lm_head,
         )
         self._check_layers()
         group = parallel_state.get_data_parallel_group()
