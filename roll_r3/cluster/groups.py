@@ -175,8 +175,8 @@ class BatchUpdate:
     skipped: tuple[str, ...] = ()
     """Of each optimizer step that was not made, why."""
     old: BatchLogProbs | None = None
-    """Of the policy before the update, where the batch did not bring them; its routes are counted in `replay` and
-    `seconds_in_routes`."""
+    """Log-probabilities of the policy before the update, where the batch did not bring them. `seconds_in_routes` has
+    their time already."""
 
 
 class ModelGroup(_Group):
@@ -238,7 +238,7 @@ class ModelGroup(_Group):
     def _joined(
         self, batch: Batch, shards: Sequence[IntArray], results: Sequence[LogProbResult | TrainResult], seconds: float
     ) -> BatchLogProbs:
-        """What the ranks found for their shards, in the batch's order."""
+        """Join what the ranks found for their shards, in the batch's order."""
         log_probs, entropy = np.zeros(len(batch.labels_N), np.float32), None
         offsets = batch.offsets
         for (dp_rank, _, returns), result in zip(self._places, results, strict=True):

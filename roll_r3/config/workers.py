@@ -80,7 +80,7 @@ class TrainingArgs(Config):
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes from its peak to min_lr after warm-up, over all optimizer steps of the run."""
+    """Course of the learning rate from its peak to min_lr after warm-up, over all optimizer steps of the run."""
     min_lr: NonNegativeFloat = 0.0
     """The learning rate that the decay of linear and cosine ends at, after the run's last optimizer step. At most
     learning_rate."""

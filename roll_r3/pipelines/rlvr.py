@@ -89,7 +89,7 @@ class Experience:
     """float64 [n]: scores less the KL penalty."""
     batch: Batch
     old: BatchLogProbs | None
-    """Of the trainer before the update; None: the update finds them (see `needs_old_log_probs`)."""
+    """The trainer's before the update; None: the update finds them (see `needs_old_log_probs`)."""
 
 
 class RLVRPipeline:

@@ -56,7 +56,7 @@ def test_logits_of_a_bf16_model_are_not_rounded(
 
 
 def _around_the_head(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, Any]:
-    """How far logits are from the exact product, and would be in bf16; how far the gradient is, relative to it."""
+    """Distances of logits from the exact product, as they are and rounded to bf16; of the gradient, relative to it."""
     strategy = open_strategy(process, case)
     model = strategy.model.module if case.engine == "fsdp2" else unwrapped(strategy.model.chunks[-1])
     layer = model.lm_head if case.engine == "fsdp2" else model.output_layer

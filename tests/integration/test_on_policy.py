@@ -59,7 +59,7 @@ def test_the_update_finds_what_a_pass_before_it_would(
 
 
 def _step(process: ProcessInfo, case: Case, batch: Batch, with_pass: bool) -> dict[str, Any]:
-    """What a training step finds, with a pass before the update that brings old log-probabilities, or without."""
+    """Results of a training step, with a pass before the update that brings old log-probabilities, or without."""
     strategy = open_strategy(process, case)
     part = replace(shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size), old_log_probs_N=None)
     before = strategy.compute_log_probs(part) if with_pass or case.mode == "R2" else None

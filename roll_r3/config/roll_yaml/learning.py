@@ -91,7 +91,7 @@ def _schedule(draft: Draft, keys: Keys) -> None:
 
 
 def _floor(draft: Draft) -> None:
-    """Of a schedule's arguments ROLL reads the floor with every decay."""
+    """Translate the floor, which ROLL reads with every decay."""
     path, style = f"{_TRAINING}.lr_scheduler_kwargs", draft.get(f"{_TRAINING}.lr_scheduler_type")
     given = draft.get(path)
     if given in (None, {}):
