@@ -234,6 +234,7 @@ def replayed(
         layer_rows={layer: row for row, layer in enumerate(model.moe_layers)},
         read=read,
         forward_only=False,
+        compares=False,
     )
 
 

@@ -1,8 +1,9 @@
 """How token losses become one number: a weight per token and one denominator for the whole optimizer step.
 
 loss = sum over tokens of weight x token loss / denominator. Both follow from the masks, so the denominator is known
-(and summed over data-parallel ranks) before the first micro-batch runs, and the result does not depend on how samples
-are cut into micro-batches or spread over ranks. Shape legend: n samples, N inputs.
+(and summed over data-parallel ranks) before the first micro-batch runs. The loss of given samples does not depend on
+how they are cut into micro-batches or spread over ranks. Which samples make an optimizer step does, where a step has
+several: each data-parallel rank draws its part from its own shard. Shape legend: n samples, N inputs.
 """
 
 from __future__ import annotations

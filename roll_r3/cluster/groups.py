@@ -24,7 +24,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
 from roll_r3.preflight.plan_findings import LOOPBACK
 from roll_r3.saving.manifest import FileSum
-from roll_r3.strategies.base import GenerateRequest, GenerateResult, ReplayCounts
+from roll_r3.strategies.base import GenerateRequest, GenerateResult, LogProbResult, ReplayCounts, TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +174,9 @@ class BatchUpdate:
     """Of the slowest rank."""
     skipped: tuple[str, ...] = ()
     """Of each optimizer step that was not made, why."""
+    old: BatchLogProbs | None = None
+    """Log-probabilities of the policy before the update, where the batch did not bring them. `seconds_in_routes` has
+    their time already."""
 
 
 class ModelGroup(_Group):
@@ -230,6 +233,12 @@ class ModelGroup(_Group):
         """Log-probabilities of every input's label, in the batch's order."""
         shards = assign_to_ranks(batch.lengths_n, self.data_parallel_size)
         results = self._call_on_shards("compute_log_probs", batch, shards)
+        return self._joined(batch, shards, results, max(r.seconds_in_routes for r in results))
+
+    def _joined(
+        self, batch: Batch, shards: Sequence[IntArray], results: Sequence[LogProbResult | TrainResult], seconds: float
+    ) -> BatchLogProbs:
+        """Join what the ranks found for their shards, in the batch's order."""
         log_probs, entropy = np.zeros(len(batch.labels_N), np.float32), None
         offsets = batch.offsets
         for (dp_rank, _, returns), result in zip(self._places, results, strict=True):
@@ -240,13 +249,14 @@ class ModelGroup(_Group):
             if result.entropy_N is not None:
                 entropy = np.zeros_like(log_probs) if entropy is None else entropy
                 entropy[index] = result.entropy_N
-        return BatchLogProbs(log_probs, entropy, results[0].replay, max(r.seconds_in_routes for r in results))
+        return BatchLogProbs(log_probs, entropy, results[0].replay, seconds)
 
     def train_step(self, batch: Batch, step: int) -> BatchUpdate:
         shards = assign_to_ranks(batch.lengths_n, self.data_parallel_size)
         results = self._call_on_shards("train_step", batch, shards, step)
-        first = results[0]
-        return BatchUpdate(first.metrics, first.replay, max(r.seconds_in_routes for r in results), first.skipped)
+        first, seconds = results[0], max(r.seconds_in_routes for r in results)
+        old = self._joined(batch, shards, results, 0.0) if batch.old_log_probs_N is None else None
+        return BatchUpdate(first.metrics, first.replay, seconds, first.skipped, old)
 
     def connect_engines(self, targets: Sequence[Any]) -> None:
         """The first rank will send the weights, and leaves the engines that it sent them to before."""

@@ -106,6 +106,40 @@ def mini_batch_size(config: RLVRConfig) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel_size(config.actor_train)
 
 
+def infer_batch_size(config: RLVRConfig, worker: ModelWorker) -> int:
+    """Samples of a micro-batch in a role's passes without gradients, where no token budget cuts them."""
+    return worker.infer_batch_size or config.actor_train.training_args.per_device_train_batch_size
+
+
+def infer_budget(config: RLVRConfig, worker: ModelWorker) -> int | None:
+    """Tokens of a micro-batch in a role's passes without gradients; None: `infer_batch_size` cuts them."""
+    if not worker.use_dynamic_batching_in_infer:
+        return None
+    return worker.max_tokens_per_microbatch_in_infer or config.actor_train.max_tokens_per_microbatch_in_train
+
+
+def optimizer_steps(config: RLVRConfig, num_samples: int) -> int:
+    """Number of a training step on so many samples, which divide into its mini-batches."""
+    return config.ppo_epochs * (num_samples // mini_batch_size(config))
+
+
+def forces_ratio(config: RLVRConfig, num_samples: int) -> bool:
+    """True where policy / old policy is 1 by definition in a step on so many samples (`force_on_policy_ratio`)."""
+    if isinstance(config.force_on_policy_ratio, bool):
+        return config.force_on_policy_ratio
+    return optimizer_steps(config, num_samples) == 1
+
+
+def needs_old_log_probs(config: RLVRConfig, num_samples: int) -> bool:
+    """True where such a step needs the trainer's pass before the update.
+
+    Where the ratio is forced that is R2, which records routes in it, and a KL penalty in the reward. All else that
+    reads old log-probabilities takes them from the update, whose forward has the same weights.
+    """
+    recorded = config.actor_train.router_replay.mode == "R2"
+    return recorded or config.add_token_level_kl or not forces_ratio(config, num_samples)
+
+
 def token_alignment(worker: ModelWorker) -> int:
     """Tokens that every row, or sample of a packed row, is padded to a multiple of: `Layout.alignment` of its ranks."""
     if not runs_megatron(worker):

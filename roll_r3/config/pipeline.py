@@ -127,6 +127,12 @@ class RLVRConfig(Config):
     response_length: PositiveInt = 1024
     """Longest response in tokens."""
 
+    fp32_lm_head: bool = False
+    """Compute the logits in fp32, of a bf16 model too: in the trainer, the reference and the engine. The output layer's
+    weights stay bf16 and are widened for its matrix product. In bf16 each side would round its logits by itself, which
+    moves log-probabilities by about a hundredth; MiniMax-M1 found that decisive (arXiv 2506.13585). It costs an fp32
+    matrix product, and a wide copy of that weight while it runs. Not with vLLM."""
+
     adv_estimator: Literal["grpo", "reinforce"] = "grpo"
     """grpo: reward less its group's mean, over the group's standard deviation. reinforce: reward less the batch's
     mean."""
@@ -136,6 +142,11 @@ class RLVRConfig(Config):
     """Advantages are clipped to [-x, x]; None: not."""
     ppo_epochs: PositiveInt = 1
     """Passes over a step's samples."""
+    force_on_policy_ratio: Literal["auto"] | bool = "auto"
+    """Take the live log-probabilities, without their gradient, for the old ones: the ratio is then exactly 1. auto:
+    where a step has one optimizer step (ppo_epochs 1, its samples one mini-batch). The trainer's pass for old
+    log-probabilities is then made only where R2 or add_token_level_kl needs it. true: always, which takes one optimizer
+    step. false: never, so that the ratio shows how far a pass without gradients rounds otherwise than one with them."""
     pg_clip: PositiveFloat = 0.2
     """PPO's clip range of the ratio, both sides, unless pg_clip_low or pg_clip_high say otherwise."""
     pg_clip_low: PositiveFloat | None = None

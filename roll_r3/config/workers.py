@@ -75,16 +75,22 @@ class TrainingArgs(Config):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of Adam's second moment."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Added to Adam's denominator."""
+    """Added to Adam's denominator, the root of the second moment. Gradients far below it move hardly anything, and in
+    reinforcement learning they can be that small: MiniMax-M1 used 1e-15 (arXiv 2506.13585)."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes to 0 after warm-up, over all optimizer steps of the run."""
+    """Course of the learning rate from its peak to min_lr after warm-up, over all optimizer steps of the run."""
+    min_lr: NonNegativeFloat = 0.0
+    """The learning rate that the decay of linear and cosine ends at, after the run's last optimizer step. At most
+    learning_rate."""
     max_skipped_steps: NonNegativeInt = 3
     """Optimizer steps in a row that may be left out because their gradient or loss is not finite: nothing changes then,
     neither weights nor moments nor the learning rate. With one more the run stops; 0: at the first."""
     warmup_steps: NonNegativeInt = 0
-    """Optimizer steps over which the learning rate rises from 0."""
+    """Optimizer steps over which the learning rate rises: step k, counted from 1, has learning_rate x k / warmup_steps,
+    and step warmup_steps the peak. The decay starts at the step after it. Megatron and transformers give step k the
+    rate of (k - 1) / warmup_steps, so that their first step changes nothing; after warm-up they agree."""
     per_device_train_batch_size: PositiveInt = 1
     """Samples of a micro-batch, per data-parallel rank; with `use_dynamic_batching_in_train` only a factor of an
     optimizer step's samples."""
@@ -238,8 +244,10 @@ class WorkerConfig(Config):
     device_mapping: Devices = (0,)
     """The devices (GPUs, or CPU slots where there is none) that this role runs on, one process each, in rank order.
     Roles may share devices, but no role a GPU of `actor_infer`. `list(range(0,8))`, `range(0,8)` or a list."""
-    infer_batch_size: PositiveInt = 8
-    """Samples of a micro-batch in passes without gradients, per data-parallel rank; refused under `actor_infer`."""
+    infer_batch_size: PositiveInt | None = None
+    """Samples of a micro-batch in passes without gradients, per data-parallel rank; refused under `actor_infer`.
+    Default: actor_train's per_device_train_batch_size. Where the pass for old log-probabilities is made, and a step has
+    one optimizer step, both passes then round alike. A larger number is faster where memory allows."""
 
 
 class ActorInferConfig(WorkerConfig):
@@ -257,7 +265,8 @@ class ModelWorkerConfig(WorkerConfig):
     use_dynamic_batching_in_infer: bool = False
     """Cut passes without gradients by `max_tokens_per_microbatch_in_infer` instead of `infer_batch_size`."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
-    """Tokens of one micro-batch in such a pass, padding included, over all context-parallel ranks that share it."""
+    """Tokens of one micro-batch in such a pass, padding included, over all context-parallel ranks that share it;
+    default: actor_train's max_tokens_per_microbatch_in_train."""
     use_sequence_packing: bool = False
     """Put a micro-batch's samples end to end in one row instead of padding each to the longest."""
     sequence_length_round: PositiveInt = 1

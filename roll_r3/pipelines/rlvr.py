@@ -15,6 +15,7 @@ from roll_r3.algorithms.advantages import TokenAdvantages, token_advantages
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, ModelGroup, RolloutGroup
+from roll_r3.config.derived import forces_ratio, needs_old_log_probs
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
@@ -90,7 +91,8 @@ class Experience:
     """Of `trajectories`, in their order."""
     advantages: TokenAdvantages
     batch: Batch
-    old: BatchLogProbs
+    old: BatchLogProbs | None
+    """The trainer's before the update; None: the update finds them (see `needs_old_log_probs`)."""
 
 
 class RLVRPipeline:
@@ -143,12 +145,17 @@ class RLVRPipeline:
             with self._progress.stage("reference", step), clock.stage("reference"):
                 reference = self._reference.compute_log_probs(replace(batch, routes=None))
                 batch = replace(batch, ref_log_probs_N=reference.log_probs_N)
-        with self._progress.stage("old log-probs", step), clock.stage("old_log_probs"):
-            old = self._trainer.compute_log_probs(batch)
-            batch = replace(batch, old_log_probs_N=old.log_probs_N)
+        old = None
+        with clock.stage("old_log_probs"):
+            if needs_old_log_probs(self._config, batch.num_samples):
+                with self._progress.stage("old log-probs", step):
+                    old = self._trainer.compute_log_probs(batch)
+                batch = replace(batch, old_log_probs_N=old.log_probs_N)
         scores = np.array([s.score for s in samples])
         advantages = token_advantages(batch, scores, groups, self._config)
         batch = replace(batch, advantages_N=advantages.advantages_N)
+        if forces_ratio(self._config, batch.num_samples):
+            batch = replace(batch, old_log_probs_N=None)
         return Experience(
             step,
             clock,
@@ -168,6 +175,8 @@ class RLVRPipeline:
         step, clock, batch = experience.step, experience.clock, experience.batch
         with self._progress.stage("update", step), clock.stage("train"):
             update = self._trainer.train_step(batch, step)
+        old = experience.old or update.old
+        assert old is not None
         for text in update.skipped:
             logger.warning("%s", text)
             self._progress.say(text)
@@ -181,8 +190,8 @@ class RLVRPipeline:
             groups=experience.groups,
             scores=np.array([s.score for s in experience.samples]),
             advantages=experience.advantages,
-            batch=batch,
-            old=experience.old,
+            batch=replace(batch, old_log_probs_N=old.log_probs_N),
+            old=old,
             update=update,
             dropped=sum(len(r.dropped) for r in experience.results),
             failed_rewards=experience.failed_rewards,

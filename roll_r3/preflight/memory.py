@@ -60,7 +60,7 @@ class StageMemory:
     logits: int
     """Of one micro-batch, with the loss's copies; 0 but on the last stage."""
     no_gradient_pass: int
-    """The most that a pass for log-probabilities needs: one layer's activations, or the logits."""
+    """The most that a pass for log-probabilities needs: one layer's activations, or the logits; 0 without one."""
 
     @property
     def total(self) -> int:
@@ -77,6 +77,7 @@ def stage_memory(
     passes: Passes,
     *,
     entropy_gradient: bool,
+    fp32_lm_head: bool = False,
 ) -> StageMemory:
     """What a device of one stage needs.
 
@@ -84,6 +85,7 @@ def stage_memory(
         held: of every stage and chunk (see `held_parameters`).
         passes: micro-batches of the role.
         entropy_gradient: the loss has an entropy term.
+        fp32_lm_head: logits are fp32, and so is a copy of the output layer's weight.
     """
     grid, settings = Grid.of(worker), layout(worker)
     element = ELEMENT_BYTES[worker.model_args.dtype]
@@ -96,13 +98,15 @@ def stage_memory(
         return LayerCost(shape, grid, settings, tokens // grid.cp, element)
 
     def logits(tokens: int, *, entropy_gradient: bool) -> int:
-        return tokens // grid.cp * columns * logit_bytes(element, entropy_gradient=entropy_gradient)
+        copy = columns * shape.hidden * 4 if fp32_lm_head and element != 4 else 0
+        each = logit_bytes(4 if fp32_lm_head else element, entropy_gradient=entropy_gradient)
+        return tokens // grid.cp * columns * each + copy
 
-    plain = cost(passes.infer.tokens)
-    largest = max(
-        (sum(k.size for k in plain.kept(layer)) for chunk in held[stage] for layer in chunk.layers), default=0
-    )
-    without = max(largest, logits(passes.infer.tokens, entropy_gradient=False))
+    without = 0
+    if passes.infer is not None:
+        plain = cost(passes.infer.tokens)
+        layers = [sum(k.size for k in plain.kept(layer)) for chunk in held[stage] for layer in chunk.layers]
+        without = max([*layers, logits(passes.infer.tokens, entropy_gradient=False)])
     if passes.train is None or not isinstance(worker, ActorTrainConfig):
         return StageMemory(weights, 0, 0, 0, (), 0, 0, without)
     trained = cost(passes.train.tokens)

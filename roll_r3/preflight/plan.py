@@ -157,7 +157,8 @@ class RoutesPlan:
     """R3: what the ranks of one trainer's node read in a pass, at most, all of which comes from other nodes where no
     engine is on theirs. 0 under R2, whose routes stay on their ranks."""
     passes: int
-    """R3: how often a step reads them: for the old log-probabilities, and in each epoch of the update."""
+    """R3: how often a step reads them: in each epoch of the update, and for old log-probabilities before it where those
+    have a pass of their own."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,15 @@ def _stages(
     stages = []
     for stage, chunks in enumerate(held):
         last = stage == len(held) - 1
-        memory = stage_memory(worker, size.shape, held, stage, passes, entropy_gradient=config.entropy_loss_coef > 0)
+        memory = stage_memory(
+            worker,
+            size.shape,
+            held,
+            stage,
+            passes,
+            entropy_gradient=config.entropy_loss_coef > 0,
+            fp32_lm_head=config.fp32_lm_head,
+        )
         stages.append(
             StagePlan(
                 devices=on[stage],
@@ -359,10 +368,11 @@ def _routes(config: RLVRConfig, size: ModelSize, trainer: RolePlan, nodes: _Node
         return RoutesPlan(mode, token, sample, step, tuple(held), 0, 0)
     parts = sequence_parts(config.actor_train)
     read = tuple(-(-size // parts) for size in held)
+    passes = config.ppo_epochs + (trainer.passes.infer is not None)
     per_node: Counter[int] = Counter()
     for rank in trainer.ranks:
         per_node[nodes.of([rank.device])[0]] += read[rank.place.pp]
-    return RoutesPlan(mode, token, sample, step, read, max(per_node.values()), 1 + config.ppo_epochs)
+    return RoutesPlan(mode, token, sample, step, read, max(per_node.values()), passes)
 
 
 def _weight_sync(config: RLVRConfig, size: ModelSize, engines: Sequence[EnginePlan], nodes: _Nodes) -> WeightSyncPlan:

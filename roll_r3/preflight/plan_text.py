@@ -78,7 +78,10 @@ def _role(role: RolePlan, plan: Plan) -> Iterator[str]:
     if passes.train:
         yield f"  each DP rank trains on {_micro_batches(passes.train, 'an optimizer step')}"
     who = "and" if passes.train else "each DP rank"
-    yield f"  {who} takes log-probabilities of {_micro_batches(passes.infer, 'a step')}"
+    if passes.infer:
+        yield f"  {who} takes log-probabilities of {_micro_batches(passes.infer, 'a step')}"
+    else:
+        yield "  and takes log-probabilities from the same forward (force_on_policy_ratio)"
     if role.stages:
         yield from _memory(role)
     if like := next((r.name for r in plan.roles[: plan.roles.index(role)] if r.shards == role.shards), None):
@@ -147,7 +150,7 @@ def _routes(plan: Plan) -> Iterator[str]:
     if routes.mode == "disable":
         yield "routes: none are recorded"
         return
-    passes = f", read in {routes.passes} passes a step" if routes.passes else ""
+    passes = f", read in {_number(routes.passes, 'pass', 'es')} a step" if routes.passes else ""
     yield f"routes ({routes.mode}), at full length{passes}"
     yield (
         f"  {_size(routes.token)} a token ({len(plan.model.moe_layers)} layers x {plan.model.top_k} experts), "

@@ -8,9 +8,12 @@ from roll_r3.batch.token_map import round_up
 from roll_r3.config.derived import (
     ModelWorker,
     data_parallel_size,
+    infer_batch_size,
+    infer_budget,
     layout,
     longest_sequence,
     mini_batch_size,
+    needs_old_log_probs,
     runs_megatron,
     token_alignment,
 )
@@ -65,8 +68,8 @@ class Passes:
 
     samples: int
     """Of a data-parallel rank."""
-    infer: MicroBatches
-    """Log-probabilities, without gradients."""
+    infer: MicroBatches | None
+    """Log-probabilities, without gradients; None: the update finds them (see `needs_old_log_probs`)."""
     train: MicroBatches | None
     """None: the role does not train."""
 
@@ -92,4 +95,6 @@ class Passes:
             args = worker.training_args
             size = args.per_device_train_batch_size
             train = cut(size * args.gradient_accumulation_steps, size, worker.max_tokens_per_microbatch_in_train)
-        return cls(samples, cut(samples, worker.infer_batch_size, worker.max_tokens_per_microbatch_in_infer), train)
+            if not needs_old_log_probs(config, config.samples_per_step):
+                return cls(samples, None, train)
+        return cls(samples, cut(samples, infer_batch_size(config, worker), infer_budget(config, worker)), train)

@@ -187,6 +187,9 @@ class TrainResult:
     seconds_in_routes: float = 0.0
     skipped: tuple[str, ...] = ()
     """Of each optimizer step that was not made, why, for the person who watches; the same on every rank."""
+    log_probs_N: npt.NDArray[np.float32] | None = None
+    """As of a `LogProbResult`, under the weights before the update; None where the batch brought old ones."""
+    entropy_N: npt.NDArray[np.float32] | None = None
 
 
 class InferStrategy(Protocol):
@@ -257,9 +260,10 @@ class TrainStrategy(InferStrategy, Protocol):
         """All optimizer steps on this rank's shard of step `step`; collective.
 
         One whose gradient or loss is not finite is left out on all ranks, and leaves everything as it was. Needs
-        `advantages_N` and `old_log_probs_N` (and `ref_log_probs_N` for a KL loss). Raises ReplayError under R3 when the
-        batch carries no routes, under R2 when no recording pass over these samples came before; RollError when more
-        than `max_skipped_steps` in a row were left out.
+        `advantages_N`, for a KL loss `ref_log_probs_N`, and for several optimizer steps `old_log_probs_N`. Without the
+        last the ratio is exactly 1, and the result has the log-probabilities of the one optimizer step. Raises
+        ReplayError under R3 when the batch carries no routes, under R2 when no recording pass over these samples came
+        before; RollError when more than `max_skipped_steps` in a row were left out.
         """
 
     def snapshot(self) -> Snapshot:

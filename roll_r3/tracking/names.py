@@ -122,7 +122,7 @@ METRICS: dict[str, Metric] = {
     "time/step_generate": Metric("s", "rollout"),
     "time/step_reward": Metric("s", "rewards and advantages"),
     "time/step_reference": Metric("s", "reference log-probabilities"),
-    "time/step_old_log_probs": Metric("s", "old log-probabilities"),
+    "time/step_old_log_probs": Metric("s", "old log-probabilities; about 0 where the update finds them"),
     "time/step_train": Metric("s", "optimizer steps"),
     "time/step_model_update": Metric("s", "sending weights to the engines"),
     "time/step_save": Metric(

@@ -47,6 +47,7 @@ class Engine(Rollout[HfRollout]):
         mode: str = "R3",
         generating: dict[str, Any] | None = None,
         trust: bool = False,
+        fp32_lm_head: bool = False,
         **settings: Any,
     ) -> None:
         config = rollout_config(
@@ -57,7 +58,7 @@ class Engine(Rollout[HfRollout]):
             generating={"temperature": TEMPERATURE, **(generating or {})},
             model_args={"trust_remote_code": trust},
             response_length=LONGEST,
-        )
+        ).model_copy(update={"fp32_lm_head": fp32_lm_head})
         super().__init__(HfRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=Path("unused")))
         self.run(self.rollout.start())
 
@@ -104,6 +105,20 @@ def test_routes_and_log_probs_are_those_of_a_plain_forward(tmp_path, start, name
         assert tuple(t.sample_id for t in result.trajectories) == request.sample_ids
         assert {tuple(t.prompt_ids_P) for t in result.trajectories} == {request.prompt_ids}
     print(name, assert_is_what_the_model_computes(results, checkpoint))
+
+
+def test_an_fp32_head_does_not_round_the_logits_of_a_bf16_engine(tiny_moe, start):
+    engine = start(tiny_moe, dtype="bfloat16", fp32_lm_head=True)
+    head, seen = engine.rollout._model.lm_head, []
+    head.register_forward_hook(lambda _, inputs, logits: seen.append((inputs[0][0, -1], logits[0, -1])))
+    (t,) = trajectories(engine.generate(requests(1, 1))).values()
+    hidden_RH, logits_RV = (torch.stack(part) for part in zip(*seen, strict=True))
+    exact_RV = hidden_RH.double() @ head.weight.double().T
+    assert (hidden_RH.dtype, head.weight.dtype, logits_RV.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    chosen_R1 = torch.tensor(t.response_ids_R).long()[:, None]
+    for logits, far in ((exact_RV, False), (exact_RV.bfloat16().double(), True)):
+        wanted_R = (logits / TEMPERATURE).log_softmax(-1).gather(-1, chosen_R1)[:, 0].numpy()
+        assert (np.abs(t.log_probs_R - wanted_R).max() > 1e-4) == far
 
 
 def test_routes_are_the_top_k_of_the_routers_logits(tiny_moe, start):

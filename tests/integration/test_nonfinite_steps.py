@@ -162,8 +162,8 @@ def test_figures_are_those_of_the_steps_that_were_made(engine: str, gang: Gangs,
     assert (good["actor_train/optimizer_steps"], good["actor_train/skipped_steps"]) == (2, 0)
     assert set(bad) == set(good)
     # two steps were made before; the learning rate rises with each that is made
-    assert bad["actor/lr"] == pytest.approx(TRAINING["learning_rate"] * 2 / TRAINING["warmup_steps"])
-    assert good["actor/lr"] == pytest.approx(TRAINING["learning_rate"] * 3 / TRAINING["warmup_steps"])
+    assert bad["actor/lr"] == pytest.approx(TRAINING["learning_rate"] * 3 / TRAINING["warmup_steps"])
+    assert good["actor/lr"] == pytest.approx(TRAINING["learning_rate"] * 4 / TRAINING["warmup_steps"])
 
 
 def _figures(process: ProcessInfo, case: Case, first: Batch, second: Batch) -> dict[str, float]:

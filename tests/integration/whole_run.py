@@ -78,8 +78,10 @@ SAMPLED_TO_THE_BIT = (
     "rollout_batch_size=8",
     "actor_infer.strategy_args.strategy_name=hf_infer",
     "actor_infer.strategy_args.strategy_config.dtype=float32",
+    "force_on_policy_ratio=false",
 )
-"""A rollout that samples again, on a CPU, to the bit what it sampled before."""
+"""A rollout that samples again, on a CPU, to the bit what it sampled before. A step is one optimizer step, and still
+has every stage, the pass for old log-probabilities too."""
 
 
 def finished(run: Run) -> Run:

@@ -185,6 +185,16 @@ def _penalty(draft: Draft) -> None:
         draft.refuse("kl_penalty", _FULL)
 
 
+def _recompute(draft: Draft, keys: Keys) -> None:
+    if draft.get(keys) is True:
+        why = "a pass before the update gives the old log-probabilities, with one optimizer step a rollout too"
+        draft.translate(keys, {"force_on_policy_ratio": False}, why)
+    elif draft.get(keys) is None:
+        draft.drop(keys)
+    else:
+        draft.unread(keys)
+
+
 def _corrections(draft: Draft) -> None:
     """Weights between rollout and trainer, in ROLL's newer section and its older flat keys; filters."""
     weight, filters = draft.get(_WEIGHT), draft.get(_FILTERS)
@@ -326,9 +336,14 @@ ROWS = (
     Row(("rl_loss_coef",), Off((1,), "scale learning_rate, kl_loss_coef and entropy_loss_coef instead")),
     Row(("pg_variant", "<role>.pg_variant"), Off((), "the loss is PPO's clipped one")),
     Row(
-        ("enable_old_logprobs_recompute", "balance_length"),
-        Unread("old log-probabilities are always computed, and the loss does not depend on how samples are spread"),
+        ("enable_old_logprobs_recompute",),
+        By(
+            _recompute,
+            "`force_on_policy_ratio: false` for `true`; no effect for `false`: the pass is left out where it is not "
+            "needed",
+        ),
     ),
+    Row(("balance_length",), Unread("the loss does not depend on how samples are spread")),
     Row(
         ("force_disable_old_logprobs_recompute",),
         Off((False,), "old log-probabilities are those before the step's first update"),

@@ -92,12 +92,27 @@ def _schedule(draft: Draft, keys: Keys) -> None:
     name = draft.get(keys)
     names = {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"}
     if isinstance(name, str) and name in names:
-        draft.translate(keys, {keys: names[name]}, "warm-up is what warmup_steps says, and the rate ends at 0")
+        draft.translate(keys, {keys: names[name]}, "warm-up is what warmup_steps says, the end of the decay min_lr")
     elif name in ("inverse-square-root", "WSD", "wsd"):
         draft.refuse(keys, "write constant, linear or cosine")
 
 
-STEPS: tuple[Step, ...] = (_domains, _columns, _group, _warmup)
+def _floor(draft: Draft) -> None:
+    """Translate the floor, which ROLL reads with every decay."""
+    path, style = f"{_TRAINING}.lr_scheduler_kwargs", draft.get(f"{_TRAINING}.lr_scheduler_type")
+    given = draft.get(path)
+    if given in (None, {}):
+        draft.drop(path)
+    elif not isinstance(given, dict) or set(given) != {"min_lr"}:
+        if given is not ABSENT:
+            draft.refuse(path, "the rate rises from 0 to learning_rate, and goes to min_lr at the end or stays")
+    elif style in ("constant", "constant_with_warmup"):
+        draft.unread(path)
+    else:
+        draft.translate(path, {f"{_TRAINING}.min_lr": given["min_lr"]}, "the rate at the end of the decay")
+
+
+STEPS: tuple[Step, ...] = (_domains, _columns, _group, _warmup, _floor)
 
 ROWS = (
     Row(
@@ -107,7 +122,6 @@ ROWS = (
             "weight_decay",
             "adam_beta1",
             "adam_beta2",
-            "warmup_steps",
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
         ),
@@ -117,7 +131,11 @@ ROWS = (
         under(_TRAINING, "lr_scheduler_type"),
         By(_schedule, "the same for `constant`, `linear` and `cosine`; `constant_with_warmup` is `constant`"),
     ),
-    Row(under(_TRAINING, "lr_scheduler_kwargs"), Off(({},), "the rate rises from 0 and ends at 0, or stays")),
+    Row(
+        under(_TRAINING, "lr_scheduler_kwargs"),
+        Joint("`training_args.min_lr` for `min_lr`, no effect with `constant`; nothing else in it is supported"),
+    ),
+    Row(under(_TRAINING, "warmup_steps"), Same("ROLL's first step has the rate 0, here the first share")),
     Row(under(_TRAINING, "warmup_ratio"), Joint("no effect beside `warmup_steps`; else not supported, unless `0`")),
     Row(
         under(

@@ -84,6 +84,10 @@ ROWS = (
         Unread("ROLL sets them itself, and so does roll_r3"),
     ),
     Row(
+        under(_SGLANG, "enable_fp32_lm_head"),
+        Off((False,), "the trainer would still round its logits: write fp32_lm_head: true, which is for both"),
+    ),
+    Row(
         under(_SGLANG, "pipeline_parallel_size", "pp_size"), Off((1,), "an engine's stages do not gather their routes")
     ),
     Row(

@@ -6,16 +6,18 @@ from roll_r3.config.derived import (
     MegatronWorker,
     ModelWorker,
     data_parallel_size,
+    infer_budget,
     layout,
     longest_sequence,
     mini_batch_size,
+    optimizer_steps,
     runs_megatron,
     token_alignment,
 )
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import BATCH, CP, EP, MEGATRON, PP, SP, TP, TRAIN, VPP
-from roll_r3.config.rules.table import AnyRule, LayoutRule, RoleRule, Rule, Verdict, remainder
-from roll_r3.config.workers import ActorTrainConfig, WorkerConfig
+from roll_r3.config.rules.table import AnyRule, LayoutRule, RoleRule, Rule, Verdict, remainder, unread
+from roll_r3.config.workers import ActorTrainConfig
 
 TRAIN_DYNAMIC = "actor_train.use_dynamic_batching_in_train"
 TRAIN_BUDGET = "actor_train.max_tokens_per_microbatch_in_train"
@@ -45,6 +47,14 @@ def _warms_up_all_along(config: RLVRConfig) -> Verdict:
     return f"the run has {steps}" if config.actor_train.training_args.warmup_steps >= steps else False
 
 
+def _forced_over_several_steps(config: RLVRConfig) -> Verdict:
+    size = mini_batch_size(config)
+    if config.force_on_policy_ratio is not True or size == 0 or config.samples_per_step % size:
+        return False  # rules of their own
+    steps = optimizer_steps(config, config.samples_per_step)
+    return f"a step has {steps}" if steps > 1 else False
+
+
 def _interleaved_micro_batches(config: RLVRConfig) -> Verdict:
     if not runs_megatron(config.actor_train):
         return False
@@ -62,9 +72,7 @@ def _too_small(config: RLVRConfig, worker: ModelWorker, budget: int | None) -> V
 
 
 def _infer_budget_too_small(config: RLVRConfig, worker: ModelWorker) -> Verdict:
-    return worker.use_dynamic_batching_in_infer and _too_small(
-        config, worker, worker.max_tokens_per_microbatch_in_infer
-    )
+    return _too_small(config, worker, infer_budget(config, worker))
 
 
 def _train_budget_too_small(config: RLVRConfig) -> Verdict:
@@ -126,6 +134,45 @@ RULES: tuple[AnyRule, ...] = (
         violates=_warms_up_all_along,
     ),
     Rule(
+        id="forced-ratio-takes-one-step",
+        fields=(
+            "force_on_policy_ratio",
+            "ppo_epochs",
+            f"{BATCH}.gradient_accumulation_steps",
+            f"{BATCH}.per_device_train_batch_size",
+        ),
+        depends=(
+            "rollout_batch_size",
+            "num_return_sequences_in_group",
+            "actor_train.device_mapping",
+            *(f"actor_train.{size}" for size in (TP, PP, CP)),
+        ),
+        why="the policy is the old policy in the first optimizer step of a training step only: later ones would lose "
+        "their ratio, and with it the clip",
+        fix="write auto, or ppo_epochs: 1 and gradient_accumulation_steps so that one optimizer step takes all samples",
+        wrong=("force_on_policy_ratio=true", f"{BATCH}.gradient_accumulation_steps=8"),
+        right=("force_on_policy_ratio=true", "rollout_batch_size=2", f"{BATCH}.gradient_accumulation_steps=8"),
+        violates=_forced_over_several_steps,
+    ),
+    Rule(
+        id="min-lr-below-peak",
+        fields=(f"{BATCH}.min_lr", f"{BATCH}.learning_rate"),
+        why="the learning rate falls from learning_rate to min_lr: it would rise",
+        fix="write a smaller min_lr",
+        wrong=(f"{BATCH}={{lr_scheduler_type: cosine, min_lr: 2.0e-6}}",),
+        right=(f"{BATCH}={{lr_scheduler_type: cosine, min_lr: 1.0e-7}}",),
+        violates=lambda c: c.actor_train.training_args.min_lr > c.actor_train.training_args.learning_rate,
+    ),
+    unread(
+        "min-lr-unread",
+        f"{BATCH}.min_lr",
+        f"{BATCH}.lr_scheduler_type",
+        lambda c: c.actor_train.training_args.lr_scheduler_type != "constant",
+        "write lr_scheduler_type: linear or cosine, or leave min_lr out",
+        wrong=(f"{BATCH}.min_lr=1.0e-7",),
+        right=(f"{BATCH}={{lr_scheduler_type: linear, min_lr: 1.0e-7}}",),
+    ),
+    Rule(
         id="interleaved-micro-batches",
         fields=(f"{BATCH}.gradient_accumulation_steps", f"actor_train.{PP}", f"actor_train.{VPP}"),
         depends=(f"{TRAIN}.pipeline_model_parallel_layout", TRAIN_DYNAMIC),
@@ -163,7 +210,11 @@ RULES: tuple[AnyRule, ...] = (
         fix="write both, or neither",
         wrong=("actor_train.max_tokens_per_microbatch_in_infer=4096",),
         right=("actor_train.use_dynamic_batching_in_infer=true", "actor_train.max_tokens_per_microbatch_in_infer=4096"),
-        violates=lambda _, w: w.use_dynamic_batching_in_infer != (w.max_tokens_per_microbatch_in_infer is not None),
+        violates=lambda c, w: (
+            infer_budget(c, w) is None
+            if w.use_dynamic_batching_in_infer
+            else w.max_tokens_per_microbatch_in_infer is not None
+        ),
     ),
     Rule(
         id="train-budget-fits-longest",
@@ -222,10 +273,7 @@ RULES: tuple[AnyRule, ...] = (
             "actor_train.use_dynamic_batching_in_train=true",
             "actor_train.max_tokens_per_microbatch_in_train=4096",
         ),
-        violates=lambda _, w: (
-            w.use_dynamic_batching_in_infer
-            and w.infer_batch_size != WorkerConfig.model_fields["infer_batch_size"].default
-        ),
+        violates=lambda _, w: w.use_dynamic_batching_in_infer and w.infer_batch_size is not None,
     ),
     LayoutRule(
         id="dynamic-batching-with-allgather",

@@ -127,6 +127,16 @@ RULES: tuple[AnyRule, ...] = (
         right=(_VLLM, "actor_infer.generating_args.stop_token_ids=[7]"),
         violates=lambda c: vllm(c) is not None and bool(c.actor_infer.generating_args.stop_strings),
     ),
+    Rule(
+        id="vllm-rounds-logits",
+        fields=("fp32_lm_head", "actor_infer.strategy_args.strategy_name"),
+        why="this strategy does not have vLLM compute logits in fp32: the two sides would differ by more than without "
+        "it, since both round alike now",
+        fix="write fp32_lm_head: false, or strategy_name: sglang",
+        wrong=(_VLLM, "fp32_lm_head=true"),
+        right=("fp32_lm_head=true",),
+        violates=lambda c: c.fp32_lm_head and vllm(c) is not None,
+    ),
     unread(
         "engine-batch-unread",
         "actor_infer.infer_batch_size",

@@ -90,6 +90,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
         self._wanted_context = engine_room(config)
         self._longest_prompt = config.prompt_length
         self._record_routes = role.router_replay.mode == "R3"
+        self._fp32_lm_head = config.fp32_lm_head
         self._seed = config.seed + engine_index
         self._device = device
         self._node_address = node_address

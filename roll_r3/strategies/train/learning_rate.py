@@ -1,4 +1,4 @@
-"""The learning rate of each optimizer step: warm-up, then a decay to 0 at the end of the run."""
+"""The learning rate of each optimizer step: warm-up, then a decay to a floor at the end of the run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from roll_r3.config.workers import TrainingArgs
 
 
 def learning_rate(args: TrainingArgs, done: int, total: int) -> float:
-    """Of the step that follows `done` of the run's `total` optimizer steps."""
+    """Of the step that follows `done` of the run's `total` optimizer steps. See `TrainingArgs.warmup_steps`."""
     warmup, peak = args.warmup_steps, args.learning_rate
-    if warmup and done <= warmup:
-        return peak * done / warmup
+    if done < warmup:
+        return peak * (done + 1) / warmup
     if args.lr_scheduler_type == "constant":
         return peak
     if done > total:
-        return 0.0
+        return args.min_lr
     progress = (done - warmup) / (total - warmup)
-    return peak * (1 - progress if args.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+    left = 1 - progress if args.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return args.min_lr + (peak - args.min_lr) * left

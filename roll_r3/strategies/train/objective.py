@@ -44,6 +44,8 @@ def policy_objective(
 ) -> Objective:
     """The policy loss of each micro-batch: its share of the optimizer step's loss.
 
+    A batch without old log-probabilities has the live ones, detached, in their place: its ratio is exactly 1.
+
     Args:
         denominator: of the whole optimizer step, over all data-parallel ranks.
         stats: receives the token statistics and the terms of the loss.
@@ -52,15 +54,15 @@ def policy_objective(
 
     def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
         batch = micro.batch
-        assert batch.advantages_N is not None and batch.old_log_probs_N is not None
+        assert batch.advantages_N is not None
         log_probs_BS, entropy_BS = token_values(
             logits_BSV, micro.tensor(batch.labels_N, 0, device), config.entropy_loss_coef > 0
         )
-        reference = batch.ref_log_probs_N
+        old, reference = batch.old_log_probs_N, batch.ref_log_probs_N
         tokens = TokenInputs(
             mask=micro.tensor(batch.loss_mask_N, False, device),
             advantages=micro.tensor(batch.advantages_N, 0, device),
-            old_log_probs=micro.tensor(batch.old_log_probs_N, 0, device),
+            old_log_probs=log_probs_BS.detach() if old is None else micro.tensor(old, 0, device),
             rollout_log_probs=micro.tensor(batch.rollout_log_probs_N, 0, device),
             ref_log_probs=None if reference is None else micro.tensor(reference, 0, device),
             weights=micro.tensor(loss_weights(batch, config), 0, device) / denominator,

@@ -153,13 +153,16 @@ class ReplaySession(RoutingSession[LayerReplay]):
         ep_size: int,
         device: torch.device,
         forward_only: bool,
+        compares: bool,
     ) -> None:
         """
         Args:
-            forward_only: no backward will come; the live router's own choice is compared with every row.
+            forward_only: no backward will come.
+            compares: compare the live router's own choice with every row, once for each forward.
         """
         super().__init__(routers, num_micro_batches, facts=facts, ep_size=ep_size, device=device)
         self.forward_only = forward_only
+        self.compares = compares
         self.counts = ReplayCounts()
         """This rank's."""
         self._tally: Counter[str] = Counter()
@@ -177,7 +180,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
         ids_LtK, known_t = self._laid_out(pieces, len(layers), slots_t)
         fall_back = bool((real_t & ~known_t).any())
         known = self._carried(known_t | ~real_t) if fall_back else None
-        compared = self._carried(known_t) if self.forward_only and micro.counted else None
+        compared = self._carried(known_t) if self.compares and micro.counted else None
         for layer, ids_tK in zip(layers, self.carrier.carry(ids_LtK), strict=True):
             layer.hand_over(RouterRows(ids_tK, known, compared))
         if micro.counted:
@@ -187,7 +190,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
                 "trainable_replayed": trained_t & known_t,
                 "missing": real_t & ~known_t,
                 "padded": ~real_t,
-                "compared": known_t & self.forward_only,
+                "compared": known_t & self.compares,
             }
             self._tally.update({name: np.count_nonzero(which_t) * len(layers) for name, which_t in tokens.items()})
 
@@ -262,12 +265,14 @@ def replaying(
     layer_rows: Mapping[int, int],
     read: ReadRoutes,
     forward_only: bool,
+    compares: bool,
 ) -> tuple[ReplaySession, list[MicroBatch]]:
     """A session for one schedule, and its micro-batches with the rows that the session will replay.
 
     Args:
         layer_rows: global layer -> its row on axis M of the routes.
         read: how the routes are read; the session's stopwatch runs meanwhile.
+        forward_only, compares: as of a `ReplaySession`.
 
     Raises:
         ReplayError: no routes, or routes that do not fit the samples and the model.
@@ -275,7 +280,13 @@ def replaying(
         LostWorkerError: routes that are gone with the process that stored them.
     """
     session = ReplaySession(
-        routers, len(micro_batches), facts=facts, ep_size=ep_size, device=device, forward_only=forward_only
+        routers,
+        len(micro_batches),
+        facts=facts,
+        ep_size=ep_size,
+        device=device,
+        forward_only=forward_only,
+        compares=compares,
     )
     with session.stopwatch.running():
         rows = chunk_rows(routers, layer_rows)

@@ -14,7 +14,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.batch.micro_batch import shuffled_mini_batches
 from roll_r3.config.derived import mini_batch_size
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import ReplayError
+from roll_r3.errors import ReplayError, RollError
 from roll_r3.strategies.base import ReplayCounts
 from roll_r3.strategies.train.data_parallel import DataParallel
 
@@ -42,6 +42,22 @@ def mini_batches(config: RLVRConfig, batch: Batch, step: int, dp_rank: int) -> l
         for epoch in range(config.ppo_epochs)
         for samples in shuffled_mini_batches(batch.num_samples, size, (config.seed, step, epoch, dp_rank))
     ]
+
+
+def is_on_policy(batch: Batch, parts: Sequence[Batch]) -> bool:
+    """True where the weights that the update begins with are the old policy, so that no pass before it is needed.
+
+    That takes one optimizer step. Its samples are those of the batch, in the batch's order.
+
+    Raises:
+        RollError: the batch brings no old log-probabilities to several optimizer steps.
+    """
+    if batch.old_log_probs_N is None and len(parts) > 1:
+        raise RollError(
+            f"a batch without old log-probabilities came to {len(parts)} optimizer steps, of which all but the first "
+            "need them"
+        )
+    return batch.old_log_probs_N is None
 
 
 def denominators(parts: Sequence[Batch], mode: str, data_parallel: DataParallel) -> list[float]:

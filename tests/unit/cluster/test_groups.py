@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import ray
 
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import FAILED_STOP_TIMEOUT, STOP_TIMEOUT, ModelGroup, Roles, _Member
+from roll_r3.strategies.base import TrainResult
 
 
 @pytest.mark.parametrize(("error", "at_once", "limit"), [(None, False, STOP_TIMEOUT), (KeyError, True, 5.0)])
@@ -67,3 +72,36 @@ def test_a_call_goes_out_to_every_rank_or_to_none() -> None:
     calls = ModelGroup(members, unbroken).begin_close()
     assert happened == ["begin", "rank 0", "rank 1", "end"]
     assert list(calls) == ["call 0", "call 1"]
+
+
+def test_what_an_update_finds_is_in_the_order_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shards, of which two ranks each return one; none where the batch brings old log-probabilities."""
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    one = np.ones(1, np.float32)
+    batch = Batch.from_trajectories(
+        [
+            Trajectory(f"s{i}", np.full(length, i, np.int32), np.full(1, i, np.int32), one, "stop", (0,))
+            for i, length in enumerate((5, 3, 4, 2))
+        ]
+    )
+
+    def step(returns: bool, shard: Batch, number: int) -> TrainResult:
+        found = shard.input_ids_N.astype(np.float32) if returns and shard.old_log_probs_N is None else None
+        return TrainResult({}, None, log_probs_N=found, entropy_N=None if found is None else found + 10)
+
+    places = [(0, 2, False), (0, 2, True), (1, 2, True), (1, 2, False)]
+    group = ModelGroup([])
+    group._places = places
+    monkeypatch.setattr(
+        group,
+        "_call_each",
+        lambda _, arguments: [step(place[2], *some) for place, some in zip(places, arguments, strict=True)],
+    )
+
+    old = group.train_step(batch, 1).old
+
+    assert old is not None and old.entropy_N is not None
+    assert np.array_equal(old.log_probs_N, batch.input_ids_N)
+    assert np.array_equal(old.entropy_N, batch.input_ids_N + 10)
+    brought = replace(batch, old_log_probs_N=np.zeros(len(batch.labels_N), np.float32))
+    assert group.train_step(brought, 1).old is None

@@ -92,6 +92,35 @@ from tests.unit.config.from_roll import ENGINE, LAYOUT, MATH, at, of_roll, put, 
             {"actor_train.training_args.lr_scheduler_type": "constant"},
         ),
         (
+            {
+                "actor_train__training_args__lr_scheduler_type": "cosine_with_min_lr",
+                "actor_train__training_args__lr_scheduler_kwargs": {"min_lr": 1e-7},
+            },
+            {
+                "actor_train.training_args.lr_scheduler_type": "cosine",
+                "actor_train.training_args.min_lr": 1e-7,
+                "actor_train.training_args.lr_scheduler_kwargs": ABSENT,
+            },
+        ),
+        (
+            {
+                "actor_train__training_args__lr_scheduler_type": "constant",
+                "actor_train__training_args__lr_scheduler_kwargs": {"min_lr": 1e-7},
+            },
+            {
+                "actor_train.training_args.min_lr": ABSENT,
+                "actor_train.training_args.lr_scheduler_kwargs": ABSENT,
+            },
+        ),
+        (
+            {"enable_old_logprobs_recompute": True},
+            {"enable_old_logprobs_recompute": ABSENT, "force_on_policy_ratio": False},
+        ),
+        (
+            {"enable_old_logprobs_recompute": False},
+            {"enable_old_logprobs_recompute": ABSENT, "force_on_policy_ratio": ABSENT},
+        ),
+        (
             {"actor_train__training_args": {"warmup_ratio": 0.1, "warmup_steps": 5}},
             {"actor_train.training_args.warmup_ratio": ABSENT, "actor_train.training_args.warmup_steps": 5},
         ),
@@ -243,6 +272,11 @@ def test_a_value_becomes_what_it_means(changes, expected):
             "actor_train.data_args.domain_interleave_probs",
         ),
         ({"actor_train__training_args__warmup_ratio": 0.1}, "actor_train.training_args.warmup_ratio"),
+        (
+            {"actor_train__training_args__lr_scheduler_kwargs": {"min_lr": 1e-7, "init_lr": 1e-8}},
+            "actor_train.training_args.lr_scheduler_kwargs",
+        ),
+        ({f"{ENGINE}.enable_fp32_lm_head": True}, f"{ENGINE}.enable_fp32_lm_head"),
         ({"actor_infer__generating_args__num_beams": 4}, "actor_infer.generating_args.num_beams"),
         ({"actor_infer__generating_args__repetition_penalty": 1.1}, "actor_infer.generating_args.repetition_penalty"),
         ({"actor_infer__num_gpus_per_worker": 4, f"{ENGINE}.tp_size": 2}, "actor_infer.num_gpus_per_worker"),

@@ -157,6 +157,17 @@ MORE_EXAMPLES: dict[str, Examples] = {
         [["max_steps=2", "ppo_epochs=3", f"{BATCH}.warmup_steps=384"]],
         [["max_steps=2", "ppo_epochs=3", f"{BATCH}.warmup_steps=383"]],
     ),
+    "forced-ratio-takes-one-step": (
+        [
+            ["force_on_policy_ratio=true", "ppo_epochs=2", f"{BATCH}.gradient_accumulation_steps=64"],
+            ["force_on_policy_ratio=true", f"{BATCH}.gradient_accumulation_steps=32"],
+        ],
+        [
+            ["force_on_policy_ratio=true", f"{BATCH}.gradient_accumulation_steps=64"],
+            ["force_on_policy_ratio=auto", "ppo_epochs=2"],
+            ["force_on_policy_ratio=false"],
+        ],
+    ),
     "full-recompute-says-how": (
         [
             [megatron(recompute_granularity="full", recompute_method="block")],
@@ -210,7 +221,16 @@ MORE_EXAMPLES: dict[str, Examples] = {
     "train-budget-given": ([["actor_train.use_dynamic_batching_in_train=true"]], []),
     "infer-budget-given": (
         [["actor_train.use_dynamic_batching_in_infer=true"], [KL, "reference.use_dynamic_batching_in_infer=true"]],
-        [[KL, *infer_budget("reference", 4096)]],
+        [
+            [KL, *infer_budget("reference", 4096)],
+            [
+                KL,
+                "actor_train.use_dynamic_batching_in_train=true",
+                "actor_train.max_tokens_per_microbatch_in_train=4096",
+                "actor_train.use_dynamic_batching_in_infer=true",
+                "reference.use_dynamic_batching_in_infer=true",
+            ],
+        ],
     ),
     "train-budget-fits-longest": (
         [

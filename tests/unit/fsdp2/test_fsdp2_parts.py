@@ -19,19 +19,19 @@ from roll_r3.strategies.train.learning_rate import learning_rate
 
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_the_learning_rate_is_that_of_megatrons_scheduler(style: str, warmup: int) -> None:
+def test_after_warm_up_the_learning_rate_is_that_of_megatrons_scheduler(style: str, warmup: int) -> None:
     from roll_r3.platform import megatron_cpu
 
     megatron_cpu.install()
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    args = TrainingArgs(learning_rate=1e-3, lr_scheduler_type=style, warmup_steps=warmup)
+    args = TrainingArgs(learning_rate=1e-3, lr_scheduler_type=style, warmup_steps=warmup, min_lr=1e-4)
     group = {"lr": 0.0}
     scheduler = OptimizerParamScheduler(
         SimpleNamespace(param_groups=[group]),
         init_lr=0.0,
         max_lr=1e-3,
-        min_lr=0.0,
+        min_lr=1e-4,
         lr_warmup_steps=warmup,
         lr_decay_steps=8,
         lr_decay_style=style,
@@ -41,8 +41,16 @@ def test_the_learning_rate_is_that_of_megatrons_scheduler(style: str, warmup: in
         wd_incr_style="constant",
     )
     for done in range(11):
-        assert learning_rate(args, done, 8) == pytest.approx(group["lr"], abs=1e-18)
+        if done >= warmup:
+            assert learning_rate(args, done, 8) == pytest.approx(group["lr"], rel=1e-12)
         scheduler.step(increment=1)
+
+
+def test_warm_up_begins_with_a_step_that_learns_and_ends_at_the_peak() -> None:
+    args = TrainingArgs(learning_rate=1e-3, lr_scheduler_type="linear", warmup_steps=4, min_lr=1e-4)
+    rates = [learning_rate(args, done, 13) for done in range(13)]
+    assert rates[:5] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+    assert rates[5:] == pytest.approx([1e-3 - 1e-4 * step for step in range(1, 9)])  # to min_lr after the last one
 
 
 def test_gates_of_another_choice_carry_gradients_to_the_router() -> None:

@@ -93,6 +93,7 @@ def _replayed(chunk: _Chunk, micro_batches: list[Any]) -> tuple[Any, list[Any]]:
         layer_rows={0: 0},
         read=read_held,
         forward_only=False,
+        compares=False,
     )
 
 

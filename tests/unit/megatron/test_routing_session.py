@@ -99,6 +99,7 @@ def _session(world: World, *, forward_only: bool = False):
         ep_size=1,
         device=torch.device("cpu"),
         forward_only=forward_only,
+        compares=forward_only,
     )
 
 
@@ -267,6 +268,7 @@ def test_a_stage_of_dense_layers_records_and_replays_nothing() -> None:
         layer_rows={},
         read=read_held,
         forward_only=False,
+        compares=False,
     )
     with again, again.micro_batch(0, delivered):
         pass

@@ -10,7 +10,7 @@ import pytest
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.cluster.groups import BatchLogProbs
+from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
@@ -39,10 +39,15 @@ class Cluster:
 
     data_parallel_size = 1
 
+    names: tuple[str, ...] = ()
+
     def __init__(self, withheld: dict[str, str]) -> None:
         self.withheld = withheld
         self.decoded: list[bool] = []
         self.scored: list[Response] = []
+        self.passes = 0
+        """Made before an update."""
+        self.trained: list[Batch] = []
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         ids, log_probs = np.array([1], np.int32), np.array([-1.0], np.float32)
@@ -55,7 +60,27 @@ class Cluster:
         ]
 
     def compute_log_probs(self, batch: Batch) -> BatchLogProbs:
-        return BatchLogProbs(np.zeros(batch.loss_mask_N.shape, np.float32), None, None, 0.0)
+        self.passes += 1
+        return BatchLogProbs(np.full(batch.loss_mask_N.shape, -2, np.float32), None, None, 0.0)
+
+    def train_step(self, batch: Batch, step: int) -> BatchUpdate:
+        self.trained.append(batch)
+        shape = batch.loss_mask_N.shape
+        found = BatchLogProbs(np.full(shape, -3, np.float32), np.full(shape, 0.5, np.float32), None, 0.0)
+        return BatchUpdate({}, None, 0.0, (), None if batch.old_log_probs_N is not None else found)
+
+    def down(self, *, ask: bool) -> dict[str, str]:
+        return {}
+
+    def weight_targets(self) -> list[Any]:
+        return []
+
+    def connect_engines(self, targets: Sequence[Any]) -> None: ...
+
+    def update_weights(self, version: int) -> str:
+        return ""
+
+    def weights_updated(self, version: int) -> None: ...
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         self.decoded.append(skip_special_tokens)
@@ -73,11 +98,16 @@ class FarReference(Cluster):
     """Half a nat below the policy everywhere."""
 
     def compute_log_probs(self, batch: Batch) -> BatchLogProbs:
-        return BatchLogProbs(np.full(batch.loss_mask_N.shape, -0.5, np.float32), None, None, 0.0)
+        return BatchLogProbs(np.full(batch.loss_mask_N.shape, -2.5, np.float32), None, None, 0.0)
 
 
 def pipeline(
-    withheld: dict[str, str], said: list[str], cluster: Any = None, frozen: Any = None, **changes: Any
+    withheld: dict[str, str],
+    said: list[str],
+    cluster: Any = None,
+    mini_batch: int = 1,
+    frozen: Any = None,
+    **fields: Any,
 ) -> RLVRPipeline:
     cluster = cluster or Cluster(withheld)
     progress = Progress(1)
@@ -87,9 +117,12 @@ def pipeline(
         pretrain="p",
         rollout_batch_size=2,
         num_return_sequences_in_group=2,
-        actor_train={},
+        actor_train={
+            "training_args": {"gradient_accumulation_steps": mini_batch},
+            "router_replay": {"mode": fields.pop("mode", "disable")},
+        },
         actor_infer={},
-        **changes,
+        **fields,
     )
     return RLVRPipeline(
         config,
@@ -98,7 +131,7 @@ def pipeline(
         rewards=cluster,
         rollout=cluster,
         trainer=cluster,
-        reference=frozen,
+        reference=frozen or (cluster if config.reference else None),
         progress=progress,
     )
 
@@ -156,3 +189,38 @@ def test_each_response_is_decoded_once_as_its_rule_reads_it() -> None:
     assert cluster.decoded == [True, True, False, False]
     assert [r.response for r in cluster.scored] == ["an answer"] * 2 + ["an answer<end>"] * 2
     assert [s.response for s in samples] == [r.response for r in cluster.scored]
+
+
+KL = {"reference": {}, "add_token_level_kl": True, "init_kl_coef": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("mini_batch", "withheld", "fields", "passes", "forced"),
+    [
+        (4, 0, {}, 0, True),
+        (4, 1, {}, 0, True),  # a filler takes the place of the lost one
+        (2, 2, {}, 0, True),  # what is left is one mini-batch
+        (2, 0, {}, 1, False),
+        (4, 0, {"ppo_epochs": 2}, 1, False),
+        (4, 0, {"force_on_policy_ratio": False}, 1, False),
+        (4, 0, {"force_on_policy_ratio": True}, 0, True),
+        (4, 0, {"mode": "R2"}, 1, True),
+        (4, 0, KL, 2, True),  # the reference's among them
+    ],
+)
+def test_a_pass_before_the_update_is_made_where_something_needs_it(
+    mini_batch: int, withheld: int, fields: dict[str, Any], passes: int, forced: bool
+) -> None:
+    cluster = Cluster({f"step1/prompt0/sample{i}": "HTTP 500" for i in range(withheld)})
+    run = pipeline({}, [], cluster, mini_batch, **fields)
+
+    metrics = run.learn(run.sample(1)).metrics
+
+    [trained] = cluster.trained
+    assert cluster.passes == passes
+    assert (trained.old_log_probs_N is None) == forced
+    before = passes - (fields is KL)
+    assert metrics["critic/old_log_prob/mean"] == (-2 if before else -3)
+    assert metrics["rollout_corr/kl"] == (1 if before else 2)
+    assert ("critic/entropy/mean" in metrics) == (not before)
+    assert metrics["time/step_old_log_probs"] >= 0

@@ -45,10 +45,8 @@ def config(devices: int = 1, *, dtype: str = "bf16", train: dict | None = None, 
 def stages(run: RLVRConfig, *, entropy_gradient: bool = False) -> list[StageMemory]:
     worker, size = run.actor_train, model_size(QWEN)
     held, passes = held_parameters(size, worker), Passes.of(run, worker)
-    return [
-        stage_memory(worker, size.shape, held, stage, passes, entropy_gradient=entropy_gradient)
-        for stage in range(len(held))
-    ]
+    loss = {"entropy_gradient": entropy_gradient, "fp32_lm_head": run.fp32_lm_head}
+    return [stage_memory(worker, size.shape, held, stage, passes, **loss) for stage in range(len(held))]
 
 
 def parameters(run: RLVRConfig) -> Held:
@@ -182,7 +180,28 @@ def test_the_last_stage_pays_for_the_logits():
     assert first.logits == 0
     assert last.logits == 2 * 1024 // 2 * (151936 // 2) * (2 + 16)
     assert stages(config(8, **layout), entropy_gradient=True)[1].logits == last.logits // 18 * 24
-    assert last.no_gradient_pass == 8 * last.logits // 2  # infer_batch_size is 8
+    assert last.no_gradient_pass == last.logits  # infer_batch_size is per_device_train_batch_size
+    assert stages(config(8, **layout, train={"infer_batch_size": 8}))[1].no_gradient_pass == 4 * last.logits
+
+
+def test_an_fp32_head_pays_for_wide_logits_and_a_wide_weight():
+    run = config(2, tensor_model_parallel_size=2)
+    narrow, wide = (stages(run.model_copy(update={"fp32_lm_head": fp32}))[0] for fp32 in (False, True))
+    columns = 151936 // 2
+    assert wide.logits == narrow.logits + 2 * 1024 * columns * 2 + columns * 2048 * 4
+    assert wide.no_gradient_pass == wide.logits
+    fp32 = config(2, dtype="fp32", tensor_model_parallel_size=2)
+    assert stages(fp32.model_copy(update={"fp32_lm_head": True})) == stages(fp32)
+
+
+def test_one_optimizer_step_has_no_pass_before_it():
+    once = {"training_args": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 32}}
+    run = config(1, train=once)
+    assert Passes.of(run, run.actor_train).infer is None and stages(run)[0].no_gradient_pass == 0
+    for other in ({"force_on_policy_ratio": False}, {"ppo_epochs": 2}, {"add_token_level_kl": True}):
+        assert Passes.of(run.model_copy(update=other), run.actor_train).infer.number == 32
+    r2 = config(1, train=once | {"router_replay": {"mode": "R2"}})
+    assert Passes.of(r2, r2.actor_train).infer.number == 32
 
 
 def test_the_most_at_once():
@@ -193,7 +212,7 @@ def test_the_most_at_once():
         lasting = memory.weights + memory.gradients + memory.optimizer
         step = memory.activations + max(memory.recomputed, memory.logits)
         assert memory.total == lasting + max(step, memory.no_gradient_pass)
-    larger = stages(config(2, **layout))[1]  # eight samples in a pass without gradients
+    larger = stages(config(2, **layout, train={"infer_batch_size": 8}))[1]  # eight samples in a pass without gradients
     assert larger.total - last.total == larger.no_gradient_pass - (last.activations + last.logits) > 0
     assert (first.in_flight, last.in_flight) == ((2,), (1,))
     assert first.activations == 2 * 24 * 2 * 1024 * 2048 * 2
@@ -214,7 +233,7 @@ def test_micro_batches(train, tokens, number):
     found = Passes.of(run, run.actor_train)
     assert (found.train.tokens, found.train.number, found.train.budgeted) == (tokens, number, number in (1, 4))
     assert found.samples == 64
-    assert found.infer.number == 8
+    assert found.infer.number == 32
 
 
 def test_the_interleaved_schedule_fills_up_its_micro_batches():

@@ -69,6 +69,7 @@ def session_over(layers: list[int], experts: int, *, forward_only: bool = False)
         ep_size=1,
         device=torch.device("cpu"),
         forward_only=forward_only,
+        compares=forward_only,
     )
 
 

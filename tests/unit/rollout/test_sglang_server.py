@@ -30,7 +30,9 @@ from roll_r3.strategies.rollout.sglang.version import check_version
 KEY = "a-very-secret-key"
 
 
-def arguments(config: SglangConfig, *, device: str = "cpu", record_routes: bool = True) -> list[str]:
+def arguments(
+    config: SglangConfig, *, device: str = "cpu", record_routes: bool = True, fp32_lm_head: bool = False
+) -> list[str]:
     return server_arguments(
         config,
         model_path="/models/tiny",
@@ -40,6 +42,7 @@ def arguments(config: SglangConfig, *, device: str = "cpu", record_routes: bool 
         seed=7,
         context_length=100,
         record_routes=record_routes,
+        fp32_lm_head=fp32_lm_head,
     )
 
 
@@ -69,6 +72,13 @@ def test_the_line_holds_what_the_configuration_says() -> None:
 
 def test_routes_are_recorded_only_when_asked_for() -> None:
     assert "--enable-return-routed-experts" not in arguments(SglangConfig(), record_routes=False)
+
+
+def test_the_engines_output_head_is_the_runs() -> None:
+    assert "--enable-fp32-lm-head" in arguments(SglangConfig(), fp32_lm_head=True)
+    assert "--enable-fp32-lm-head" not in arguments(SglangConfig())
+    [refusal] = refused_server_args(SglangConfig(server_args={"enable_fp32_lm_head": True}))
+    assert "it follows fp32_lm_head" in refusal
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -23,6 +23,7 @@ from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.checkpoint import resolve_checkpoint, safetensors_files
 from roll_r3.models.facts import ModelFacts, read_facts
 from roll_r3.models.hf.config import read_hf_config
+from roll_r3.models.hf.head import compute_logits_in_fp32
 from roll_r3.models.hf.norms import set_latent_epsilon
 from roll_r3.models.hf.routers import find_routers
 from roll_r3.models.hf.tokenizer import read_end_tokens, read_tokenizer
@@ -68,6 +69,7 @@ class HfRollout:
         assert isinstance(settings, HfInferConfig), "the registry gives each strategy its own settings"
         self._settings = settings
         self._model_args = role.model_args
+        self._fp32_lm_head = config.fp32_lm_head
         self._model_path = checkpoint_of(config, "actor_infer")
         self._generating = role.generating_args
         self._max_new_tokens = sampled_tokens(config)
@@ -98,6 +100,8 @@ class HfRollout:
         checkpoint = resolve_checkpoint(self._model_path)
         facts = read_facts(checkpoint)
         model = _read_model(checkpoint, getattr(torch, self._settings.dtype)).to(self._device)
+        if self._fp32_lm_head:
+            compute_logits_in_fp32(model)
         routers = find_routers(model, facts.moe_layers)
         self._recorder = RouteRecorder(routers) if self._record_routes else None
         tokenizer = read_tokenizer(checkpoint, trust_remote_code=self._model_args.trust_remote_code)

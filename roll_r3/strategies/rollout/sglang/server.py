@@ -57,6 +57,7 @@ _RUNNERS_LOSE_ROUTES: dict[str, str] = {
 
 _REFUSED: dict[str, str] = {
     "enable_return_routed_experts": "it follows actor_infer.router_replay.mode",
+    "enable_fp32_lm_head": "it follows fp32_lm_head, which the trainer reads too",
     "dp_size": _NO_REPLICAS,
     "data_parallel_size": _NO_REPLICAS,
     "nnodes": "an engine lives on one node",
@@ -122,6 +123,7 @@ def server_arguments(
     seed: int,
     context_length: int,
     record_routes: bool,
+    fp32_lm_head: bool,
 ) -> list[str]:
     """SGLang's command line, without the key.
 
@@ -148,6 +150,7 @@ def server_arguments(
         "chunked_prefill_size": config.chunked_prefill_size,
         "attention_backend": config.attention_backend,
         "enable_return_routed_experts": record_routes,
+        "enable_fp32_lm_head": fp32_lm_head,
         "weight_version": "0",
         "skip_server_warmup": True,
         "sleep_on_idle": True,  # else each of its schedulers takes a core to look for requests while the trainer trains

@@ -59,6 +59,7 @@ class SglangRollout(ServerRollout[SglangConfig]):
             seed=self._seed,
             context_length=min(self._wanted_context, facts.context_length),
             record_routes=self._record_routes,
+            fp32_lm_head=self._fp32_lm_head,
         )
         return server_command(self._config, arguments)
 

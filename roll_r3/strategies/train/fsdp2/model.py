@@ -21,6 +21,7 @@ from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import Architecture
 from roll_r3.models.facts import read_facts
 from roll_r3.models.hf.config import read_hf_config
+from roll_r3.models.hf.head import compute_logits_in_fp32
 from roll_r3.models.hf.norms import set_latent_epsilon
 from roll_r3.models.hf.parts import parts_of
 from roll_r3.models.hf.routers import find_routers
@@ -82,11 +83,20 @@ class Fsdp2Model:
 
 
 def build_model(
-    model_path: str, model_args: ModelArgs, settings: Fsdp2Config, device: torch.device, *, trains: bool
+    model_path: str,
+    model_args: ModelArgs,
+    settings: Fsdp2Config,
+    device: torch.device,
+    *,
+    trains: bool,
+    fp32_lm_head: bool = False,
 ) -> Fsdp2Model:
     """Build the model without weights, then fill, broadcast and share out one layer after the other; collective.
 
     No rank holds more than its part of the weights and one layer. Only rank 0 reads the checkpoint.
+
+    Args:
+        fp32_lm_head: give logits in fp32, whatever the model's dtype.
 
     Raises:
         ConfigError: an architecture or a router that is not known, quantized weights, a buffer that no checkpoint
@@ -109,6 +119,8 @@ def build_model(
     if recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    if fp32_lm_head:
+        compute_logits_in_fp32(model)
     _fill_and_share_out(model, Path(model_path), architecture, mesh, device, model_args, settings)
     return Fsdp2Model(model, routers, mesh, device, DTYPES[model_args.dtype], architecture)
 

@@ -17,7 +17,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.batch.delivery import ReadRoutes, read_held
 from roll_r3.batch.micro_batch import fixed_size
 from roll_r3.batch.token_map import Layout
-from roll_r3.config.derived import checkpoint_of
+from roll_r3.config.derived import checkpoint_of, infer_batch_size, infer_budget
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import Fsdp2Config
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
@@ -44,6 +44,7 @@ from roll_r3.strategies.train.update import (
     StepFigures,
     check_routes,
     denominators,
+    is_on_policy,
     mini_batches,
     step_metrics,
     summed_counts,
@@ -115,7 +116,14 @@ class Fsdp2Infer:
         """
         self.facts = read_facts(self.model_path)
         device = world.join(self.process)
-        self.model = build_model(self.model_path, self.section.model_args, self.settings, device, trains=self.trains)
+        self.model = build_model(
+            self.model_path,
+            self.section.model_args,
+            self.settings,
+            device,
+            trains=self.trains,
+            fp32_lm_head=self.config.fp32_lm_head,
+        )
         self.data_parallel = DataParallel(self.process.rank, self.process.world_size, device)
         # no other rank shares this one's samples
         self.recorded = RecordedRoutes(
@@ -131,11 +139,13 @@ class Fsdp2Infer:
             ReplayError: R3, and the batch carries no routes, or routes that do not fit its samples.
         """
         micro_batches = self._cut(
-            batch, size=self.section.infer_batch_size, max_tokens=self.section.max_tokens_per_microbatch_in_infer
+            batch,
+            size=infer_batch_size(self.config, self.section),
+            max_tokens=infer_budget(self.config, self.section),
         )
         session: ReplaySession | RecordSession | None = None
         if self.replay_mode == "R3":
-            session, micro_batches = self._replay(batch, micro_batches, forward_only=True)
+            session, micro_batches = self._replay(batch, micro_batches, forward_only=True, compares=True)
         elif self.replay_mode == "R2":
             self.recorded.clear()
             session = RecordSession([self.model.routers], len(micro_batches), **self._routing())
@@ -183,7 +193,7 @@ class Fsdp2Infer:
         return fill_up(cut(batch, groups, self.tokens), number)
 
     def _replay(
-        self, batch: Batch, micro_batches: Sequence[MicroBatch], *, forward_only: bool
+        self, batch: Batch, micro_batches: Sequence[MicroBatch], *, forward_only: bool, compares: bool
     ) -> tuple[ReplaySession, list[MicroBatch]]:
         """A session, and the micro-batches with the rows that it will replay."""
         check_routes(batch, self.role, self.replay_mode)
@@ -194,6 +204,7 @@ class Fsdp2Infer:
             layer_rows=self._layer_rows(),
             read=self.read_routes,
             forward_only=forward_only,
+            compares=compares and self.replay_mode == "R3",  # R2's rows are the live choice itself
         )
 
     def _layer_rows(self) -> dict[int, int]:
@@ -239,6 +250,7 @@ class Fsdp2Train(Fsdp2Infer):
             with attaching.running():
                 batch = self.recorded.attach(batch)
         parts = mini_batches(self.config, batch, step, self.data_parallel_rank)
+        on_policy = is_on_policy(batch, parts)
         totals = denominators(parts, self.config.loss_agg_mode, self.data_parallel)
         stats = TokenStats()
         figures: list[StepFigures] = []
@@ -253,13 +265,15 @@ class Fsdp2Train(Fsdp2Infer):
             )
             session = audit = None
             if self.replay_mode != "disable":
-                session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False)
+                session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False, compares=on_policy)
                 audit = self._audit(len(micro_batches), step)
             here, loss = TokenStats(), LossSum()
             objective = policy_objective(self._token_values, self.model.device, self.config, denominator, here, loss)
             self.optimizer.zero_grad()
             observers = [audit] if audit else []
-            run_micro_batches(self.model, micro_batches, objective, session, forward_only=False, observers=observers)
+            values = run_micro_batches(
+                self.model, micro_batches, objective, session, forward_only=False, observers=observers
+            )
             if audit:  # before the weights learn from a wrong route
                 audit.verify()
             norm = self.optimizer.grad_norm()
@@ -272,11 +286,14 @@ class Fsdp2Train(Fsdp2Infer):
             if session:
                 counts.append(session.counts if audit is None else audit.added_to(session.counts))
                 seconds += session.stopwatch.seconds
+        log_probs_N, entropy_N = placed(batch, micro_batches, values).T.copy() if on_policy else (None, None)
         return TrainResult(
             metrics=stats.reduce(self.data_parallel.reduce) | step_metrics(figures, skipped),
             replay=summed_counts(counts, self.model.device) if counts else None,
             seconds_in_routes=seconds,
             skipped=tuple(skipped),
+            log_probs_N=log_probs_N,
+            entropy_N=entropy_N,
         )
 
     def snapshot(self) -> Snapshot:

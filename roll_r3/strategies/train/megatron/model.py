@@ -65,12 +65,14 @@ def build_model(
     *,
     replays: bool,
     trains: bool,
+    fp32_lm_head: bool = False,
 ) -> MegatronModel:
     """Build this rank's chunks and fill them from the checkpoint; collective.
 
     Args:
         replays: build routers that can be told what to choose.
         trains: wrap the chunks for data-parallel training (see `wrap_for_training`).
+        fp32_lm_head: give logits in fp32, whatever the model's dtype.
 
     Raises:
         ConfigError: a checkpoint that cannot be built here (see `open_bridge`).
@@ -106,6 +108,9 @@ def build_model(
             if name.endswith(("linear_q_down_proj.weight", "linear_kv_down_proj.weight")):
                 parameter.tensor_model_parallel = False
     weights.load_weights(bridge, chunks, model_path)
+    if fp32_lm_head:
+        for chunk in chunks:
+            _compute_logits_in_fp32(weights.unwrap(chunk))
     routers = [adopt_routers(weights.unwrap(chunk)) for chunk in chunks]
     if trains:
         chunks = wrap_for_training(chunks, bridge.config, settings)
@@ -125,6 +130,25 @@ def _check_recompute(settings: MegatronConfig, *, grouped: bool, transformer_eng
         raise ConfigError("recompute_modules has layernorm, which needs TransformerEngine on a GPU: take it out")
     if "moe_act" in settings.recompute_modules and not grouped:
         raise ConfigError("recompute_modules has moe_act, which needs moe_grouped_gemm: take it out")
+
+
+def _compute_logits_in_fp32(model: Any) -> None:
+    """Have the output layer, if this chunk has it, widen its input and its weight before it multiplies them.
+
+    The weight, which may be the embedding's, stays as it is. What is multiplied is a copy, so its gradient cannot be
+    added to the fp32 sum by the matrix product itself: it comes to the weight in the weight's dtype first.
+    """
+    layer = getattr(model, "output_layer", None)
+    if layer is None:
+        return
+    layer.gradient_accumulation_fusion = False
+    native = layer.forward
+
+    def forward(input_: torch.Tensor, weight: torch.Tensor | None = None, **options: Any) -> Any:
+        weight = layer.weight if weight is None else weight
+        return native(input_.float(), weight=weight.float(), **options)
+
+    layer.forward = forward
 
 
 def _overrides(

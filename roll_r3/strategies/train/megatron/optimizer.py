@@ -1,4 +1,4 @@
-"""Megatron's optimizer and learning-rate schedule, and one guarded step of them."""
+"""Megatron's optimizer, and one guarded step of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from roll_r3.config.workers import TrainingArgs
+from roll_r3.strategies.train.learning_rate import learning_rate
 from roll_r3.strategies.train.update import StepFigures
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -87,19 +87,11 @@ class Optimizer:
             use_distributed_optimizer=distributed,
         )
         self._optimizer: MegatronOptimizer = get_megatron_optimizer(config, self._chunks)
-        self._scheduler = OptimizerParamScheduler(
-            self._optimizer,
-            init_lr=0.0,
-            max_lr=args.learning_rate,
-            min_lr=0.0,
-            lr_warmup_steps=args.warmup_steps,
-            lr_decay_steps=total_steps,
-            lr_decay_style=args.lr_scheduler_type,
-            start_wd=args.weight_decay,
-            end_wd=args.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
+        self._args = args
+        self._total_steps = total_steps
+        self._done = 0
+        for group in self._optimizer.param_groups:  # none for norms and biases; megatron leaves this to its scheduler
+            group["weight_decay"] = args.weight_decay * group["wd_mult"]
 
     def zero_grad(self) -> None:
         for chunk in self._chunks:
@@ -117,15 +109,17 @@ class Optimizer:
         Args:
             norm: what `grad_norm` gave, finite.
         """
-        learning_rate = float(self._optimizer.param_groups[0]["lr"])
+        rate = learning_rate(self._args, self._done, self._total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         self._optimizer.step()
-        self._scheduler.step(increment=1)
-        return StepFigures(norm, learning_rate)
+        self._done += 1
+        return StepFigures(norm, rate)
 
     @property
     def done(self) -> int:
         """Steps taken so far."""
-        return int(self._scheduler.num_steps)
+        return self._done
 
     def slots(self) -> list[Slot]:
         """What it keeps of every parameter of this rank, in one order on the ranks that share a parameter's state.
@@ -144,8 +138,7 @@ class Optimizer:
                     continue
                 for parameter in group["params"]:
                     adam.state[parameter]["step"].fill_(float(done))
-        self._scheduler.num_steps = 0
-        self._scheduler.step(increment=done)
+        self._done = done
 
     def _parts(self) -> list[Any]:
         """Megatron's optimizers of this rank that have any parameter."""

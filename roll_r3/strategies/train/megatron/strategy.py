@@ -22,7 +22,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.batch.delivery import ReadRoutes, read_held
 from roll_r3.batch.micro_batch import fixed_size
 from roll_r3.batch.token_map import Layout, round_up
-from roll_r3.config.derived import checkpoint_of
+from roll_r3.config.derived import checkpoint_of, infer_batch_size, infer_budget
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
 from roll_r3.errors import ConfigError
@@ -52,6 +52,7 @@ from roll_r3.strategies.train.update import (
     StepFigures,
     check_routes,
     denominators,
+    is_on_policy,
     mini_batches,
     step_metrics,
     summed_counts,
@@ -129,6 +130,7 @@ class MegatronInfer:
             device,
             replays=self.replay_mode != "disable",
             trains=self.trains,
+            fp32_lm_head=self.config.fp32_lm_head,
         )
         self._check_layers()
         group = parallel_state.get_data_parallel_group()
@@ -145,11 +147,13 @@ class MegatronInfer:
         """
         megatron_cpu.install()
         micro_batches = self._cut(
-            batch, size=self.section.infer_batch_size, max_tokens=self.section.max_tokens_per_microbatch_in_infer
+            batch,
+            size=infer_batch_size(self.config, self.section),
+            max_tokens=infer_budget(self.config, self.section),
         )
         session: ReplaySession | RecordSession | None = None
         if self.replay_mode == "R3":
-            session, micro_batches = self._replay(batch, micro_batches, forward_only=True)
+            session, micro_batches = self._replay(batch, micro_batches, forward_only=True, compares=True)
         elif self.replay_mode == "R2":
             self.recorded.clear()
             session = RecordSession(self.model.routers, len(micro_batches), **self._routing())
@@ -220,7 +224,7 @@ class MegatronInfer:
         )
 
     def _replay(
-        self, batch: Batch, micro_batches: Sequence[MicroBatch], *, forward_only: bool
+        self, batch: Batch, micro_batches: Sequence[MicroBatch], *, forward_only: bool, compares: bool
     ) -> tuple[ReplaySession, list[MicroBatch]]:
         """A session, and the micro-batches with the rows that it will replay."""
         check_routes(batch, self.role, self.replay_mode)
@@ -231,6 +235,7 @@ class MegatronInfer:
             layer_rows=self._layer_rows(),
             read=self.read_routes,
             forward_only=forward_only,
+            compares=compares and self.replay_mode == "R3",  # R2's rows are the live choice itself
         )
 
     def _layer_rows(self) -> dict[int, int]:
@@ -309,6 +314,7 @@ class MegatronTrain(MegatronInfer):
             with attaching.running():
                 batch = self.recorded.attach(batch)
         parts = mini_batches(self.config, batch, step, self.layout.dp_rank)
+        on_policy = is_on_policy(batch, parts)
         totals = denominators(parts, self.config.loss_agg_mode, self.data_parallel)
         stats = TokenStats()
         figures: list[StepFigures] = []
@@ -323,14 +329,14 @@ class MegatronTrain(MegatronInfer):
             )
             session = audit = None
             if self.replay_mode != "disable":
-                session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False)
+                session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False, compares=on_policy)
                 audit = self._audit(len(micro_batches), step)
             here, loss = TokenStats(), LossSum()
             objective = policy_objective(self._token_values, self.model.device, self.config, denominator, here, loss)
             self.optimizer.zero_grad()
             real_tokens = self._real_token_counts()
-            observers = [observer for observer in (real_tokens, audit) if observer]
-            run_schedule(self.model, micro_batches, objective, session, forward_only=False, observers=observers)
+            watching = [observer for observer in (real_tokens, audit) if observer]
+            values = run_schedule(self.model, micro_batches, objective, session, forward_only=False, observers=watching)
             if audit:  # before the weights learn from a wrong route
                 audit.verify()
             norm = self.optimizer.grad_norm()
@@ -345,11 +351,14 @@ class MegatronTrain(MegatronInfer):
             if session:
                 counts.append(session.counts if audit is None else audit.added_to(session.counts))
                 seconds += session.stopwatch.seconds
+        log_probs_N, entropy_N = self._whole(batch, micro_batches, values) if on_policy else (None, None)
         return TrainResult(
             metrics=self._reduced(stats) | step_metrics(figures, skipped),
             replay=summed_counts(counts, self.model.device) if counts else None,
             seconds_in_routes=seconds,
             skipped=tuple(skipped),
+            log_probs_N=log_probs_N,
+            entropy_N=entropy_N,
         )
 
     def _audit(self, num_micro_batches: int, step: int) -> DispatchAudit | None:
