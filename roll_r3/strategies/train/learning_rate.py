@@ -18,3 +18,11 @@ def learning_rate(args: TrainingArgs, done: int, total: int) -> float:
         return 0.0
     progress = (done - warmup) / (total - warmup)
     return peak * (1 - progress if args.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def decay_steps(args: TrainingArgs, total: int) -> int:
+    """Optimizer steps at which megatron's decay is to end: the run's, or later where all of them warm up.
+
+    Its scheduler refuses a decay that ends before the warm-up does; such a run never comes to it.
+    """
+    return max(total, args.warmup_steps + 1)

@@ -14,11 +14,11 @@ from roll_r3.config.workers import TrainingArgs
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
-from roll_r3.strategies.train.learning_rate import learning_rate
+from roll_r3.strategies.train.learning_rate import decay_steps, learning_rate
 
 
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("warmup", [0, 3, 8, 12])
 def test_the_learning_rate_is_that_of_megatrons_scheduler(style: str, warmup: int) -> None:
     from roll_r3.platform import megatron_cpu
 
@@ -33,7 +33,7 @@ def test_the_learning_rate_is_that_of_megatrons_scheduler(style: str, warmup: in
         max_lr=1e-3,
         min_lr=0.0,
         lr_warmup_steps=warmup,
-        lr_decay_steps=8,
+        lr_decay_steps=decay_steps(args, 8),
         lr_decay_style=style,
         start_wd=0.0,
         end_wd=0.0,

@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from roll_r3.config.workers import TrainingArgs
+from roll_r3.strategies.train.learning_rate import decay_steps
 from roll_r3.strategies.train.update import StepFigures
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -93,7 +94,7 @@ class Optimizer:
             max_lr=args.learning_rate,
             min_lr=0.0,
             lr_warmup_steps=args.warmup_steps,
-            lr_decay_steps=total_steps,
+            lr_decay_steps=decay_steps(args, total_steps),
             lr_decay_style=args.lr_scheduler_type,
             start_wd=args.weight_decay,
             end_wd=args.weight_decay,
