@@ -14,6 +14,7 @@ from roll_r3.algorithms.mismatch import mismatch_metrics
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
+from roll_r3.config.derived import gives_rollout_log_probs
 from roll_r3.config.pipeline import RLVRConfig
 
 
@@ -55,7 +56,6 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         **_spread("tokens/response_length", responses),
         "tokens/truncated_ratio": float(np.mean([t.finish_reason == "length" for t in r.trajectories])),
         "critic/old_log_prob/mean": float(batch.old_log_probs_N[mask].mean()),
-        **mismatch_metrics(batch.old_log_probs_N[mask], batch.rollout_log_probs_N[mask]),
         **r.update.metrics,
         "rollout/dropped_samples": r.dropped,
         "rollout/retries": r.retries,
@@ -65,6 +65,8 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         "system/samples": r.samples_seen,
         "system/tps": float((prompts.sum() + responses.sum()) / seconds),
     }
+    if gives_rollout_log_probs(config):
+        metrics |= mismatch_metrics(batch.old_log_probs_N[mask], batch.rollout_log_probs_N[mask])
     if r.old.entropy_N is not None:
         metrics["critic/entropy/mean"] = float(r.old.entropy_N[mask].mean())
     if batch.ref_log_probs_N is not None:

@@ -17,11 +17,12 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="reference-unused",
         fields=("use_kl_loss", "add_token_level_kl"),
-        why="a reference is configured, but no KL term uses it: it would take devices and time for nothing",
+        why="a reference is configured, but no KL term uses it: it takes devices and time for nothing",
         fix="write use_kl_loss: true, or remove the `reference` section",
         wrong=("reference={}",),
         right=("reference={}", "use_kl_loss=true"),
         violates=lambda c: c.reference is not None and not (c.use_kl_loss or c.add_token_level_kl),
+        severity="warning",
     ),
     Rule(
         id="kl-weighs-nothing",

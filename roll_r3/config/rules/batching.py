@@ -119,11 +119,12 @@ RULES: tuple[AnyRule, ...] = (
             "actor_train.device_mapping",
             *(f"actor_train.{size}" for size in (TP, PP, CP)),
         ),
-        why="the learning rate would still be rising when the last optimizer step is taken",
+        why="the learning rate is still rising when the last optimizer step is taken",
         fix="write fewer warmup_steps",
         wrong=("max_steps=1", f"{BATCH}.warmup_steps=64"),
         right=("max_steps=1", f"{BATCH}.warmup_steps=63"),
         violates=_warms_up_all_along,
+        severity="warning",
     ),
     Rule(
         id="interleaved-micro-batches",
@@ -226,6 +227,7 @@ RULES: tuple[AnyRule, ...] = (
             w.use_dynamic_batching_in_infer
             and w.infer_batch_size != WorkerConfig.model_fields["infer_batch_size"].default
         ),
+        severity="warning",
     ),
     LayoutRule(
         id="dynamic-batching-with-allgather",

@@ -76,6 +76,22 @@ def test_figures(record):
     assert "critic/kl" not in m
 
 
+@pytest.mark.parametrize(
+    ("engine", "temperature", "top_k", "given"),
+    [("vllm", 0.8, 50, False), ("vllm", 0.8, -1, True), ("vllm", 1.0, 50, True), ("sglang", 0.8, 50, True)],
+)
+def test_figures_that_compare_with_the_rollout_are_left_out_where_its_log_probs_are_others(
+    record, engine, temperature, top_k, given
+):
+    infer = {
+        "strategy_args": {"strategy_name": engine},
+        "generating_args": {"temperature": temperature, "top_k": top_k},
+    }
+    m = step_metrics(RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer=infer), record)
+    compared = [name for name in m if name.startswith(("rollout_corr/", "training/", "actor/rollout_train"))]
+    assert len(compared) == (8 if given else 0)
+
+
 def test_the_reference_adds_its_figures(record):
     config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
     ref = (record.batch.old_log_probs_N + 0.5).astype(np.float32)
