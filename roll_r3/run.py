@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from roll_r3.config.derived import checkpoint_of, model_workers
+from roll_r3.config.derived import checkpoint_of, devices_per_node, model_workers
 from roll_r3.config.load import LoadedConfig, load
 from roll_r3.config.report import Finding, InvalidConfigError, Origins, as_json, has_errors, render
 from roll_r3.config.yaml_file import to_yaml
@@ -26,15 +26,12 @@ from roll_r3.errors import ConfigError, RollError
 from roll_r3.preflight.check import check
 from roll_r3.preflight.explain import explain_rule, rule_ids, similar_rules
 from roll_r3.preflight.plan import Plan, make_plan
-from roll_r3.preflight.plan_findings import plan_findings
 from roll_r3.preflight.plan_text import plan_json, render_plan
 from roll_r3.preflight.summary import summary
 from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
 
 logger = logging.getLogger(__name__)
 
-DEVICES_PER_NODE = 8
-"""Of the machines that most clusters are made of."""
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -88,10 +85,6 @@ def _refuse_misplaced(parser: argparse.ArgumentParser, options: argparse.Namespa
         parser.error("--print-config prints YAML: leave --format out")
     if options.show_dropped and (options.format != "text" or options.explain is not None):
         parser.error("--show-dropped goes with findings as text: JSON has every key")
-    if options.devices_per_node is not None and not options.plan:
-        parser.error("--devices-per-node goes with --plan")
-    if options.devices_per_node is not None and options.devices_per_node < 1:
-        parser.error("--devices-per-node is 1 or more")
 
 
 def _nobody_reads() -> None:
@@ -115,27 +108,25 @@ def _run(options: argparse.Namespace) -> int:
         if options.format == "text":
             print(summary(loaded.config, loaded.origins, surroundings))
         return EXIT_OK
+    if options.plan and options.format == "json":
+        plan = plan_json(_plan(loaded, surroundings))
+        found = {"dialect": _dialect(loaded.origins), "findings": as_json(findings, loaded.origins)}
+        print(json.dumps(plan | found, indent=2))
+        return EXIT_OK
     if findings:
         print(render(findings, loaded.origins, show_dropped=options.show_dropped), file=sys.stderr)
     if options.print_config:
         print(to_yaml(loaded.config), end="")
         return EXIT_OK
     if options.plan:
-        plan = _plan(loaded, surroundings, options.devices_per_node or DEVICES_PER_NODE)
-        misplaced = plan_findings(loaded.config, plan)
-        if options.format == "json":
-            found = {"dialect": _dialect(loaded.origins), "findings": as_json(misplaced, loaded.origins)}
-            print(json.dumps(plan_json(plan) | found, indent=2))
-        else:
-            print(render_plan(plan))
-            _report(options, misplaced, loaded.origins)
-        return EXIT_CONFIG if has_errors(misplaced) else EXIT_OK
+        print(render_plan(_plan(loaded, surroundings)))
+        return EXIT_OK
     from roll_r3.pipelines.launch import launch  # noqa: PLC0415  brings in torch and Ray, which checking does not need
 
     return launch(loaded.config, loaded.origins)
 
 
-def _plan(loaded: LoadedConfig, surroundings: Surroundings, devices_per_node: int) -> Plan:
+def _plan(loaded: LoadedConfig, surroundings: Surroundings) -> Plan:
     models = {}
     for role in model_workers(loaded.config):
         name = checkpoint_of(loaded.config, role)
@@ -146,7 +137,7 @@ def _plan(loaded: LoadedConfig, surroundings: Surroundings, devices_per_node: in
                 "the bundled table: name a directory with its config.json, or one of the table's"
             )
         models[role] = model.raw
-    return make_plan(loaded.config, models, devices_per_node=devices_per_node)
+    return make_plan(loaded.config, models, devices_per_node=devices_per_node(loaded.config))
 
 
 def _report(options: argparse.Namespace, findings: Sequence[Finding], origins: Origins) -> None:
@@ -207,12 +198,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of findings and of the plan")
     parser.add_argument(
         "--show-dropped", action="store_true", help="list the keys of ROLL that are dropped, one by one"
-    )
-    parser.add_argument(
-        "--devices-per-node",
-        type=int,
-        metavar="N",
-        help=f"for --plan: devices of a machine (default: {DEVICES_PER_NODE})",
     )
     return parser
 

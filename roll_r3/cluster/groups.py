@@ -19,10 +19,14 @@ from roll_r3.batch.micro_batch import IntArray, assign_to_ranks
 from roll_r3.cluster.calls import wait_for
 from roll_r3.cluster.placement import Placement
 from roll_r3.cluster.workers import WRITING, ModelWorker, RolloutWorker
-from roll_r3.config.derived import engine_size, server
+from roll_r3.config.derived import engine_devices
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.errors import ConfigError
-from roll_r3.preflight.plan_findings import LOOPBACK
+from roll_r3.config.rules.devices import (
+    ENGINE_ON_ONE_NODE,
+    ENGINES_BEYOND_LOOPBACK,
+    engines_out_of_reach,
+    scattered_engines,
+)
 from roll_r3.saving.manifest import FileSum
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, LogProbResult, ReplayCounts, TrainResult
 
@@ -91,23 +95,11 @@ class RolloutGroup(_Group):
         Raises:
             ConfigError: an engine's devices lie on different nodes, or a node is out of reach of the trainer.
         """
-        role = config.actor_infer
-        size, settings = engine_size(config), server(config)
-        trainer = placement.devices[config.actor_train.device_mapping[0]]
+        ENGINE_ON_ONE_NODE.require(config, scattered_engines(config, placement.node_of))
+        ENGINES_BEYOND_LOOPBACK.require(config, engines_out_of_reach(config, placement.node_of))
         members = []
-        for engine, start in enumerate(range(0, len(role.device_mapping), size)):
-            devices = [placement.devices[d] for d in role.device_mapping[start : start + size]]
-            if len({d.node_id for d in devices}) > 1:
-                raise ConfigError(
-                    f"actor_infer.device_mapping: engine {engine} takes devices {[d.index for d in devices]}, which "
-                    "lie on different nodes: an engine's tp_size devices must share a node"
-                )
-            if settings is not None and devices[0].node_id != trainer.node_id and settings.host in LOOPBACK:
-                raise ConfigError(
-                    f"actor_infer.strategy_args.strategy_config.host: {settings.host} cannot be reached from the "
-                    f"trainer's node, which sends weights to engine {engine} on {devices[0].node_ip}: write 0.0.0.0 "
-                    "(every address of an engine's node; its key protects it)"
-                )
+        for engine, numbers in enumerate(engine_devices(config)):
+            devices = [placement.devices[d] for d in numbers]
             name, log = f"actor_infer-{engine}", log_dir / f"actor_infer-{engine}.log"
             gpu_ids = tuple(d.gpu_id for d in devices if d.gpu_id is not None)
             actor = ray.remote(RolloutWorker).options(name=name, **placement.options(devices[0].index))

@@ -21,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.devices import GPUS_NOT_SHARED, shared_with_engines
 from roll_r3.errors import ConfigError, LostWorkerError, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,11 @@ class Placement:
     """"cuda" or "cpu"."""
     group: PlacementGroup
     devices: tuple[Device, ...]
+
+    def node_of(self, device: int) -> str:
+        """The name of a device's node."""
+        at = self.devices[device]
+        return f"{at.node_ip} ({at.node_id})"
 
     def options(self, device: int) -> dict[str, object]:
         """Ray actor options that put a process on a device."""
@@ -162,21 +168,13 @@ def resolve_device_kind(config: RLVRConfig) -> str:
     """What `device_type` means on this cluster.
 
     Raises:
-        ConfigError: cuda was asked for and there is no GPU, or an engine would share a GPU with another role.
+        ConfigError: cuda was asked for and there is no GPU, or the rules about GPUs refuse the configuration.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if config.device_type == "cuda" and not gpus:
         raise ConfigError("device_type: cuda, but the cluster has no GPU; write auto or cpu")
     kind = "cuda" if gpus and config.device_type != "cpu" else "cpu"
-    others = {"actor_train": config.actor_train} | ({"reference": config.reference} if config.reference else {})
-    for name, role in others.items():
-        shared = sorted(set(role.device_mapping) & set(config.actor_infer.device_mapping))
-        if kind == "cuda" and shared:
-            raise ConfigError(
-                f"actor_infer.device_mapping: devices {shared} are {name}'s too; an engine keeps its share of a GPU's "
-                "memory for itself, and weights go to it over NCCL, which cannot connect two processes on one GPU: "
-                "give actor_infer GPUs of its own"
-            )
+    GPUS_NOT_SHARED.require(config, kind == "cuda" and shared_with_engines(config))
     return kind
 
 

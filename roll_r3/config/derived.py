@@ -9,6 +9,8 @@ from roll_r3.config.tree import join
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig
 
 ModelWorker = ActorTrainConfig | ReferenceConfig
+DEVICES_PER_NODE = 8
+"""Of the machines that most clusters are made of."""
 MegatronWorker = ModelWorker
 """One of `megatron_workers`: only its `layout` may be asked for."""
 
@@ -32,6 +34,12 @@ def megatron_workers(config: RLVRConfig) -> dict[str, MegatronWorker]:
 def runs_megatron(worker: ModelWorker) -> bool:
     """Whether Megatron runs a role, so that it has a layout."""
     return isinstance(worker.strategy_args.strategy_config, MegatronConfig)
+
+
+def roles_with_gpu_kernels(config: RLVRConfig) -> list[str]:
+    """Roles whose layout asks for kernels that run on a GPU only."""
+    layouts = {role: layout(worker) for role, worker in megatron_workers(config).items()}
+    return [role for role, m in layouts.items() if m.moe_grouped_gemm or m.moe_router_fusion]
 
 
 def layout(worker: MegatronWorker) -> MegatronConfig:
@@ -59,10 +67,36 @@ def sglang(config: RLVRConfig) -> SglangConfig | None:
     return settings if isinstance(settings, SglangConfig) else None
 
 
+def truncates(config: RLVRConfig) -> bool:
+    """Whether tokens are sampled from a part of the vocabulary."""
+    generating = config.actor_infer.generating_args
+    return generating.top_p < 1 or generating.top_k > 0
+
+
+def gives_rollout_log_probs(config: RLVRConfig) -> bool:
+    """Whether the engine's log-probabilities are those that the trainer's can be compared with.
+
+    They are of the whole distribution at the sampling temperature. vLLM gives them before both temperature and
+    truncation, or after both.
+    """
+    return vllm(config) is None or not truncates(config) or config.actor_infer.generating_args.temperature == 1
+
+
 def engine_size(config: RLVRConfig) -> int:
     """Devices of one rollout engine."""
     settings = server(config)
     return 1 if settings is None else settings.tp_size
+
+
+def engine_devices(config: RLVRConfig) -> list[tuple[int, ...]]:
+    """Devices of each rollout engine; the last has fewer where they do not divide, which a rule of its own refuses."""
+    devices, size = config.actor_infer.device_mapping, engine_size(config)
+    return [devices[start : start + size] for start in range(0, len(devices), size)]
+
+
+def devices_per_node(config: RLVRConfig) -> int:
+    """Devices of a node as far as a file says: device d is taken to be on node d // this."""
+    return config.num_gpus_per_node or DEVICES_PER_NODE
 
 
 def checkpoint_of(config: RLVRConfig, role: str) -> str:
@@ -73,6 +107,11 @@ def checkpoint_of(config: RLVRConfig, role: str) -> str:
 def saving_dir(config: RLVRConfig) -> str:
     """The directory below which every experiment's checkpoints are."""
     return config.checkpoint_config.output_dir or config.output_dir
+
+
+def uses_saving_dir(config: RLVRConfig) -> bool:
+    """Whether a run writes checkpoints, or looks for them."""
+    return config.save_steps > 0 or config.save_hf_steps > 0 or config.resume_from_checkpoint == "auto"
 
 
 def model_parallel_size(worker: ModelWorker) -> int:

@@ -113,6 +113,9 @@ class RLVRConfig(Config):
     and by default checkpoints go there too."""
     device_type: Literal["auto", "cpu", "cuda"] = "auto"
     """What a device in `device_mapping` is: a GPU, or a CPU slot. auto: GPUs where the cluster has any."""
+    num_gpus_per_node: PositiveInt | None = None
+    """Devices of a node, for checks and `--plan`: device d is taken to be on node d // this. None: 8 are assumed. A run
+    asks the cluster instead."""
 
     pretrain: str
     """Hugging Face checkpoint that every role starts from unless its `model_args` names another."""

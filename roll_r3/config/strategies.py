@@ -161,8 +161,9 @@ class MegatronConfig(Config):
     @property
     def chunks_per_stage(self) -> int | None:
         """Model chunks per pipeline stage, the layout's count filled in; None: the plain schedule with one chunk."""
-        if self.virtual_pipeline_model_parallel_size is not None or self.pipeline_model_parallel_layout is None:
-            return self.virtual_pipeline_model_parallel_size
-        stages = len(parse_pipeline_layout(self.pipeline_model_parallel_layout))
-        chunks = stages // self.pipeline_model_parallel_size
+        chunks = self.virtual_pipeline_model_parallel_size or 1
+        if self.virtual_pipeline_model_parallel_size is None and self.pipeline_model_parallel_layout is not None:
+            chunks = (
+                len(parse_pipeline_layout(self.pipeline_model_parallel_layout)) // self.pipeline_model_parallel_size
+            )
         return chunks if chunks > 1 else None

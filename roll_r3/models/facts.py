@@ -12,6 +12,7 @@ from roll_r3.config.disk import read_at_most, why_no_file
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import Architecture, whole_number, whole_number_or
+from roll_r3.models.families import untrainable
 
 MAX_EXPERTS = 1 << 16
 """Routes hold an expert's number in at most 16 bits."""
@@ -66,10 +67,10 @@ def read_facts(checkpoint: str | Path) -> ModelFacts:
 def facts_of(config: Mapping[str, Any]) -> ModelFacts:
     """The facts in a config.json that is already read. Raises ConfigError for an unknown architecture, or
     one without the fields it needs."""
-    model_type = str(config.get("model_type"))
-    architecture = ARCHITECTURES.get(model_type)
-    if architecture is None:
-        raise ConfigError(f"model_type {model_type!r} is not known: roll_r3 trains {', '.join(sorted(ARCHITECTURES))}")
+    if reason := untrainable(config):
+        raise ConfigError(f"{reason}; roll_r3 trains {', '.join(sorted(ARCHITECTURES))}")
+    model_type = str(config["model_type"])
+    architecture = ARCHITECTURES[model_type]
     try:
         return _facts(model_type, architecture, config)
     except (KeyError, StopIteration) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime
@@ -129,13 +130,15 @@ def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: P
         require_valid(config, look_around(config), origins)
         tokenizer = _read_tokenizer(checkpoint, config.actor_train.model_args.trust_remote_code)
         prompts = read_prompts(config.actor_train.data_args, tokenizer, config.prompt_length, _told(progress))
-        rewards.check_domains({p.domain for p in prompts})
+        domains = Counter(prompt.domain for prompt in prompts)
+        rewards.check_domains(set(domains))
         rewards.wait_until_ready()
         rewards.check_truths(Truth(p.prompt_id, p.domain, p.ground_truth) for p in prompts)
     progress.say(
         f"{facts.model_type}, {len(facts.moe_layers)} MoE layers of {facts.num_layers}, top-{facts.top_k} of "
         f"{facts.num_experts} experts; {len(prompts)} prompts"
     )
+    progress.say(rewards.shares(domains))
     return tokenizer, prompts
 
 

@@ -200,7 +200,7 @@ class RLVRPipeline:
             engine_restarts=self._engines.step_done(),
             samples_seen=self.samples_seen,
         )
-        metrics = step_metrics(record)
+        metrics = step_metrics(self._config, record)
         if warning := self._silence.observe(metrics):
             logger.warning("%s", warning)
             self._progress.say(f"step {step}: {warning}")

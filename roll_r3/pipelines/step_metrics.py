@@ -16,6 +16,8 @@ from roll_r3.algorithms.signal import group_signal
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
+from roll_r3.config.derived import gives_rollout_log_probs
+from roll_r3.config.pipeline import RLVRConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class StepRecord:
     samples_seen: int
 
 
-def step_metrics(r: StepRecord) -> dict[str, float]:
+def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
     """Metric name -> figure."""
     batch, mask = r.batch, r.batch.loss_mask_N
     assert batch.old_log_probs_N is not None and batch.advantages_N is not None
@@ -59,7 +61,6 @@ def step_metrics(r: StepRecord) -> dict[str, float]:
         **_spread("tokens/response_length", responses),
         "tokens/truncated_ratio": float(np.mean([t.finish_reason == "length" for t in r.trajectories])),
         "critic/old_log_prob/mean": float(batch.old_log_probs_N[mask].mean()),
-        **mismatch_metrics(batch.old_log_probs_N[mask], batch.rollout_log_probs_N[mask]),
         **r.update.metrics,
         "rollout/dropped_samples": r.dropped,
         "rollout/retries": r.retries,
@@ -70,6 +71,8 @@ def step_metrics(r: StepRecord) -> dict[str, float]:
         "system/samples": r.samples_seen,
         "system/tps": float((prompts.sum() + responses.sum()) / seconds),
     }
+    if gives_rollout_log_probs(config):
+        metrics |= mismatch_metrics(batch.old_log_probs_N[mask], batch.rollout_log_probs_N[mask])
     if r.old.entropy_N is not None:
         metrics["critic/entropy/mean"] = float(r.old.entropy_N[mask].mean())
     if batch.ref_log_probs_N is not None:

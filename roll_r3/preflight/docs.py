@@ -27,12 +27,14 @@ def render_page() -> str:
 def render_rules() -> str:
     """Every row of the table, with its two examples."""
     warnings = sum(row.severity == "warning" for row in ALL_RULES)
+    both = sum(row.only_warns is not None for row in ALL_RULES)
     return "\n".join(
         [
             "",
             "## Rules",
             "",
-            f"{len(ALL_RULES)} rules are checked before anything starts, {warnings} of them only warn: "
+            f"{len(ALL_RULES)} rules are checked before anything starts, {warnings} of them only warn, {both} where a "
+            f"run may work all the same: "
             f"{len(CONFIG_RULES)} look at the file alone, {len(PREFLIGHT_RULES)} at models, files and engines too.",
             "The examples are overrides on top of this, the smallest configuration:",
             "",
@@ -52,7 +54,7 @@ def render_rules() -> str:
 
 
 def _line(row: Row) -> str:
-    name = f"`{row.id}`" + (" (warning)" if row.severity == "warning" else "")
+    name = f"`{row.id}`" + (f" ({row.severities})" if row.severities != "error" else "")
     return generated.table_row(name, row.why, row.fix, *map(_code, shown_examples(row)))
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 from roll_r3.config.report import MAX_FINDINGS, MORE
 from roll_r3.config.rules.table import Example, Row
-from roll_r3.preflight.plan_findings import PLAN_FINDINGS
 from roll_r3.preflight.rules import ALL_RULES
 from roll_r3.preflight.rules.table import Pretend, SurroundingsRule
 from roll_r3.strategies.base import Capabilities
@@ -38,7 +37,7 @@ _LOADING = {
 
 def explain_rule(rule_id: str) -> str | None:
     """A page about one rule; None when there is no such rule."""
-    said = (_LOADING | PLAN_FINDINGS).get(rule_id)
+    said = _LOADING.get(rule_id)
     if said is not None:
         return f"{rule_id}\n\n{said}."
     row = next((row for row in ALL_RULES if row.id == rule_id), None)
@@ -52,14 +51,14 @@ def similar_rules(rule_id: str) -> list[str]:
 
 def rule_ids() -> list[str]:
     """Every id that a finding may have."""
-    return [*_LOADING, *(row.id for row in ALL_RULES), *PLAN_FINDINGS]
+    return [*_LOADING, *(row.id for row in ALL_RULES)]
 
 
 def _page(row: Row) -> str:
     wrong, right = shown_examples(row)
     return "\n".join(
         [
-            f"{row.id} ({row.severity})",
+            f"{row.id} ({row.severities})",
             "",
             f"Why: {row.why}.",
             f"Fix: {row.fix}.",
@@ -88,7 +87,8 @@ def _lines(example: Example) -> list[str]:
 def _pretended(where: Pretend) -> list[str]:
     installed = [f"({package} {version or 'not'} installed)" for package, version in where.versions.items()]
     said = [f"(if its config.json said {name}: {value})" for name, value in where.config_json.items()]
-    return [*installed, *said, *(_declared(name, able) for name, able in where.capabilities.items())]
+    rows = [f"(if {problem})" for problem in where.domain_problems]
+    return [*installed, *said, *rows, *(_declared(name, able) for name, able in where.capabilities.items())]
 
 
 def _declared(name: str, able: Capabilities) -> str:

@@ -12,6 +12,7 @@ from roll_r3.config.derived import (
     MegatronWorker,
     ModelWorker,
     checkpoint_of,
+    engine_devices,
     engine_size,
     layout,
     model_workers,
@@ -344,11 +345,9 @@ def _groups(grid: Grid, devices: Devices, nodes: _Nodes, kinds: Mapping[str, tup
 
 def _engines(config: RLVRConfig, size: ModelSize, nodes: _Nodes) -> tuple[EnginePlan, ...]:
     engine = config.actor_infer.strategy_args.strategy_config
-    devices = config.actor_infer.device_mapping
-    each = engine_size(config)
-    weights = -(-size.total * ELEMENT_BYTES[engine.dtype] // each)
-    parts = [devices[start : start + each] for start in range(0, len(devices), each)]
-    return tuple(EnginePlan(index, part, nodes.of(part), weights) for index, part in enumerate(parts))
+    weights = -(-size.total * ELEMENT_BYTES[engine.dtype] // engine_size(config))
+    parts = enumerate(engine_devices(config))
+    return tuple(EnginePlan(index, part, nodes.of(part), weights) for index, part in parts)
 
 
 def _routes(config: RLVRConfig, size: ModelSize, trainer: RolePlan, nodes: _Nodes) -> RoutesPlan:

@@ -13,13 +13,15 @@ from roll_r3.config.derived import (
 )
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Origins
+from roll_r3.config.rules.devices import shared_with_engines
 from roll_r3.preflight.surroundings import Surroundings
 
 
 def summary(config: RLVRConfig, origins: Origins, surroundings: Surroundings) -> str:
     """What would run, and what was known of the model when it was checked."""
+    only = ", on CPU slots only" if config.device_type == "auto" and shared_with_engines(config) else ""
     lines = [
-        f"valid: {origins.said_first or origins.file}",
+        f"valid{only}: {origins.said_first or origins.file}",
         f"  {config.exp_name}: {config.max_steps} steps of {config.rollout_batch_size} prompts x "
         f"{config.num_return_sequences_in_group} samples",
         f"  model: {_model(config, surroundings)}",

@@ -10,6 +10,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.preflight import files
 from roll_r3.preflight.checkpoints import Model, find_model, incomplete
+from roll_r3.preflight.domains import domains_without_rule
 from roll_r3.preflight.versions import find_interpreter, find_versions
 from roll_r3.strategies.registry import STRATEGIES, StrategyEntry
 
@@ -24,6 +25,8 @@ class Surroundings:
     checkpoint_problems: Mapping[str, str] = field(default_factory=dict)
     """Checkpoint -> why it cannot be loaded from here."""
     data_problems: tuple[str, ...] = ()
+    domain_problems: tuple[str, ...] = ()
+    """Of each file of prompts, domains that no reward rule scores."""
     reward_problems: tuple[str, ...] = ()
     output_problem: str = ""
     saving_problem: str = ""
@@ -35,6 +38,10 @@ class Surroundings:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     """Package of an engine -> its installed version, None: not installed. Of a package that is not in it nothing is
     known."""
+
+    def unknown_models(self, config: RLVRConfig) -> list[str]:
+        """Checkpoints of a configuration of which nothing is known here, and which may be elsewhere."""
+        return [n for n in _checkpoints(config) if n not in self.models and n not in self.checkpoint_problems]
 
 
 def look_around(config: RLVRConfig) -> Surroundings:
@@ -49,6 +56,7 @@ def look_around(config: RLVRConfig) -> Surroundings:
         elsewhere(config),
         checkpoint_problems=problems | lacking,
         data_problems=tuple(files.data_problems(config.actor_train.data_args)),
+        domain_problems=tuple(domains_without_rule(config.actor_train.data_args, config.rewards)),
         reward_problems=tuple(files.reward_problems(config.rewards)),
         output_problem=files.output_problem(config.output_dir, config.exp_name),
         saving_problem=files.output_problem(saving_dir(config), config.exp_name),

@@ -21,6 +21,9 @@ from roll_r3.rewards.truths import Truth, check_rules, check_truths
 logger = logging.getLogger(__name__)
 
 _SHOWN_REASONS = 3
+_SHOWN_DOMAINS = 8
+_NO_DOMAIN = "default"
+"""Domain of all rows where the data has no column for it."""
 _SHOWN_RESPONSE, _SHOWN_TRUTH = 200, 100
 _JUDGE_GRACE_S = 60.0
 """Seconds past the limit of `math`, which is of processor time, at which its process is killed all the same."""
@@ -90,6 +93,25 @@ class Rewards:
         lost = sorted(d for d in domains if d not in self._by_domain) if self._default is None else []
         if lost:
             raise ConfigError(f"rewards: no rule scores the domains {', '.join(lost)}; name them in a tag_included")
+
+    def shares(self, domains: Mapping[str, int]) -> str:
+        """A line that says which rule scores how many prompts of which domains.
+
+        Args:
+            domains: prompts of each, all of which `check_domains` accepts.
+        """
+        parts = []
+        for index, rule in enumerate(self._rules):
+            of = {domain: number for domain, number in domains.items() if self._rule_of(domain) == index}
+            rest = {domain: number for domain, number in of.items() if domain not in self._by_domain}
+            detail = [_listed({domain: number for domain, number in of.items() if domain in self._by_domain})]
+            if set(domains) != {_NO_DOMAIN}:
+                detail.append(f"named by no rule: {_listed(rest)}" if rest else "")
+            shown = "; ".join(filter(None, detail))
+            parts.append(
+                f"{rule.name} ({rule.reward}) scores {sum(of.values()):,} prompts" + (f" [{shown}]" if shown else "")
+            )
+        return f"rewards: {', '.join(parts)}"
 
     def wait_until_ready(self) -> None:
         """Until every process has imported every rule. Raises ConfigError when one could not, or cannot be called."""
@@ -167,3 +189,10 @@ def _rule(name: str, reward: RewardConfig) -> Rule:
         return Rule(name, reward.reward, dict(reward.kwargs), reward.time_limit)
     kwargs = reward.kwargs | {"seconds": reward.time_limit}
     return Rule(name, reward.reward, kwargs, reward.time_limit + _JUDGE_GRACE_S, judge=True)
+
+
+def _listed(domains: Mapping[str, int]) -> str:
+    """Domains and their prompts, the largest first."""
+    shown = [f"{domain} {number:,}" for domain, number in Counter(domains).most_common(_SHOWN_DOMAINS)]
+    more = [f"{len(domains) - len(shown)} more"] if len(domains) > len(shown) else []
+    return ", ".join(shown + more)

@@ -180,12 +180,7 @@ REFUSED: dict[str, list[str]] = {
     "replay in the reference": ["use_kl_loss=true", "reference={router_replay: {mode: R3}}"],
     "replay with the fused router": ["{train}.moe_router_fusion=true"],
     "a load-balancing loss": ["{train}.moe_aux_loss_coeff=0.01"],
-    "a moving expert bias in the reference": [
-        "use_kl_loss=true",
-        "reference={strategy_args: {strategy_config: {moe_router_bias_update_rate: 0.001}}}",
-    ],
     "TP without SP": ["{devices}=[0, 1]", "{train}.tensor_model_parallel_size=2", "{train}.sequence_parallel=false"],
-    "SP without TP": ["{train}.sequence_parallel=true"],
     "VPP without PP": ["{train}.virtual_pipeline_model_parallel_size=2"],
     "allgather with PP": [
         "{devices}=[0, 1]",

@@ -201,6 +201,7 @@ def test_every_mistake_of_a_file_is_found_in_one_run_with_its_line(tmp_path, cap
         ("widths-over-tensor-parallel", f"{layout}.tensor_model_parallel_size"): 19,
         ("vpp-needs-pp", f"{layout}.virtual_pipeline_model_parallel_size"): 20,
         ("kl-estimator-unread", "kl_estimator"): None,
+        ("gpus-not-shared", "actor_infer.device_mapping"): 22,
     }
     assert set(found) == set(expected)
     assert {key: found[key]["fields"][0].get("line") for key in expected} == expected
@@ -213,7 +214,10 @@ def test_every_mistake_of_a_file_is_found_in_one_run_with_its_line(tmp_path, cap
 
 def test_a_file_of_roll_is_checked_like_any_other(capsys):
     path = ROOT / "tests" / "unit" / "config" / "roll" / "sglang.yaml"
-    assert run.main(["--config", str(path), "--validate-only", "--elsewhere"]) == 0
+    assert run.main(["--config", str(path), "--validate-only", "--elsewhere"]) == 2
+    assert "error [engines-beyond-loopback]" in capsys.readouterr().err
+    reachable = "actor_infer.strategy_args.strategy_config.host=0.0.0.0"
+    assert run.main(["--config", str(path), "--validate-only", "--elsewhere", reachable]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"valid: {path}")
     assert "note [roll-translated]" in err
@@ -222,7 +226,7 @@ def test_a_file_of_roll_is_checked_like_any_other(capsys):
     err = capsys.readouterr().err
     assert "critic_warmup = 5  (override critic_warmup=5)" in err
     assert "did you mean seed?" in err
-    assert run.main(["--config", str(path), "--print-config", "--elsewhere"]) == 0
+    assert run.main(["--config", str(path), "--print-config", "--elsewhere", reachable]) == 0
     assert "dual_clip_loss: 1.4" in capsys.readouterr().out
 
 
@@ -259,8 +263,6 @@ def test_explain_says_what_a_rule_is_about(capsys):
         ["--format", "json"],
         ["--explain", "vpp-needs-pp"],
         ["--print-config", "--format", "json"],
-        ["--validate-only", "--devices-per-node", "4"],
-        ["--plan", "--devices-per-node", "0"],
         ["--plan", "--validate-only"],
     ],
 )
@@ -274,8 +276,8 @@ def test_an_option_that_nothing_would_read_is_refused(config_file, arguments, ca
 def test_a_plan_is_printed_as_text_and_as_json(config_file, capsys):
     assert run.main(["--config", str(config_file), "--plan"]) == 0
     assert "actor_train" in capsys.readouterr().out
-    assert run.main(["--config", str(config_file), "--plan", "--format", "json", "--devices-per-node", "4"]) == 0
-    assert json.loads(capsys.readouterr().out)
+    assert run.main(["--config", str(config_file), "--plan", "--format", "json", "num_gpus_per_node=4"]) == 0
+    assert json.loads(capsys.readouterr().out)["devices_per_node"] == 4
     assert run.main(["--config", str(config_file), "--plan", "--elsewhere", "pretrain=someone/some-model"]) == 2
     assert "needs to know the model" in capsys.readouterr().err
 
@@ -337,13 +339,15 @@ def test_usage_errors_have_status_2():
 
 
 ROLLS = ROOT / "tests" / "unit" / "config" / "roll" / "sglang.yaml"
+ANYWHERE = "actor_infer.strategy_args.strategy_config.host=0.0.0.0"
+"""Its engines are on another node than its trainer."""
 
 
 def test_the_dialect_is_said_first(config_file, capsys):
     assert run.main(["--config", str(config_file), "--validate-only"]) == 0
     first = f"valid: {config_file} is read as a file of roll_r3 (dialect: roll_r3)"
     assert capsys.readouterr().out.splitlines()[0] == first
-    assert run.main(["--config", str(ROLLS), "--validate-only", "--elsewhere"]) == 0
+    assert run.main(["--config", str(ROLLS), ANYWHERE, "--validate-only", "--elsewhere"]) == 0
     out, err = capsys.readouterr()
     for line in (out.removeprefix("valid: ").splitlines()[0], err.splitlines()[0]):
         assert line.startswith(f"{ROLLS} is read as a file for ROLL (dialect: roll): rewards.*.worker_cls, ")
@@ -353,14 +357,14 @@ def test_the_dialect_is_said_first(config_file, capsys):
 
 @pytest.mark.parametrize("action", ["--validate-only", "--plan"])
 def test_programs_are_told_the_dialect(capsys, action):
-    assert run.main(["--config", str(ROLLS), action, "--elsewhere", "--format", "json"]) == 0
+    assert run.main(["--config", str(ROLLS), ANYWHERE, action, "--elsewhere", "--format", "json"]) == 0
     said = json.loads(capsys.readouterr().out)["dialect"]
     assert (said["name"], said["given"], said["ours"]) == ("roll", False, [])
     assert "rewards.*.worker_cls" in said["rolls"]
 
 
 def test_dropped_keys_are_one_line_unless_they_are_asked_for(capsys):
-    arguments = ["--config", str(ROLLS), "--validate-only", "--elsewhere"]
+    arguments = ["--config", str(ROLLS), ANYWHERE, "--validate-only", "--elsewhere"]
     assert run.main(arguments) == 0
     short = capsys.readouterr().err
     (line,) = [line for line in short.splitlines() if "[roll-unread]" in line]

@@ -8,6 +8,7 @@ from roll_r3.config.report import ABSENT
 from roll_r3.config.roll_yaml.draft import Draft
 
 DEFAULTS: dict[str, Any] = {
+    "device_type": "cuda",
     "num_return_sequences_in_group": 1,
     "loss_agg_mode": "seq-mean-token-mean",
     "actor_train.training_args.learning_rate": 5e-5,

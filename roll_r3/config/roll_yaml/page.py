@@ -83,9 +83,11 @@ _DIFFERENCES = """
 - Models. ROLL runs Python code that comes with a checkpoint; here `model_args.trust_remote_code: true` allows it, to
   the tokenizer, to SGLang and to vLLM. Where ROLL lets `pretrain` win over `model_args.model_name_or_path` unless every
   role names one, here each role's own name wins.
-- Devices. `actor_infer` and `actor_train` need GPUs of their own; most of ROLL's examples share them.
-- vLLM. It gives log-probabilities before temperature and truncation or after both, so a run that has both is refused
-  with it. ROLL's defaults are both: write `temperature: 1`, or `top_p: 1` and `top_k: -1`, or let SGLang sample.
+- Devices. `actor_infer` and `actor_train` need GPUs of their own; most of ROLL's examples share them. ROLL's files mean
+  GPUs: write `device_type: cpu` for a trial on CPU slots.
+- vLLM. It gives log-probabilities before temperature and truncation or after both. ROLL's defaults are both: a run
+  leaves out the figures that compare rollout and trainer, and one with `rollout_correction` is refused. Write
+  `temperature: 1`, or `top_p: 1` and `top_k: -1`, or let SGLang sample.
 - FSDP2. ROLL can split a sample over devices, and keep a copy of the weights for every `fsdp_size` devices; here every
   device is a data-parallel rank with its part of each weight.
 - `hf_infer`. ROLL's has no settings; [roll_r3's](configuration.md#actor_inferstrategy_argsstrategy_config-hf_infer)

@@ -128,7 +128,11 @@ ROWS = (
     Row(("user_defined_rollout_loop_cls",), Off((_ROLLOUT_LOOP,), "the rollout loop cannot be replaced")),
     Row(("rollout_mock",), By(_mock, "not supported, unless `enable: false`")),
     Row(("hydra",), Unread("the file is read without Hydra")),
-    Row(("num_gpus_per_node", "num_nodes", "local_rank"), Unread("the device mappings say what is used")),
+    Row(
+        ("num_gpus_per_node",),
+        Same("for checks before the start: devices are placed where the cluster has them"),
+    ),
+    Row(("num_nodes", "local_rank"), Unread("the device mappings say what is used")),
     Row(
         (
             "validation",

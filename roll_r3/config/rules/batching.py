@@ -127,11 +127,12 @@ RULES: tuple[AnyRule, ...] = (
             "actor_train.device_mapping",
             *(f"actor_train.{size}" for size in (TP, PP, CP)),
         ),
-        why="the learning rate would still be rising when the last optimizer step is taken",
+        why="the learning rate is still rising when the last optimizer step is taken",
         fix="write fewer warmup_steps",
         wrong=("max_steps=1", f"{BATCH}.warmup_steps=64"),
         right=("max_steps=1", f"{BATCH}.warmup_steps=63"),
         violates=_warms_up_all_along,
+        severity="warning",
     ),
     Rule(
         id="forced-ratio-takes-one-step",
@@ -274,6 +275,7 @@ RULES: tuple[AnyRule, ...] = (
             "actor_train.max_tokens_per_microbatch_in_train=4096",
         ),
         violates=lambda _, w: w.use_dynamic_batching_in_infer and w.infer_batch_size is not None,
+        severity="warning",
     ),
     LayoutRule(
         id="dynamic-batching-with-allgather",

@@ -2,6 +2,7 @@
 
 MINIMAL = """\
 exp_name: demo
+device_type: cpu
 pretrain: Qwen/Qwen3-30B-A3B
 rollout_batch_size: 16
 num_return_sequences_in_group: 4
@@ -11,3 +12,5 @@ actor_train:
 actor_infer:
   router_replay: {mode: R3}
 """
+OWN_GPUS = ("device_type=cuda", "actor_infer.device_mapping=[1]")
+"""Overrides that put it on GPUs."""

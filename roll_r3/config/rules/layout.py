@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import MegatronWorker, changed, expert_layout, layout, megatron_workers
+from roll_r3.config.derived import (
+    MegatronWorker,
+    changed,
+    expert_layout,
+    layout,
+    megatron_workers,
+    roles_with_gpu_kernels,
+)
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.pipeline_layout import parse_pipeline_layout
+from roll_r3.config.rules.example import OWN_GPUS
 from roll_r3.config.rules.paths import BATCH, EP, ETP, MEGATRON, PP, REFERENCE, SP, TP, TRAIN, VPP
 from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict, remainder, unread
 from roll_r3.config.strategies import MegatronConfig
@@ -17,7 +25,13 @@ LAYOUT = f"{MEGATRON}.pipeline_model_parallel_layout"
 RECOMPUTE = f"{MEGATRON}.recompute"
 TRAINING_ONLY = tuple(
     f"{REFERENCE}.{name}"
-    for name in ("use_distributed_optimizer", "overlap_grad_reduce", "recompute_granularity", "recompute")
+    for name in (
+        "use_distributed_optimizer",
+        "overlap_grad_reduce",
+        "moe_router_bias_update_rate",
+        "recompute_granularity",
+        "recompute",
+    )
 )
 
 
@@ -60,7 +74,9 @@ def _recomputes_ungrouped(config: RLVRConfig) -> Verdict:
     return ", ".join(
         role
         for role, m in roles.items()
-        if "moe_act" in m.recompute_modules and (ungrouped or m.moe_grouped_gemm is False)
+        if m.recompute_granularity == "selective"
+        and "moe_act" in m.recompute_modules
+        and (ungrouped or m.moe_grouped_gemm is False)
     )
 
 
@@ -71,9 +87,7 @@ def _recomputes_norms_on_cpu(config: RLVRConfig) -> Verdict:
 
 
 def _gpu_kernels_on_cpu(config: RLVRConfig) -> Verdict:
-    roles = {role: layout(worker) for role, worker in megatron_workers(config).items()}
-    used = [role for role, m in roles.items() if m.moe_grouped_gemm or m.moe_router_fusion]
-    return ", ".join(used) if config.device_type == "cpu" else False
+    return ", ".join(roles_with_gpu_kernels(config)) if config.device_type == "cpu" else False
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -119,7 +133,7 @@ RULES: tuple[AnyRule, ...] = (
             f"{BATCH}.gradient_accumulation_steps=2",
         ),
         violates=lambda w: (
-            layout(w).virtual_pipeline_model_parallel_size is not None and layout(w).pipeline_model_parallel_size < 2
+            (layout(w).virtual_pipeline_model_parallel_size or 1) > 1 and layout(w).pipeline_model_parallel_size < 2
         ),
     ),
     LayoutRule(
@@ -134,6 +148,7 @@ RULES: tuple[AnyRule, ...] = (
         ),
         right=("actor_train.device_mapping=range(2)", f"{TRAIN}.pipeline_model_parallel_size=2"),
         violates=lambda w: layout(w).virtual_pipeline_model_parallel_size == 1,
+        severity="warning",
     ),
     LayoutRule(
         id="uneven-stages-need-pp",
@@ -234,6 +249,7 @@ RULES: tuple[AnyRule, ...] = (
             f"{TRAIN}.sequence_parallel=true",
         ),
         violates=lambda w: layout(w).sequence_parallel is True and layout(w).tensor_model_parallel_size == 1,
+        severity="warning",
     ),
     LayoutRule(
         id="full-recompute-says-how",
@@ -263,6 +279,7 @@ RULES: tuple[AnyRule, ...] = (
             layout(w).recompute_granularity != "full"
             and bool(layout(w).recompute_method or layout(w).recompute_num_layers)
         ),
+        severity="warning",
     ),
     LayoutRule(
         id="selective-recompute-says-what",
@@ -276,6 +293,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="moe-act-needs-grouped-experts",
         fields=(f"*.{RECOMPUTE}_modules", f"*.{MEGATRON}.moe_grouped_gemm", "device_type"),
+        depends=(f"*.{RECOMPUTE}_granularity",),
         why="megatron-core recomputes the experts' activation only where their matrix products are grouped, which "
         "takes a GPU",
         fix="take moe_act out",
@@ -284,7 +302,7 @@ RULES: tuple[AnyRule, ...] = (
             f"{TRAIN}.recompute_modules=[moe_act]",
             f"{TRAIN}.moe_grouped_gemm=false",
         ),
-        right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe_act]"),
+        right=(*OWN_GPUS, f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe_act]"),
         violates=_recomputes_ungrouped,
     ),
     Rule(
@@ -317,6 +335,7 @@ RULES: tuple[AnyRule, ...] = (
         wrong=(f"{TRAIN}.recompute_modules=[moe]",),
         right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe]"),
         violates=lambda w: layout(w).recompute_granularity != "selective" and bool(layout(w).recompute_modules),
+        severity="warning",
     ),
     unread(
         "reference-runs-no-code",
@@ -326,6 +345,7 @@ RULES: tuple[AnyRule, ...] = (
         "leave it out: models are built without the checkpoint's code, and the tokenizer is actor_train's",
         wrong=("use_kl_loss=true", "reference.model_args.trust_remote_code=true"),
         right=("use_kl_loss=true", "actor_train.model_args.trust_remote_code=true", "reference={}"),
+        severity="warning",
     ),
     Rule(
         id="reference-only-infers",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from roll_r3.config.derived import changed, layout, runs_megatron, workers
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.rules.paths import INFER_REPLAY, MEGATRON, REFERENCE, TRAIN, TRAIN_REPLAY
+from roll_r3.config.rules.example import OWN_GPUS
+from roll_r3.config.rules.paths import INFER_REPLAY, MEGATRON, TRAIN, TRAIN_REPLAY
 from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict
 
 
@@ -56,7 +57,12 @@ RULES: tuple[AnyRule, ...] = (
         why="megatron-core's fused top-k returns before it consults the recorded routes, so nothing would be replayed",
         fix="write moe_router_fusion: false",
         wrong=(f"{TRAIN}.moe_router_fusion=true",),
-        right=(f"{TRAIN}.moe_router_fusion=true", "actor_train.router_replay={}", "actor_infer.router_replay={}"),
+        right=(
+            *OWN_GPUS,
+            f"{TRAIN}.moe_router_fusion=true",
+            "actor_train.router_replay={}",
+            "actor_infer.router_replay={}",
+        ),
         violates=lambda c: (
             c.actor_train.router_replay.mode != "disable"
             and runs_megatron(c.actor_train)
@@ -74,19 +80,6 @@ RULES: tuple[AnyRule, ...] = (
         violates=lambda w: layout(w).moe_aux_loss_coeff != 0,
     ),
     Rule(
-        id="reference-bias-is-frozen",
-        fields=(f"{REFERENCE}.moe_router_bias_update_rate",),
-        why="the reference takes no optimizer steps, so its expert bias stays as in the checkpoint",
-        fix="leave it out under reference",
-        wrong=("use_kl_loss=true", f"{REFERENCE}.moe_router_bias_update_rate=0.001"),
-        right=("use_kl_loss=true", "reference={}", f"{TRAIN}.moe_router_bias_update_rate=0.001"),
-        violates=lambda c: (
-            c.reference is not None
-            and runs_megatron(c.reference)
-            and layout(c.reference).moe_router_bias_update_rate != 0
-        ),
-    ),
-    Rule(
         id="audit-is-the-trainers",
         fields=("actor_infer.router_replay.audit", "reference.router_replay.audit"),
         why="only the trainer replays, so there is nothing to audit elsewhere",
@@ -94,6 +87,7 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("actor_infer.router_replay.audit=true",),
         right=("actor_train.router_replay.audit=true",),
         violates=_audits_elsewhere,
+        severity="warning",
     ),
     Rule(
         id="audit-needs-replay",
@@ -103,6 +97,7 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("actor_train.router_replay={audit: true}", "actor_infer.router_replay={}"),
         right=("actor_train.router_replay={mode: R2, audit: true}", "actor_infer.router_replay={}"),
         violates=lambda c: c.actor_train.router_replay.audit and c.actor_train.router_replay.mode == "disable",
+        severity="warning",
     ),
     Rule(
         id="audit-every-unread",
@@ -112,5 +107,6 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("actor_train.router_replay.audit_every=5",),
         right=("actor_train.router_replay={mode: R3, audit: true, audit_every: 5}",),
         violates=_audit_every_unread,
+        severity="warning",
     ),
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import engine_room, server, sglang, vllm
+from roll_r3.config.derived import engine_room, gives_rollout_log_probs, server, sglang, truncates, vllm
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.example import OWN_GPUS
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
 
@@ -33,13 +34,16 @@ def _memory_share_on_cpu(config: RLVRConfig) -> Verdict:
     return config.device_type == "cpu" and share is not None
 
 
-def _truncated(config: RLVRConfig) -> bool:
-    generating = config.actor_infer.generating_args
-    return generating.top_p < 1 or generating.top_k > 0
+def _corrected(config: RLVRConfig) -> bool:
+    return config.rollout_correction.mode != "disable"
 
 
 def _truncated_and_scaled(config: RLVRConfig) -> Verdict:
-    return vllm(config) is not None and _truncated(config) and config.actor_infer.generating_args.temperature != 1
+    if gives_rollout_log_probs(config):
+        return False
+    if _corrected(config):
+        return "rollout_correction trains with them"
+    return "nothing trains with them, and the figures that compare rollout and trainer are left out"
 
 
 def _too_cold(config: RLVRConfig) -> Verdict:
@@ -91,7 +95,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="write top_p: 1 and top_k: -1",
         wrong=("actor_infer.generating_args.top_k=50",),
         right=("actor_infer.generating_args.top_p=1",),
-        violates=_truncated,
+        violates=truncates,
         severity="warning",
     ),
     Rule(
@@ -101,13 +105,20 @@ RULES: tuple[AnyRule, ...] = (
             "actor_infer.generating_args.top_p",
             "actor_infer.generating_args.top_k",
             "actor_infer.strategy_args.strategy_name",
+            "rollout_correction.mode",
         ),
-        why="vLLM gives log-probabilities either before temperature and truncation or after both; the trainer needs "
-        "them after the one and before the other",
-        fix="write temperature: 1, or top_p: 1 and top_k: -1, or strategy_name: sglang",
-        wrong=(_VLLM, "actor_infer.generating_args={temperature: 0.8, top_k: 50}"),
+        why="vLLM gives log-probabilities either before temperature and truncation or after both; comparing with the "
+        "trainer's takes those after the one and before the other",
+        fix="write temperature: 1, or top_p: 1 and top_k: -1, or strategy_name: sglang, or rollout_correction.mode: "
+        "disable",
+        wrong=(
+            _VLLM,
+            "actor_infer.generating_args={temperature: 0.8, top_k: 50}",
+            "rollout_correction.mode=token_tis",
+        ),
         right=(_VLLM, "actor_infer.generating_args={temperature: 0.8}"),
         violates=_truncated_and_scaled,
+        only_warns=lambda c: not _corrected(c),
     ),
     Rule(
         id="vllm-coldest",
@@ -145,6 +156,7 @@ RULES: tuple[AnyRule, ...] = (
         "leave it out: the engine batches by itself, up to strategy_config.max_running_requests",
         wrong=("actor_infer.infer_batch_size=4",),
         right=("actor_train.infer_batch_size=4",),
+        severity="warning",
     ),
     unread(
         "engine-dtype-unread",
@@ -161,7 +173,7 @@ RULES: tuple[AnyRule, ...] = (
         why="a CPU engine has no device memory to share out: nothing would read its share",
         fix="leave it out, and set max_total_tokens",
         wrong=("device_type=cpu", f"{ENGINE}.mem_fraction_static=0.5"),
-        right=("device_type=auto", f"{ENGINE}.mem_fraction_static=0.5"),
+        right=(*OWN_GPUS, f"{ENGINE}.mem_fraction_static=0.5"),
         violates=_memory_share_on_cpu,
         severity="warning",
     ),

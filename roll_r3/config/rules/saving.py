@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from roll_r3.config.derived import uses_saving_dir
 from roll_r3.config.rules.table import AnyRule, Rule, unread
 
 RULES: tuple[AnyRule, ...] = (
@@ -13,16 +14,18 @@ RULES: tuple[AnyRule, ...] = (
         "leave max_ckpt_to_keep out, or write save_steps: 50",
         wrong=("save_steps=0", "max_ckpt_to_keep=3"),
         right=("max_ckpt_to_keep=3",),
+        severity="warning",
     ),
     unread(
         "checkpoint-directory-unread",
         "checkpoint_config.output_dir",
         "save_steps",
-        lambda c: c.save_steps > 0 or c.save_hf_steps > 0 or c.resume_from_checkpoint == "auto",
+        uses_saving_dir,
         "leave checkpoint_config out, or write save_steps: 50",
         wrong=("save_steps=0", "checkpoint_config.output_dir=/checkpoints"),
         right=("checkpoint_config.output_dir=/checkpoints",),
         depends=("save_hf_steps", "resume_from_checkpoint"),
+        severity="warning",
     ),
     unread(
         "async-save-unread",
@@ -32,6 +35,7 @@ RULES: tuple[AnyRule, ...] = (
         "leave async_save out, or write save_steps: 50",
         wrong=("save_steps=0", "checkpoint_config.async_save=true"),
         right=("checkpoint_config.async_save=true",),
+        severity="warning",
     ),
     Rule(
         id="nothing-saved",

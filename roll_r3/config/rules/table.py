@@ -1,4 +1,8 @@
-"""The form of the rule table: a row names fields, when they clash, why, what to write instead, and shows both."""
+"""The form of the rule table: a row names fields, when they clash, why, what to write instead, and shows both.
+
+Severity: an error cannot start, cannot learn, or would compute something else than is written; a warning runs as it is
+written, but costs something for nothing or is probably not meant; a note only informs.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,9 @@ from roll_r3.config.derived import (
     values_at,
 )
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Finding, Severity
+from roll_r3.config.report import Finding, Severity, show_value
 from roll_r3.config.tree import join
+from roll_r3.errors import ConfigError
 
 Verdict = bool | str
 """Whether a rule is violated; text says so too, and gives the figures that make it plain."""
@@ -37,8 +42,15 @@ class Row:
     right: Example
     """A near one that no row refuses."""
     severity: Severity = "error"
+    only_warns: Callable[[RLVRConfig], bool] | None = None
+    """Where it holds, a violation of an error row is a warning: the configuration may run as it is written."""
     depends: tuple[str, ...] = ()
     """Further fields that the verdict depends on, too many to show."""
+
+    @property
+    def severities(self) -> str:
+        """Those that a violation may have, in words."""
+        return self.severity if self.only_warns is None else f"{self.severity} or warning"
 
     def finding(self, config: RLVRConfig, verdict: Verdict, role: str = "") -> Finding:
         """What a violation of this row is reported as.
@@ -52,7 +64,15 @@ class Row:
             fields, depends = ([join(role, field) for field in some] for some in (self.fields, self.depends))
         why = self.why if verdict is True else f"{self.why} ({verdict})"
         found = tuple(item for field in fields for item in _shown(config, field))
-        return Finding(self.id, self.severity, found, why, self.fix, tuple(depends))
+        severity = "warning" if self.only_warns is not None and self.only_warns(config) else self.severity
+        return Finding(self.id, severity, found, why, self.fix, tuple(depends))
+
+    def require(self, config: RLVRConfig, verdict: Verdict, role: str = "") -> None:
+        """Raise ConfigError, in the words of the row, where a verdict says that it is violated."""
+        if verdict:
+            finding = self.finding(config, verdict, role)
+            values = ", ".join(f"{path} = {show_value(value)}" for path, value in finding.found)
+            raise ConfigError(f"{finding.why}; {finding.fix} ({values})")
 
 
 def _shown(config: RLVRConfig, field: str) -> list[tuple[str, object]]:
@@ -125,8 +145,13 @@ def unread(
     wrong: Example,
     right: Example,
     depends: tuple[str, ...] = (),
+    severity: Severity = "error",
 ) -> Rule:
-    """A field that is read only under a condition, and was changed outside it."""
+    """A field that is read only under a condition, and was changed outside it.
+
+    Args:
+        severity: an error where training would be another one, had the field been read; else a warning.
+    """
     return Rule(
         id=id,
         fields=(field, switch),
@@ -136,4 +161,5 @@ def unread(
         right=right,
         depends=depends,
         violates=lambda config: changed(config, field) and not is_read(config),
+        severity=severity,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from roll_r3.config.derived import model_workers, sglang, vllm
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.example import OWN_GPUS
 from roll_r3.config.rules.paths import ENGINE, INFER_REPLAY, TRAIN_REPLAY
 from roll_r3.config.rules.table import Verdict
 from roll_r3.errors import EngineError
@@ -220,7 +221,8 @@ RULES: tuple[SurroundingsRule, ...] = (
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
         why="the installed vLLM is not the release that this strategy was tested with",
         fix="watch router_replay/coverage and the log-probability differences of the first steps",
-        wrong=(_VLLM,),
+        depends=("device_type",),
+        wrong=(_VLLM, *OWN_GPUS),
         wrong_where=Pretend(versions={"vllm": "0.33.0"}),
         right=(_VLLM,),
         right_where=VLLM_INSTALLED,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import checkpoint_of, workers
+from roll_r3.config.derived import uses_saving_dir
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.rules.table import Verdict
-from roll_r3.preflight.rules.table import SurroundingsRule
+from roll_r3.models.families import untrainable_by_name
+from roll_r3.preflight.rules.table import Pretend, SurroundingsRule
 from roll_r3.preflight.surroundings import Surroundings
 
 _COLUMNS = tuple(f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id"))
@@ -19,8 +20,14 @@ def _unreadable_checkpoints(config: RLVRConfig, surroundings: Surroundings) -> V
 
 
 def _unknown_models(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    names = {checkpoint_of(config, role) for role in workers(config)}
-    return ", ".join(sorted(names - set(surroundings.models) - set(surroundings.checkpoint_problems)))
+    shown = []
+    for name in surroundings.unknown_models(config):
+        guess = untrainable_by_name(name)
+        if guess is None:
+            shown.append(name)
+        elif not guess.certain:  # else it is refused
+            shown.append(f"{name}, and if it is what its name says, {guess.reason}")
+    return "; ".join(shown)
 
 
 RULES: tuple[SurroundingsRule, ...] = (
@@ -57,6 +64,19 @@ RULES: tuple[SurroundingsRule, ...] = (
         violates=lambda config, where: "\n".join(where.data_problems),
     ),
     SurroundingsRule(
+        id="domains-have-a-rule",
+        fields=("rewards.*.tag_included", "actor_train.data_args.domain", "actor_train.data_args.file_name"),
+        why="every row is scored by the rule that names its domain, and no rule takes the rest",
+        fix="name the domains in a tag_included, leave it out of one rule, or take their files out",
+        wrong=(
+            "actor_train.data_args={file_name: docs/prompts.jsonl, domain: tag}",
+            "rewards={a: {reward: exact_match, tag_included: [x]}}",
+        ),
+        wrong_where=Pretend(domain_problems=("docs/prompts.jsonl has rows of code",)),
+        right=("rewards={a: {reward: exact_match, tag_included: [default]}}",),
+        violates=lambda config, where: "; ".join(where.domain_problems),
+    ),
+    SurroundingsRule(
         id="reward-importable",
         fields=("rewards.*.reward", "rewards.*.kwargs"),
         why="a reward function must be found on the import path (which is searched, nothing is imported) and take "
@@ -78,11 +98,14 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="checkpoints-writable",
         fields=("checkpoint_config.output_dir", "exp_name"),
+        depends=("save_steps", "save_hf_steps", "resume_from_checkpoint"),
         why="the directory of checkpoints could not be made",
         fix="name a directory that can be written, on a disk that every node sees",
         wrong=("checkpoint_config.output_dir=/dev/null/checkpoints",),
         right=("checkpoint_config.output_dir=output",),
-        violates=lambda config, where: config.checkpoint_config.output_dir is not None and where.saving_problem,
+        violates=lambda config, where: (
+            config.checkpoint_config.output_dir is not None and uses_saving_dir(config) and where.saving_problem
+        ),
     ),
     SurroundingsRule(
         id="resume-from-checkpoint",

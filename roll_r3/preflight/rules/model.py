@@ -21,6 +21,8 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.layout import SPLIT_RULES
 from roll_r3.config.rules.paths import ENGINE, EP, ETP, MEGATRON, PP, TP, TRAIN, TRAIN_REPLAY, VPP
 from roll_r3.config.rules.table import Verdict, remainder
+from roll_r3.models.architectures import ARCHITECTURES
+from roll_r3.models.families import untrainable, untrainable_by_name
 from roll_r3.models.layer_map import chunk_layers
 from roll_r3.models.size import shape_of, shape_problem, width_problems
 from roll_r3.preflight.checkpoints import Model
@@ -36,7 +38,6 @@ from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.rollout.vllm.server import cpu_lacks_a_kernel
 
 _CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def _models(config: RLVRConfig, surroundings: Surroundings) -> dict[str, Model]:
@@ -53,23 +54,23 @@ def _stop_tokens_outside(config: RLVRConfig, surroundings: Surroundings) -> Verd
     return f"vocab_size is {model.facts.vocab_size}, and {outside} are not below it" if outside else False
 
 
-def _is_dense(model: Model) -> bool:
-    return not model.facts.moe_layers if model.facts else not any(name in model.raw for name in _EXPERTS)
-
-
-def _replays_dense(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+def _replays_without_routers(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     model = _models(config, surroundings).get("actor_train")
-    if config.actor_train.router_replay.mode == "disable" or model is None or not _is_dense(model):
+    if config.actor_train.router_replay.mode == "disable" or model is None or model.facts is None:
         return False
-    return f"model_type {model.raw.get('model_type')}, as {model.source} says"
+    return "" if model.facts.moe_layers else f"as {model.source} says"
 
 
-def _unknown_architectures(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
-    named = bool(_replays_dense(config, surroundings))  # dense models have a rule of their own then
-    unknown = {
-        r: m for r, m in _models(config, surroundings).items() if m.facts is None and not (named and _is_dense(m))
+def _untrained_architectures(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    reasons = {
+        checkpoint_of(config, role): untrainable(model.raw) or model.reason
+        for role, model in _models(config, surroundings).items()
+        if model.facts is None
     }
-    return "; ".join(f"{role}: {model.reason}" for role, model in unknown.items())
+    for name in surroundings.unknown_models(config):
+        if (guess := untrainable_by_name(name)) and guess.certain:
+            reasons[name] = guess.reason
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _quantized(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -82,7 +83,9 @@ def _quantized(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
 
 
 def _recomputes_what_is_not_there(model: RoleModel) -> Verdict:
-    return "mla_up_proj" in layout(model.worker).recompute_modules and not model.facts.latent_attention
+    settings = layout(model.worker)
+    recomputed = settings.recompute_granularity == "selective" and "mla_up_proj" in settings.recompute_modules
+    return recomputed and not model.facts.latent_attention
 
 
 def _engine_runs_another_model(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -168,21 +171,21 @@ RULES: tuple[AnyPreflightRule, ...] = (
     SurroundingsRule(
         id="dense-model-with-replay",
         fields=(TRAIN_REPLAY, *_CHECKPOINTS),
-        why="the model has no MoE layer, so there is no routing to replay",
-        fix="name an MoE checkpoint: dense ones are not trained without replay either",
-        wrong=("pretrain=Qwen/Qwen3-8B",),
+        why="no layer of this model is MoE, so there is no routing to replay",
+        fix="name a checkpoint with MoE layers, or disable replay on both sides",
+        wrong=(),
+        wrong_where=Pretend(config_json={"mlp_only_layers": list(range(48))}),
         right=("pretrain=allenai/OLMoE-1B-7B-0924", "prompt_length=512"),
-        violates=_replays_dense,
+        violates=_replays_without_routers,
     ),
     SurroundingsRule(
         id="architecture-known",
         fields=_CHECKPOINTS,
-        depends=(TRAIN_REPLAY,),
         why="roll_r3 cannot train this architecture",
-        fix="name a checkpoint of one of them",
-        wrong=("pretrain=Qwen/Qwen3-8B", "actor_train.router_replay={}", "actor_infer.router_replay={}"),
+        fix=f"name a checkpoint of {', '.join(sorted(ARCHITECTURES))}",
+        wrong=("pretrain=Qwen/Qwen3-8B",),
         right=("pretrain=mistralai/Mixtral-8x7B-v0.1",),
-        violates=_unknown_architectures,
+        violates=_untrained_architectures,
     ),
     SurroundingsRule(
         id="checkpoint-not-quantized",
@@ -282,7 +285,7 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ),
     ModelRule(
         id="latent-attention-to-recompute",
-        fields=(f"{MEGATRON}.recompute_modules",),
+        fields=(f"{MEGATRON}.recompute_modules", f"{MEGATRON}.recompute_granularity"),
         why="mla_up_proj is a part of latent attention, which this model has not",
         fix="take mla_up_proj out",
         wrong=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[mla_up_proj]"),

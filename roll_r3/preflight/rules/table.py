@@ -29,6 +29,9 @@ class Pretend:
     config_json: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the checkpoints' config.json, and what they would say."""
 
+    domain_problems: tuple[str, ...] = ()
+    """Files, and the domains in them that no rule scores."""
+
     def change(self, surroundings: Surroundings) -> Surroundings:
         """`surroundings` as they would be."""
         strategies = dict(surroundings.strategies)
@@ -39,7 +42,8 @@ class Pretend:
             name: Model.of(dict(model.raw) | dict(self.config_json), model.source)
             for name, model in surroundings.models.items()
         }
-        return replace(surroundings, strategies=strategies, versions=versions, models=models)
+        problems = self.domain_problems or surroundings.domain_problems
+        return replace(surroundings, strategies=strategies, versions=versions, models=models, domain_problems=problems)
 
 
 VLLM_INSTALLED = Pretend(versions={"vllm": f"{TESTED}+cpu"})

@@ -34,7 +34,7 @@ from roll_r3.strategies.train.routed_layer import Router
 
 def is_audited(replay: RouterReplayConfig, step: int) -> bool:
     """Whether training step `step`, counted from 1, is one that the configuration has audited."""
-    return replay.audit and (step - 1) % replay.audit_every == 0
+    return replay.audit and replay.mode != "disable" and (step - 1) % replay.audit_every == 0
 
 
 class Audit(Observer):

@@ -78,18 +78,6 @@ def test_no_call_starts_another_ray(handler: Any, monkeypatch: pytest.MonkeyPatc
     assert len(started) == 1
 
 
-@pytest.mark.parametrize("other", ["actor_train", "reference"])
-def test_an_engine_shares_no_gpu(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0, "CPU": 8.0})
-    own = {"actor_train": {"device_mapping": [0]}, "reference": {"device_mapping": [1]}}
-    config = RLVRConfig(exp_name="x", pretrain="p", use_kl_loss=True, actor_infer={"device_mapping": [2]}, **own)
-    assert placement.resolve_device_kind(config) == "cuda"
-    shared = config.model_copy(update={other: getattr(config, other).model_copy(update={"device_mapping": (2, 3)})})
-    with pytest.raises(ConfigError, match=rf"devices \[2\] are {other}'s too"):
-        placement.resolve_device_kind(shared)
-    assert placement.resolve_device_kind(shared.model_copy(update={"device_type": "cpu"})) == "cpu"
-
-
 @pytest.mark.parametrize(("again", "kind"), [(None, ConfigError), ("cpu", LostWorkerError)])
 def test_devices_that_are_not_offered_are_a_loss_in_a_new_start(
     monkeypatch: pytest.MonkeyPatch, again: str | None, kind: type[Exception]

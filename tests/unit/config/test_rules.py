@@ -291,6 +291,7 @@ MORE_EXAMPLES: dict[str, Examples] = {
     "reference-only-infers": (
         [
             [KL, reference(overlap_grad_reduce="true")],
+            [KL, reference(moe_router_bias_update_rate=0.001)],
             [KL, f"{FSDP2_REFERENCE[:-1]}, strategy_config: {{recompute: true}}}}"],
         ],
         [[KL, "reference={}"], [KL, FSDP2_REFERENCE], [FSDP2, f"{TRAIN}.strategy_config.recompute=true"]],
@@ -345,6 +346,83 @@ def test_a_rule_accepts(load_text, rule, overrides):
     assert [f.rule for f in found] == [], "an accepted example breaks no other rule either"
 
 
+GPUS = "device_type=cuda"
+VLLM = f"{ENGINE}.strategy_name=vllm"
+TRUNCATED = "actor_infer.generating_args={temperature: 0.8, top_k: 50}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "overrides"),
+    [
+        ("gpus-not-shared", ["device_type=auto"]),
+        ("engine-on-one-node", [GPUS, "actor_infer.device_mapping=range(7, 9)", sglang(tp_size=2)]),
+        ("engines-beyond-loopback", [GPUS, "actor_infer.device_mapping=[8]"]),
+        ("vllm-truncates-before-log-probs", [VLLM, TRUNCATED]),
+    ],
+)
+def test_an_error_that_may_be_none_is_a_warning(load_text, rule, overrides):
+    found = {f.rule: f for f in check_rules(load_text(MINIMAL, *overrides).config)}
+    assert found[rule].severity == "warning"
+    (row,) = (row for row in RULES if row.id == rule)
+    assert row.severities == "error or warning"
+    refused = {f.rule: f for f in check_rules(load_text(MINIMAL, *row.wrong).config)}
+    assert refused[rule].severity == "error", "its own example is an error"
+
+
+def test_sharing_is_an_error_where_cpu_slots_would_not_do_either(load_text):
+    overrides = ["device_type=auto", megatron(moe_grouped_gemm="true")]
+    (finding,) = check_rules(load_text(MINIMAL, *overrides).config)
+    assert (finding.rule, finding.severity) == ("gpus-not-shared", "error")
+    assert check_rules(load_text(MINIMAL, *overrides, "actor_infer.device_mapping=[1]").config) == []
+
+
+def test_the_rows_that_only_warn_sometimes_are_those_above():
+    assert {row.id for row in RULES if row.only_warns is not None} == {
+        "gpus-not-shared",
+        "engine-on-one-node",
+        "engines-beyond-loopback",
+        "vllm-truncates-before-log-probs",
+    }
+
+
+RUNS_AS_WRITTEN = {
+    "async-save-unread",
+    "audit-every-unread",
+    "audit-is-the-trainers",
+    "audit-needs-replay",
+    "checkpoint-directory-unread",
+    "checkpoints-kept-unread",
+    "devices-unnamed",
+    "engine-batch-unread",
+    "infer-batch-unread",
+    "kl-weighs-nothing",
+    "memory-share-on-cpu",
+    "nothing-saved",
+    "recompute-method-needs-full",
+    "recompute-modules-need-selective",
+    "reference-only-infers",
+    "reference-runs-no-code",
+    "reference-unused",
+    "sp-needs-tp",
+    "truncated-sampling",
+    "vpp-of-one",
+    "warmup-within-run",
+}
+"""What trains as it is written: costs, and settings that change nothing."""
+
+
+def test_what_changes_no_training_is_never_an_error():
+    assert {row.id for row in RULES if row.severity == "warning"} == RUNS_AS_WRITTEN
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}])
+def test_a_single_chunk_is_the_plain_schedule(load_text, layout):
+    overrides = [devices("actor_train", 2), megatron(virtual_pipeline_model_parallel_size=1, **layout)]
+    config = load_text(MINIMAL, *overrides).config
+    assert [(f.rule, f.severity) for f in check_rules(config)] == [("vpp-of-one", "warning")]
+    assert config.actor_train.strategy_args.strategy_config.chunks_per_stage is None
+
+
 def test_findings_say_where_each_value_came_from(load_text, tmp_path):
     loaded = load_text(MINIMAL, devices("actor_train", 6), megatron(pipeline_model_parallel_size=4))
     (finding,) = (f for f in check_rules(loaded.config) if f.rule == "devices-over-model-parallel")
@@ -354,7 +432,7 @@ def test_findings_say_where_each_value_came_from(load_text, tmp_path):
     assert "tensor_model_parallel_size = 1  (default)" in text
     replay = load_text(MINIMAL, "actor_infer.router_replay={}")
     text = render(check_rules(replay.config), replay.origins)
-    assert f"actor_train.router_replay.mode = R3  ({tmp_path / 'run.yaml'}:6)" in text
+    assert f"actor_train.router_replay.mode = R3  ({tmp_path / 'run.yaml'}:7)" in text
 
 
 def test_devices_that_do_not_divide_are_not_reported_again_as_samples_that_do_not(load_text):

@@ -9,7 +9,7 @@ import torch
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import MegatronConfig
-from roll_r3.config.workers import ModelArgs
+from roll_r3.config.workers import ModelArgs, RouterReplayConfig
 from roll_r3.errors import ConfigError
 from roll_r3.strategies.base import ProcessInfo
 from roll_r3.strategies.train.megatron.parallel import RankLayout
@@ -56,6 +56,26 @@ def test_what_the_rule_table_refuses_is_refused_here_too_and_all_of_it_is_said()
     assert "actor_train.training_args.gradient_accumulation_steps = 1  (actor_train's configuration)" in text
 
 
+@pytest.mark.parametrize("granularity", [None, "full", "selective"])
+def test_megatron_gets_the_recompute_settings_that_are_read(granularity: str | None) -> None:
+    """It refuses some of the others, which only are a warning here."""
+    from roll_r3.strategies.train.megatron.model import _overrides
+    from roll_r3.strategies.train.megatron.parallel import RankLayout
+
+    settings = MegatronConfig(
+        recompute_granularity=granularity,
+        recompute_method="block",
+        recompute_num_layers=2,
+        recompute_modules=("moe",),
+    )
+    layout = RankLayout.of(settings, ProcessInfo(world_size=1), "here")
+    fields = _overrides(settings, layout, grouped=False, replays=True, transformer_engine=False)
+    assert fields["recompute_granularity"] == granularity
+    full = (fields["recompute_method"], fields["recompute_num_layers"])
+    assert full == (("block", 2) if granularity == "full" else (None, None))
+    assert fields["recompute_modules"] == (["moe"] if granularity == "selective" else None)
+
+
 def test_a_world_of_another_size_than_the_devices_is_refused() -> None:
     """The rules count devices: on more ranks, an optimizer step would have other samples than they saw."""
     with pytest.raises(ConfigError, match="device_mapping names 1 devices, but the world has 2 ranks"):
@@ -78,3 +98,11 @@ def test_modules_that_plain_layers_cannot_recompute_are_refused_before_the_first
     layout, device = RankLayout.of(settings, ProcessInfo(), "settings"), torch.device("cpu")
     with pytest.raises(ConfigError, match=f"recompute_modules has {module}, which needs {needs}"):
         build_model("/nowhere", ModelArgs(), settings, layout, device, replays=True, trains=True)
+
+
+@pytest.mark.parametrize(("mode", "audited"), [("R3", True), ("R2", True), ("disable", False)])
+def test_without_replay_there_is_nothing_to_audit(mode: Any, audited: bool) -> None:
+    from roll_r3.strategies.train.audit import is_audited
+
+    settings = RouterReplayConfig(mode=mode, audit=True, audit_every=5)
+    assert [is_audited(settings, step) for step in (1, 2, 6)] == [audited, False, audited]

@@ -43,6 +43,10 @@ def test_ranks_are_where_megatron_puts_them(world_size: int, tp: int, cp: int, p
 def test_sequence_parallel_follows_tensor_parallel() -> None:
     (alone,) = _layouts(1)
     assert (alone.sequence_parallel, alone.sp_size, alone.token_layout(True, 1).sp_size) == (False, 1, 1)
+    assert not _layouts(1, sequence_parallel=True)[0].sequence_parallel, (
+        "megatron refuses it without tensor parallelism"
+    )
+    assert not _layouts(2, tensor_model_parallel_size=2, sequence_parallel=False)[0].sequence_parallel
     split = _layouts(2, tensor_model_parallel_size=2)[1]
     assert (split.sequence_parallel, split.sp_size, split.token_layout(True, 1).sp_rank) == (True, 2, 1)
     assert split.token_layout(True, 4).alignment == 8

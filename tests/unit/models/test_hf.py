@@ -170,7 +170,7 @@ def test_a_tokenizer_runs_no_code_of_the_model(trusted: bool, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not known"),
+        ({"model_type": "llama"}, "model_type 'llama': Llama is dense"),
         ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantized"),
         ({"mlp_bias": True}, "is not built with transformers: mlp_bias is true"),
     ],

@@ -40,7 +40,7 @@ def test_routing_of_every_moe_model(name):
 def test_a_dense_model_is_known_and_named(name):
     config = known_config(name)
     assert config is not None
-    with pytest.raises(ConfigError, match=r"'qwen[23]' is not known"):
+    with pytest.raises(ConfigError, match=r"'qwen[23]': Qwen[23] is dense"):
         facts_of(config)
 
 

@@ -85,7 +85,6 @@ def megatron_places(num_layers: int, config: MegatronConfig, parallel_state) -> 
 
     names = (
         "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
         "num_layers_in_first_pipeline_stage",
         "num_layers_in_last_pipeline_stage",
         "account_for_embedding_in_pipeline_split",
@@ -93,12 +92,15 @@ def megatron_places(num_layers: int, config: MegatronConfig, parallel_state) -> 
         "pipeline_model_parallel_layout",
     )
     stages, placed = config.pipeline_model_parallel_size, []
+    written, layout = config.virtual_pipeline_model_parallel_size, config.pipeline_model_parallel_layout
     try:
         model = TransformerConfig(
             num_layers=num_layers,
             hidden_size=8,
             num_attention_heads=1,
             pipeline_dtype="not looked at here",
+            # one chunk is the plain schedule; a layout must agree with what is written
+            virtual_pipeline_model_parallel_size=None if written == 1 and layout is None else written,
             **{name: getattr(config, name) for name in names},
         )
         chunks = model.virtual_pipeline_model_parallel_size

@@ -82,7 +82,7 @@ def test_every_parameter_of_every_architecture_has_a_size():
 
 
 def test_an_unknown_architecture_is_named():
-    with pytest.raises(ConfigError, match="'qwen3' is not known"):
+    with pytest.raises(ConfigError, match="'qwen3': Qwen3 is dense"):
         model_size(known_config("Qwen/Qwen3-8B"))
 
 

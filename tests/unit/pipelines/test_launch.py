@@ -67,9 +67,10 @@ def test_the_terminal_is_told_of_prompts_that_are_left_out(tmp_path, caplog):
             "actor_infer.strategy_args.strategy_name=hf_infer",
         ],
     )
-    terminal = StringIO()
+    terminal, rewards = StringIO(), MagicMock()
+    rewards.shares.return_value = "which rule scores what"
     caplog.set_level("INFO")
-    _, prompts = _prepare(loaded.config, loaded.origins, MagicMock(), Progress(1, terminal))
+    _, prompts = _prepare(loaded.config, loaded.origins, rewards, Progress(1, terminal))
     assert len(prompts) == 1
     said = "2 of 3 prompts are longer than prompt_length (10 tokens) and were left out"
     assert said in terminal.getvalue()

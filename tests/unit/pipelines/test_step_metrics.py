@@ -12,6 +12,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
+from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
 from roll_r3.strategies.base import ReplayCounts
 from roll_r3.tracking.names import METRICS
@@ -28,6 +29,9 @@ def trajectory(name: str, prompt: int, log_probs: list[float], finish: str) -> T
         (0,),
         RoutedExperts(np.zeros((3, rows, 2), np.uint8)),
     )
+
+
+CONFIG = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={})
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ def record() -> StepRecord:
 
 
 def test_figures(record):
-    m = step_metrics(record)
+    m = step_metrics(CONFIG, record)
     assert set(m) <= set(METRICS)
     assert m["critic/score/mean"] == 0.5
     assert m["critic/rewards/max"] == 0.9
@@ -77,20 +81,36 @@ def test_figures(record):
     assert not [name for name in m if name.startswith("critic/kl")]
 
 
+@pytest.mark.parametrize(
+    ("engine", "temperature", "top_k", "given"),
+    [("vllm", 0.8, 50, False), ("vllm", 0.8, -1, True), ("vllm", 1.0, 50, True), ("sglang", 0.8, 50, True)],
+)
+def test_figures_that_compare_with_the_rollout_are_left_out_where_its_log_probs_are_others(
+    record, engine, temperature, top_k, given
+):
+    infer = {
+        "strategy_args": {"strategy_name": engine},
+        "generating_args": {"temperature": temperature, "top_k": top_k},
+    }
+    m = step_metrics(RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer=infer), record)
+    compared = [name for name in m if name.startswith(("rollout_corr/", "training/", "actor/rollout_train"))]
+    assert len(compared) == (8 if given else 0)
+
+
 def test_the_reference_adds_its_figures(record):
     ref = (record.batch.old_log_probs_N + 0.5).astype(np.float32)
-    m = step_metrics(replace(record, batch=replace(record.batch, ref_log_probs_N=ref)))
+    m = step_metrics(CONFIG, replace(record, batch=replace(record.batch, ref_log_probs_N=ref)))
     assert m["critic/kl"] == pytest.approx(np.exp(0.5) - 1 - 0.5, rel=1e-4)
     assert m["critic/kl_clamped"] == 0
     far = np.where(np.cumsum(record.batch.loss_mask_N) == 1, ref + 3, ref).astype(np.float32)
-    m = step_metrics(replace(record, batch=replace(record.batch, ref_log_probs_N=far)))
+    m = step_metrics(CONFIG, replace(record, batch=replace(record.batch, ref_log_probs_N=far)))
     assert m["critic/kl_clamped"] == pytest.approx(1 / 3)
     assert set(m) <= set(METRICS)
 
 
 def test_the_penalty_adds_its_figures(record):
     taken = replace(record.advantages, penalty_n=np.array([0.1, 0.3]), penalty_clamped=0.25)
-    m = step_metrics(replace(record, advantages=taken))
+    m = step_metrics(CONFIG, replace(record, advantages=taken))
     assert m["critic/kl_penalty"] == pytest.approx(0.2)
     assert m["critic/kl_penalty_clamped"] == 0.25
     assert m["critic/rewards/min"] == -0.7
@@ -99,19 +119,19 @@ def test_the_penalty_adds_its_figures(record):
 
 def test_without_replay_there_are_no_replay_figures(record):
     plain = replace(record, old=replace(record.old, replay=None), update=replace(record.update, replay=None))
-    assert not [name for name in step_metrics(plain) if name.startswith("router_replay/")]
+    assert not [name for name in step_metrics(CONFIG, plain) if name.startswith("router_replay/")]
 
 
 def test_r2_reports_coverage_without_an_agreement(record):
-    m = step_metrics(replace(record, old=replace(record.old, replay=None)))
+    m = step_metrics(CONFIG, replace(record, old=replace(record.old, replay=None)))
     assert m["router_replay/coverage"] == 1.0
     assert "router_replay/agreement_native" not in m
 
 
 def test_an_audited_step_says_how_much_was_compared(record):
-    assert not {"router_replay/audit_equal", "router_replay/audit_entries"} & set(step_metrics(record))
+    assert not {"router_replay/audit_equal", "router_replay/audit_entries"} & set(step_metrics(CONFIG, record))
     counts = replace(record.update.replay, audited=40, audit_equal=30)
-    m = step_metrics(replace(record, update=replace(record.update, replay=counts)))
+    m = step_metrics(CONFIG, replace(record, update=replace(record.update, replay=counts)))
     assert m["router_replay/audit_equal"] == 0.75
     assert m["router_replay/audit_entries"] == 40
     assert set(m) <= set(METRICS)

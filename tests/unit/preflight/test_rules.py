@@ -85,15 +85,53 @@ def test_a_fix_and_a_reason_are_given_in_words(rule):
     assert not rule.fix.endswith(".")
 
 
-def test_a_dense_model_is_named_as_such_and_only_once():
-    config = configured("pretrain=Qwen/Qwen3-8B")
+@pytest.mark.parametrize("replay", [(), ("actor_train.router_replay={}", "actor_infer.router_replay={}")])
+def test_a_dense_model_is_named_as_such_and_only_once(replay):
+    config = configured("pretrain=Qwen/Qwen3-8B", *replay)
     (finding,) = check_config(config, around(config))
-    assert finding.rule == "dense-model-with-replay"
-    assert "model_type qwen3" in finding.why
-    disabled = configured("pretrain=Qwen/Qwen3-8B", "actor_train.router_replay={}", "actor_infer.router_replay={}")
-    (finding,) = check_config(disabled, around(disabled))
-    assert finding.rule == "architecture-known"
-    assert "qwen3_moe" in finding.why, "names what can be trained"
+    assert (finding.rule, finding.severity) == ("architecture-known", "error")
+    assert "Qwen/Qwen3-8B: model_type 'qwen3': Qwen3 is dense" in finding.why
+    assert "qwen3_moe" in finding.fix, "names what can be trained"
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"model_type": "qwen3_5_moe", "text_config": {"num_experts": 256}}, "Qwen3.5-MoE puts a text model behind"),
+        ({"model_type": "new_omni", "thinker_config": {}}, "'new_omni': it puts a text model behind"),
+        ({"model_type": "ernie4_5_moe", "moe_num_experts": 64}, "ERNIE 4.5 is an MoE family that is not supported yet"),
+        ({"model_type": "new_moe", "moe_num_experts": 64}, "'new_moe': it is an MoE family that is not supported yet"),
+        ({"model_type": "new", "num_hidden_layers": 4, "hidden_size": 64}, "'new': it is dense"),
+        ({"model_type": "new"}, "'new' is not known"),
+        ({}, "config.json names no model_type"),
+    ],
+)
+@pytest.mark.parametrize("replay", [(), ("actor_train.router_replay={}", "actor_infer.router_replay={}")])
+def test_a_model_that_is_not_trained_is_an_error_with_its_own_reason(tmp_path, raw, said, replay):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = configured(f"pretrain={tmp_path}", *replay)
+    (finding,) = check_config(config, around(config))
+    assert (finding.rule, finding.severity) == ("architecture-known", "error")
+    assert said in finding.why
+    assert ("dense" in finding.why) == ("it is dense" in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "severity"),
+    [
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", "architecture-known", "error"),
+        ("someone/Qwen2.5-7B-Instruct-mine", "model-unknown-here", "warning"),
+        ("/models/Qwen2.5-7B", "model-unknown-here", "warning"),
+        ("someone/some-model", "model-unknown-here", "warning"),
+    ],
+)
+def test_a_name_alone_refuses_what_its_publisher_calls_so(name, rule, severity):
+    config = configured(f"pretrain={name}")
+    (finding,) = check_config(config, elsewhere(config))
+    assert (finding.rule, finding.severity) == (rule, severity)
+    assert ("Qwen2.5" in name) == ("Qwen2 is dense" in finding.why), "what a name sounds like is said too"
 
 
 @pytest.mark.parametrize(

@@ -106,3 +106,19 @@ def test_time_limits() -> None:
     limits = [RewardConfig(**fields).time_limit for fields in ({"reward": "math"}, {"reward": "a:b"})]
     assert limits == [2.0, 30.0]
     assert RewardConfig(reward="math", timeout=7).time_limit == 7
+
+
+def test_a_line_says_which_rule_scores_what() -> None:
+    """Domains that fall to a rule because no other names them are told apart."""
+    rewards = rewards_of(a={"reward": "exact_match", "tag_included": ("x", "y")}, rest={"reward": "math"})
+    assert rewards.shares({"x": 3, "y": 1000, "code": 2}) == (
+        "rewards: a (exact_match) scores 1,003 prompts [y 1,000, x 3], "
+        "rest (math) scores 2 prompts [named by no rule: code 2]"
+    )
+    assert rewards.shares({"x": 1}).endswith("rest (math) scores 0 prompts")
+    many = rewards.shares({f"d{i}": 20 - i for i in range(10)})
+    assert many.endswith(
+        "scores 155 prompts [named by no rule: d0 20, d1 19, d2 18, d3 17, d4 16, d5 15, d6 14, d7 13, 2 more]"
+    )
+    plain = rewards_of(default={"reward": "exact_match"})
+    assert plain.shares({"default": 7}) == "rewards: default (exact_match) scores 7 prompts"

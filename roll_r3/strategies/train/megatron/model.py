@@ -155,6 +155,7 @@ def _overrides(
     settings: MegatronConfig, layout: RankLayout, *, grouped: bool, replays: bool, transformer_engine: bool
 ) -> dict[str, Any]:
     """TransformerConfig fields that do not follow from the checkpoint."""
+    recompute = settings.recompute_granularity
     fields: dict[str, Any] = {
         "sequence_parallel": layout.sequence_parallel,
         "num_layers_in_first_pipeline_stage": settings.num_layers_in_first_pipeline_stage,
@@ -162,10 +163,10 @@ def _overrides(
         "account_for_embedding_in_pipeline_split": settings.account_for_embedding_in_pipeline_split,
         "account_for_loss_in_pipeline_split": settings.account_for_loss_in_pipeline_split,
         "pipeline_model_parallel_layout": settings.pipeline_model_parallel_layout,
-        "recompute_granularity": settings.recompute_granularity,
-        "recompute_method": settings.recompute_method,
-        "recompute_num_layers": settings.recompute_num_layers,
-        "recompute_modules": list(settings.recompute_modules) or None,
+        "recompute_granularity": recompute,
+        "recompute_method": settings.recompute_method if recompute == "full" else None,
+        "recompute_num_layers": settings.recompute_num_layers if recompute == "full" else None,
+        "recompute_modules": list(settings.recompute_modules) if recompute == "selective" else None,
         "moe_token_dispatcher_type": settings.moe_token_dispatcher_type,
         "moe_grouped_gemm": grouped,
         "moe_router_dtype": settings.moe_router_dtype,

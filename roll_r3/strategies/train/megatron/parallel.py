@@ -78,7 +78,7 @@ class RankLayout:
             cp_rank=process.rank // tp % cp,
             dp_rank=process.rank // (tp * cp) % dp,
             pp_rank=process.rank // (tp * cp * dp),
-            sequence_parallel=tp > 1 if config.sequence_parallel is None else config.sequence_parallel,
+            sequence_parallel=tp > 1 and config.sequence_parallel is not False,
         )
 
     @property

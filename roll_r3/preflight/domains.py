@@ -1,0 +1,45 @@
+"""Domains that the rows of a file have, as far as a quick look tells: enough to miss a reward rule before the start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from roll_r3.config.disk import why_no_file
+from roll_r3.config.pipeline import RewardConfig
+from roll_r3.config.report import show_value
+from roll_r3.config.workers import DataArgs
+
+_LOOKED_AT = 8 << 20
+"""Bytes of a file that are read; a run reads all of it when it starts."""
+_SHOWN = 8
+
+
+def domains_without_rule(args: DataArgs, rewards: Mapping[str, RewardConfig]) -> Iterator[str]:
+    """Of each .jsonl file, the domains of its first rows that no reward rule scores."""
+    named = {tag for reward in rewards.values() for tag in reward.tag_included}
+    if args.domain is None or not rewards or any(not reward.tag_included for reward in rewards.values()):
+        return
+    for name in (args.file_name,) if isinstance(args.file_name, str) else args.file_name:
+        if lost := sorted(_domains(Path(name), args.domain) - named):
+            yield f"{name} has rows of {', '.join(map(show_value, islice(lost, _SHOWN)))}"
+
+
+def _domains(path: Path, column: str) -> set[str]:
+    """Those of the whole rows at the start of a file; none where it cannot be read, which a rule of its own says."""
+    if path.suffix != ".jsonl" or why_no_file(path):
+        return set()
+    try:
+        lines = _start_of(path).splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return {str(row[column]) for row in rows if isinstance(row, dict) and column in row}
+
+
+def _start_of(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        start = stream.read(_LOOKED_AT)
+    return start if len(start) < _LOOKED_AT else start.rpartition(b"\n")[0]
