@@ -166,7 +166,8 @@ class RLVRConfig(Config):
     resume_from_checkpoint: ResumeFrom = "off"
     """off: start from `pretrain`. auto: go on with the newest run of this experiment that has a checkpoint, in its own
     directory, from its newest whole one; without any it is as off. Or the path of a checkpoint: a new run goes on from
-    there."""
+    there. Or the directory of a run that has one: of this experiment it goes on there, as by auto; of another one a new
+    run does."""
 
     max_recoveries: NonNegativeInt = 3
     """New starts from its newest checkpoint that a run makes by itself, in a row and without getting further, when a

@@ -13,6 +13,7 @@ from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.placement import place
 from roll_r3.cluster.session import ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.writing import naming
 from roll_r3.data.prompts import Prompt, prompt_batches
 from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
 from roll_r3.pipelines.checkpoints import Checkpoints
@@ -157,7 +158,8 @@ class Starts:
         """Every step after the first `done`; the samples shown of the first of them and of the last."""
         before: list[ScoredSample] = []
         shown: list[ScoredSample] = []
-        with self._run_dir.samples_file.open("a") as samples_file:
+        path = self._run_dir.samples_file
+        with naming(path), path.open("a") as samples_file:
             try:
                 with self._leaving.as_raised():
                     for step in range(done + 1, self._config.max_steps + 1):
