@@ -115,15 +115,15 @@ def _start(config: RLVRConfig) -> RayFolder:
             ray.init(num_cpus=cpus, _temp_dir=folder.temp_dir, **here, **QUIET)
     except Exception as error:  # of any kind, bare ones too
         shut_down()
-        logs = "there are no logs of its own: it has no directory (see RAY_TMPDIR and TMPDIR)"
+        hint = "it got no directory: see RAY_TMPDIR and TMPDIR"
         if folder is not None:
             kill_started_in(folder.path)
             folder.keep()
-            logs = f"its own logs are in {folder.path}"
-        raise LostWorkerError(
-            f"Ray did not start here: {type(error).__name__}: {error}\n{logs}; a machine on which its daemons do not "
-            "start within half a minute is too busy for it"
-        ) from error
+            hint = (
+                f"its own logs are in {folder.path}; a machine on which its daemons do not start within half a minute "
+                "is too busy for it"
+            )
+        raise LostWorkerError(f"Ray did not start here: {type(error).__name__}: {error}\n{hint}") from error
     except BaseException:  # a signal
         shut_down()
         if folder is not None:

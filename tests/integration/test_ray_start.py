@@ -24,11 +24,11 @@ def test_it_is_said_in_words(fault: Fault, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = RLVRConfig(exp_name="x", pretrain="p", max_steps=1, actor_train={}, actor_infer={})
     began = time.monotonic()
-    said = pytest.raises(LostWorkerError, match=r"Ray did not start here: \w+: .*\nits own logs are")
+    said = pytest.raises(LostWorkerError, match=r"Ray did not start here: \w+: .*\nit got no directory: see RAY_T")
     with nothing_left(), said, ray_cluster(config):
         pass
     fault.recovered(time.monotonic() - began)
-    fault.user_sees("error: Ray did not start here: ..., and where its logs are; exit status 1")
+    fault.user_sees("error: Ray did not start here: ..., and where its logs are, or why it has none; exit status 1")
     fault.lost("nothing; a run that has made no step does not try again by itself")
 
 

@@ -87,6 +87,15 @@ def test_everything_listens_on_loopback_alone(run: Run) -> None:
     assert [one for one in found if not one[1].is_loopback] == []
 
 
+def test_nobody_else_reaches_what_ray_makes_writable_for_everyone(run: Run) -> None:
+    made = session(run)
+    assert any(path.stat().st_mode & stat.S_IWOTH for path in (made.parent, made)), "else nothing need be closed"
+    closed = made.parents[1]
+    assert closed.name.startswith("r3-ray-")
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+    assert closed.stat().st_uid == os.getuid()
+
+
 def test_ray_lets_nobody_in_without_the_token(run: Run) -> None:
     line = next(p for p in run.descendants() if p.name() == "raylet").cmdline()
     address = next(part.removeprefix("--gcs-address=") for part in line if part.startswith("--gcs-address="))

@@ -146,6 +146,20 @@ def failing(times: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tries
 
 
+def test_where_the_logs_are_of_a_ray_that_did_not_start(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failing(1, monkeypatch)
+    with (
+        pytest.raises(LostWorkerError, match=r"timed out.*\nits own logs are in .*/r3-ray-"),
+        session.ray_cluster(CONFIG),
+    ):
+        pass
+    (kept,) = tmp_path.iterdir()
+    folder.remove_orphaned()
+    assert kept.is_dir(), "somebody wants to know why"
+
+
 @pytest.mark.parametrize(("late", "times", "tried"), [(0.0, 1, 2), (0.0, 2, 2), (60.0, 1, 1)])
 def test_a_ray_that_starts_late_is_tried_once_more(
     started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, late: float, times: int, tried: int
