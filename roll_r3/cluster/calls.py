@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from roll_r3.cluster.daemons import kill_all, vital
 from roll_r3.cluster.logs import log_end
-from roll_r3.cluster.signs import PING_EVERY, Watched
+from roll_r3.cluster.signs import PING_EVERY, Identity, Watched
 from roll_r3.config.pipeline import WorkerTimeoutsConfig
 from roll_r3.errors import LostWorkerError, RollError, WorkerError
 
@@ -55,13 +55,22 @@ class Waiting:
         """
         self.limits = limits or WorkerTimeoutsConfig()
         self._say = say
-        self._workers: dict[str, Any] = {}
+        self._workers: dict[str, tuple[Any, Path]] = {}
+        """Name -> (actor, its log file)."""
+        self._known: dict[str, Identity] = {}
+        """Who is who, of those that have answered."""
         self._longest: dict[str, float] = {}
         """Kind of a call -> seconds."""
 
-    def add(self, name: str, handle: Any) -> None:
+    def add(self, name: str, handle: Any, log: Path) -> None:
         """Have a worker give signs of life while anybody is waited for. It answers `alive` (see `signs.identity`)."""
-        self._workers[name] = handle
+        self._workers[name] = (handle, log)
+
+    def meet(self) -> None:
+        """Wait until every worker has answered once. One that was silent from the start could not be looked for."""
+        calls = {handle.alive.remote(): (name, log) for name, (handle, log) in self._workers.items()}
+        found = self.wait_for(calls, "alive")
+        self._known |= {calls[ref][0]: process for ref, process in found.items()}
 
     def wait_for(self, calls: Calls, kind: str = "") -> dict[ray.ObjectRef, Any]:
         """Wait for all calls, or for the first that fails.
@@ -114,7 +123,7 @@ class Waiting:
         """Every worker, as of now."""
         limits = [limit for limit in (self.limits.stopped, self.limits.silent) if limit is not None]
         every = min([PING_EVERY, *(limit / 4 for limit in limits)])
-        return [Watched(name, handle, every) for name, handle in self._workers.items()]
+        return [Watched(name, handle, every, self._known) for name, (handle, _) in self._workers.items()]
 
 
 class _Watch:

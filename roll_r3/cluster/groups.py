@@ -63,7 +63,7 @@ class _Group:
         self._unbroken = unbroken
         self._waiting = waiting or Waiting()
         for member in self._members:
-            self._waiting.add(member.name, member.handle)
+            self._waiting.add(member.name, member.handle, member.log)
 
     def _call_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call one method on every member, each with its own arguments; results in member order."""
@@ -334,6 +334,7 @@ class Roles:
         results = self._waiting.wait_for(calls, "start")
         for model in self._models:
             model.started(results)
+        self._waiting.meet()
 
     def __enter__(self) -> Self:
         return self

@@ -65,14 +65,14 @@ class Watched:
     heard nobody meanwhile.
     """
 
-    def __init__(self, name: str, handle: Any, every: float) -> None:
+    def __init__(self, name: str, handle: Any, every: float, known: dict[str, Identity]) -> None:
         """
         Args:
             every: seconds between two questions, and between two looks.
+            known: the processes of workers that have answered before, by their names; added to.
         """
         self.name = name
-        self.identity: Identity | None = None
-        """None: it has not answered once. It may not even have started."""
+        self._known = known
         self.silent = 0.0
         """Seconds without a sign of life, of one that has given some."""
         self.state = ""
@@ -83,6 +83,11 @@ class Watched:
         self._ping: ray.ObjectRef | None = None
         self._look: ray.ObjectRef | None = None
         self._until_ping, self._until_look = 0.0, 0.0
+
+    @property
+    def identity(self) -> Identity | None:
+        """None: it has never answered. It may not even have started."""
+        return self._known.get(self.name)
 
     def tick(self, seconds: float) -> bool:
         """After so many seconds more; whether it answered just now."""
@@ -101,7 +106,7 @@ class Watched:
         self._ping, self._until_ping = None, self._every
         self._look, self.silent, self.state = None, 0.0, ""
         if isinstance(found, Identity):  # else it is dead, as its call tells better
-            self.identity = found
+            self._known[self.name] = found
         return True
 
     def kill(self) -> None:

@@ -97,25 +97,26 @@ def test_results_come_back_by_reference(peers):
     assert Waiting().wait_for({ref: ("rank-0", logs[0])}) == {ref: "slept"}
 
 
-def waiting_for(actors, said: list[str], **limits: float | None) -> Waiting:
+def waiting_for(peers, said: list[str], **limits: float | None) -> Waiting:
     waiting = Waiting(WorkerTimeoutsConfig(**limits), said.append)
-    for i, actor in enumerate(actors):
-        waiting.add(f"rank-{i}", actor)
+    for i, (actor, log) in enumerate(zip(*peers[:2], strict=True)):
+        waiting.add(f"rank-{i}", actor, log)
     return waiting
 
 
 def test_a_worker_that_is_stopped_for_good_is_killed_and_lost_and_a_busy_one_is_not(peers):
     actors, logs, pids = peers
     said: list[str] = []
-    waiting = waiting_for(actors, said, stopped=4.0, silent=60.0)
+    waiting = waiting_for(peers, said, stopped=4.0, silent=60.0)
+    waiting.meet()
     waiting.wait_for({actors[0].sleep.remote(7): ("rank-0", logs[0])}, "sleep")  # it answers beside what it does
     assert said == []
     calls = {actors[i].sleep.remote(60): (f"rank-{i}", logs[i]) for i in (0, 1)}
-    threading.Timer(3, os.kill, (pids[1], signal.SIGSTOP)).start()
+    os.kill(pids[1], signal.SIGSTOP)  # before it is asked for a sign of life in this wait
     start = time.monotonic()
     with pytest.raises(LostWorkerError, match=rf"rank-1 gave no sign of life .* process {pids[1]} is stopped"):
         waiting.wait_for(calls, "sleep")
-    assert time.monotonic() - start < 3 + 4 + 10
+    assert time.monotonic() - start < 4 + 10
     assert f"its process {pids[1]} is stopped (SIGSTOP); it is taken as lost after 4 s" in said[0]
     deadline = time.monotonic() + 10
     while process_state(pids[1]) != "gone":
@@ -129,6 +130,6 @@ def test_a_worker_that_is_stopped_for_a_while_goes_on(peers):
     call = actors[0].sleep.remote(10)
     threading.Timer(3, os.kill, (pids[0], signal.SIGSTOP)).start()
     threading.Timer(8, os.kill, (pids[0], signal.SIGCONT)).start()
-    waiting = waiting_for(actors, said, stopped=12.0, silent=12.0)
+    waiting = waiting_for(peers, said, stopped=12.0, silent=12.0)
     assert waiting.wait_for({call: ("rank-0", logs[0])}) == {call: "slept"}
     assert process_state(pids[0]) == "running"
