@@ -67,3 +67,16 @@ def test_a_call_goes_out_to_every_rank_or_to_none() -> None:
     calls = ModelGroup(members, unbroken).begin_close()
     assert happened == ["begin", "rank 0", "rank 1", "end"]
     assert list(calls) == ["call 0", "call 1"]
+
+
+def test_every_worker_is_met_once_all_have_started() -> None:
+    """Else one that is stopped before it was ever asked could not be found."""
+    happened: list[str] = []
+    roles = Roles.__new__(Roles)
+    roles.rollout, roles.trainer, roles.reference, roles._waiting = MagicMock(), MagicMock(), None, MagicMock()
+    roles.rollout.begin_start.return_value = {}
+    roles.trainer.begin_start.return_value = {}
+    roles._waiting.wait_for.side_effect = lambda *_: happened.append("started")
+    roles._waiting.meet.side_effect = lambda: happened.append("met")
+    roles.start()
+    assert happened == ["started", "met"]
