@@ -92,6 +92,7 @@ class Waiting:
         failures: dict[ray.ObjectRef, RayError] = {}
         deadline = None
         watch = _Watch(self, kind)
+        watch.look_at_daemons(0.0)  # short calls go on without them, until Ray ends this process without a word
         while pending and (deadline is None or time.monotonic() < deadline):
             left = TICK if deadline is None else min(TICK, max(0.0, deadline - time.monotonic()))
             ready, pending = ray.wait(pending, num_returns=1, timeout=left)
@@ -157,7 +158,7 @@ class _Watch:
         self._looked += passed
         seconds = min(passed, 2 * TICK)
         self.spent += seconds
-        self._look_at_daemons(seconds)
+        self.look_at_daemons(seconds)
         for worker in self._workers:
             self._look_at(worker, seconds)
         if self.spent >= self._say_at:
@@ -200,7 +201,8 @@ class _Watch:
                 f"(worker_timeouts.{field})"
             )
 
-    def _look_at_daemons(self, seconds: float) -> None:
+    def look_at_daemons(self, seconds: float) -> None:
+        """As `look`, at Ray's own processes alone."""
         for daemon in vital():
             if daemon.state == "gone":
                 kill_all()
