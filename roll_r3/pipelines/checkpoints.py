@@ -14,7 +14,7 @@ from typing import Self
 
 from roll_r3.cluster.groups import ModelGroup
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.writing import explain
+from roll_r3.config.writing import disk_of, explain
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError, RollError
 from roll_r3.pipelines.leaving import Leave, LeaveNow, Leaving
@@ -218,13 +218,13 @@ class Checkpoints:
             store.abandon(step)
             raise
         except (OSError, RollError) as error:
+            disk = disk_of(store.folder)  # before there is space again
             store.abandon(step)
             what = f"step {step} was not saved" if store is self._checkpoints else f"step {step} was not exported"
             left = ", ".join(f"step {s}" for s in self._checkpoints.steps()) or "nothing"
-            why = explain(error) if isinstance(error, OSError) else error
             raise CheckpointError(
-                f"{what}: {why}\nthe run stops here; in {self._checkpoints.folder} there is {left}, and "
-                "resume_from_checkpoint: auto goes on from the newest checkpoint"
+                f"{what}: {error}\nthe run stops here; in {self._checkpoints.folder} there is {left}, and "
+                f"resume_from_checkpoint: auto goes on from the newest checkpoint (disk: {disk})"
             ) from error
 
     def _write_own(self, folder: Path, step: int, samples_seen: int) -> dict[str, FileSum]:

@@ -255,12 +255,11 @@ def test_a_disk_that_fills_up_in_a_step_is_named(fault: Fault, whole, tmp_path, 
         pytest.skip("this user may mount no disk")
     trainer, wanted = whole
     subprocess.run(["mount", "-o", f"remount,size={100 * DISK_KB}k", small_disk], check=True)
-    settings = (f"output_dir={small_disk}", "save_steps=2")
+    settings = (f"output_dir={small_disk}", "save_steps=5", "num_logged_samples=8")  # more than a page in four steps
     run = start(tmp_path, checkpoint, trainer, *settings)
     run.output = small_disk
     try:
-        run.wait_for_step(2)
-        wait_until(run, lambda: "/step-00000002 in" in run.stderr.read_text(), every=0.01)
+        wait_until(run, lambda: "/step-00000005 in" in run.stderr.read_text(), every=0.01)
         struck = time.monotonic()
         with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
             while True:
