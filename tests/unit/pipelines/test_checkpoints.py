@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import signal
 import time
@@ -156,6 +157,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, size):
     run = FakeRun(config).run_to(3)
     with files_up_to(size), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
         run.saving.step_done(4, samples_seen=128)
+    assert re.search(r"\(disk: /\S* \(\d+ of \d+ MB are free\)\)$", str(stopped.value))
     assert "there is step 2" in str(stopped.value)
     assert [entry.name for entry in run.checkpoints.folder.iterdir()] == ["step-00000002"]
     verify(run.checkpoints.path(2))
