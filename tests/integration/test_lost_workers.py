@@ -224,6 +224,26 @@ def test_ray_itself_is_started_anew(fault: Fault, whole, tmp_path, checkpoint, d
 
 
 @pytest.mark.long
+@pytest.mark.fault("SIGTERM while Ray's raylet is stopped (SIGSTOP)")
+def test_sigterm_ends_a_run_whose_ray_hangs(fault: Fault, tmp_path, checkpoint):
+    with nothing_left():
+        run = start(tmp_path, checkpoint, "save_steps=1", "max_steps=500", "sigterm_grace_period=20")
+        try:
+            run.wait_for_step(2)
+            next(p for p in run.descendants() if p.name() == "raylet").send_signal(signal.SIGSTOP)
+            struck = time.monotonic()
+            run.process.send_signal(signal.SIGTERM)
+            assert run.finish(20 + 5) == 128 + signal.SIGTERM, run.stderr.read_text()
+            fault.recovered(time.monotonic() - struck)
+        finally:
+            run.end()
+    done = int(re.search(r"SIGTERM: leaving after step (\d+)", run.stderr.read_text())[1])
+    assert f"step-{done:08d} in" in run.stderr.read_text()
+    fault.user_sees("SIGTERM: leaving after step ...; saved .../step-...; exit status 143 within the grace period")
+    fault.lost("nothing; what was sampled for the next step is sampled again")
+
+
+@pytest.mark.long
 @pytest.mark.fault("SIGTERM")
 def test_sigterm_saves_the_newest_step_and_leaves(fault: Fault, whole, tmp_path, checkpoint):
     with nothing_left():
