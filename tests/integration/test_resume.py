@@ -254,7 +254,7 @@ def test_a_disk_that_fills_up_in_a_step_is_named(fault: Fault, whole, tmp_path, 
     if not os.path.ismount(small_disk):
         pytest.skip("this user may mount no disk")
     trainer, wanted = whole
-    subprocess.run(["mount", "-o", f"remount,size={100 * DISK_KB}k", small_disk], check=True)
+    subprocess.run(["mount", "-o", f"remount,size={4 * DISK_KB}k", small_disk], check=True)
     settings = (f"output_dir={small_disk}", "save_steps=5", "num_logged_samples=8")  # more than a page in four steps
     run = start(tmp_path, checkpoint, trainer, *settings)
     run.output = small_disk
@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_in_a_step_is_named(fault: Fault, whole, tmp_path, 
         struck = time.monotonic()
         with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
             while True:
-                filler.write(bytes(4096))
+                filler.write(bytes(1 << 20))  # as much of it as there is space for
         assert run.finish(START_TIMEOUT) == 1, run.stderr.read_text()
         fault.recovered(time.monotonic() - struck)
     finally:
