@@ -151,13 +151,13 @@ def test_a_killed_worker_is_started_anew(
 def test_a_stopped_worker_is_waited_for_and_then_started_anew(fault: Fault, whole, tmp_path, checkpoint):
     """A terminal that goes away, and a worker that is stopped for a while, change nothing."""
     with nothing_left():
-        run = start(tmp_path, checkpoint, "save_steps=1", "worker_timeouts.stopped=15")
+        run = start(tmp_path, checkpoint, "save_steps=1", "worker_timeouts.stopped=10")
         try:
             run.wait_for_step(1)
             os.killpg(run.process.pid, signal.SIGHUP)
             brief = process_of(run, "actor_infer-0")
             os.kill(brief, signal.SIGSTOP)
-            time.sleep(6)
+            time.sleep(4)
             os.kill(brief, signal.SIGCONT)
             run.wait_for_step(2)
             assert "LOST" not in run.stderr.read_text()
@@ -167,7 +167,7 @@ def test_a_stopped_worker_is_waited_for_and_then_started_anew(fault: Fault, whol
                 os.kill(stopped, signal.SIGSTOP)
                 began = time.monotonic()
                 wait_until_it_says(run, "LOST: ")
-                assert time.monotonic() - began < 15 + 15, "the limit, and what it takes to ask and to look"
+                assert time.monotonic() - began < 10 + 15, "the limit, and what it takes to ask and to look"
 
             fault.recovered(loses(run, strike))
             assert_as_undisturbed(run, whole)
@@ -175,7 +175,7 @@ def test_a_stopped_worker_is_waited_for_and_then_started_anew(fault: Fault, whol
             run.end()
     said = run.stderr.read_text()
     found = rf"its process {stopped} is stopped \(SIGSTOP\)"
-    assert re.search(rf"actor_train-1 gives no sign of life for \d+ s: {found}; it is taken as lost after 15 s", said)
+    assert re.search(rf"actor_train-1 gives no sign of life for \d+ s: {found}; it is taken as lost after 10 s", said)
     assert re.search(rf"LOST: actor_train-1 gave no sign of life for 1\d s: {found}", said)
     assert said.count("new start") == 1
     fault.user_sees(
