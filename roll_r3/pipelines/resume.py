@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_r3.config.derived import saving_dir
-from roll_r3.config.disk import read_at_most
+from roll_r3.config.disk import is_directory, read_at_most
 from roll_r3.config.load import MAX_BYTES
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.readable import readable
@@ -69,8 +70,8 @@ def opened(config: RLVRConfig, now: datetime, progress: Progress) -> Iterator[tu
                 f"{config.pretrain}"
             )
     elif config.resume_from_checkpoint != "off":
-        path = Path(config.resume_from_checkpoint).resolve()
-        if (path / CHECKPOINTS).is_dir() and path.parent == experiment.resolve():
+        path = Path(os.path.realpath(config.resume_from_checkpoint))  # `latest` is a link
+        if is_directory(path / CHECKPOINTS) and path.parent == Path(os.path.realpath(experiment)):
             run = path.name
         else:
             with progress.stage(COMPARING):
@@ -116,7 +117,7 @@ def _others(experiment: Path, busy: str | None) -> str:
 def _named(path: Path, say: Callable[[str], None]) -> ResumePoint:
     """A checkpoint, or the newest whole one of a run."""
     try:
-        if (path / CHECKPOINTS).is_dir():
+        if is_directory(path / CHECKPOINTS):
             newest = Store(path / CHECKPOINTS).newest_whole(say)
             if newest is None:
                 raise CheckpointError("it is a run without a checkpoint")
