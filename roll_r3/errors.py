@@ -32,6 +32,10 @@ class WorkerError(RollError):
     """A worker process of the cluster failed or died; the text carries the end of its log."""
 
 
+class BusyError(RollError):
+    """Another process holds what the run needs; the same command works once that one has ended."""
+
+
 class LostWorkerError(WorkerError):
     """A worker is gone, or lost what it needs of others: nobody's mistake, as far as can be told, and a run may go on
     from its newest checkpoint with workers of a new start."""

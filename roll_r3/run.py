@@ -21,6 +21,7 @@ from pathlib import Path
 from roll_r3.config.derived import checkpoint_of, devices_per_node, model_workers
 from roll_r3.config.load import LoadedConfig, load
 from roll_r3.config.report import Finding, InvalidConfigError, Origins, as_json, has_errors, render
+from roll_r3.config.writing import explain
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.preflight.check import check
@@ -65,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             _nobody_reads()
             return EXIT_OK
-        logger.exception("what the run stopped at")  # its log has it, should it have one by now
-        print(f"error: {error}", file=sys.stderr)
+        if logging.getLogger().handlers:  # else there is no log yet, and it would go to the terminal
+            logger.exception("what the run stopped at")
+        print(f"error: {explain(error)}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

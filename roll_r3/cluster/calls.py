@@ -1,17 +1,23 @@
-"""Calling many workers at once: the first failure ends the wait, and the message shows who failed and their log."""
+"""Calling many workers at once: the first failure ends the wait, and the message shows who failed and their log.
+
+A call has no limit of its own, since only its worker knows how long it may take. Workers give signs of life instead.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from roll_r3.cluster.daemons import kill_all, vital
 from roll_r3.cluster.logs import log_end
+from roll_r3.cluster.signs import PING_EVERY, Identity, Watched
+from roll_r3.config.pipeline import WorkerTimeoutsConfig
 from roll_r3.errors import LostWorkerError, RollError, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -19,48 +25,210 @@ logger = logging.getLogger(__name__)
 SETTLE_SECONDS = 5.0
 """After a failure, how long to wait for the others' own failures: when a rank dies, its peers see a closed connection
 first, and the dead rank is the one to name."""
+TICK = 1.0
+"""Seconds between two looks around while nothing comes."""
+SAY_AFTER = 60.0
+"""Seconds after which the terminal says who is waited for; twice the longest such call so far, where that is more."""
 SAY_EVERY = 300.0
-"""Seconds after which the log says who is still waited for, again and again: a call has no limit, since only its worker
-knows how long it may take."""
+"""Seconds until it says so again."""
+SILENT_AFTER = 30.0
+"""Seconds without a sign of life after which the terminal says so."""
+ADDED = 60.0
+"""Seconds that a call may take beyond twice the longest of its kind."""
+_NAMED = 8
+
+Calls = Mapping[ray.ObjectRef, tuple[str, Path]]
+"""Calls under way: reference -> (worker's name, its log file)."""
+Say = Callable[[str], None]
 
 
-def wait_for(calls: Mapping[ray.ObjectRef, tuple[str, Path]]) -> dict[ray.ObjectRef, Any]:
-    """Wait for all calls, or for the first that fails.
+class Waiting:
+    """Waits for the calls of a start's workers, says on whom, and takes who is stopped or silent as lost.
 
-    Args:
-        calls: reference -> (worker's name, its log file).
-
-    Returns:
-        reference -> result.
-
-    Raises:
-        LostWorkerError: a worker died, or lost what it needs of one that did, or raised what is no error of ours, as
-            when it loses a peer; a dead one is named before those that only lost it.
-        WorkerError: a worker raised another error of ours.
+    Threads may wait at the same time.
     """
-    pending = list(calls)
-    results: dict[ray.ObjectRef, Any] = {}
-    failures: dict[ray.ObjectRef, RayError] = {}
-    deadline = None
-    began = said = time.monotonic()
-    while pending and (deadline is None or time.monotonic() < deadline):
-        until = said + SAY_EVERY if deadline is None else deadline
-        ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, until - time.monotonic()))
-        if pending and time.monotonic() >= said + SAY_EVERY:
-            said = time.monotonic()
-            names = ", ".join(sorted({calls[ref][0] for ref in pending}))
-            logger.warning("still waiting for %s, after %.0f s", names, said - began)
-        for ref in ready:
-            try:
-                results[ref] = ray.get(ref)
-            except RayError as error:
-                failures[ref] = error
-                deadline = deadline or time.monotonic() + SETTLE_SECONDS
-                if isinstance(error, RayActorError):
-                    pending = []  # the dead one is known: nothing more to learn
-    if failures:
-        raise _failure({calls[ref]: error for ref, error in failures.items()})
-    return results
+
+    def __init__(self, limits: WorkerTimeoutsConfig | None = None, say: Say | None = None) -> None:
+        """
+        Args:
+            say: shows a line to the person who started the run; all is logged too.
+        """
+        self.limits = limits or WorkerTimeoutsConfig()
+        self._say = say
+        self._workers: dict[str, tuple[Any, Path]] = {}
+        """Name -> (actor, its log file)."""
+        self._known: dict[str, Identity] = {}
+        """Who is who, of those that have answered."""
+        self._longest: dict[str, float] = {}
+        """Kind of a call -> seconds."""
+
+    def add(self, name: str, handle: Any, log: Path) -> None:
+        """Have a worker give signs of life while anybody is waited for. It answers `alive` (see `signs.identity`)."""
+        self._workers[name] = (handle, log)
+
+    def meet(self) -> None:
+        """Wait until every worker has answered once. One that was silent from the start could not be looked for."""
+        calls = {handle.alive.remote(): (name, log) for name, (handle, log) in self._workers.items()}
+        found = self.wait_for(calls, "alive")
+        self._known |= {calls[ref][0]: process for ref, process in found.items()}
+
+    def wait_for(self, calls: Calls, kind: str = "") -> dict[ray.ObjectRef, Any]:
+        """Wait for all calls, or for the first that fails.
+
+        Args:
+            kind: calls of one kind take about as long as one another.
+
+        Returns:
+            reference -> result.
+
+        Raises:
+            LostWorkerError: a worker died, or lost what it needs of one that did, or raised what is no error of ours,
+                as when it loses a peer; a dead one is named before those that only lost it. Or a limit has passed, or
+                Ray itself is gone.
+            WorkerError: a worker raised another error of ours.
+        """
+        pending = list(calls)
+        results: dict[ray.ObjectRef, Any] = {}
+        failures: dict[ray.ObjectRef, RayError] = {}
+        deadline = None
+        watch = _Watch(self, kind)
+        watch.look_at_daemons(0.0)  # short calls go on without them, until Ray ends this process without a word
+        while pending and (deadline is None or time.monotonic() < deadline):
+            left = TICK if deadline is None else min(TICK, max(0.0, deadline - time.monotonic()))
+            ready, pending = ray.wait(pending, num_returns=1, timeout=left)
+            for ref in ready:
+                try:
+                    results[ref] = ray.get(ref)
+                except RayError as error:
+                    failures[ref] = error
+                    deadline = deadline or time.monotonic() + SETTLE_SECONDS
+                    if isinstance(error, RayActorError):
+                        pending = []  # the dead one is known: nothing more to learn
+            if pending and not failures:
+                watch.look(sorted({calls[ref][0] for ref in pending}))
+        if failures:
+            raise _failure({calls[ref]: error for ref, error in failures.items()})
+        self._longest[kind] = max(self._longest.get(kind, 0.0), watch.spent)
+        return results
+
+    def longest(self, kind: str) -> float:
+        """Seconds of the longest calls of a kind so far; 0: there was none."""
+        return self._longest.get(kind, 0.0)
+
+    def tell(self, text: str) -> None:
+        logger.warning("%s", text)
+        if self._say is not None:
+            self._say(text)
+
+    def watched(self) -> list[Watched]:
+        """Every worker, as of now."""
+        limits = [limit for limit in (self.limits.stopped, self.limits.silent) if limit is not None]
+        every = min([PING_EVERY, *(limit / 4 for limit in limits)])
+        return [Watched(name, handle, every, self._known) for name, (handle, _) in self._workers.items()]
+
+
+class _Watch:
+    """One wait: what it says, and when it ends without a result.
+
+    Its seconds are those in which this process ran: where it was stopped, with its whole machine, nobody else was heard
+    for no fault of theirs.
+    """
+
+    def __init__(self, waiting: Waiting, kind: str) -> None:
+        self._waiting, self._kind, self._limits = waiting, kind, waiting.limits
+        self._workers = waiting.watched()
+        self._stopped_daemons: dict[str, float] = {}
+        self._looked = time.monotonic()
+        self.spent = 0.0
+        """Seconds so far."""
+        self._say_at = max(SAY_AFTER, 2 * waiting.longest(kind))
+
+    def look(self, pending: Sequence[str]) -> None:
+        """Look around, at most every `TICK` seconds.
+
+        Args:
+            pending: names of the workers that are waited for.
+
+        Raises:
+            LostWorkerError: as `Waiting.wait_for`.
+        """
+        passed = time.monotonic() - self._looked
+        if passed < TICK:
+            return
+        self._looked += passed
+        seconds = min(passed, 2 * TICK)
+        self.spent += seconds
+        self.look_at_daemons(seconds)
+        for worker in self._workers:
+            self._look_at(worker, seconds)
+        if self.spent >= self._say_at:
+            self._say_at = self.spent + SAY_EVERY
+            self._waiting.tell(f"still waiting for {_listed(pending)}, after {self.spent:.0f} s{self._of()}")
+        limit = self._limits.call
+        if limit is not None and self.spent > max(limit, 2 * self._waiting.longest(self._kind) + ADDED):
+            for worker in self._workers:
+                if worker.name in pending:
+                    worker.kill()
+            raise LostWorkerError(
+                f"{_listed(pending)} did not answer within {self.spent:.0f} s{self._of()}; worker_timeouts.call is "
+                f"{limit:g}"
+            )
+
+    def _of(self) -> str:
+        return f" ({self._kind})" if self._kind else ""
+
+    def _look_at(self, worker: Watched, seconds: float) -> None:
+        silent = worker.silent
+        if worker.tick(seconds):
+            if worker.said:
+                worker.said = False
+                self._waiting.tell(f"{worker.name} goes on after {silent:.0f} s without a sign of life")
+            return
+        limits, ended = self._limits, worker.state in ("stopped", "gone")
+        limit, field = (limits.stopped, "stopped") if ended else (limits.silent, "silent")
+        if limit is not None and worker.silent >= limit:
+            said = _process(worker)
+            worker.kill()
+            raise LostWorkerError(
+                f"{worker.name} gave no sign of life for {worker.silent:.0f} s: {said}; worker_timeouts.{field} is "
+                f"{limit:g}"
+            )
+        if not worker.said and worker.silent >= min(SILENT_AFTER, limit / 2 if limit else SILENT_AFTER):
+            worker.said = True
+            end = f"it is taken as lost after {limit:g} s" if limit is not None else "nothing ends the wait"
+            self._waiting.tell(
+                f"{worker.name} gives no sign of life for {worker.silent:.0f} s: {_process(worker)}; {end} "
+                f"(worker_timeouts.{field})"
+            )
+
+    def look_at_daemons(self, seconds: float) -> None:
+        """As `look`, at Ray's own processes alone."""
+        for daemon in vital():
+            if daemon.state == "gone":
+                kill_all()
+                raise LostWorkerError(f"Ray's {daemon.name} is gone (process {daemon.pid}): it was killed, or crashed")
+            stopped = self._stopped_daemons.get(daemon.name, 0.0) + seconds if daemon.state == "stopped" else 0.0
+            self._stopped_daemons[daemon.name] = stopped
+            if self._limits.stopped is not None and stopped >= self._limits.stopped:
+                kill_all()
+                raise LostWorkerError(
+                    f"Ray's {daemon.name} has been stopped for {stopped:.0f} s (process {daemon.pid}); "
+                    f"worker_timeouts.stopped is {self._limits.stopped:g}"
+                )
+
+
+def _process(worker: Watched) -> str:
+    pid = worker.identity.pid if worker.identity is not None else 0
+    return {
+        "stopped": f"its process {pid} is stopped (SIGSTOP)",
+        "gone": f"its process {pid} is gone",
+        "running": f"its process {pid} runs, and does not answer",
+    }.get(worker.state, f"its process {pid} cannot be seen")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _failure(failures: Mapping[tuple[str, Path], RayError]) -> WorkerError:

@@ -16,8 +16,10 @@ import ray
 
 from roll_r3.batch.batch import Batch, FloatN
 from roll_r3.batch.micro_batch import IntArray, assign_to_ranks
-from roll_r3.cluster.calls import wait_for
+from roll_r3.cluster.calls import Say, Waiting
+from roll_r3.cluster.daemons import vital
 from roll_r3.cluster.placement import Placement
+from roll_r3.cluster.signs import SIGNS
 from roll_r3.cluster.workers import WRITING, ModelWorker, RolloutWorker
 from roll_r3.config.derived import engine_devices
 from roll_r3.config.pipeline import RLVRConfig
@@ -52,19 +54,25 @@ class _Member:
 class _Group:
     """Actors of one role."""
 
-    def __init__(self, members: Sequence[_Member], unbroken: Unbroken = nullcontext) -> None:
+    def __init__(
+        self, members: Sequence[_Member], unbroken: Unbroken = nullcontext, waiting: Waiting | None = None
+    ) -> None:
         """
         Args:
             unbroken: keeps signals away while a call goes out to one member after the other: ranks that were called
                 would wait for ever, in what they do together, for those that were not.
+            waiting: waits for the members, and has them give signs of life.
         """
         self._members = tuple(members)
         self._unbroken = unbroken
+        self._waiting = waiting or Waiting()
+        for member in self._members:
+            self._waiting.add(member.name, member.handle, member.log)
 
     def _call_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call one method on every member, each with its own arguments; results in member order."""
         calls = self._begin_each(method, arguments)
-        results = wait_for(calls)
+        results = self._waiting.wait_for(calls, method)
         return [results[ref] for ref in calls]
 
     def _begin_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Calls:
@@ -89,7 +97,9 @@ class RolloutGroup(_Group):
     """`actor_infer`: its engines."""
 
     @classmethod
-    def launch(cls, config: RLVRConfig, placement: Placement, log_dir: Path) -> RolloutGroup:
+    def launch(
+        cls, config: RLVRConfig, placement: Placement, log_dir: Path, waiting: Waiting | None = None
+    ) -> RolloutGroup:
         """One actor per engine, on the node of the engine's devices. Nothing is started yet.
 
         Raises:
@@ -102,9 +112,11 @@ class RolloutGroup(_Group):
             devices = [placement.devices[d] for d in numbers]
             name, log = f"actor_infer-{engine}", log_dir / f"actor_infer-{engine}.log"
             gpu_ids = tuple(d.gpu_id for d in devices if d.gpu_id is not None)
-            actor = ray.remote(RolloutWorker).options(name=name, **placement.options(devices[0].index))
+            actor = ray.remote(concurrency_groups={SIGNS: 1})(RolloutWorker).options(
+                name=name, **placement.options(devices[0].index)
+            )
             members.append(_Member(name, actor.remote(config, engine, placement.kind, gpu_ids, log), log))
-        return cls(members)
+        return cls(members, waiting=waiting)
 
     def begin_start(self) -> Calls:
         return self._begin_each("start", [()] * len(self._members))
@@ -128,7 +140,7 @@ class RolloutGroup(_Group):
     def restart(self, names: Collection[str]) -> dict[str, str]:
         """Start engines anew, side by side; worker's name -> why its engine did not start, of those that did not."""
         calls = {m.handle.restart.remote(): (m.name, m.log) for m in self._members if m.name in names}
-        results = wait_for(calls)
+        results = self._waiting.wait_for(calls, "restart")
         return {name: results[ref] for ref, (name, _) in calls.items() if results[ref]}
 
     @property
@@ -174,8 +186,10 @@ class BatchUpdate:
 class ModelGroup(_Group):
     """`actor_train` or `reference`: its ranks."""
 
-    def __init__(self, members: Sequence[_Member], unbroken: Unbroken = nullcontext) -> None:
-        super().__init__(members, unbroken)
+    def __init__(
+        self, members: Sequence[_Member], unbroken: Unbroken = nullcontext, waiting: Waiting | None = None
+    ) -> None:
+        super().__init__(members, unbroken, waiting)
         self._starting: Calls = {}
         self._places: list[tuple[int, int, bool]] = []
         """Of each rank: data-parallel rank, data-parallel size, whether it returns results."""
@@ -189,6 +203,7 @@ class ModelGroup(_Group):
         threads: int,
         log_dir: Path,
         unbroken: Unbroken = nullcontext,
+        waiting: Waiting | None = None,
     ) -> ModelGroup:
         """One actor per device of the role, in rank order. Nothing is loaded yet."""
         mapping = getattr(config, role).device_mapping
@@ -196,12 +211,12 @@ class ModelGroup(_Group):
         for rank, device in enumerate(mapping):
             name, log = f"{role}-{rank}", log_dir / f"{role}-{rank}.log"
             env = {"OMP_NUM_THREADS": str(threads)}
-            actor = ray.remote(concurrency_groups={WRITING: 1})(ModelWorker).options(
+            actor = ray.remote(concurrency_groups={WRITING: 1, SIGNS: 1})(ModelWorker).options(
                 name=name, runtime_env={"env_vars": env}, **placement.options(device)
             )
             handle = actor.remote(config, role, rank, len(mapping), placement.kind, threads, log)
             members.append(_Member(name, handle, log))
-        return cls(members, unbroken)
+        return cls(members, unbroken, waiting)
 
     def begin_start(self) -> Calls:
         """Have the first rank say where the ranks meet, and all of them load the model."""
@@ -253,7 +268,8 @@ class ModelGroup(_Group):
     def connect_engines(self, targets: Sequence[Any]) -> None:
         """The first rank will send the weights, and leaves the engines that it sent them to before."""
         first = self._members[0]
-        wait_for({first.handle.connect_engines.remote(targets): (first.name, first.log)})
+        call = first.handle.connect_engines.remote(targets)
+        self._waiting.wait_for({call: (first.name, first.log)}, "connect_engines")
 
     def update_weights(self, version: int) -> str:
         """Send the weights to the connected engines; why an engine did not take them, or empty."""
@@ -286,20 +302,27 @@ class Roles:
     """All roles of a run: launched together, started side by side, ended together."""
 
     def __init__(
-        self, config: RLVRConfig, placement: Placement, log_dir: Path, unbroken: Unbroken = nullcontext
+        self,
+        config: RLVRConfig,
+        placement: Placement,
+        log_dir: Path,
+        unbroken: Unbroken = nullcontext,
+        say: Say | None = None,
     ) -> None:
         """Launch every role's actors; nothing is started yet.
 
         Args:
             unbroken: see `_Group`.
+            say: shows the person who started the run who is waited for.
         """
+        self._waiting = waiting = Waiting(config.worker_timeouts, say)
         ranks = len(config.actor_train.device_mapping)
         threads = max(1, (os.cpu_count() or 1) // ranks) if placement.kind == "cpu" else 1
-        self.rollout = RolloutGroup.launch(config, placement, log_dir)
-        self.trainer = ModelGroup.launch(config, "actor_train", placement, threads, log_dir, unbroken)
+        self.rollout = RolloutGroup.launch(config, placement, log_dir, waiting)
+        self.trainer = ModelGroup.launch(config, "actor_train", placement, threads, log_dir, unbroken, waiting)
         self.reference: ModelGroup | None = None
         if config.reference is not None:
-            self.reference = ModelGroup.launch(config, "reference", placement, threads, log_dir, unbroken)
+            self.reference = ModelGroup.launch(config, "reference", placement, threads, log_dir, unbroken, waiting)
 
     @property
     def _models(self) -> list[ModelGroup]:
@@ -310,9 +333,10 @@ class Roles:
         calls = self.rollout.begin_start()
         for model in self._models:
             calls |= model.begin_start()
-        results = wait_for(calls)
+        results = self._waiting.wait_for(calls, "start")
         for model in self._models:
             model.started(results)
+        self._waiting.meet()
 
     def __enter__(self) -> Self:
         return self
@@ -321,7 +345,9 @@ class Roles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let every process leave, then end it, or end it at once on a signal. Raises nothing of its own: an error
-        may be on its way already."""
+        may be on its way already. Without Ray's own processes nobody answers, and the workers are killed already."""
+        if any(daemon.state == "gone" for daemon in vital()):
+            return
         try:
             calls = self.rollout.begin_close(at_once=kind is not None)
             for model in self._models:

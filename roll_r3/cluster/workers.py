@@ -18,6 +18,7 @@ import torch
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.delivery import Parcel, RouteRequest
 from roll_r3.cluster.logs import log_to_file
+from roll_r3.cluster.signs import SIGNS, Identity, identity
 from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.pipeline import RLVRConfig
@@ -64,6 +65,11 @@ class RolloutWorker:
             log_path=server_log,
             node_address=ray.util.get_node_ip_address(),
         )
+
+    @ray.method(concurrency_group=SIGNS)
+    async def alive(self) -> Identity:
+        """A sign of life, in a thread of its own."""
+        return identity()
 
     async def start(self) -> None:
         self._num_experts = read_facts(resolve_checkpoint(self._model_path)).num_experts
@@ -124,6 +130,11 @@ class ModelWorker:
         self._channel: WeightChannel | None = None
         self._bucket_bytes = 0
         self._snapshot: Snapshot | None = None
+
+    @ray.method(concurrency_group=SIGNS)
+    def alive(self) -> Identity:
+        """A sign of life, in a thread of its own."""
+        return identity()
 
     def host_store(self) -> tuple[str, int]:
         """On rank 0: the store that the role's ranks meet at, on this node's address; returns where it listens.

@@ -55,6 +55,23 @@ class CheckpointConfig(Config):
     memory, and for the checkpoint before."""
 
 
+class WorkerTimeoutsConfig(Config):
+    """How long a worker (a training rank, a reference rank, the worker of an engine) is waited for until it is lost.
+    Its process is killed then, and the run goes on from its newest checkpoint. The terminal says earlier who is waited
+    for."""
+
+    stopped: Seconds | None = 120.0
+    """Seconds that a worker's process may be stopped, as by SIGSTOP, or Ray's own processes on the driver's node; null:
+    for ever."""
+    silent: Seconds | None = 600.0
+    """Seconds that a worker may give no sign of life. It gives one beside whatever it computes, unless one call of a
+    library keeps Python from running for as long; null: for ever."""
+    call: Seconds | None = None
+    """Seconds that a worker may compute at one call (a step of training, the samples of a step, a start) though it
+    gives signs of life. A call may take twice as long as the longest of its kind so far, and a minute, in any case;
+    null: for ever."""
+
+
 def _resume_from_yaml(value: Any) -> Any:
     """YAML 1.1 reads a bare `off` as the boolean False; say what to write for the other booleans."""
     if value is False:
@@ -216,15 +233,19 @@ class RLVRConfig(Config):
     resume_from_checkpoint: ResumeFrom = "off"
     """off: start from `pretrain`. auto: go on with the newest run of this experiment that has a checkpoint, in its own
     directory, from its newest whole one; without any it is as off. Or the path of a checkpoint: a new run goes on from
-    there."""
+    there. Or the directory of a run that has one: of this experiment it goes on there, as by auto; of another one a new
+    run does."""
 
     max_recoveries: NonNegativeInt = 3
     """New starts from its newest checkpoint that a run makes by itself, in a row and without getting further, when a
     worker or its node was lost. One more loss ends the run, and so does one before its first step. 0: the first."""
     sigterm_grace_period: Seconds = 300.0
-    """Seconds from SIGTERM to the end at the latest. Within it the step that changes weights is finished and the newest
-    step is saved; the last 15 of them, or the second half of less than 30, are for ending the run's processes. A second
-    SIGTERM waits for nothing."""
+    """Seconds from SIGTERM to the end at the latest, whatever hangs. Within it the step that changes weights is
+    finished and the newest step is saved; the last 15 of them, or the second half of less than 30, are for ending the
+    run's processes. A second SIGTERM waits for nothing."""
+
+    worker_timeouts: WorkerTimeoutsConfig = WorkerTimeoutsConfig()
+    """Limits of waiting for workers."""
 
     track_with: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     """Trackers besides metrics.jsonl, which is always written."""

@@ -14,6 +14,7 @@ from typing import Self
 
 from roll_r3.cluster.groups import ModelGroup
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.writing import disk_of, explain
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError, RollError
 from roll_r3.pipelines.leaving import Leave, LeaveNow, Leaving
@@ -40,6 +41,24 @@ def lacks_export(config: RLVRConfig, run_dir: RunDir, step: int) -> bool:
     checkpoints, exports = stores_of(run_dir)
     due = is_due(step, config.save_hf_steps, config.max_steps)
     return due and checkpoints.path(step).exists() and not exports.path(step).exists()
+
+
+def try_saving(config: RLVRConfig, run_dir: RunDir) -> None:
+    """Find out before the first step whether what is to be saved can be.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    checkpoints, exports = stores_of(run_dir)
+    store = checkpoints if config.save_steps else exports if config.save_hf_steps else None
+    if store is None:
+        return
+    try:
+        store.try_out()
+    except OSError as error:
+        raise CheckpointError(
+            f"nothing could be saved in {store.folder}, so no step is made. A trial failed: {explain(error)}"
+        ) from error
 
 
 class Checkpoints:
@@ -199,12 +218,13 @@ class Checkpoints:
             store.abandon(step)
             raise
         except (OSError, RollError) as error:
+            disk = disk_of(store.folder)  # before there is space again
             store.abandon(step)
             what = f"step {step} was not saved" if store is self._checkpoints else f"step {step} was not exported"
             left = ", ".join(f"step {s}" for s in self._checkpoints.steps()) or "nothing"
             raise CheckpointError(
                 f"{what}: {error}\nthe run stops here; in {self._checkpoints.folder} there is {left}, and "
-                "resume_from_checkpoint: auto goes on from the newest checkpoint"
+                f"resume_from_checkpoint: auto goes on from the newest checkpoint (disk: {disk})"
             ) from error
 
     def _write_own(self, folder: Path, step: int, samples_seen: int) -> dict[str, FileSum]:

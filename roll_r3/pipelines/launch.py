@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from roll_r3.data.prompts import read_prompts
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
-from roll_r3.pipelines.checkpoints import lacks_export
+from roll_r3.pipelines.checkpoints import lacks_export, try_saving
 from roll_r3.pipelines.leaving import Leaving
 from roll_r3.pipelines.resume import changes, data_of, opened, put_back, replace_file
 from roll_r3.pipelines.starts import Starts
@@ -33,6 +33,7 @@ from roll_r3.saving.state import check_goes_on
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.report import run_summary
 from roll_r3.tracking.run_dir import RunDir
+from roll_r3.tracking.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +55,12 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.max_steps))
         leaving = stack.enter_context(Leaving(config.sigterm_grace_period))
-        run_dir, point = stack.enter_context(opened(config, datetime.now(), progress))
+        run_dir, point = stack.enter_context(opened(config, datetime.now(UTC), progress))
         done = point.state.step if point else 0
         if point is not None and done >= config.max_steps and not lacks_export(config, run_dir, done):
             progress.say(f"nothing to do: {point.checkpoint} is of step {done}, and max_steps is {config.max_steps}")
             return 0
-        _log_driver(run_dir)
+        _log_driver(run_dir, progress)
         progress.say(f"run directory: {run_dir.path}")
         rewards = stack.enter_context(Rewards(config, run_dir.log_dir))
         tokenizer, prompts = _prepare(config, origins, rewards, progress)
@@ -72,6 +73,7 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
             for change in changed:
                 progress.say(change)
         replace_file(run_dir.path / "config.yaml", to_yaml(config))
+        try_saving(config, run_dir)
         starts = Starts(
             config,
             run_dir=run_dir,
@@ -164,9 +166,9 @@ def _read_tokenizer(checkpoint: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _log_driver(run_dir: RunDir) -> None:
+def _log_driver(run_dir: RunDir, progress: Progress) -> None:
     """This process's log goes to a file: the terminal is for progress."""
-    handler = logging.FileHandler(run_dir.log_file("driver"))
+    handler = RunLog(run_dir.log_file("driver"), progress.say)
     handler.setFormatter(logging.Formatter(FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)

@@ -1,4 +1,7 @@
-"""SIGTERM: a step that has begun to change weights is finished, the newest is saved, and the process leaves in time."""
+"""SIGTERM: a step that has begun to change weights is finished, the newest is saved, and the process leaves in time.
+
+SIGHUP does nothing: a run does not need its terminal.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,15 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
+from roll_r3.pipelines.watchdog import Watchdog
+
 EXIT_STATUS = 128 + signal.SIGTERM
 TAKE_DOWN_S = 15.0
 """Seconds of the grace period, at most half of it, that are kept back for ending the run's processes."""
+
+
+LATE_S = 2.0
+"""Seconds after its time that a process is killed which has not left."""
 
 
 class LeaveNow(SystemExit):
@@ -36,7 +45,9 @@ class Leaving:
         Args:
             grace_s: seconds from SIGTERM to the end; `LeaveNow` comes before it, in time for the processes to be ended.
         """
-        self._wait_s = grace_s - min(TAKE_DOWN_S, grace_s / 2)
+        take_down_s = min(TAKE_DOWN_S, grace_s / 2)
+        self._wait_s = grace_s - take_down_s
+        self._watchdog = Watchdog(grace_s + LATE_S, take_down_s + LATE_S)
         self.asked = False
         """SIGTERM came."""
         self._held = False
@@ -47,11 +58,15 @@ class Leaving:
     def __enter__(self) -> Self:
         for number, handler in ((signal.SIGTERM, self._on_term), (signal.SIGALRM, self._on_alarm)):
             self._previous[number] = signal.signal(number, handler)
+        # ignored, not handled: what this process starts inherits that
+        self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._watchdog.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watchdog.stop()
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from roll_r3.config.derived import saving_dir
-from roll_r3.config.disk import read_at_most
+from roll_r3.config.disk import is_directory, read_at_most
 from roll_r3.config.load import MAX_BYTES
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.readable import readable
 from roll_r3.config.report import show_value
 from roll_r3.config.tree import join
+from roll_r3.config.writing import UNMAKEABLE
 from roll_r3.config.yaml_file import parse_yaml, to_yaml
 from roll_r3.data.prompts import Prompt
-from roll_r3.errors import CheckpointError, ConfigError
+from roll_r3.errors import BusyError, CheckpointError, ConfigError
 from roll_r3.pipelines.checkpoints import stores_of
 from roll_r3.saving.manifest import verify, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, Data, RunState, fingerprint, read_state
-from roll_r3.saving.store import newest_run
+from roll_r3.saving.store import CHECKPOINTS, Store, mark_newest, newest_run, runs_saved
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
 
 _MAX_METRICS = 1 << 30
+_NAMED = 5
+"""Runs that a message lists."""
 COMPARING = "comparing the checkpoint with its checksums"
 """A stage that reads all of it: hours for terabytes on a slow disk."""
 
@@ -52,12 +56,13 @@ def opened(config: RLVRConfig, now: datetime, progress: Progress) -> Iterator[tu
         progress: is told what is found, and of every damaged checkpoint on the way.
 
     Raises:
-        ConfigError: the checkpoint that is named is none, or is damaged; another process runs there.
+        ConfigError: the checkpoint that is named is none, or is damaged; the directory cannot be made.
+        BusyError: another process runs there.
         CheckpointError: there are checkpoints to go on from, and all are damaged.
     """
     named, run = None, None
+    experiment = Path(saving_dir(config)).absolute() / config.exp_name
     if config.resume_from_checkpoint == "auto":
-        experiment = Path(saving_dir(config)).absolute() / config.exp_name
         run = newest_run(experiment)
         if run is None:
             progress.say(
@@ -65,16 +70,58 @@ def opened(config: RLVRConfig, now: datetime, progress: Progress) -> Iterator[tu
                 f"{config.pretrain}"
             )
     elif config.resume_from_checkpoint != "off":
-        with progress.stage(COMPARING):
-            named = _named(Path(config.resume_from_checkpoint).absolute())
-    where, saving = (config.output_dir, config.exp_name), saving_dir(config)
-    run_dir = RunDir.reopen(*where, run, saving_dir=saving) if run else RunDir.create(*where, now, saving_dir=saving)
-    with run_dir.locked(progress.say):
+        path = Path(os.path.realpath(config.resume_from_checkpoint))  # `latest` is a link
+        if is_directory(path / CHECKPOINTS) and path.parent == Path(os.path.realpath(experiment)):
+            run = path.name
+        else:
+            with progress.stage(COMPARING):
+                named = _named(path, progress.say)
+    run_dir = _directory(config, now, run)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_dir.locked(progress.say))
+        except BusyError as error:
+            raise BusyError(f"{error}{_others(experiment, run)}") from error
+        mark_newest(run_dir.saved)
         yield run_dir, named if run is None else newest_point(run_dir, progress)
 
 
-def _named(path: Path) -> ResumePoint:
+def _directory(config: RLVRConfig, now: datetime, run: str | None) -> RunDir:
+    """A new directory, or that of a run that goes on."""
+    where, saving = (config.output_dir, config.exp_name), saving_dir(config)
     try:
+        if run is not None:
+            return RunDir.reopen(*where, run, saving_dir=saving)
+        return RunDir.create(*where, now, saving_dir=saving)
+    except OSError as error:
+        if error.errno not in UNMAKEABLE:
+            raise
+        raise ConfigError(
+            f"output_dir: {config.output_dir}: the run's directory cannot be made: {error}; name a directory that can "
+            "be made and written"
+            + (f" (checkpoint_config.output_dir is {saving})" if saving != config.output_dir else "")
+        ) from error
+
+
+def _others(experiment: Path, busy: str | None) -> str:
+    """The runs to go on with instead of one that another process runs in."""
+    others = [name for name in runs_saved(experiment) if name != busy]
+    if not others:
+        return ""
+    return (
+        "\nTo go on with another run of the experiment, name its directory, as in resume_from_checkpoint: "
+        f"{experiment / others[-1]} ({len(others)} with checkpoints: {', '.join(others[-_NAMED:])})"
+    )
+
+
+def _named(path: Path, say: Callable[[str], None]) -> ResumePoint:
+    """A checkpoint, or the newest whole one of a run."""
+    try:
+        if is_directory(path / CHECKPOINTS):
+            newest = Store(path / CHECKPOINTS).newest_whole(say)
+            if newest is None:
+                raise CheckpointError("it is a run without a checkpoint")
+            return ResumePoint(newest, read_state(newest))
         verify(path)
         return ResumePoint(path, read_state(path))
     except CheckpointError as error:

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from roll_r3.cluster.groups import Roles
-from roll_r3.cluster.placement import place, ray_cluster
+from roll_r3.cluster.placement import place
+from roll_r3.cluster.session import ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.writing import naming
 from roll_r3.data.prompts import Prompt, prompt_batches
 from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
 from roll_r3.pipelines.checkpoints import Checkpoints
@@ -71,61 +73,84 @@ class Starts:
         say, point = self._progress.say, begin
         recoveries = Recoveries(self._config.max_recoveries, begin.state.step if begin else 0)
         while True:
+            judged, useless = None, None
             try:
-                return self._start(point)
+                with ExitStack() as stack:
+                    try:
+                        return self._start(point, stack)
+                    except LostWorkerError as error:
+                        # before the rest is taken down, which may take a while
+                        judged, useless = error, self._judged(error, recoveries)
+                        raise
             except LostWorkerError as error:
-                if self._leaving.asked:  # whoever ends the run may have ended its workers too
-                    say(f"LOST: {error}\nleaving without another checkpoint")
-                    raise Leave from error
-                recoveries.spend(error, last_step(self._run_dir.metrics_file))
-                logger.exception("start %d after a loss", recoveries.count)
-                say(f"LOST: {error}")
+                if judged is None:  # Ray's own error, which is known as a loss by now
+                    useless = self._judged(error, recoveries)
+                if useless is error:
+                    raise
+                if useless is not None:
+                    raise useless from error
             point = newest_point(self._run_dir, self._progress) or begin
             put_back(self._run_dir, point, say)
             where = f"after step {point.state.step}, from {point.checkpoint}" if point else "from the beginning"
             say(f"going on {where} (new start {recoveries.count} of at most {self._config.max_recoveries})")
 
-    def _start(self, point: ResumePoint | None) -> Finished:
-        """Bring everything up, go on from `point`, and take everything down again."""
+    def _judged(self, error: LostWorkerError, recoveries: Recoveries) -> LostWorkerError | None:
+        """Say what was lost, where a new start is of use; else return why none is.
+
+        Raises:
+            Leave: SIGTERM came.
+        """
+        if self._leaving.asked:  # whoever ends the run may have ended its workers too
+            self._progress.say(f"LOST: {error}\nleaving without another checkpoint")
+            raise Leave from error
+        try:
+            recoveries.spend(error, last_step(self._run_dir.metrics_file))
+        except LostWorkerError as useless:
+            return useless
+        logger.exception("start %d after a loss", recoveries.count)
+        self._progress.say(f"LOST: {error}")
+        return None
+
+    def _start(self, point: ResumePoint | None, stack: ExitStack) -> Finished:
+        """Bring everything up, go on from `point`; `stack` takes everything down again."""
         config, progress, run_dir = self._config, self._progress, self._run_dir
         done = point.state.step if point else 0
         again = self._device_kind is not None
         data = data_of(self._prompts, config.seed, point.state.data.drawn if point else ())
         batches = prompt_batches(self._prompts, config.rollout_batch_size, config.seed, drawn=data.drawn)
-        with ExitStack() as stack:
-            with progress.stage("starting Ray"):
-                stack.enter_context(ray_cluster(config))
-                placement = stack.enter_context(place(config, again=self._device_kind))
-            self._device_kind = placement.kind
-            with _lost_if(again):
-                roles = stack.enter_context(Roles(config, placement, run_dir.log_dir, self._leaving.unbroken))
-            engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
-            with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"), _lost_if(again):
-                roles.start()
-            if point is not None:
-                with progress.stage("reading the checkpoint"), _lost_if(again):
-                    roles.trainer.load_checkpoint(point.checkpoint / TRAINER)
-            pipeline = RLVRPipeline(
-                config,
-                prompts=batches,
-                decoder=self._tokenizer,
-                rewards=self._rewards,
-                rollout=roles.rollout,
-                trainer=roles.trainer,
-                reference=roles.reference,
-                progress=progress,
-            )
-            log = stack.enter_context(MetricLog(run_dir, config.track_with))
-            with progress.stage("sending the first weights"), _lost_if(again):
-                pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
-            leaving, say = self._leaving, progress.say
-            saving = stack.enter_context(
-                Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, leaving=leaving, say=say)
-            )
-            if done:
-                saving.catch_up(done)
-            shown = self._steps(pipeline, done, log, saving)
-            return Finished(log.history, *shown)
+        with progress.stage("starting Ray"):
+            stack.enter_context(ray_cluster(config, progress.say))
+            placement = stack.enter_context(place(config, again=self._device_kind))
+        self._device_kind = placement.kind
+        with _lost_if(again):
+            roles = stack.enter_context(Roles(config, placement, run_dir.log_dir, self._leaving.unbroken, progress.say))
+        engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
+        with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"), _lost_if(again):
+            roles.start()
+        if point is not None:
+            with progress.stage("reading the checkpoint"), _lost_if(again):
+                roles.trainer.load_checkpoint(point.checkpoint / TRAINER)
+        pipeline = RLVRPipeline(
+            config,
+            prompts=batches,
+            decoder=self._tokenizer,
+            rewards=self._rewards,
+            rollout=roles.rollout,
+            trainer=roles.trainer,
+            reference=roles.reference,
+            progress=progress,
+        )
+        log = stack.enter_context(MetricLog(run_dir, config.track_with))
+        with progress.stage("sending the first weights"), _lost_if(again):
+            pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
+        leaving, say = self._leaving, progress.say
+        saving = stack.enter_context(
+            Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, leaving=leaving, say=say)
+        )
+        if done:
+            saving.catch_up(done)
+        shown = self._steps(pipeline, done, log, saving)
+        return Finished(log.history, *shown)
 
     def _steps(
         self, pipeline: RLVRPipeline, done: int, log: MetricLog, saving: Checkpoints
@@ -133,7 +158,8 @@ class Starts:
         """Every step after the first `done`; the samples shown of the first of them and of the last."""
         before: list[ScoredSample] = []
         shown: list[ScoredSample] = []
-        with self._run_dir.samples_file.open("a") as samples_file:
+        path = self._run_dir.samples_file
+        with naming(path), path.open("a") as samples_file:
             try:
                 with self._leaving.as_raised():
                     for step in range(done + 1, self._config.max_steps + 1):

@@ -21,6 +21,7 @@ from roll_r3.errors import CheckpointError
 from roll_r3.rewards.calls import CallError, call_of
 from roll_r3.saving.manifest import MARKER
 from roll_r3.saving.state import read_state
+from roll_r3.saving.store import CHECKPOINTS, Store
 
 
 def data_problems(args: DataArgs) -> Iterator[str]:
@@ -178,6 +179,8 @@ def resume_problem(name: str) -> str:
         return f"{name}: {why}"
     if not is_directory(path):
         return f"{name} is no directory"
+    if is_directory(path / CHECKPOINTS):
+        return "" if Store(path / CHECKPOINTS).steps() else f"{name} is a run without a checkpoint"
     if why_no_file(path / MARKER):
         return f"{name} is no checkpoint, or one that was not completed: it has no file {MARKER!r}"
     try:

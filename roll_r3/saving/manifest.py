@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from roll_r3.config.disk import read_at_most
 from roll_r3.config.readable import printable, readable
 from roll_r3.config.report import show_value
+from roll_r3.config.writing import naming
 from roll_r3.errors import CheckpointError, RollError
 
 MANIFEST, MARKER = "manifest.json", "complete"
@@ -180,7 +181,7 @@ def _listed(folder: Path) -> dict[str, FileSum]:
 
 def write_durably(path: Path, text: str) -> None:
     """Write a file and have the disk keep it."""
-    with path.open("w", encoding="utf-8") as stream:
+    with naming(path), path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -190,6 +191,7 @@ def sync_directory(folder: Path) -> None:
     """Have the disk keep the names in a directory."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

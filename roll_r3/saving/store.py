@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 
+from roll_r3.config.disk import read_at_most
 from roll_r3.errors import CheckpointError
-from roll_r3.saving.manifest import FileSum, seal, sync_directory, verify
+from roll_r3.saving.manifest import FileSum, seal, sync_directory, verify, write_durably
 
 CHECKPOINTS, EXPORTS = "checkpoints", "hf"
+_ORDER, _MAX_ORDER = ".order", 16
+"""In a run's directory: a file with its number among those of its experiment."""
 _STEP = re.compile(r"step-(\d{8,})")
 _RUN = re.compile(r"(\d{8})-(\d{6})(?:-(\d+))?")
 """The name that a run gives itself. A copy that somebody made of one has another, and is none to go on in."""
@@ -41,6 +44,26 @@ class Store:
         except FileNotFoundError:
             return []
         return sorted(int(found[1]) for name in names if (found := _STEP.fullmatch(name)))
+
+    def try_out(self) -> None:
+        """Save a few bytes as a checkpoint is saved, and remove them.
+
+        Raises:
+            OSError: the disk does not let that be done.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial, done = self.folder / ".trial.partial", self.folder / ".trial"
+        try:
+            for left in (partial, done):
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
+            write_durably(partial / "file", "trial\n")
+            sync_directory(partial)
+            os.rename(partial, done)
+            sync_directory(self.folder)
+        finally:
+            for left in (partial, done):
+                shutil.rmtree(left, ignore_errors=True)
 
     def begin(self, step: int) -> Path:
         """An empty directory to write into; `finish` gives it its name.
@@ -122,7 +145,7 @@ class Store:
 
 
 def newest_run(experiment: Path) -> str | None:
-    """Name of the newest run of an experiment that has a checkpoint.
+    """Name of the newest run of an experiment that has a checkpoint: that begun, or gone on with, last.
 
     Args:
         experiment: the directory with the runs' checkpoints.
@@ -133,5 +156,37 @@ def newest_run(experiment: Path) -> str | None:
         return None
     runs = [found for name in names if (found := _RUN.fullmatch(name))]
     saved = [run for run in runs if Store(experiment / run[0] / CHECKPOINTS).steps()]
-    newest = max(saved, key=lambda run: [int(number) for number in run.groups("0")], default=None)
+    newest = max(saved, key=lambda run: (_order(experiment / run[0]), *map(int, run.groups("0"))), default=None)
     return newest[0] if newest else None
+
+
+def runs_saved(experiment: Path) -> list[str]:
+    """Names of the directories of an experiment that hold checkpoints."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(experiment)
+        if entry.is_dir(follow_symlinks=False) and Store(Path(entry.path) / CHECKPOINTS).steps()
+    )
+
+
+def mark_newest(run: Path) -> None:
+    """Number a run that begins, or goes on, higher than all others of its experiment: clocks and time zones change.
+
+    Args:
+        run: its directory, which nobody else writes in.
+    """
+    others = [Path(entry.path) for entry in os.scandir(run.parent) if entry.is_dir(follow_symlinks=False)]
+    highest = max((_order(other) for other in others if other != run), default=0)
+    if _order(run) <= highest:
+        partial = run / f"{_ORDER}.partial"
+        write_durably(partial, f"{highest + 1}\n")
+        partial.replace(run / _ORDER)
+
+
+def _order(run: Path) -> int:
+    """0: it has no number, as those of earlier releases."""
+    try:
+        text = read_at_most(run / _ORDER, _MAX_ORDER).decode().strip()
+    except (OSError, ValueError):
+        return 0
+    return int(text) if text.isascii() and text.isdigit() else 0

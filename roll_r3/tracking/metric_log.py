@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from roll_r3.config.writing import naming
 from roll_r3.tracking.names import METRICS
 from roll_r3.tracking.report import summarised
 from roll_r3.tracking.run_dir import RunDir
@@ -22,7 +23,8 @@ class MetricLog:
     def __init__(self, run_dir: RunDir, trackers: Sequence[str]) -> None:
         earlier = _read(run_dir.metrics_file)
         self.history: list[dict[str, float]] = [summarised(row) for row in earlier.values()]
-        self._file = run_dir.metrics_file.open("a")
+        self._path, self._board_path = run_dir.metrics_file, run_dir.tensorboard_dir
+        self._file = self._path.open("a")
         self._board = None
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  seconds to import
@@ -41,9 +43,15 @@ class MetricLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            with naming(self._path):
+                self._file.close()
+            if self._board is not None:
+                with naming(self._board_path):
+                    self._board.close()
+        except OSError:
+            if error is None:  # else it has been told: a disk that is full is full twice
+                raise
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record step `step`.
@@ -58,15 +66,17 @@ class MetricLog:
         self.history.append(summarised(row))
         # JSON has no NaN or infinity: they are written as null, and TensorBoard shows them
         line = {"step": step} | {n: v if math.isfinite(v) else None for n, v in row.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         self._show(step, row)
 
     def _show(self, step: int, row: Mapping[str, float]) -> None:
         if self._board is not None:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+            with naming(self._board_path):
+                for name, value in row.items():
+                    self._board.add_scalar(name, value, step)
+                self._board.flush()
 
 
 def _read(metrics: Path) -> dict[int, dict[str, float]]:

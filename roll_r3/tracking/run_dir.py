@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from roll_r3.errors import ConfigError
+from roll_r3.errors import BusyError
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 """As of Lustre without its mount option `flock`."""
@@ -71,7 +71,7 @@ class RunDir:
             say: is told where a disk has no locks.
 
         Raises:
-            ConfigError: one does.
+            BusyError: one does.
         """
         with ExitStack() as stack:
             for folder in self._folders:
@@ -79,7 +79,7 @@ class RunDir:
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
-                    raise ConfigError(f"another process runs in {folder}: end it first") from error
+                    raise BusyError(f"another process runs in {folder}: end it, or wait for its end") from error
                 except OSError as error:
                     if error.errno not in _NO_LOCKS:
                         raise

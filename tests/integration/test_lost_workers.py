@@ -147,6 +147,102 @@ def test_a_killed_worker_is_started_anew(
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
 
+@pytest.mark.fault("a training rank is stopped (SIGSTOP), for good")
+def test_a_stopped_worker_is_waited_for_and_then_started_anew(fault: Fault, whole, tmp_path, checkpoint):
+    """A terminal that goes away, and a worker that is stopped for a while, change nothing."""
+    with nothing_left():
+        run = start(tmp_path, checkpoint, "save_steps=1", "worker_timeouts.stopped=10")
+        try:
+            run.wait_for_step(1)
+            os.killpg(run.process.pid, signal.SIGHUP)
+            brief = process_of(run, "actor_infer-0")
+            os.kill(brief, signal.SIGSTOP)
+            time.sleep(4)
+            os.kill(brief, signal.SIGCONT)
+            run.wait_for_step(2)
+            assert "LOST" not in run.stderr.read_text()
+            stopped = process_of(run, "actor_train-1")
+
+            def strike() -> None:
+                os.kill(stopped, signal.SIGSTOP)
+                began = time.monotonic()
+                wait_until_it_says(run, "LOST: ")
+                assert time.monotonic() - began < 10 + 15, "the limit, and what it takes to ask and to look"
+
+            fault.recovered(loses(run, strike))
+            assert_as_undisturbed(run, whole)
+        finally:
+            run.end()
+    said = run.stderr.read_text()
+    found = rf"its process {stopped} is stopped \(SIGSTOP\)"
+    assert re.search(rf"actor_train-1 gives no sign of life for \d+ s: {found}; it is taken as lost after 10 s", said)
+    assert re.search(rf"LOST: actor_train-1 gave no sign of life for 1\d s: {found}", said)
+    assert said.count("new start") == 1
+    fault.user_sees(
+        "actor_train-1 gives no sign of life for ... s: its process ... is stopped (SIGSTOP); ...; LOST: actor_train-1 "
+        "...; going on after step ... (new start 1 of at most 3)"
+    )
+    fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("daemon", "number", "lost"),
+    [
+        pytest.param(
+            "gcs_server",
+            signal.SIGKILL,
+            "Ray's gcs_server is gone",
+            marks=pytest.mark.fault("Ray's gcs_server is killed"),
+        ),
+        pytest.param(
+            "raylet",
+            signal.SIGSTOP,
+            "Ray's raylet has been stopped for 1\\d s",
+            marks=pytest.mark.fault("Ray's raylet is stopped (SIGSTOP), for good"),
+        ),
+    ],
+)
+def test_ray_itself_is_started_anew(fault: Fault, whole, tmp_path, checkpoint, daemon, number, lost):
+    with nothing_left():
+        run = start(tmp_path, checkpoint, "save_steps=1", "worker_timeouts.stopped=15")
+        try:
+
+            def strike() -> None:
+                next(p for p in run.descendants() if p.name() == daemon).send_signal(number)
+                wait_until_it_says(run, "LOST: ")
+
+            fault.recovered(loses(run, strike))
+            assert_as_undisturbed(run, whole)
+        finally:
+            run.end()
+    said = run.stderr.read_text()
+    assert re.search(f"LOST: {lost}", said)
+    assert said.count("new start") == 1
+    fault.user_sees(f"LOST: Ray's {daemon} ...; going on after step ... (new start 1 of at most 3)")
+    fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
+
+
+@pytest.mark.long
+@pytest.mark.fault("SIGTERM while Ray's raylet is stopped (SIGSTOP)")
+def test_sigterm_ends_a_run_whose_ray_hangs(fault: Fault, tmp_path, checkpoint):
+    with nothing_left():
+        run = start(tmp_path, checkpoint, "save_steps=1", "max_steps=500", "sigterm_grace_period=20")
+        try:
+            run.wait_for_step(2)
+            next(p for p in run.descendants() if p.name() == "raylet").send_signal(signal.SIGSTOP)
+            struck = time.monotonic()
+            run.process.send_signal(signal.SIGTERM)
+            assert run.finish(20 + 5) == 128 + signal.SIGTERM, run.stderr.read_text()
+            fault.recovered(time.monotonic() - struck)
+        finally:
+            run.end()
+    done = int(re.search(r"SIGTERM: leaving after step (\d+)", run.stderr.read_text())[1])
+    assert f"step-{done:08d} in" in run.stderr.read_text()
+    fault.user_sees("SIGTERM: leaving after step ...; saved .../step-...; exit status 143 within the grace period")
+    fault.lost("nothing; what was sampled for the next step is sampled again")
+
+
 @pytest.mark.long
 @pytest.mark.fault("SIGTERM")
 def test_sigterm_saves_the_newest_step_and_leaves(fault: Fault, whole, tmp_path, checkpoint):

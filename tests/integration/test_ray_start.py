@@ -9,7 +9,7 @@ import pytest
 from faults import Fault, nothing_left
 from whole_run import START_TIMEOUT, Run
 
-from roll_r3.cluster.placement import ray_cluster
+from roll_r3.cluster.session import ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import LostWorkerError
@@ -24,11 +24,11 @@ def test_it_is_said_in_words(fault: Fault, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = RLVRConfig(exp_name="x", pretrain="p", max_steps=1, actor_train={}, actor_infer={})
     began = time.monotonic()
-    said = pytest.raises(LostWorkerError, match=r"Ray did not start here: \w+: .*\nits own logs are")
+    said = pytest.raises(LostWorkerError, match=r"Ray did not start here: \w+: .*\nit got no directory: see RAY_T")
     with nothing_left(), said, ray_cluster(config):
         pass
     fault.recovered(time.monotonic() - began)
-    fault.user_sees("error: Ray did not start here: ..., and where its logs are; exit status 1")
+    fault.user_sees("error: Ray did not start here: ..., and where its logs are, or why it has none; exit status 1")
     fault.lost("nothing; a run that has made no step does not try again by itself")
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,44 @@ def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(fault: Fault, whole, 
         "error: step 2 was not saved: ... No space left on device; the run stops here; in ... there is step 1"
     )
     fault.lost("nothing; the step that was not saved is done again once there is space")
+
+
+@pytest.mark.long
+@pytest.mark.fault("the disk of a run's directory fills up between two checkpoints")
+def test_a_disk_that_fills_up_in_a_step_is_named(fault: Fault, whole, tmp_path, checkpoint, small_disk):
+    if not os.path.ismount(small_disk):
+        pytest.skip("this user may mount no disk")
+    trainer, wanted = whole
+    subprocess.run(["mount", "-o", f"remount,size={4 * DISK_KB}k", small_disk], check=True)
+    settings = (f"output_dir={small_disk}", "save_steps=5", "num_logged_samples=8")  # more than a page in four steps
+    run = start(tmp_path, checkpoint, trainer, *settings)
+    run.output = small_disk
+    try:
+        wait_until(run, lambda: "/step-00000005 in" in run.stderr.read_text(), every=0.01)
+        struck = time.monotonic()
+        with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+            while True:
+                filler.write(bytes(1 << 20))  # as much of it as there is space for
+        assert run.finish(START_TIMEOUT) == 1, run.stderr.read_text()
+        fault.recovered(time.monotonic() - struck)
+    finally:
+        run.end()
+    said = run.stderr.read_text()
+    assert "Traceback" not in said
+    assert "Logging error" not in said
+    error = said[said.rindex("error: ") :]
+    assert f"No space left on device: '{small_disk}/" in error
+    assert f"Free space on the disk {small_disk} (0 of " in error
+    assert len(error.splitlines()) <= 5
+    (small_disk / "filler").unlink()
+    again = start(tmp_path, checkpoint, trainer, *settings, "resume_from_checkpoint=auto")
+    again.output = small_disk
+    finished(again)
+    assert learned(again) == learned(wanted), "to the bit"
+    fault.user_sees(
+        "error: [Errno 28] No space left on device: '.../metrics.jsonl', its disk, and what to do; status 1"
+    )
+    fault.lost("nothing; once there is space, the steps since the last checkpoint are done again, to the bit")
 
 
 def flip(path: Path) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from whole_run import Run, few_steps
 
-from roll_r3.cluster.placement import TOKEN_VARIABLE
+from roll_r3.cluster.session import TOKEN_VARIABLE
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.rollout.sglang.launcher import KEY_VARIABLE
@@ -85,6 +85,15 @@ def test_everything_listens_on_loopback_alone(run: Run) -> None:
     assert {"gcs_server", "raylet"} < names
     assert sum(name.startswith("ray::ModelWorker") for name, _, _ in found) >= 6, "gloo, in three ranks"
     assert [one for one in found if not one[1].is_loopback] == []
+
+
+def test_nobody_else_reaches_what_ray_makes_writable_for_everyone(run: Run) -> None:
+    made = session(run)
+    assert any(path.stat().st_mode & stat.S_IWOTH for path in (made.parent, made)), "else nothing need be closed"
+    closed = made.parents[1]
+    assert closed.name.startswith("r3-ray-")
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+    assert closed.stat().st_uid == os.getuid()
 
 
 def test_ray_lets_nobody_in_without_the_token(run: Run) -> None:

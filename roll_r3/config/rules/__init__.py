@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Finding
-from roll_r3.config.rules import algorithm, batching, data, devices, layout, replay, rollout, saving
+from roll_r3.config.rules import algorithm, batching, data, devices, layout, replay, rollout, saving, waiting
 from roll_r3.config.rules.table import AnyRule, check_rows
 
 RULES: tuple[AnyRule, ...] = (
@@ -20,6 +20,7 @@ RULES: tuple[AnyRule, ...] = (
     *rollout.RULES,
     *data.RULES,
     *saving.RULES,
+    *waiting.RULES,
 )
 
 

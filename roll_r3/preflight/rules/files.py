@@ -111,7 +111,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="resume-from-checkpoint",
         fields=("resume_from_checkpoint",),
         why="a run goes on from a checkpoint that roll_r3 wrote and completed",
-        fix="write auto, off, or the path of a directory like <run>/checkpoints/step-00000050",
+        fix="write auto, off, or the path of a run or of a checkpoint, like <run>/checkpoints/step-00000050",
         wrong=("resume_from_checkpoint=no/such/checkpoint",),
         right=("resume_from_checkpoint=auto",),
         violates=lambda config, where: where.resume_problem,

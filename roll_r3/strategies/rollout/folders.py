@@ -35,7 +35,7 @@ def make() -> Path:
     Raises:
         OSError: there is no room for one.
     """
-    return Path(tempfile.mkdtemp(prefix=f"{_BEGIN}{_here() or 'somewhere'}-{os.getpid()}-"))
+    return Path(tempfile.mkdtemp(prefix=f"{_BEGIN}{here() or 'somewhere'}-{os.getpid()}-"))
 
 
 def remove(folder: Path) -> None:
@@ -57,9 +57,9 @@ def remove_orphaned() -> None:
     Only what was made here, since this machine was started; nothing where that cannot be told. Another user's cannot
     be removed, and are not tried.
     """
-    if not (here := _here()):
+    if not (place := here()):
         return
-    own = f"{_BEGIN}{here}-"
+    own = f"{_BEGIN}{place}-"
     for folder in Path(tempfile.gettempdir()).glob(f"{own}*"):
         maker = re.match(r"([0-9]{1,9})-", folder.name.removeprefix(own))  # anybody may make others
         with contextlib.suppress(OSError):  # another looks after them too
@@ -69,7 +69,7 @@ def remove_orphaned() -> None:
                 remove(folder)
 
 
-def _here() -> str:
+def here() -> str:
     """Where the number of a process names the same one: one start of one machine, and who is seen from this process.
     Empty: it cannot be told."""
     try:

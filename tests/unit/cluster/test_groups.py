@@ -105,3 +105,16 @@ def test_what_an_update_finds_is_in_the_order_of_the_batch(monkeypatch: pytest.M
     assert np.array_equal(old.entropy_N, batch.input_ids_N + 10)
     brought = replace(batch, old_log_probs_N=np.zeros(len(batch.labels_N), np.float32))
     assert group.train_step(brought, 1).old is None
+
+
+def test_every_worker_is_met_once_all_have_started() -> None:
+    """Else one that is stopped before it was ever asked could not be found."""
+    happened: list[str] = []
+    roles = Roles.__new__(Roles)
+    roles.rollout, roles.trainer, roles.reference, roles._waiting = MagicMock(), MagicMock(), None, MagicMock()
+    roles.rollout.begin_start.return_value = {}
+    roles.trainer.begin_start.return_value = {}
+    roles._waiting.wait_for.side_effect = lambda *_: happened.append("started")
+    roles._waiting.meet.side_effect = lambda: happened.append("met")
+    roles.start()
+    assert happened == ["started", "met"]

@@ -5,7 +5,9 @@ The trainer is a stand-in: two files in the place of its tensors, whose writing 
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import resource
 import signal
 import time
@@ -20,7 +22,7 @@ from fake_run import FakeRun, config_of
 
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError
-from roll_r3.pipelines.checkpoints import lacks_export
+from roll_r3.pipelines.checkpoints import lacks_export, try_saving
 from roll_r3.pipelines.leaving import Leave, LeaveNow
 from roll_r3.saving.manifest import verify
 from roll_r3.saving.state import read_state
@@ -155,6 +157,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, size):
     run = FakeRun(config).run_to(3)
     with files_up_to(size), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
         run.saving.step_done(4, samples_seen=128)
+    assert re.search(r"\(disk: /\S* \(\d+ of \d+ MB are free\)\)$", str(stopped.value))
     assert "there is step 2" in str(stopped.value)
     assert [entry.name for entry in run.checkpoints.folder.iterdir()] == ["step-00000002"]
     verify(run.checkpoints.path(2))
@@ -341,3 +344,19 @@ def test_a_lost_worker_while_saving_is_no_full_disk(tmp_path, async_save):
     with pytest.raises(LostWorkerError, match="actor_train-1 died"), run.saving:
         run.run_to(4)
     assert [path.name for path in run.checkpoints.folder.iterdir()] == ["step-00000002"]
+
+
+def test_a_disk_on_which_nothing_can_be_saved_is_found_before_the_first_step(tmp_path, monkeypatch):
+    run = FakeRun(config_of(tmp_path))
+    try_saving(run.config, run.run_dir)
+    assert list(run.checkpoints.folder.iterdir()) == []
+
+    def refuses(folder: Path) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument", str(folder))
+
+    monkeypatch.setattr("roll_r3.saving.store.sync_directory", refuses)
+    with pytest.raises(
+        CheckpointError, match=r"nothing could be saved in .*/checkpoints, so no step is made.*Invalid arg"
+    ):
+        try_saving(run.config, run.run_dir)
+    try_saving(config_of(tmp_path, save_steps=0), run.run_dir)

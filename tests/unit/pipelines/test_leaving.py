@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+import psutil
 import pytest
 
 from roll_r3.pipelines.leaving import EXIT_STATUS, Leave, LeaveNow, Leaving
@@ -169,3 +172,59 @@ def test_other_threads_hold_nothing():
 def test_nothing_happens_without_one():
     with Leaving(60) as leaving, leaving.held():
         pass
+
+
+def test_a_terminal_that_goes_away_ends_nothing_nor_what_is_started() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with Leaving(60):
+        os.kill(os.getpid(), signal.SIGHUP)
+        child = subprocess.run(["sh", "-c", "kill -HUP $$; echo alive"], capture_output=True, text=True, check=False)
+    assert child.stdout == "alive\n"
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+HANGS = """
+import ctypes, os, signal, subprocess, sys, threading
+from roll_r3.pipelines import leaving
+leaving.LATE_S = 0.5
+libc = ctypes.CDLL(None)
+with leaving.Leaving(float(sys.argv[1])):
+    child = subprocess.Popen(["sleep", "100"])
+    os.kill(child.pid, signal.SIGSTOP)
+    locked = ctypes.create_string_buffer(64)  # a mutex, taken twice: a wait that no signal ends
+    libc.pthread_mutex_lock(locked)
+    print(child.pid, flush=True)
+    libc.pthread_mutex_lock(locked)
+"""
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "signals", "least", "most", "status"),
+    [
+        (3.0, [signal.SIGTERM], 3.0, 7.0, 143),
+        (6.0, [signal.SIGTERM, signal.SIGTERM], 3.0, 6.0, 143),
+        (1.0, [signal.SIGINT, signal.SIGINT], 0.5, 4.0, 130),
+    ],
+    ids=["SIGTERM", "a second SIGTERM", "Ctrl-C twice"],
+)
+def test_a_process_that_hangs_in_a_library_is_ended_with_what_it_started(
+    grace_s: float, signals: list[signal.Signals], least: float, most: float, status: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGS, str(grace_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    time.sleep(0.3)  # it hangs by now
+    began = time.monotonic()
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.2)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert least <= time.monotonic() - began <= most
+    assert "the run did not end in time, so its processes are killed" in said
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

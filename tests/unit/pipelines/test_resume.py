@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_run import FakeRun, config_of
 
-from roll_r3.errors import CheckpointError, ConfigError, RollError
+from roll_r3.errors import BusyError, CheckpointError, ConfigError, RollError
 from roll_r3.pipelines.resume import (
     ResumePoint,
     changes,
@@ -66,7 +66,7 @@ def test_what_another_process_saves_as_it_leaves_is_gone_on_from(tmp_path):
     """It is looked for under the lock, so that nothing that is whole is taken for damaged."""
     config = config_of(tmp_path, resume_from_checkpoint="auto")
     first = FakeRun(config).run_to(2)
-    with first.run_dir.locked(print), pytest.raises(ConfigError, match="another process runs in"):
+    with first.run_dir.locked(print), pytest.raises(BusyError, match="another process runs in"):
         FakeRun(config)
     first.run_to(4)
     again = FakeRun(config)
@@ -176,3 +176,51 @@ def test_metrics_that_are_none_are_refused(tmp_path, text):
         (path / "metrics.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(CheckpointError, match="does not hold the metrics"):
         put_back(run.run_dir, ResumePoint(path, read_state(path)), run.said.append)
+
+
+def test_a_clock_that_is_set_back_does_not_choose_the_run(tmp_path):
+    FakeRun(config_of(tmp_path), hour=9).run_to(4)
+    newer = FakeRun(config_of(tmp_path), hour=2).run_to(2)
+    again = FakeRun(config_of(tmp_path, resume_from_checkpoint="auto"), hour=3)
+    assert again.run_dir == newer.run_dir
+    assert (tmp_path / "exp" / "latest").resolve() == newer.run_dir.path.resolve()
+
+
+def test_a_busy_run_names_the_others_and_one_of_them_goes_on_by_its_directory(tmp_path):
+    killed, other = FakeRun(config_of(tmp_path)).run_to(4), FakeRun(config_of(tmp_path), hour=2).run_to(2)
+    with other.run_dir.locked(print):
+        with pytest.raises(BusyError, match="another process runs in") as caught:
+            FakeRun(config_of(tmp_path, resume_from_checkpoint="auto"))
+        assert f"resume_from_checkpoint: {killed.run_dir.path} (1 with checkpoints" in str(caught.value)
+        again = FakeRun(config_of(tmp_path, resume_from_checkpoint=str(killed.run_dir.path)), hour=3)
+    assert again.run_dir == killed.run_dir
+    assert again.done == 4
+    again.run_to(6)
+    assert FakeRun(config_of(tmp_path, resume_from_checkpoint="auto")).run_dir == killed.run_dir, "it is the newest now"
+
+
+def test_the_directory_of_a_run_may_be_named_by_a_link(tmp_path):
+    first = FakeRun(config_of(tmp_path)).run_to(2)
+    again = FakeRun(config_of(tmp_path, resume_from_checkpoint=str(tmp_path / "exp" / "latest")))
+    assert again.run_dir == first.run_dir
+    assert (tmp_path / "exp" / "latest").resolve() == first.run_dir.path.resolve()
+
+
+def test_the_directory_of_another_experiments_run_begins_a_new_one(tmp_path):
+    first = FakeRun(config_of(tmp_path)).run_to(5)
+    other = FakeRun(config_of(tmp_path, exp_name="other", resume_from_checkpoint=str(first.run_dir.path)))
+    assert other.run_dir.path.parent == tmp_path / "other"
+    assert other.done == 4
+    empty = FakeRun(config_of(tmp_path, exp_name="empty"))
+    empty.checkpoints.folder.mkdir()
+    with pytest.raises(ConfigError, match="a run without a checkpoint"):
+        FakeRun(config_of(tmp_path, exp_name="other", resume_from_checkpoint=str(empty.run_dir.path)))
+
+
+def test_a_directory_that_cannot_be_made_is_a_mistake_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"output_dir: .*/file: the run's directory cannot be made: .*Not a dir"
+    ) as told:
+        FakeRun(config_of(tmp_path / "file"))
+    assert "\n" not in str(told.value)

@@ -152,3 +152,35 @@ def test_what_does_not_come_up_in_a_new_start_is_a_loss(
     with pytest.raises(type(error), match="no GPU memory") as caught:
         starts_of(tmp_path).run(point)
     assert caught.value is error, "in the first start it is a setting more often than a fault"
+
+
+def test_a_loss_is_said_before_the_rest_is_taken_down(tmp_path: Path, cluster: Any) -> None:
+    """Taking it down may take long where a process of Ray's hangs; and who is taken down is to know of the loss."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    happened: list[str] = []
+    starts = starts_of(tmp_path)
+    starts._progress.say.side_effect = happened.append
+    cluster.steps.side_effect = [LostWorkerError("actor_train-0 died"), ([], [])]
+    exits = cluster.Roles.return_value.__exit__
+    exits.side_effect = lambda *error: happened.append(f"taken down after {error[-3]}")
+    starts.run(SimpleNamespace(checkpoint=tmp_path, state=MagicMock(step=0, samples_seen=0)))  # type: ignore[arg-type]
+    assert happened[0] == "LOST: actor_train-0 died"
+    assert happened[1] == f"taken down after {LostWorkerError}"
+    assert happened[-1] == "taken down after None"
+
+
+def test_a_loss_of_no_use_is_raised_once_and_as_it_is(tmp_path: Path, cluster: Any) -> None:
+    cluster.steps.side_effect = [LostWorkerError("actor_train-0 died")]
+    starts = starts_of(tmp_path)
+    with pytest.raises(LostWorkerError, match="died\nthe run had not made a step"):
+        starts.run(None)
+    starts._progress.say.assert_not_called()
+
+
+def test_a_loss_that_only_the_end_of_ray_tells_is_one(tmp_path: Path, cluster: Any) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    cluster.steps.side_effect = [RuntimeError("of Ray's"), ([], [])]
+    cluster.ray_cluster.return_value.__exit__.side_effect = [LostWorkerError("Ray failed"), False]
+    starts = starts_of(tmp_path)
+    starts.run(SimpleNamespace(checkpoint=tmp_path, state=MagicMock(step=0, samples_seen=0)))  # type: ignore[arg-type]
+    assert next(call.args[0] for call in starts._progress.say.call_args_list) == "LOST: Ray failed"

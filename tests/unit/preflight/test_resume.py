@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from roll_r3.preflight.files import resume_problem
 from roll_r3.saving.manifest import file_sum, seal
 from roll_r3.saving.state import STATE, Data, RunState
+from roll_r3.saving.store import CHECKPOINTS
 
 
 @pytest.fixture
@@ -33,3 +36,11 @@ def test_what_is_no_checkpoint_is_said_to_be_none(checkpoint, tmp_path):
     assert "does not say how far the run was" in resume_problem(str(checkpoint))
     (checkpoint / "complete").unlink()
     assert "one that was not completed" in resume_problem(str(checkpoint))
+
+
+def test_a_run_with_a_checkpoint_can_be_named_by_its_directory(checkpoint: Path, tmp_path: Path) -> None:
+    step = tmp_path / "run" / CHECKPOINTS / "step-00000003"
+    step.parent.mkdir(parents=True)
+    assert "a run without a checkpoint" in resume_problem(str(tmp_path / "run"))
+    checkpoint.rename(step)
+    assert resume_problem(str(tmp_path / "run")) == ""

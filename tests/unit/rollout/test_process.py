@@ -217,7 +217,7 @@ def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with subprocess.Popen(["true"]) as gone:
         pass
-    here = folders._here()
+    here = folders.here()
     makers = (
         f"{here}-{gone.pid}",
         f"{here}-{os.getppid()}",

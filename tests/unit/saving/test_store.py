@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from roll_r3.errors import CheckpointError
 from roll_r3.saving.manifest import file_sum
-from roll_r3.saving.store import CHECKPOINTS, Store, newest_run
+from roll_r3.saving.store import CHECKPOINTS, Store, mark_newest, newest_run, runs_saved
 
 
 def save(store: Store, step: int) -> Path:
@@ -143,3 +144,40 @@ def test_what_is_set_aside_stays(store):
     kept = {path.name: (path / "attempt").read_text() for path in store.folder.glob("step-*")}
     assert kept == {"step-00000004.damaged": "0", "step-00000004.damaged-2": "1", "step-00000004.damaged-3": "2"}
     assert store.steps() == []
+
+
+def test_a_run_that_began_last_is_the_newest_whatever_the_clock_said(tmp_path):
+    """As after a journey to another time zone, or a clock that was put right."""
+    for run in ("20261121-210000", "20261121-120000", "20261121-120000-1"):
+        save(Store(tmp_path / run / CHECKPOINTS), 1)
+    assert newest_run(tmp_path) == "20261121-210000", "of an earlier release, by its name"
+    mark_newest(tmp_path / "20261121-120000")
+    assert newest_run(tmp_path) == "20261121-120000"
+    mark_newest(tmp_path / "20261121-120000-1")
+    mark_newest(tmp_path / "20261121-120000-1")
+    assert newest_run(tmp_path) == "20261121-120000-1"
+    mark_newest(tmp_path / "20261121-210000")
+    assert newest_run(tmp_path) == "20261121-210000", "it went on"
+    assert runs_saved(tmp_path) == ["20261121-120000", "20261121-120000-1", "20261121-210000"]
+
+
+@pytest.mark.parametrize("text", ["", "x", "-3", "9" * 100, "\u0663", "1e3"])
+def test_a_number_that_is_none_is_as_if_there_were_none(tmp_path, text):
+    for run in ("20261121-210000", "20261121-120000"):
+        save(Store(tmp_path / run / CHECKPOINTS), 1)
+    (tmp_path / "20261121-120000" / ".order").write_text(text)
+    assert newest_run(tmp_path) == "20261121-210000"
+
+
+def test_a_trial_leaves_nothing_and_fails_where_a_save_would(store, monkeypatch):
+    save(store, 1)
+    store.try_out()
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
+
+    def refuses(folder: Path) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument", str(folder))
+
+    monkeypatch.setattr("roll_r3.saving.store.sync_directory", refuses)
+    with pytest.raises(OSError, match="Invalid argument"):
+        store.try_out()
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]

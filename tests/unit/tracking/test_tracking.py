@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from roll_r3.errors import ConfigError
+from roll_r3.errors import BusyError
 from roll_r3.tracking.metric_log import MetricLog
 from roll_r3.tracking.names import METRICS, metrics_table
 from roll_r3.tracking.progress import Progress, format_seconds
 from roll_r3.tracking.report import run_summary
 from roll_r3.tracking.run_dir import RunDir
+from roll_r3.tracking.run_log import RunLog
 
 NOW = datetime(2026, 11, 21, 12, 0, 0)
 
@@ -95,7 +97,7 @@ def test_one_process_at_a_time_runs_in_a_directory(tmp_path):
     run_dir = RunDir.create(str(tmp_path), "exp", NOW)
     again = RunDir.reopen(str(tmp_path), "exp", run_dir.path.name)
     said: list[str] = []
-    with run_dir.locked(print), pytest.raises(ConfigError, match="another process runs in"), again.locked(print):
+    with run_dir.locked(print), pytest.raises(BusyError, match="another process runs in"), again.locked(print):
         pass
     with again.locked(said.append):
         pass
@@ -111,7 +113,7 @@ def test_what_is_saved_on_another_disk_is_one_runs_too(tmp_path):
     assert first.saved != second.saved
     again = RunDir.reopen(str(tmp_path / "c"), "exp", first.saved.name, saving_dir=disk)
     busy = f"another process runs in {first.saved}"
-    with first.locked(print), pytest.raises(ConfigError, match=busy), again.locked(print):
+    with first.locked(print), pytest.raises(BusyError, match=busy), again.locked(print):
         pass
 
 
@@ -230,3 +232,30 @@ def test_docs_of_metrics_are_fresh():
     path = Path(__file__).parents[3] / "docs" / "metrics.md"
     assert path.read_text() == metrics_table(), "run python -m roll_r3.tracking.names"
     assert all(m.unit and m.meaning for m in METRICS.values())
+
+
+FULL = Path("/dev/full")
+"""A device that takes nothing: every write to it fails as on a full disk."""
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has none")
+
+
+@needs_full
+def test_a_log_on_a_full_disk_is_said_once_and_shows_no_traceback(capsys):
+    said: list[str] = []
+    log, logger = RunLog(FULL, said.append), logging.getLogger("of a test")
+    logger.addHandler(log)
+    try:
+        for _ in range(3):
+            logger.warning("a line")
+    finally:
+        logger.removeHandler(log)
+    assert said == ["the log cannot be written: [Errno 28] No space left on device: '/dev/full'"]
+    assert capsys.readouterr().err == ""
+
+
+@needs_full
+def test_metrics_that_the_disk_does_not_take_are_named(tmp_path):
+    run_dir = RunDir.create(str(tmp_path), "exp", NOW)
+    run_dir.metrics_file.symlink_to(FULL)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'"), MetricLog(run_dir, []) as log:
+        log.write(1, {"critic/score/mean": 0.5})

@@ -1,0 +1,70 @@
+"""The directory of a Ray that a run starts: closed to other users, and removed with the run.
+
+Ray makes everything in it writable by everyone, whatever the umask, so what holds it must be closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import psutil
+from ray._common.utils import get_default_system_temp_dir
+
+from roll_r3.strategies.rollout.folders import here
+
+_BEGIN = "r3-ray-"
+_MAKER = "maker"
+"""In the directory: a file that says which process made it, and where that number means this process."""
+_MAX_MAKER = 64
+_RAYS_OWN = "r"
+"""In the directory: Ray's, with mode 0777."""
+_SOCKET_LIMIT = 107
+"""Bytes of a Unix socket's path."""
+_BELOW = len("/session_2026-11-30_00-00-00_000000_4194304/sockets/plasma_store")
+
+
+class RayFolder:
+    """A new directory, for the time of a block or until `remove`."""
+
+    def __init__(self) -> None:
+        """Raises OSError: it cannot be made."""
+        remove_orphaned()
+        self.path = Path(tempfile.mkdtemp(prefix=_BEGIN, dir=_base()))  # mode 0700
+        (self.path / _MAKER).write_text(f"{here()} {os.getpid()}\n")
+
+    @property
+    def temp_dir(self) -> str:
+        """For Ray's `_temp_dir`."""
+        return str(self.path / _RAYS_OWN)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def keep(self) -> None:
+        """Leave it, with Ray's logs, to who wants to know why Ray failed."""
+        (self.path / _MAKER).unlink(missing_ok=True)
+
+
+def _base() -> str:
+    """Where Ray's directory goes: where it would go by itself, or to /tmp where a socket's path would be too long."""
+    base = get_default_system_temp_dir()
+    length = len(os.fsencode(base)) + len(f"/{_BEGIN}12345678/{_RAYS_OWN}") + _BELOW
+    return base if length <= _SOCKET_LIMIT or "RAY_TMPDIR" in os.environ else "/tmp"
+
+
+def remove_orphaned() -> None:
+    """Directories whose makers were killed before they could remove them; only those of this user and this machine."""
+    if not (place := here()):
+        return
+    for folder in Path(_base()).glob(f"{_BEGIN}*"):
+        with contextlib.suppress(OSError, ValueError):
+            if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
+                continue
+            with (folder / _MAKER).open("rb") as stream:
+                where, pid = stream.read(_MAX_MAKER).decode().split()
+            if where == place and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""Writes that failed, in words: the file, the disk that it is on, and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+UNMAKEABLE = REFUSED | {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""Why a directory that a configuration names cannot be made, for as long as nobody changes either."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError of the block name this file where it names none, as one of a write does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def explain(error: OSError) -> str:
+    """Of a write that failed: the file, its disk, and what to do; at most two lines."""
+    if error.errno not in FULL | REFUSED or not isinstance(error.filename, str):
+        return str(error)
+    disk = disk_of(Path(error.filename))
+    if error.errno in FULL:
+        todo = f"Free space on the disk {disk}"
+    elif error.errno == errno.EROFS:
+        todo = f"Have the disk {disk} mounted for writing"
+    else:
+        todo = f"Let user {os.getuid()} write there, on the disk {disk}"
+    return f"{error}\n{todo}, and start the run again: resume_from_checkpoint: auto goes on from the newest checkpoint"
+
+
+def disk_of(path: Path) -> str:
+    """Where the disk of a path is mounted, and how much of it is free."""
+    try:
+        folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        usage, device = shutil.disk_usage(folder), folder.stat().st_dev
+        mount = folder
+        for parent in folder.parents:
+            if parent.stat().st_dev != device:
+                break
+            mount = parent
+    except (OSError, StopIteration):
+        return f"of {path}"
+    return f"{mount} ({usage.free / 1e6:.0f} of {usage.total / 1e6:.0f} MB are free)"
