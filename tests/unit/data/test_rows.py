@@ -1,4 +1,4 @@
-"""What becomes of the values of rows: they are kept as they are in the file, or refused."""
+"""Values of rows: they are kept as they are in the file, or refused."""
 
 from __future__ import annotations
 
