@@ -58,7 +58,7 @@ class Place:
     number: int
     """From 1; negative: from the end of the file, whose last row is -1."""
     unit: str = "row"
-    """What the number counts: "line" for JSON Lines, else "row"."""
+    """Unit of the number: "line" for JSON Lines, else "row"."""
 
     def __str__(self) -> str:
         return f"{self.unit} {self.number}" if self.number > 0 else f"{self.unit} {-self.number} from the end"

@@ -92,7 +92,7 @@ def _pieces(metadata: Any, most: int | None) -> Iterator[tuple[int, list[int], i
 
 
 def _is_json(kind: Any) -> bool:
-    """Whether values of a type of Arrow's are text, numbers, booleans, null, or lists and structs of them."""
+    """True where values of a type of Arrow's are text, numbers, booleans, null, or lists and structs of them."""
     from pyarrow import types  # noqa: PLC0415
 
     if types.is_struct(kind):

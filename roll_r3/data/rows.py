@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOOK = Look(rows=20_000, size=64 << 20)
-"""What a look reads at the beginning of the files, all together."""
+"""Part that a look reads at the beginning of the files, all together."""
 _LEAST = Look(rows=100, size=1 << 20)
-"""What it reads of each file in any case."""
+"""Part that it reads of each file in any case."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,14 @@ COLUMNS: dict[str, dict[str, str]] = {
     "roll": {"messages": "m", "ground_truth": "g"},
     "dotted": {"prompt": "x.q", "ground_truth": "x.a"},
 }
+KINDS = [
+    "as it is", "as it is", "planted", "planted", "planted", "numbers", "numbers", "twice", "lines", "lines", "mutated",
+    "mutated",
+]  # fmt: skip
 NUMBERS = ["0", "-0", "7", "0.10", "-2.50", "1e5", "1E-5", "1e999", "9" * 30, "9" * 4500, "0.1234567890123456789", "-"]
+PLACE = "@"
+"""Text in whose place numbers are written."""
+TWICE = [b'"k": "v",', b'"q": "x",', b'"g": "1",', b'"a": "1",', b'"l": "1",']
 LINES = [
     b"", b" \r", b"\xef\xbb\xbf", b"3", b"null", b"[]", b"{}", b'"x"', b'{"q": "a", "a": 1, "q": "b"}', b"[" * 30_000,
     b'{"q": "a", "a": NaN}', b'{"q": "\\ud800", "a": ""}', b"\xe9", b'{"q": "a", "a": "b"', b"\x1b[2J", b"{'q': 'a'}",
@@ -92,7 +99,7 @@ def _row(shape: str, i: int, text: str) -> dict[str, Any]:
             "a": text,
             "t": text,
             "n": f"n{i}",
-            "more": {"l": [i], "f": 0.5, "x": None, "k": text},
+            "more": {"l": [i], "f": 0.125, "x": None, "k": text},
         },
         "verl": {"p": chat, "r": {"g": text, "style": "rule"}, "s": "gsm", "extra": {"index": i}},
         "roll": {"m": json.dumps(chat), "g": text},
@@ -103,10 +110,9 @@ def _row(shape: str, i: int, text: str) -> dict[str, Any]:
 @st.composite
 def _files(draw: st.DrawFn) -> Drawn:
     form, shape = draw(st.sampled_from(FORMS)), draw(st.sampled_from(list(COLUMNS)))
-    rows: list[Any] = [_row(shape, i, draw(st.sampled_from(TEXTS))) for i in range(draw(st.integers(1, 5)))]
-    kind = draw(
-        st.sampled_from(["as it is", "planted", "planted", "planted", "numbers", "lines", "mutated", "mutated"])
-    )
+    kind = draw(st.sampled_from(KINDS))
+    texts = st.just(PLACE) if kind == "numbers" else st.sampled_from(TEXTS)
+    rows: list[Any] = [_row(shape, i, draw(texts)) for i in range(draw(st.integers(1, 5)))]
     if kind == "planted":
         rows = draw(replanted(rows))
     if form == "parquet":
@@ -123,9 +129,10 @@ def _text(rows: Any, draw: st.DrawFn, form: str, kind: str) -> bytes:
     listed = rows if isinstance(rows, list) else [rows]
     lines = [json.dumps(row, ensure_ascii=escaped).encode(errors="surrogatepass") for row in listed]
     if kind == "numbers":
-        number = draw(st.sampled_from(NUMBERS)).encode()
-        at = draw(st.integers(0, len(lines) - 1))
-        lines[at] = lines[at].replace(json.dumps(draw(st.sampled_from(TEXTS)), ensure_ascii=escaped).encode(), number)
+        lines = [line.replace(json.dumps(PLACE).encode(), draw(st.sampled_from(NUMBERS)).encode()) for line in lines]
+    if kind == "twice":
+        lines[0] = lines[0].replace(b": {", b": {" + draw(st.sampled_from(TWICE)), 1)
+        lines[-1] = lines[-1][:-1] + b", " + draw(st.sampled_from(TWICE))[:-1] + b"}"
     if kind == "lines":
         lines.insert(draw(st.integers(0, len(lines))), draw(st.sampled_from(LINES)))
     end = draw(st.sampled_from([b"\n", b"\r\n"]))
@@ -183,8 +190,15 @@ def _second_reading(form: str, path: Path) -> Iterator[tuple[dict[str, Any], dic
     text = (gzip.decompress(content) if form == "jsonl.gz" else content).decode("utf-8-sig")
     texts = [text] if form == "json" else [line for line in text.split("\n") if line.strip(" \t\r")]
     for line in texts:
-        plain, written = json.loads(line), json.loads(line, parse_float=_Literal, parse_int=_Literal)
+        plain = json.loads(line, object_pairs_hook=_once)
+        written = json.loads(line, parse_float=_Literal, parse_int=_Literal)
         yield from zip(plain, written, strict=True) if form == "json" else [(plain, written)]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key is there twice")
+    return dict(pairs)
 
 
 def _at(row: dict[str, Any], column: str) -> Any:

@@ -44,7 +44,7 @@ _TEMPLATE_PARTS = frozenset(
         "tokenizer_kwargs", "tools", "truncation",
     }
 )  # fmt: skip
-"""What roll_r3 itself passes to a tokenizer's apply_chat_template, and what takes more than a plain value."""
+"""Arguments of apply_chat_template that roll_r3 passes itself, or that take more than a plain value."""
 
 
 def _clashing_arguments(config: RLVRConfig) -> Verdict:

@@ -16,7 +16,7 @@ QWEN = """\
 {%- if m.role in ['system', 'user', 'assistant'] %}{{ m.role[0] + ':' + c + ';' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ 'a:' }}{% if enable_thinking is defined and enable_thinking is false %}{{ '<none>' }}
 {%- endif %}{% endif %}"""
-"""What Qwen3's does: content that is not text vanishes, other roles vanish, thinking can be turned off."""
+"""Like Qwen3's: content that is not text vanishes, other roles vanish, thinking can be turned off."""
 
 
 @pytest.fixture

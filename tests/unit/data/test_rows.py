@@ -1,4 +1,4 @@
-"""What becomes of the values of rows: they are kept as they are in the file, or refused."""
+"""Values of rows: they are kept as they are in the file, or refused."""
 
 from __future__ import annotations
 
@@ -106,6 +106,14 @@ def test_a_prompt_that_is_not_text_is_refused(tmp_path, value, said):
     assert not rows
     assert fault.startswith('line 1: column "prompt" is ')
     assert said in fault
+
+
+@pytest.mark.parametrize("value", ["\u202e", "\x1b[2J", "\u2028", "x" * 5000])
+def test_values_are_shown_escaped_and_cut(tmp_path, value):
+    for row in ({"prompt": "a", "ground_truth": [value]}, {"prompt": "a", value: "1"}, {"prompt": {value: 1}}):
+        for fault in of_line(tmp_path, json.dumps(row))[1]:
+            assert fault.isprintable()
+            assert len(fault) < 400
 
 
 @pytest.mark.parametrize("text", ["[x] and [{'a': 1}]", "[1, 2]", '[{"a": 1}]', "[", "role: user"])
