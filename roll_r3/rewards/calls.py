@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -40,6 +41,8 @@ class Response:
 OFFERED = tuple(field.name for field in fields(Response))
 _BY_POSITION = ("response", "ground_truth")
 """What the first two parameters get when their names are not among those offered."""
+_CLOSE = 0.8
+"""Similarity from which a name is taken for a misspelt one: rows for row."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def _filled(
             argument = left.pop(p.name)
         elif stands_for is not None:
             argument = _Asked(stands_for)
+            if meant := [name for name in get_close_matches(p.name, OFFERED, 1, _CLOSE) if name != stands_for]:
+                problems.append(("reward", _misspelt(p.name, stands_for, meant[0])))
         elif argument is Parameter.empty:
             problems.append(("reward", _lacking(p.name)))
         if by_position:
@@ -155,6 +160,10 @@ def _by_position(before: Sequence[Any], names: set[str]) -> str | None:
         return None
     name = _BY_POSITION[len(before)]
     return None if name in names else name
+
+
+def _misspelt(name: str, stands_for: str, meant: str) -> str:
+    return f"its parameter {name!r} would get {stands_for} by its place: write {meant}, or a name less like it"
 
 
 def _lacking(name: str) -> str:

@@ -29,12 +29,13 @@ def math(response: str, ground_truth: str, *, seconds: float = SECONDS) -> float
 
     Raises:
         Undecided: math-verify took longer, needed too much memory, or failed on the response.
+        ValueError: this is not the main thread, where alone time can be bounded.
     """
-    try:
-        with limits(seconds, _MEMORY, Undecided):
+    with limits(seconds, _MEMORY, Undecided):
+        try:
             return float(_equal(_truth(ground_truth), _parsed(response)))
-    except Exception as error:  # whatever math-verify, sympy and the parser raise is about this response
-        raise Undecided(f"raised {type(error).__name__}: {str(error)[:_SHOWN]}") from error
+        except Exception as error:  # whatever math-verify, sympy and the parser raise is about this response
+            raise Undecided(f"raised {type(error).__name__}: {str(error)[:_SHOWN]}") from error
 
 
 def can_be_matched(ground_truth: str, *, seconds: float = SECONDS) -> float:

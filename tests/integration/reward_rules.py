@@ -83,10 +83,13 @@ def falls_over(response: str, ground_truth: str, folder: str) -> object:
     return float(response.strip() == ground_truth) if planned is None else misbehaves(planned, ground_truth)
 
 
+ACTORS = ("ray::ModelWorker", "ray::RolloutWorker")
+
+
 def _oom_scores() -> list[str]:
-    """Of Ray's workers in this run, each with the kernel's adjustment: the higher, the sooner it is killed."""
+    """Of the ranks and rollout workers of this run, each with the kernel's adjustment: the higher, the sooner it is killed."""
     children = psutil.Process(os.getppid()).children(recursive=True)
-    workers = [child for child in children if "".join(child.cmdline()).startswith("ray::")]
+    workers = [child for child in children if "".join(child.cmdline()).startswith(ACTORS)]
     return [Path(f"/proc/{worker.pid}/oom_score_adj").read_text().strip() for worker in workers]
 
 

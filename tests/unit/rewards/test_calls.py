@@ -46,6 +46,7 @@ def called(function: Callable[..., Any], **kwargs: Any) -> Any:
         (lambda row, *args: (row, args), {}, (ROW, ())),
         (lambda response, ground_truth, **kwargs: kwargs, {}, {}),
         (lambda response: response, {}, "R"),
+        (lambda responses, ground_truths: (responses, ground_truths), {}, ("R", "T")),
         (lambda row: row, {}, ROW),
         (lambda response, row: (response, row), {}, ("R", ROW)),
         (lambda answer, messages: (answer, messages), {}, ("R", MESSAGES)),
@@ -80,6 +81,11 @@ def test_no_more_than_what_is_asked_for_is_sent(function: Any, asked: set[str]) 
         (lambda response, truth, letter: 0, {}, [("reward", "its parameter 'letter' has no default")]),
         (lambda response, truth, *, letter: 0, {}, [("reward", "its parameter 'letter' has no default")]),
         (lambda source, answer, ground_truth: 0, {}, [("reward", "its parameter 'answer' has no default")]),
+        (
+            lambda response, rows: 0,
+            {},
+            [("reward", "its parameter 'rows' would get ground_truth by its place: write row")],
+        ),
         (lambda prompt, completion: 0, {}, [("reward", "its parameter 'completion' has no default")]),
         (lambda response, row: 0, {"row": 1}, [("kwargs.row", "rules are offered a value of this name")]),
         (lambda response, **kwargs: 0, {"prompt": 1}, [("kwargs.prompt", "rules are offered a value of this name")]),
@@ -101,7 +107,7 @@ def test_a_call_that_cannot_be_made_is_refused_with_every_reason(function: Any, 
     assert [field for field, _ in refused.value.problems] == [field for field, _ in problems]
     assert all(why.startswith(start) for (_, why), (_, start) in zip(refused.value.problems, problems, strict=True))
     told = str(refused.value)
-    assert all(name in told for name in OFFERED) or "offered" not in told
+    assert all(name in told for name in OFFERED) or "offered are" not in told
 
 
 def test_a_function_without_a_signature_is_called_as_ever() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import math_verify
@@ -103,6 +104,12 @@ def test_a_pair_that_cannot_be_compared_hides_no_equal_one(monkeypatch: pytest.M
 
     monkeypatch.setattr(math_rule, "verify", fails_at_expressions)
     assert math(r"\boxed{12:00}", "12:00") == 1
+
+
+def test_a_rule_that_judges_in_a_thread_is_told() -> None:
+    """A function that calls `math` beside the main thread is wrong; the response is not."""
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="main thread"):
+        pool.submit(math, "7", "7").result()
 
 
 def test_the_signals_of_a_rule_are_its_own_again() -> None:
