@@ -87,7 +87,7 @@ ACTORS = ("ray::ModelWorker", "ray::RolloutWorker")
 
 
 def _oom_scores() -> list[str]:
-    """Of the ranks and rollout workers of this run, each with the kernel's adjustment: the higher, the sooner it is killed."""
+    """Kernel adjustments of this run's ranks and rollout workers: the higher, the sooner it is killed."""
     children = psutil.Process(os.getppid()).children(recursive=True)
     workers = [child for child in children if "".join(child.cmdline()).startswith(ACTORS)]
     return [Path(f"/proc/{worker.pid}/oom_score_adj").read_text().strip() for worker in workers]

@@ -270,7 +270,7 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
     else:
         text = json.dumps(wanted) if form == "json" else "".join(json.dumps(row) + "\n" for row in wanted)
         packed = b"\xef\xbb\xbf" + text.encode()
-        path.write_bytes(gzip.compress(packed) if form == "jsonl.gz" else packed)
+        path.write_bytes(gzip.compress(packed, mtime=0) if form == "jsonl.gz" else packed)
     rows, faults = read(path)
     assert not faults
     assert [row.columns for row in rows] == wanted
@@ -289,7 +289,7 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
         ("a.json", b'[{"prompt": "a"}', "the list has no end (it seems to be cut off)"),
         ("a.json", b'[{"prompt": "a"}\n,]', "not JSON"),
         ("a.json", b"[3]", "row 1: 3 is not an object"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "ground_truth": "1"}\n' * 9)[:-12], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "ground_truth": "1"}\n' * 9, mtime=0)[:-12], "cannot be read"),
         ("a.jsonl.gz", b"{}", "cannot be read, BadGzipFile"),
         ("a.parquet", b"PAR1" * 9, "cannot be read"),
     ],
