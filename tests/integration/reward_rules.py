@@ -87,7 +87,7 @@ ACTORS = ("ray::ModelWorker", "ray::RolloutWorker")
 
 
 def _oom_scores() -> list[str]:
-    """Kernel adjustments of this run's ranks and rollout workers: the higher, the sooner it is killed."""
+    """The kernel's adjustment for each rank and rollout worker of this run: the higher, the sooner it is killed."""
     children = psutil.Process(os.getppid()).children(recursive=True)
     workers = [child for child in children if "".join(child.cmdline()).startswith(ACTORS)]
     return [Path(f"/proc/{worker.pid}/oom_score_adj").read_text().strip() for worker in workers]

@@ -315,7 +315,7 @@ RULES: tuple[AnyRule, ...] = (
             f"{TRAIN}.recompute_granularity=selective",
             f"{TRAIN}.recompute_modules=[layernorm]",
         ),
-        right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[layernorm]"),
+        right=(*OWN_GPUS, f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[layernorm]"),
         violates=_recomputes_norms_on_cpu,
     ),
     Rule(
