@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from roll_r3.config.report import ABSENT
 from roll_r3.config.roll_yaml.draft import Draft
 
 DEFAULTS: dict[str, Any] = {
@@ -34,9 +33,8 @@ def fill_in_defaults(draft: Draft) -> None:
     """What a file that was written for ROLL means by what it leaves out."""
     if not draft.is_rolls:
         return
-    tags = [draft.get(keys) for keys in draft.expand("rewards.*.tag_included")]
     kl = KL_LOSS_COEF if draft.get("use_kl_loss") is True else {}
     penalty = INIT_KL_COEF if draft.get("add_token_level_kl") is True else {}
-    domain = DOMAIN if any(tag not in (ABSENT, None, []) for tag in tags) else {}
+    domain = DOMAIN if draft.tagged else {}
     recompute = RECOMPUTE if draft.strategy("actor_train") == "fsdp2_train" else {}
     draft.fill_in(DEFAULTS | kl | penalty | domain | recompute)

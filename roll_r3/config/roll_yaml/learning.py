@@ -42,10 +42,9 @@ def _domains(draft: Draft) -> None:
 def _columns(draft: Draft) -> None:
     """ROLL's `tag` picks the reward, and its `prompt` column sees no chat template."""
     tag, messages = draft.get(f"{_DATA}.tag"), draft.get(f"{_DATA}.messages")
-    tagged = any(draft.get(keys) not in (None, []) for keys in draft.expand("rewards.*.tag_included"))
     if tag is None:
         draft.drop(f"{_DATA}.tag")
-    elif tag is not ABSENT and tagged:
+    elif tag is not ABSENT and draft.tagged:
         draft.translate(
             f"{_DATA}.tag", {f"{_DATA}.domain": tag}, "the column that rewards.*.tag_included names values of"
         )

@@ -54,7 +54,7 @@ def test_the_sglang_file_means_what_it_meant():
     assert config.actor_train.router_replay.mode == config.actor_infer.router_replay.mode == "R3"
     assert config.rewards["math_rule"].reward == "math"
     assert config.rewards["math_rule"].tag_included == ()
-    assert config.actor_train.data_args.domain is None
+    assert config.actor_train.data_args.domain == "tag", "the start says which tags fall to math_rule"
 
 
 def test_the_vllm_file_names_what_is_missing_all_at_once():

@@ -208,7 +208,7 @@ from tests.unit.config.from_roll import ENGINE, LAYOUT, MATH, at, of_roll, put, 
         # rewards and data
         (
             {"rewards__math_rule__tag_included": ["a"], "actor_train__data_args__tag": "source"},
-            {"rewards.math_rule": {"reward": "math"}, "actor_train.data_args.domain": ABSENT},
+            {"rewards.math_rule": {"reward": "math"}, "actor_train.data_args.domain": "source"},
         ),
         (
             {"rewards": {"sums": {"worker_cls": MATH, "tag_included": ["a"]}}},
