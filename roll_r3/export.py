@@ -16,7 +16,6 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -92,8 +91,8 @@ def export(checkpoint: Path, output: Path, *, pretrain: str | None = None, devic
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     process = ProcessInfo(master_port=port, device=device)
-    kind = STRATEGIES[_INFER[config.actor_train.strategy_args.strategy_name]].load()
-    strategy: Any = kind(config, "actor_train", process, model_path=str(source))
+    kind = STRATEGIES[_INFER[config.actor_train.strategy_args.strategy_name]].load_model()
+    strategy = kind(config, "actor_train", process, model_path=str(source))
     partial = output.absolute().with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     strategy.initialize()

@@ -30,7 +30,7 @@ from roll_r3.config.rules.devices import (
     scattered_engines,
 )
 from roll_r3.saving.manifest import FileSum
-from roll_r3.strategies.base import GenerateRequest, GenerateResult, LogProbResult, ReplayCounts, TrainResult
+from roll_r3.strategies.base import GenerateRequest, GenerateResult, LogProbResult, ReplayCounts, Role, TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ FAILED_STOP_TIMEOUT = 5.0
 """The same after a failure: the ranks left may wait for a dead one, and only the engines have something to end."""
 
 Unbroken = Callable[[], AbstractContextManager[None]]
-Calls = dict[ray.ObjectRef, tuple[str, Path]]
+Calls = dict[ray.ObjectRef[Any], tuple[str, Path]]
 """Calls under way: reference -> (worker's name, its log file)."""
 
 
@@ -112,7 +112,7 @@ class RolloutGroup(_Group):
             devices = [placement.devices[d] for d in numbers]
             name, log = f"actor_infer-{engine}", log_dir / f"actor_infer-{engine}.log"
             gpu_ids = tuple(d.gpu_id for d in devices if d.gpu_id is not None)
-            actor = ray.remote(concurrency_groups={SIGNS: 1})(RolloutWorker).options(
+            actor = ray.remote(concurrency_groups={SIGNS: 1})(RolloutWorker).options(  # type: ignore[call-overload]
                 name=name, **placement.options(devices[0].index)
             )
             members.append(_Member(name, actor.remote(config, engine, placement.kind, gpu_ids, log), log))
@@ -198,7 +198,7 @@ class ModelGroup(_Group):
     def launch(
         cls,
         config: RLVRConfig,
-        role: str,
+        role: Role,
         placement: Placement,
         threads: int,
         log_dir: Path,
@@ -211,7 +211,7 @@ class ModelGroup(_Group):
         for rank, device in enumerate(mapping):
             name, log = f"{role}-{rank}", log_dir / f"{role}-{rank}.log"
             env = {"OMP_NUM_THREADS": str(threads)}
-            actor = ray.remote(concurrency_groups={WRITING: 1, SIGNS: 1})(ModelWorker).options(
+            actor = ray.remote(concurrency_groups={WRITING: 1, SIGNS: 1})(ModelWorker).options(  # type: ignore[call-overload]
                 name=name, runtime_env={"env_vars": env}, **placement.options(device)
             )
             handle = actor.remote(config, role, rank, len(mapping), placement.kind, threads, log)
@@ -228,7 +228,7 @@ class ModelGroup(_Group):
         """Ask every rank to leave in order."""
         return self._begin_each("close", [()] * len(self._members))
 
-    def started(self, results: Mapping[ray.ObjectRef, Any]) -> None:
+    def started(self, results: Mapping[ray.ObjectRef[Any], Any]) -> None:
         """Take what the calls of `begin_start` returned."""
         self._places = [results[ref] for ref in self._starting]
 
@@ -290,7 +290,8 @@ class ModelGroup(_Group):
 
     def save_hf(self, path: Path) -> dict[str, int]:
         """Write the weights, config and tokenizer as a Hugging Face checkpoint; bytes of each file, by name."""
-        return self._call("save_hf", path)[0]
+        sizes: dict[str, int] = self._call("save_hf", path)[0]
+        return sizes
 
     def _call_on_shards(self, method: str, batch: Batch, shards: Sequence[IntArray], *rest: Any) -> list[Any]:
         """Every rank gets its data-parallel shard, stored once per shard."""

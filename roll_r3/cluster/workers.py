@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 import torch
@@ -29,17 +30,23 @@ from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below
 from roll_r3.strategies.base import (
     GenerateRequest,
     GenerateResult,
+    InferStrategy,
     LogProbResult,
+    ModelClass,
     ProcessInfo,
+    Role,
+    RolloutStrategy,
     Snapshot,
     TrainResult,
+    TrainStrategy,
     WeightChannel,
     WeightTarget,
 )
-from roll_r3.strategies.registry import STRATEGIES, load_attribute
+from roll_r3.strategies.registry import STRATEGIES
 
 logger = logging.getLogger(__name__)
 
+Strategy = TypeVar("Strategy", bound=InferStrategy)
 MIB = 1 << 20
 WRITING = "writing"
 """The calls that a rank answers in a thread of their own, one at a time."""
@@ -57,7 +64,7 @@ class RolloutWorker:
         self._model_path = checkpoint_of(config, "actor_infer")
         self._num_experts = 0
         server_log = log_path.with_name(f"{log_path.stem}-server.log")
-        self._strategy = entry.load()(
+        self._strategy: RolloutStrategy = entry.load_rollout()(
             config=config,
             engine_index=engine_index,
             device=device,
@@ -119,7 +126,7 @@ class ModelWorker:
     """One rank of actor_train or reference."""
 
     def __init__(
-        self, config: RLVRConfig, role: str, rank: int, world_size: int, device: str, threads: int, log_path: Path
+        self, config: RLVRConfig, role: Role, rank: int, world_size: int, device: str, threads: int, log_path: Path
     ) -> None:
         log_to_file(log_path)
         logger.info("%s rank %d is process %d on %s", role, rank, os.getpid(), ray.util.get_node_ip_address())
@@ -130,6 +137,9 @@ class ModelWorker:
         self._channel: WeightChannel | None = None
         self._bucket_bytes = 0
         self._snapshot: Snapshot | None = None
+        self._strategy: InferStrategy
+        self._trainer: TrainStrategy | None = None
+        """The same strategy, where it learns."""
 
     @ray.method(concurrency_group=SIGNS)
     def alive(self) -> Identity:
@@ -156,28 +166,37 @@ class ModelWorker:
         worker = getattr(self._config, self._role)
         entry = STRATEGIES[worker.strategy_args.strategy_name]
         process = replace(self._process, master_addr=master[0], master_port=master[1])
-        checkpoint = resolve_checkpoint(checkpoint_of(self._config, self._role))
-        self._strategy = entry.load()(
-            self._config, self._role, process, model_path=str(checkpoint), read_routes=read_routes
-        )
+        if entry.kind == "train":
+            self._trainer = self._made(entry.load_trainer(), process)
+            self._strategy = self._trainer
+        else:
+            self._strategy = self._made(entry.load_model(), process)
         self._strategy.initialize()
         s = self._strategy
         return s.data_parallel_rank, s.data_parallel_size, s.returns_results
+
+    def _made(self, strategy: ModelClass[Strategy], process: ProcessInfo) -> Strategy:
+        checkpoint = resolve_checkpoint(checkpoint_of(self._config, self._role))
+        return strategy(self._config, self._role, process, model_path=str(checkpoint), read_routes=read_routes)
+
+    @property
+    def _learning(self) -> TrainStrategy:
+        assert self._trainer is not None, f"{self._role} does not learn"
+        return self._trainer
 
     def compute_log_probs(self, shard: Batch) -> LogProbResult:
         return self._strategy.compute_log_probs(shard)
 
     def train_step(self, shard: Batch, step: int) -> TrainResult:
-        return self._strategy.train_step(shard, step)
+        return self._learning.train_step(shard, step)
 
     def connect_engines(self, targets: Sequence[WeightTarget]) -> None:
         """On rank 0: get ready to send weights to these engines, and to no others any more."""
         if self._channel is not None:
             self._channel.close()
         strategy = self._config.actor_infer.strategy_args
-        channel = STRATEGIES[strategy.strategy_name].weight_channel
-        assert channel is not None, f"{strategy.strategy_name} takes no weights"
-        self._channel = load_attribute(channel)(targets, device=self._process.device)
+        channel = STRATEGIES[strategy.strategy_name].load_channel()
+        self._channel = channel(targets, device=self._process.device)
         self._bucket_bytes = int(strategy.strategy_config.weight_bucket_mb * MIB)
 
     def update_weights(self, version: int) -> str:
@@ -213,7 +232,7 @@ class ModelWorker:
 
     def take_snapshot(self) -> None:
         """As `TrainStrategy.snapshot`; `write_snapshot` writes it."""
-        self._snapshot = self._strategy.snapshot()
+        self._snapshot = self._learning.snapshot()
 
     @ray.method(concurrency_group=WRITING)
     def write_snapshot(self, path: Path) -> dict[str, FileSum]:
@@ -236,7 +255,7 @@ class ModelWorker:
 
     def load_checkpoint(self, path: Path) -> None:
         """As `TrainStrategy.load_checkpoint`."""
-        self._strategy.load_checkpoint(path)
+        self._learning.load_checkpoint(path)
 
     def save_hf(self, path: Path) -> dict[str, int]:
         """As `TrainStrategy.save_hf`."""

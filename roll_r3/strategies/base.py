@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from roll_r3.batch.batch import Batch
+from roll_r3.batch.delivery import ReadRoutes, read_held
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.pipeline import RLVRConfig
 
 if TYPE_CHECKING:
     import torch
+
+Role = Literal["actor_train", "reference"]
+"""Sections of the configuration that run a model in training ranks."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,17 @@ class WeightChannel(Protocol):
         """Leave the process group."""
 
 
+class ChannelClass(Protocol):
+    """Makes the `WeightChannel` of one kind of engine."""
+
+    def __call__(self, targets: Sequence[Any], *, device: str) -> WeightChannel:
+        """
+        Args:
+            targets: the `WeightTarget`s of engines of this kind.
+            device: "cpu" (gloo) or "cuda" (NCCL).
+        """
+
+
 class RolloutStrategy(Protocol):
     """One rollout engine. Every method is a coroutine of the same event loop."""
 
@@ -141,6 +157,29 @@ class RolloutStrategy(Protocol):
 
         Args:
             at_once: kill instead of asking, since nothing that the engine has under way is of use.
+        """
+
+
+class RolloutClass(Protocol):
+    """Makes a `RolloutStrategy`. Nothing is started yet."""
+
+    def __call__(
+        self,
+        *,
+        config: RLVRConfig,
+        engine_index: int,
+        device: str,
+        gpu_ids: tuple[int, ...],
+        log_path: Path,
+        node_address: str = "127.0.0.1",
+    ) -> RolloutStrategy:
+        """
+        Args:
+            engine_index: number of this engine in the role.
+            device: "cpu" or "cuda".
+            gpu_ids: the engine's GPUs on this node.
+            log_path: of the engine's own output.
+            node_address: where other nodes reach this one.
         """
 
 
@@ -280,4 +319,31 @@ class TrainStrategy(InferStrategy, Protocol):
 
         Raises:
             ConfigError: no checkpoint at `path`, or one of another model; on every rank.
+        """
+
+
+_Strategy_co = TypeVar("_Strategy_co", bound=InferStrategy, covariant=True)
+
+
+class ModelClass(Protocol[_Strategy_co]):
+    """Makes an `InferStrategy` or a `TrainStrategy`. Nothing is loaded yet."""
+
+    def __call__(
+        self,
+        config: RLVRConfig,
+        role: Role,
+        process: ProcessInfo,
+        *,
+        model_path: str | None = None,
+        read_routes: ReadRoutes = read_held,
+    ) -> _Strategy_co:
+        """
+        Args:
+            role: the section of `config` that this rank belongs to.
+            process: this rank's place in the world.
+            model_path: checkpoint directory, where the configuration names none that is on this disk.
+            read_routes: reads `batch.routes`; by default this process must hold them.
+
+        Raises:
+            ConfigError: settings that cannot work together.
         """

@@ -1,6 +1,7 @@
 """Strategy names, what each can do, and where its code is. Importing this module imports no engine.
 
-To add a strategy: a typed config in `roll_r3.config.strategies`, a module under rollout/ or train/, and a row here.
+To add a strategy: a typed config in `roll_r3.config.strategies`, a module under rollout/ or train/, a row here, and a
+line in `roll_r3.strategies.contracts`, where the checker of types compares the class with its contract.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from typing import Any, Literal
 from roll_r3.config.base import Config
 from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig, SglangConfig, VllmConfig
 from roll_r3.models.architectures.fields import Builder
-from roll_r3.strategies.base import Capabilities
+from roll_r3.strategies.base import (
+    Capabilities,
+    ChannelClass,
+    InferStrategy,
+    ModelClass,
+    RolloutClass,
+    TrainStrategy,
+)
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,29 @@ class StrategyEntry:
     weight_channel: str | None = None
     """Rollout only: `module:attribute` of the class that sends weights to a list of its `WeightTarget`s."""
 
-    def load(self) -> Any:
-        return load_attribute(self.factory)
+    def load_rollout(self) -> RolloutClass:
+        """The class of a rollout strategy."""
+        assert self.kind == "rollout", f"{self.factory} samples nothing"
+        made: RolloutClass = load_attribute(self.factory)
+        return made
+
+    def load_channel(self) -> ChannelClass:
+        """The class that sends weights to a rollout strategy's engines."""
+        assert self.weight_channel is not None, f"{self.factory} takes no weights"
+        made: ChannelClass = load_attribute(self.weight_channel)
+        return made
+
+    def load_model(self) -> ModelClass[InferStrategy]:
+        """The class of a strategy that computes log-probabilities, be it one that learns or not."""
+        assert self.kind in ("train", "infer"), f"{self.factory} is no rank of a model"
+        made: ModelClass[InferStrategy] = load_attribute(self.factory)
+        return made
+
+    def load_trainer(self) -> ModelClass[TrainStrategy]:
+        """The class of a strategy that learns."""
+        assert self.kind == "train", f"{self.factory} learns nothing"
+        made: ModelClass[TrainStrategy] = load_attribute(self.factory)
+        return made
 
 
 def load_attribute(path: str) -> Any:

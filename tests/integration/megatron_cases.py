@@ -212,7 +212,7 @@ def open_strategy(process: ProcessInfo, case: Case, role: str = "actor_train") -
 
     kind = "train" if role == "actor_train" else "infer"
     config = case.config(process.world_size // case.model_parallel_size)
-    strategy = STRATEGIES[f"{case.engine}_{kind}"].load()(config, role, process)
+    strategy = STRATEGIES[f"{case.engine}_{kind}"].load_model()(config, role, process)
     strategy.initialize()
     return strategy
 

@@ -28,7 +28,7 @@ from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, ProcessInfo, WeightTarget
-from roll_r3.strategies.registry import STRATEGIES, load_attribute
+from roll_r3.strategies.registry import STRATEGIES
 from roll_r3.strategies.rollout.hf.strategy import HfRollout
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -188,7 +188,7 @@ CHANNELS: list[Any] = []
 
 def connect(process: ProcessInfo, target: WeightTarget) -> None:
     """The sending end that the registry names for this strategy."""
-    CHANNELS.append(load_attribute(STRATEGIES["hf_infer"].weight_channel)([target], device="cpu", timeout_s=20.0))
+    CHANNELS.append(STRATEGIES["hf_infer"].load_channel()([target], device="cpu", timeout_s=20.0))
 
 
 def send(process: ProcessInfo, weights: dict[str, torch.Tensor], version: int, *, end: bool = True) -> str:

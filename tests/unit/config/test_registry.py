@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from importlib.util import find_spec
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -46,3 +49,33 @@ def test_a_role_takes_the_strategies_of_its_kind(kind):
 def test_a_role_without_a_name_runs_the_first_of_them(kind):
     role, (first, *_) = SECTIONS[kind]
     assert type(role().strategy_args) is type(role(strategy_args={}).strategy_args) is first
+
+
+def test_every_strategy_and_channel_is_compared_with_its_contract():
+    """`mypy` does so in a module that would import every engine here, so it is read."""
+    tree = ast.parse(Path(find_spec("roll_r3.strategies.contracts").origin).read_text())
+    module_of = {
+        name.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names
+    }
+    compared = {
+        node.target.id: {f"{module_of[line.id]}:{line.id}" for line in node.value.elts}
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign)
+    }
+    rows = STRATEGIES.values()
+    kinds = {kind.upper(): {entry.factory for entry in rows if entry.kind == kind} for kind in SECTIONS}
+    assert compared == {**kinds, "CHANNEL": {entry.weight_channel for entry in rows if entry.weight_channel}}
+
+
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("fsdp2_infer", "load_trainer"),
+        ("hf_infer", "load_model"),
+        ("fsdp2_train", "load_rollout"),
+        ("fsdp2_train", "load_channel"),
+    ],
+)
+def test_a_strategy_is_loaded_as_no_other_kind(name, load):
+    with pytest.raises(AssertionError, match=r"Fsdp2|HfRollout"):
+        getattr(STRATEGIES[name], load)()

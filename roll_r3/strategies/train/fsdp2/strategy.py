@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,7 +23,7 @@ from roll_r3.config.strategies import Fsdp2Config
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
-from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Snapshot, TrainResult
+from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Role, Snapshot, TrainResult
 from roll_r3.strategies.train import checkpoint, world
 from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
@@ -50,8 +50,6 @@ from roll_r3.strategies.train.update import (
     summed_counts,
     total_optimizer_steps,
 )
-
-Role = Literal["actor_train", "reference"]
 
 
 class Fsdp2Infer:
@@ -226,6 +224,7 @@ class Fsdp2Train(Fsdp2Infer):
     """A `TrainStrategy`: the policy that learns."""
 
     trains: ClassVar[bool] = True
+    section: ActorTrainConfig
 
     def initialize(self) -> None:
         """Join the process group, build the model, load the weights, make the optimizer; collective."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,13 @@ from roll_r3.batch.micro_batch import fixed_size
 from roll_r3.batch.token_map import Layout, round_up
 from roll_r3.config.derived import checkpoint_of, infer_batch_size, infer_budget
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.strategies import MegatronConfig
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.layer_map import chunk_layers
 from roll_r3.platform import megatron_cpu
-from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Snapshot, TrainResult
+from roll_r3.strategies.base import LogProbResult, ProcessInfo, ReplayCounts, Role, Snapshot, TrainResult
 from roll_r3.strategies.train.audit import is_audited
 from roll_r3.strategies.train.checks import check_role
 from roll_r3.strategies.train.data_parallel import DataParallel
@@ -59,8 +60,6 @@ from roll_r3.strategies.train.update import (
     total_optimizer_steps,
 )
 
-Role = Literal["actor_train", "reference"]
-
 
 class MegatronInfer:
     """An `InferStrategy`: log-probabilities under frozen weights."""
@@ -88,10 +87,12 @@ class MegatronInfer:
         """
         check_role(config, role, process.world_size)
         section: ActorTrainConfig | ReferenceConfig = getattr(config, role)
+        settings = section.strategy_args.strategy_config
+        assert isinstance(settings, MegatronConfig), "the registry gives each strategy its own settings"
         self.config = config
         self.role = role
         self.section = section
-        self.settings = section.strategy_args.strategy_config
+        self.settings = settings
         self.process = process
         self.read_routes = read_routes
         self.model_path = model_path or checkpoint_of(config, role)
@@ -285,6 +286,7 @@ class MegatronTrain(MegatronInfer):
     """A `TrainStrategy`: the policy that learns."""
 
     trains: ClassVar[bool] = True
+    section: ActorTrainConfig
 
     def initialize(self) -> None:
         """Join the process group, build the model, load the weights, make the optimizer; collective."""
