@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from examples.benchmarks.measuring import Report, rounded
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -192,10 +192,10 @@ def _look_at_store(step: int, seen: Seen) -> dict[int, int]:
         return {}
     references: dict[int, int] = {}
     objects = size = 0
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
+    for node in ray.nodes():
         if node["Alive"]:
             where = node["NodeManagerAddress"], node["NodeManagerPort"]
-            stats = node_stats(*where, include_memory_info=False)  # type: ignore[no-untyped-call]
+            stats = node_stats(*where, include_memory_info=False)
             objects += stats.store_stats.num_local_objects
             size += stats.store_stats.object_store_bytes_used
             references |= {worker.pid: worker.num_object_refs_in_scope for worker in stats.core_workers_stats}

@@ -111,7 +111,7 @@ def compare(checkpoint: Path, model: Model, layout: Layout, rounds: int) -> Repo
     with tempfile.TemporaryDirectory() as folder:
         arguments = (layout, str(checkpoint), batch, rounds, _free_port(), folder)
         # a rank that fails ends the others
-        spawn(_run_rank, arguments, nprocs=layout.processes)  # type: ignore[no-untyped-call]
+        spawn(_run_rank, arguments, nprocs=layout.processes)
         ranks = [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(layout.processes)]
     wall, cpu = (
         {arm: [reduce(each) for each in zip(*(rank[clock][arm] for rank in ranks), strict=True)] for arm in ARMS}

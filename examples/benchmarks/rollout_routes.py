@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from examples.benchmarks.measuring import Report, ratio
 from roll_r3.config.pipeline import RLVRConfig

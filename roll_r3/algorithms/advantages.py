@@ -74,7 +74,8 @@ def response_advantages(
         groups: which prompt each sample answers.
     """
     if config.adv_estimator == "reinforce":
-        return scores_n - scores_n.mean()
+        centred_n: npt.NDArray[np.float64] = scores_n - scores_n.mean()
+        return centred_n
     advantages_n = np.zeros_like(scores_n)
     _, index_n = np.unique(np.asarray(groups), return_inverse=True)
     for group in range(index_n.max() + 1):
@@ -98,4 +99,5 @@ def _kl_penalty(batch: Batch, config: RLVRConfig) -> tuple[npt.NDArray[np.float6
 def _sum_to_end(batch: Batch, values_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """At each input the sum over it and the later inputs of its sample: float64 [N]."""
     sums = np.concatenate([np.zeros(1), np.cumsum(values_N)])
-    return batch.per_sample(sums[batch.offsets[1:]]) - sums[:-1]
+    to_end_N: npt.NDArray[np.float64] = batch.per_sample(sums[batch.offsets[1:]]) - sums[:-1]
+    return to_end_N

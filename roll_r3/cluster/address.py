@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from ray._private import services
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks it
 
 from roll_r3.errors import ConfigError, LostWorkerError
 
@@ -46,6 +46,7 @@ def check_answers(address: str) -> None:
 def _resolved(address: str) -> tuple[str, int]:
     try:
         found = services.canonicalize_bootstrap_address("auto") if address == "auto" else address
+        assert found is not None, "auto is a cluster or an error"
         host, port = services.extract_ip_port(found)
     except ConnectionError as error:
         raise _dead(address, "no Ray runs on this machine", "looked for its processes here") from error

@@ -37,7 +37,7 @@ ADDED = 60.0
 """Seconds that a call may take beyond twice the longest of its kind."""
 _NAMED = 8
 
-Calls = Mapping[ray.ObjectRef, tuple[str, Path]]
+Calls = Mapping[ray.ObjectRef[Any], tuple[str, Path]]
 """Calls under way: reference -> (worker's name, its log file)."""
 Say = Callable[[str], None]
 
@@ -72,7 +72,7 @@ class Waiting:
         found = self.wait_for(calls, "alive")
         self._known |= {calls[ref][0]: process for ref, process in found.items()}
 
-    def wait_for(self, calls: Calls, kind: str = "") -> dict[ray.ObjectRef, Any]:
+    def wait_for(self, calls: Calls, kind: str = "") -> dict[ray.ObjectRef[Any], Any]:
         """Wait for all calls, or for the first that fails.
 
         Args:
@@ -88,8 +88,8 @@ class Waiting:
             WorkerError: a worker raised another error of ours.
         """
         pending = list(calls)
-        results: dict[ray.ObjectRef, Any] = {}
-        failures: dict[ray.ObjectRef, RayError] = {}
+        results: dict[ray.ObjectRef[Any], Any] = {}
+        failures: dict[ray.ObjectRef[Any], RayError] = {}
         deadline = None
         watch = _Watch(self, kind)
         watch.look_at_daemons(0.0)  # short calls go on without them, until Ray ends this process without a word

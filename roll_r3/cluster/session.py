@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray._private import auto_init_hook, ray_constants
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
 """What Ray's processes know each other by."""
-QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 LATE = 15.0
 """Seconds after which a Ray that did not start was late, on a busy machine, and not wrong: it is tried once more."""
 
@@ -109,7 +110,7 @@ def _start(config: RLVRConfig) -> RayFolder:
     """
     # a slot is a place to run, not a core: two ranks on one core are slow, not wrong
     cpus = max(device_count(config), os.cpu_count() or 1)
-    here = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    here: dict[str, Any] = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     folder = None
     try:
         folder = RayFolder()

@@ -80,8 +80,8 @@ class Watched:
         self.said = False
         """That it is silent."""
         self._handle, self._every = handle, every
-        self._ping: ray.ObjectRef | None = None
-        self._look: ray.ObjectRef | None = None
+        self._ping: ray.ObjectRef[Identity] | None = None
+        self._look: ray.ObjectRef[str] | None = None
         self._until_ping, self._until_look = 0.0, 0.0
 
     @property
@@ -138,10 +138,11 @@ def _begin_look(process: Identity, end: bool = False) -> Any:
     if process.node_id == ray.get_runtime_context().get_node_id():
         return look(process, end)
     there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
-    return ray.remote(look).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(process, end)
+    task: Any = ray.remote(look)  # Ray's types know no default arguments
+    return task.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(process, end)
 
 
-def _taken(ref: ray.ObjectRef) -> Any:
+def _taken(ref: ray.ObjectRef[Any]) -> Any:
     """The result; an error of Ray's as it is; None: there is none yet."""
     ready, _ = ray.wait([ref], timeout=0)
     if not ready:

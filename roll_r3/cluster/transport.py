@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
 from roll_r3.batch.delivery import Parcel, Pieces, RouteRequest, pack, read_encoded, read_held, unpack
@@ -27,7 +28,7 @@ from roll_r3.errors import LostWorkerError, RollError
 class StoredRoutes:
     """A `RouteHandle` to one sample of a wire form that lies in the object store."""
 
-    ref: ray.ObjectRef
+    ref: ray.ObjectRef[npt.NDArray[np.uint8]]
     """Of a uint8 array."""
     index: int
     """The sample's place in the group."""
@@ -58,6 +59,7 @@ def store_routes(trajectories: Sequence[Trajectory], num_experts: int) -> tuple[
     encoded = encode(arrays, num_experts)
     context, ref = ray.get_runtime_context(), ray.put(encoded)
     node_id, keeper = context.get_node_id(), context.get_actor_name()
+    assert keeper is not None, "an actor calls this"
     ends = [len(encoded) * i // len(arrays) for i in range(len(arrays) + 1)]
     return tuple(
         replace(
@@ -143,7 +145,7 @@ def _lost(error: Exception) -> LostWorkerError:
 def _read_near(requests: Sequence[RouteRequest]) -> list[Pieces]:
     """Views of objects in this node's store."""
     handles = [request.routes for request in requests if isinstance(request.routes, StoredRoutes)]
-    by_ref: dict[ray.ObjectRef, list[int]] = defaultdict(list)
+    by_ref: dict[ray.ObjectRef[npt.NDArray[np.uint8]], list[int]] = defaultdict(list)
     for i, handle in enumerate(handles):
         by_ref[handle.ref].append(i)
     answers: list[Pieces] = [[] for _ in requests]

@@ -189,7 +189,7 @@ def _let_gloo_split_unevenly() -> None:
 def _import_without_compiling() -> Any:
     """Import megatron with `torch.compile` as the identity: its fusers would need a C++ compiler and minutes."""
     original = torch.compile
-    torch.compile = lambda function=None, **kwargs: function if function is not None else (lambda f: f)  # type: ignore
+    torch.compile = lambda function=None, **kwargs: function if function is not None else (lambda f: f)  # type: ignore[assignment]
     try:
         import megatron.core.tensor_parallel.random as random
         import megatron.core.transformer.moe.moe_utils  # noqa: F401

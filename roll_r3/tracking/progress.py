@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -69,8 +69,9 @@ class Progress:
 
     def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         self._total = total_steps
-        self._spectator: Any = _Spectator(stream or sys.stderr)
-        self._console = Console(file=self._spectator, highlight=False, soft_wrap=True)
+        self._spectator = _Spectator(stream or sys.stderr)
+        # it has all that its stream has
+        self._console = Console(file=cast(TextIO, self._spectator), highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._started = time.monotonic()
         self._step_times: deque[float] = deque(maxlen=_RECENT)

@@ -66,7 +66,8 @@ class Architecture:
 
     def has(self, name: str, config: RawConfig) -> bool:
         """Tell if a checkpoint with this config.json has the parameter `name` of `layer_names`."""
-        return name in self.layer_names and self.optional.get(name, lambda config: True)(config)
+        wanted = self.optional.get(name)
+        return name in self.layer_names and (wanted is None or wanted(config))
 
 
 TOP_NAMES: Names = {

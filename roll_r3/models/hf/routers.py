@@ -51,7 +51,8 @@ def _sigmoid_gates(router: Any, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -
     gates_tK = logits_tE.sigmoid().gather(1, ids_tK)
     if router.norm_topk_prob:
         gates_tK = gates_tK / (gates_tK.sum(-1, keepdim=True) + 1e-20)
-    return gates_tK * router.routed_scaling_factor
+    scaled_tK: torch.Tensor = gates_tK * router.routed_scaling_factor
+    return scaled_tK
 
 
 _KINDS: dict[GateKind, Gates] = {

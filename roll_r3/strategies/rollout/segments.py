@@ -28,8 +28,8 @@ def mapped(pids: Iterable[int], among: Iterable[str]) -> set[str]:
     for pid in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                if f" {_SHM}/" in line and (path := names.get(int(line.split()[4]))):
-                    found.add(path)
+                if f" {_SHM}/" in line and (name := names.get(int(line.split()[4]))):
+                    found.add(name)
     return found
 
 

@@ -176,7 +176,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
             return
         slots_t = micro.tokens.router_slots_t
         real_t = slots_t != PADDING
-        pieces = _delivered(micro, chunk, len(layers), np.count_nonzero(real_t))
+        pieces = _delivered(micro, chunk, len(layers), int(np.count_nonzero(real_t)))
         ids_LtK, known_t = self._laid_out(pieces, len(layers), slots_t)
         fall_back = bool((real_t & ~known_t).any())
         known = self._carried(known_t | ~real_t) if fall_back else None

@@ -251,7 +251,7 @@ def _read_model(checkpoint: Path, dtype: torch.dtype) -> Any:
             there, in whose place transformers would put random ones.
     """
     safetensors_files(checkpoint)
-    model, loaded = AutoModelForCausalLM.from_pretrained(
+    loading: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         config=read_hf_config(checkpoint),
         dtype=dtype,
@@ -259,6 +259,7 @@ def _read_model(checkpoint: Path, dtype: torch.dtype) -> Any:
         use_safetensors=True,
         output_loading_info=True,
     )
+    model, loaded = loading
     if lacking := sorted(loaded["missing_keys"]):
         raise ConfigError(f"{checkpoint} lacks weights that make up {', '.join(lacking[:5])} ({len(lacking)} in all)")
     set_latent_epsilon(model)

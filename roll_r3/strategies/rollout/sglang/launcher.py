@@ -20,7 +20,7 @@ CPU_PATH_VARIABLE = "ROLL_R3_SGLANG_CPU_PATH"
 if cpu_path := os.environ.get(CPU_PATH_VARIABLE):
     if cpu_path not in sys.path:
         sys.path.append(cpu_path)  # last: a real package of the same name wins
-    import roll_r3_sglang_cpu  # type: ignore[import-not-found]  # noqa: F401
+    import roll_r3_sglang_cpu  # noqa: F401
 
 
 class HiddenKey(str):

@@ -10,6 +10,7 @@ import os
 import runpy
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 KEY_VARIABLE = "ROLL_R3_VLLM_API_KEY"
 PARENT_VARIABLE = "ROLL_R3_VLLM_PARENT"
@@ -20,7 +21,7 @@ def main() -> None:
     shared["die_with_parent"](int(os.environ.pop(PARENT_VARIABLE)))
     shared["leave_folder"](__file__)
     # By name, because only the interpreter that runs this has them.
-    access = import_module("roll_r3_vllm.access")
+    access: Any = import_module("roll_r3_vllm.access")
     access.KEY = os.environ.pop(KEY_VARIABLE).encode()
     entry = import_module("vllm.entrypoints.launchers.api_server.entry")
     arguments = import_module("vllm.entrypoints.launchers.cli_args")

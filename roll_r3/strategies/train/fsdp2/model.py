@@ -73,8 +73,9 @@ class Fsdp2Model:
         Weights in the dtype of the model, buffers (an expert bias) in their own.
         """
         for name, parameter in self.module.named_parameters():
-            assert isinstance(parameter, DTensor)
-            whole = parameter.detach().to(self.dtype).full_tensor()
+            weight = parameter.detach().to(self.dtype)
+            assert isinstance(weight, DTensor)
+            whole = weight.full_tensor()
             for part, index in parts_of(name, whole.shape, self.architecture):
                 yield part, whole[index]
         for name, buffer in persistent_buffers(self.module):

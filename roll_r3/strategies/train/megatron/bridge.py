@@ -161,6 +161,7 @@ def _plain_name(name: str) -> str:
 
 def unwrap(chunk: torch.nn.Module) -> Any:
     """The GPTModel inside megatron's wrappers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner

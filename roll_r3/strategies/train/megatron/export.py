@@ -93,7 +93,10 @@ class WeightExport:
 
 def _is_first_of_stage() -> bool:
     """Whether this rank is the first of its tensor-parallel group and of all copies; then it is of experts' too."""
-    return mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    first: bool = (
+        mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
+    return first
 
 
 def _gathered(tensor: torch.Tensor, group: dist.ProcessGroup) -> Sequence[torch.Tensor]:

@@ -204,7 +204,7 @@ def wrap_for_training(
     ]
     if settings.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
-        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # type: ignore[assignment]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None, **groups: Any) -> None:
         # num_tokens would divide by the tokens of the step; the loss already is divided by its own denominator

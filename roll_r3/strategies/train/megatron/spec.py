@@ -108,7 +108,7 @@ class WholeNorm(torch.nn.Module):
         )
 
 
-class LocalLatentAttention(MLASelfAttention):  # type: ignore[misc]
+class LocalLatentAttention(MLASelfAttention):
     """Latent attention whose down-projections every tensor-parallel rank holds whole, as TransformerEngine's are.
 
     Megatron's own plain ones are split by columns; their gather gives each rank only its own part of the gradient of
@@ -117,10 +117,10 @@ class LocalLatentAttention(MLASelfAttention):  # type: ignore[misc]
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        width = config.kv_lora_rank + config.qk_pos_emb_head_dim  # type: ignore[attr-defined]
+        width = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, width)
-        if config.q_lora_rank is not None:  # type: ignore[attr-defined]
-            self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank)  # type: ignore[attr-defined]
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank)
 
 
 class WholeLinear(torch.nn.Linear):

@@ -41,7 +41,7 @@ def label_log_probs_and_entropy(
         padded_V = torch.arange(columns, device=logits_BSV.device) >= held
         logits_BSV = logits_BSV.masked_fill(padded_V, _NO_TOKEN)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy_BS: torch.Tensor = _VocabParallelEntropy.apply(logits_BSV)
+        entropy_BS: torch.Tensor = _VocabParallelEntropy.apply(logits_BSV)  # type: ignore[no-untyped-call]
     # last, because megatron's cross entropy overwrites its input; nothing above needs it for its gradient
     return -vocab_parallel_cross_entropy(logits_BSV, labels_BS), entropy_BS
 
@@ -60,12 +60,13 @@ class _VocabParallelEntropy(torch.autograd.Function):
         dist.all_reduce(sums_2BS1, group=group)
         total_BS1, moment_BS1 = sums_2BS1
         log_total_BS1 = total_BS1.log()
-        entropy_BS1 = log_total_BS1 - moment_BS1 / total_BS1
+        entropy_BS1: torch.Tensor = log_total_BS1 - moment_BS1 / total_BS1
         ctx.save_for_backward(shifted_BSV, log_total_BS1, entropy_BS1)
         return entropy_BS1.squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, grad_BS: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        shifted_BSV, log_total_BS1, entropy_BS1 = ctx.saved_tensors
+    def backward(ctx: Any, grad_BS: torch.Tensor) -> torch.Tensor:
+        saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = ctx.saved_tensors
+        shifted_BSV, log_total_BS1, entropy_BS1 = saved
         log_probs_BSV = shifted_BSV - log_total_BS1
         return -grad_BS.unsqueeze(-1) * log_probs_BSV.exp() * (log_probs_BSV + entropy_BS1)
