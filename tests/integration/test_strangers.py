@@ -18,6 +18,7 @@ from whole_run import Run, few_steps
 from roll_r3.cluster.session import TOKEN_VARIABLE
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.models.tiny import make_tiny_checkpoint
+from roll_r3.processes import FOLDER_VARIABLE
 from roll_r3.strategies.rollout.sglang.launcher import KEY_VARIABLE
 
 pytestmark = pytest.mark.integration
@@ -134,15 +135,10 @@ def test_no_key_is_in_a_file_or_on_a_command_line(run: Run) -> None:
 
 def test_where_the_ranks_of_an_engine_met_is_removed(run: Run) -> None:
     """The last test: it ends the run."""
-    name = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
-    places = {
-        Path(child.environ()[name].removeprefix("file://")).parent
-        for server in servers(run)
-        for child in server.children()
-        if name in child.environ()
-    }
+    places = {Path(server.environ()[FOLDER_VARIABLE]) for server in servers(run)}
     assert len(places) == len(servers(run))
     for place in places:
+        assert (place / "store").exists()
         assert stat.S_IMODE(place.stat().st_mode) == 0o700
     os.kill(run.process.pid, signal.SIGTERM)
     run.finish(120)

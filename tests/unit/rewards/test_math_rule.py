@@ -65,8 +65,8 @@ def test_a_text_that_takes_long_is_given_up_in_time(text: str) -> None:
     began = time.process_time()
     with suppress(Undecided):  # some are over in time, on a fast machine
         assert math(text, "7", seconds=SECONDS) == 0
-    assert time.process_time() - began < SECONDS + 0.3
-    assert math(r"so \boxed{7}", "7", seconds=SECONDS) == 1
+    assert time.process_time() - began < SECONDS + 1.5, "one product of large integers in C may take a while"
+    assert math(r"so \boxed{7}", "7") == 1
 
 
 @pytest.mark.parametrize("name", ["tower", "ones", "set of 1000", "factorial", "binomial"])
