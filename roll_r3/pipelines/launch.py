@@ -33,7 +33,7 @@ from roll_r3.saving.state import check_goes_on
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.report import run_summary
 from roll_r3.tracking.run_dir import RunDir
-from roll_r3.tracking.run_log import RunLog
+from roll_r3.tracking.run_log import RunLog, log_threads
 
 logger = logging.getLogger(__name__)
 
@@ -173,3 +173,4 @@ def _log_driver(run_dir: RunDir, progress: Progress) -> None:
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+    log_threads()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from roll_r3.config.writing import explain
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog(logging.FileHandler):
@@ -30,3 +33,17 @@ class RunLog(logging.FileHandler):
             self._said = True
             error.filename = error.filename or self.baseFilename
             self._say(f"the log cannot be written: {explain(error).splitlines()[0]}")
+
+
+def log_threads() -> None:
+    """Log the error that ends a thread, instead of a traceback on the terminal.
+
+    TensorBoard's writer ends with an error of the disk. It raises the same error in the main thread, which names it.
+    """
+
+    def ended(args: threading.ExceptHookArgs) -> None:
+        if args.exc_type is not SystemExit and args.exc_value is not None:
+            name = args.thread.name if args.thread is not None else "a thread"
+            logger.error("%s ended", name, exc_info=args.exc_value)
+
+    threading.excepthook = ended

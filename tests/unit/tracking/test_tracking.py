@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import logging
+import threading
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from roll_r3.tracking.names import METRICS, metrics_table
 from roll_r3.tracking.progress import Progress, format_seconds
 from roll_r3.tracking.report import run_summary
 from roll_r3.tracking.run_dir import RunDir
-from roll_r3.tracking.run_log import RunLog
+from roll_r3.tracking.run_log import RunLog, log_threads
 
 NOW = datetime(2026, 11, 21, 12, 0, 0)
 
@@ -250,6 +251,18 @@ def test_a_log_on_a_full_disk_is_said_once_and_shows_no_traceback(capsys):
     finally:
         logger.removeHandler(log)
     assert said == ["the log cannot be written: [Errno 28] No space left on device: '/dev/full'"]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_error_of_a_thread_is_logged_and_not_shown(monkeypatch, capsys, caplog):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back afterwards
+    log_threads()
+    thread = threading.Thread(target=open, args=("/nowhere/events",), name="writer")
+    thread.start()
+    thread.join()
+    [record] = caplog.records
+    assert record.getMessage() == "writer ended"
+    assert isinstance(record.exc_info[1], FileNotFoundError)
     assert capsys.readouterr().err == ""
 
 
