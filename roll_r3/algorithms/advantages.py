@@ -19,14 +19,14 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class TokenAdvantages:
-    """What the tokens of a step learn from."""
+    """Advantages of a step's tokens, and the terms that they are made of."""
 
     advantages_N: FloatN
     """0 where the loss mask is False."""
     rewards_n: npt.NDArray[np.float64]
-    """Of each scored sample: its normalised score less the penalty of its whole response."""
+    """Normalised score of each scored sample, less the penalty of its whole response."""
     penalty_n: npt.NDArray[np.float64] | None
-    """Of each scored sample: init_kl_coef x KL of its response, nats; None where there is no penalty."""
+    """init_kl_coef x KL of each scored sample's response, nats; None without a penalty."""
     penalty_clamped: float | None
     """Share of trained tokens whose log ratio to the reference was clamped; None where there is no penalty."""
 

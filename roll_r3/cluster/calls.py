@@ -58,7 +58,7 @@ class Waiting:
         self._workers: dict[str, tuple[Any, Path]] = {}
         """Name -> (actor, its log file)."""
         self._known: dict[str, Identity] = {}
-        """Who is who, of those that have answered."""
+        """Processes of the workers that have answered, by name."""
         self._longest: dict[str, float] = {}
         """Kind of a call -> seconds."""
 
@@ -202,7 +202,7 @@ class _Watch:
             )
 
     def look_at_daemons(self, seconds: float) -> None:
-        """As `look`, at Ray's own processes alone."""
+        """Look at Ray's own processes alone."""
         for daemon in vital():
             if daemon.state == "gone":
                 kill_all()

@@ -50,7 +50,7 @@ class RayFolder:
 
 
 def _base() -> str:
-    """Where Ray's directory goes: where it would go by itself, or to /tmp where a socket's path would be too long."""
+    """Parent of Ray's directory: the default place, or /tmp if a socket's path would be too long."""
     base = get_default_system_temp_dir()
     length = len(os.fsencode(base)) + len(f"/{_BEGIN}12345678/{_RAYS_OWN}") + _BELOW
     return base if length <= _SOCKET_LIMIT or "RAY_TMPDIR" in os.environ else "/tmp"

@@ -28,7 +28,7 @@ from roll_r3.errors import LostWorkerError, WorkerError
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
-"""What Ray's processes know each other by."""
+"""Environment variable with the token of Ray's processes."""
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 LATE = 15.0
 """Seconds after which a Ray that did not start was late, on a busy machine, and not wrong: it is tried once more."""

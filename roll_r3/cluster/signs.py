@@ -27,7 +27,7 @@ class Identity:
     node_id: str
     pid: int
     began: int
-    """When it did, as its kernel counts: with `pid` it names one process for ever."""
+    """Start of the process in clock ticks of its kernel. Together with `pid` it is unique."""
 
 
 def identity() -> Identity:
@@ -76,9 +76,9 @@ class Watched:
         self.silent = 0.0
         """Seconds without a sign of life, of one that has given some."""
         self.state = ""
-        """What the last look saw, while it is silent; empty: nothing yet."""
+        """Result of the last look while it is silent; empty: none yet."""
         self.said = False
-        """That it is silent."""
+        """True once its silence was reported."""
         self._handle, self._every = handle, every
         self._ping: ray.ObjectRef[Identity] | None = None
         self._look: ray.ObjectRef[str] | None = None
@@ -134,7 +134,7 @@ class Watched:
 
 
 def _begin_look(process: Identity, end: bool = False) -> Any:
-    """What is seen, where that is to be seen from here, else the reference of a task on the process's node."""
+    """Look at a process of this node, or start a task on its own node. Returns the state, or the task's reference."""
     if process.node_id == ray.get_runtime_context().get_node_id():
         return look(process, end)
     there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)

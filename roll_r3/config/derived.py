@@ -10,7 +10,7 @@ from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConf
 
 ModelWorker = ActorTrainConfig | ReferenceConfig
 DEVICES_PER_NODE = 8
-"""Of the machines that most clusters are made of."""
+"""Devices of a usual machine, assumed where the file does not say."""
 MegatronWorker = ModelWorker
 """One of `megatron_workers`: only its `layout` may be asked for."""
 
@@ -68,13 +68,13 @@ def sglang(config: RLVRConfig) -> SglangConfig | None:
 
 
 def truncates(config: RLVRConfig) -> bool:
-    """Whether tokens are sampled from a part of the vocabulary."""
+    """True if tokens are sampled from a part of the vocabulary."""
     generating = config.actor_infer.generating_args
     return generating.top_p < 1 or generating.top_k > 0
 
 
 def gives_rollout_log_probs(config: RLVRConfig) -> bool:
-    """Whether the engine's log-probabilities are those that the trainer's can be compared with.
+    """True if the engine's log-probabilities can be compared with the trainer's.
 
     They are of the whole distribution at the sampling temperature. vLLM gives them before both temperature and
     truncation, or after both.
@@ -110,7 +110,7 @@ def saving_dir(config: RLVRConfig) -> str:
 
 
 def uses_saving_dir(config: RLVRConfig) -> bool:
-    """Whether a run writes checkpoints, or looks for them."""
+    """True if a run writes checkpoints, or looks for them."""
     return config.save_steps > 0 or config.save_hf_steps > 0 or config.resume_from_checkpoint == "auto"
 
 

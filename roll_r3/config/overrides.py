@@ -88,7 +88,7 @@ def _nothing_to_take_away(keys: list[str], data: dict[str, Any], override: str) 
 
 
 def _cannot_set(node: Any, key: str, here: str, override: str) -> Finding | None:
-    """What stops `key` from being set in `node`, which stands at `here`."""
+    """Reason against setting `key` in `node`, the value at `here`; None: there is none."""
     if isinstance(node, dict):
         return None
     if not isinstance(node, list):

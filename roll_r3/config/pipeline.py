@@ -56,7 +56,7 @@ class CheckpointConfig(Config):
 
 
 class WorkerTimeoutsConfig(Config):
-    """How long a worker (a training rank, a reference rank, the worker of an engine) is waited for until it is lost.
+    """Limits of waiting for a worker: a training or reference rank, or the worker of an engine. Past one it is lost.
     Its process is killed then, and the run goes on from its newest checkpoint. The terminal says earlier who is waited
     for."""
 
@@ -178,7 +178,7 @@ class RLVRConfig(Config):
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
-    """How token losses of an optimizer step become one number. token-mean: their mean over all trained tokens. The rest
+    """Aggregation of an optimizer step's token losses. token-mean: their mean over all trained tokens. The rest
     are means over responses: of the token mean, the token sum, or the token sum over loss_scale_factor (Dr. GRPO)."""
     loss_scale_factor: PositiveFloat | None = None
     """With seq-mean-token-sum-norm: tokens that the sum of a response is divided by; default: response_length."""

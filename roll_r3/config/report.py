@@ -83,7 +83,7 @@ class Origins:
     places: Mapping[str, str] = field(default_factory=dict)
     """Dotted path -> `file:line`, or the override as it was typed. Fields that nobody gave are not in it."""
     dialect: Dialect | None = None
-    """Whose keys the file is written in; None: it could not be read."""
+    """Dialect of the file; None: it could not be read."""
 
     @property
     def said_first(self) -> str:

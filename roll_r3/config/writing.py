@@ -12,7 +12,7 @@ from pathlib import Path
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 UNMAKEABLE = REFUSED | {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
-"""Why a directory that a configuration names cannot be made, for as long as nobody changes either."""
+"""Lasting reason against making a directory of the configuration."""
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def explain(error: OSError) -> str:
-    """Of a write that failed: the file, its disk, and what to do; at most two lines."""
+    """Message about a failed write: the file, its disk, and what to do; at most two lines."""
     if error.errno not in FULL | REFUSED or not isinstance(error.filename, str):
         return str(error)
     disk = disk_of(Path(error.filename))
@@ -41,7 +41,7 @@ def explain(error: OSError) -> str:
 
 
 def disk_of(path: Path) -> str:
-    """Where the disk of a path is mounted, and how much of it is free."""
+    """Mount point of a path's disk, and its free space."""
     try:
         folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         usage, device = shutil.disk_usage(folder), folder.stat().st_dev

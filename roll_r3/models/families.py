@@ -134,13 +134,13 @@ class Guess:
     """A model that is known by its name alone."""
 
     reason: str
-    """Why it is not trained."""
+    """Reason why it is not trained."""
     certain: bool
     """The name is its publisher's own; else someone else's model only sounds like it."""
 
 
 def untrainable(config: RawConfig) -> str:
-    """Why roll_r3 does not train the model of this config.json; empty where it knows the architecture."""
+    """Reason why roll_r3 does not train the model of this config.json; empty for a known architecture."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         return "config.json names no model_type"
@@ -156,7 +156,7 @@ def untrainable(config: RawConfig) -> str:
 
 
 def untrainable_by_name(name: str) -> Guess | None:
-    """What the name of a checkpoint, on the hub or of a directory, tells; None: nothing, or that it may be trained."""
+    """Guess from the name of a checkpoint, on the hub or of a directory; None: nothing speaks against training it."""
     owner, _, model = name.rstrip("/").rpartition("/")
     for publisher, pattern, model_type in _NAMES:
         if model_type not in ARCHITECTURES and re.match(pattern, model, re.IGNORECASE):

@@ -252,7 +252,7 @@ class RLVRPipeline:
         return trajectories, groups, samples, scored
 
     def _response(self, prompt: Prompt, trajectory: Trajectory) -> Response:
-        """What a reward rule may know of a sample."""
+        """Values of a sample that a reward rule may ask for."""
         ids = trajectory.response_ids_R.tolist()
         skips = self._rewards.skips_special_tokens(prompt.domain)
         return Response(

@@ -18,7 +18,7 @@ _SHOWN = 8
 
 
 def domains_without_rule(args: DataArgs, rewards: Mapping[str, RewardConfig]) -> Iterator[str]:
-    """Of each .jsonl file, the domains of its first rows that no reward rule scores."""
+    """Domains in the first rows of each .jsonl file that no reward rule scores."""
     named = {tag for reward in rewards.values() for tag in reward.tag_included}
     if args.domain is None or not rewards or any(not reward.tag_included for reward in rewards.values()):
         return

@@ -25,7 +25,7 @@ from roll_r3.saving.store import CHECKPOINTS, Store
 
 
 def data_problems(args: DataArgs) -> Iterator[str]:
-    """What is wrong with the sources of prompts, as far as reading for seconds tells."""
+    """Problems of the sources of prompts, as far as reading for seconds tells."""
     faults = Faults()
     look_at_rows(args, faults)
     yield from faults.lines()

@@ -26,7 +26,7 @@ class Surroundings:
     """Checkpoint -> why it cannot be loaded from here."""
     data_problems: tuple[str, ...] = ()
     domain_problems: tuple[str, ...] = ()
-    """Of each file of prompts, domains that no reward rule scores."""
+    """Domains without a reward rule, for each file of prompts."""
     reward_problems: tuple[str, ...] = ()
     output_problem: str = ""
     saving_problem: str = ""

@@ -63,7 +63,7 @@ def compact_routes(
 
 
 def _why_empty(num_rows: int, top_k: int) -> str:
-    """What zeros alone mean. With one expert a token they are also what a collapsed router would give."""
+    """Meaning of zeros alone. With one expert a token they are also what a collapsed router would give."""
     if top_k > 1:
         return "the engine did not record them"
     return (

@@ -40,7 +40,7 @@ class Response:
 
 OFFERED = tuple(field.name for field in fields(Response))
 _BY_POSITION = ("response", "ground_truth")
-"""What the first two parameters get when their names are not among those offered."""
+"""Values of the first two parameters if their names are not among those offered."""
 _CLOSE = 0.8
 """Similarity from which a name is taken for a misspelt one: rows for row."""
 
@@ -66,7 +66,7 @@ class CallError(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """How a rule is called: every argument is an offered value or a constant."""
+    """Call of a rule: every argument is an offered value or a constant."""
 
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
@@ -155,7 +155,7 @@ def _filled(
 
 
 def _by_position(before: Sequence[Any], names: set[str]) -> str | None:
-    """What the next parameter by position gets whatever its name: the ground truth follows the response only."""
+    """Value of the next parameter by position, whatever its name: the ground truth follows the response only."""
     if len(before) >= len(_BY_POSITION) or list(before) != [*map(_Asked, _BY_POSITION[: len(before)])]:
         return None
     name = _BY_POSITION[len(before)]

@@ -13,7 +13,7 @@ from roll_r3.rewards.limits import limits
 from roll_r3.rewards.rules import Undecided
 
 SECONDS = 2.0
-"""Of processor time for one response, unless the configuration says otherwise: ordinary answers take 0.2 at most."""
+"""Default limit of processor time for one response: ordinary answers take 0.2 at most."""
 _MEMORY = 2 << 30
 """Bytes for one response."""
 _ESCAPED_DOLLAR = re.compile(r"(?<!\\)((?:\\\\)*)\\\$")
@@ -49,7 +49,7 @@ def can_be_matched(ground_truth: str, *, seconds: float = SECONDS) -> float:
 
 
 def _equal(truth: list[Any], answer: list[Any]) -> bool:
-    """As `verify` of the two lists, which takes a pair that cannot be compared as unequal, without a word.
+    """Compare two lists like `verify`, but report a pair that cannot be compared.
 
     Raises:
         Exception: no pair is equal, and this is why one of them could not be compared.
@@ -68,7 +68,7 @@ def _equal(truth: list[Any], answer: list[Any]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _truth(text: str) -> list[Any]:
-    """What a ground truth says: mathematics, with or without delimiters. A group's responses share it."""
+    """Expressions of a ground truth: mathematics, with or without delimiters. A group's responses share it."""
     text = _without_currency(text)
     return _parsed(text if "$" in text else f"${text}$")
 

@@ -32,7 +32,7 @@ START_TIMEOUT = 300.0
 _MOST_STARTS = 3
 """Starts in a row of a process that imported the rules before and now dies at it."""
 POLL_S = 1.0
-"""How often a process is asked whether it lives: a child of its own may hold the pipe open after its death."""
+"""Interval of looks at a process: a child of its own may hold the pipe open after its death."""
 _KILL_TIMEOUT = 10.0
 _PIPE_TIMEOUT_S = 10
 """Seconds for a process to take what it is sent, and for the rest of a message that it began."""
@@ -48,7 +48,7 @@ class Task:
     """One response to be scored."""
 
     rule: int
-    """Which of the rules."""
+    """Index of the rule."""
     response: Response
 
 
@@ -57,7 +57,7 @@ class Failure:
     """A response has no score."""
 
     reason: str
-    """What the rule did: "raised ValueError: ..."."""
+    """Reason of the failure: "raised ValueError: ..."."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Process:
         self._failed_starts = 0
         """In a row."""
         self._began = 0.0
-        """When it was started or given its task, on the monotonic clock."""
+        """Time of its start or of its task, on the monotonic clock."""
 
     def start(self) -> None:
         self.pipe, theirs = Pipe()
@@ -142,7 +142,7 @@ class Process:
 
     @property
     def deadline(self) -> float:
-        """When it is to have answered, on the monotonic clock."""
+        """Latest time of its answer, on the monotonic clock."""
         return math.inf if self.ready and self.task is None else self._began + self._limit
 
     @property
@@ -175,7 +175,7 @@ class Process:
         return True
 
     def look(self) -> Answer | None:
-        """What it answered to its task, if it did; one that is dead or late is replaced.
+        """Answer to its task, if there is one; a dead or late process is replaced.
 
         Raises:
             ConfigError: it could not import the rules.

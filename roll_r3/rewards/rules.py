@@ -62,7 +62,7 @@ class Rule:
         return function  # type: ignore[no-any-return]
 
     def call_of(self, function: Callable[..., Any]) -> Call:
-        """How the function is called.
+        """Call of the function.
 
         Raises:
             ConfigError: it cannot be called with what is offered and its kwargs.

@@ -128,7 +128,7 @@ class Rewards:
         )
 
     def skips_special_tokens(self, domain: str) -> bool:
-        """Whether the rule of a domain reads responses without special tokens."""
+        """True if the rule of a domain reads responses without special tokens."""
         return self._skips_special[self._rule_of(domain)]
 
     def score(self, responses: Sequence[Response]) -> Scores:

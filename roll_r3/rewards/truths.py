@@ -61,7 +61,7 @@ def _unanswered(truth: Truth) -> Response:
 
 
 def _why_not(answer: Answer) -> str:
-    """Why nothing matches; empty where something does."""
+    """Reason why nothing matches; empty if something does."""
     if isinstance(answer, Undecided | Failure):
         return answer.reason
     return "" if answer else "is nothing that math-verify can read"

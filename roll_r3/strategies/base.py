@@ -227,7 +227,8 @@ class TrainResult:
     skipped: tuple[str, ...] = ()
     """Of each optimizer step that was not made, why, for the person who watches; the same on every rank."""
     log_probs_N: npt.NDArray[np.float32] | None = None
-    """As of a `LogProbResult`, under the weights before the update; None where the batch brought old ones."""
+    """Log-probabilities under the weights before the update, as a `LogProbResult` has them; None if the batch brought
+    old ones."""
     entropy_N: npt.NDArray[np.float32] | None = None
 
 

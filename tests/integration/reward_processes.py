@@ -46,7 +46,7 @@ def rewards(tmp_path: Path) -> Iterator[Open]:
 
 
 def alive(log_dir: Path) -> list[str]:
-    """What of this process's children still runs and writes to the rules' logs."""
+    """Children of this process that still run and write to the rules' logs."""
     left = []
     for process in psutil.process_iter():
         try:

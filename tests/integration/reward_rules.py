@@ -112,7 +112,7 @@ _imported = False
 
 
 def imports_late(response: str, ground_truth: str, seconds: float) -> float:
-    """As a rule that imports much in its first call; a response "loop" never ends."""
+    """A rule that imports much in its first call; a response "loop" never ends."""
     global _imported
     if not _imported:
         time.sleep(seconds)

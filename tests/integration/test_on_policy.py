@@ -80,7 +80,7 @@ def _step(process: ProcessInfo, case: Case, batch: Batch, with_pass: bool) -> di
 
 
 def _told(strategy: Any, log_probs_N: np.ndarray | None) -> np.ndarray:
-    """As the driver tells every rank of a shard what one of them returned."""
+    """Results of one rank for every rank of its shard, as the driver hands them on."""
     import torch.distributed as dist
 
     ranks: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What reward processes are given and kept from, and the limits that hold them; rules that fail are in
+"""Values and variables that reward processes get or lack, and the limits that hold them; rules that fail are in
 test_reward_faults.py."""
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Draft:
         self.data = copy.deepcopy(data)
         self.places = dict(places)
         self.is_rolls = is_rolls
-        """Whether the file was written for ROLL: what it leaves out, and keys that both have but read differently, mean
+        """True if the file was written for ROLL: what it leaves out, and keys that both have but read differently, mean
         what ROLL takes them for."""
         self.tagged = any(self.get(keys) not in (None, []) for keys in self.expand("rewards.*.tag_included"))
         """The file names tags of a reward, whatever becomes of that reward: its rows have a column for them."""

@@ -105,7 +105,7 @@ def _by_number(judge: Callable[[RLVRConfig, NodeOf], str]) -> Callable[[RLVRConf
 
 
 def _nodes_assumed(config: RLVRConfig) -> bool:
-    """Whether nodes may be other ones than the numbers say."""
+    """True if the real nodes may differ from those that the device numbers suggest."""
     return config.device_type != "cuda" or config.num_gpus_per_node is None
 
 

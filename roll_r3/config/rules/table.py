@@ -43,7 +43,7 @@ class Row:
     """A near one that no row refuses."""
     severity: Severity = "error"
     only_warns: Callable[[RLVRConfig], bool] | None = None
-    """Where it holds, a violation of an error row is a warning: the configuration may run as it is written."""
+    """Condition under which a violation of an error row is a warning: the configuration may run as it is written."""
     depends: tuple[str, ...] = ()
     """Further fields that the verdict depends on, too many to show."""
 

@@ -25,7 +25,7 @@ HfConfig = Any
 """The `transformers` configuration of a checkpoint, with its defaults filled in."""
 Names = dict[str, tuple[str, ...]]
 GateKind = Literal["softmax", "softmax renormalised", "sigmoid"]
-"""Of the chosen experts: their part of the softmax over all, renormalised where `norm_topk_prob` says so, or always; or
+"""Gates of the chosen experts: their part of the softmax over all, renormalised by `norm_topk_prob` or always; or
 sigmoids with a scale."""
 
 
@@ -189,7 +189,7 @@ def top_one_refusals(config: RawConfig, *, renormalised: bool) -> list[Refusal]:
 
 
 def unbuildable(architecture: Architecture, config: RawConfig, builders: Collection[Builder] = ALL) -> list[str]:
-    """Why these libraries cannot build a checkpoint with this config.json; empty when they can."""
+    """Reasons why these libraries cannot build a checkpoint with this config.json; empty if they can."""
     try:
         found = [
             *architecture.refuses(config),

@@ -65,7 +65,7 @@ def off(by: frozenset[Builder] = ALL) -> Only:
 
 @dataclass(frozen=True)
 class Fields:
-    """What is known of the fields of a config.json."""
+    """Account of the fields of a config.json."""
 
     read: frozenset[str] = frozenset()
     """The model is built, or the run is checked, as they say."""

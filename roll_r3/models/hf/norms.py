@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 LATENT_NORMS = ("q_a_layernorm", "kv_a_layernorm")
-"""Of multi-head latent attention, over the low-rank queries and over the low-rank keys and values."""
+"""Norms of multi-head latent attention, over the low-rank queries and over the low-rank keys and values."""
 
 
 def set_latent_epsilon(model: Any) -> None:

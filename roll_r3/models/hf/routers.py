@@ -19,7 +19,7 @@ RouterOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Gates = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 """(router, logits [t, E], ids [t, K]) -> gates [t, K]."""
 SMALLEST_SUM = 1e-20
-"""Of probabilities that are still divided by: far above where fp32 loses digits, far below K / E."""
+"""Smallest sum of probabilities used as a divisor: far above where fp32 loses digits, far below K / E."""
 
 
 def _renormalised(chosen_tK: torch.Tensor, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -> torch.Tensor:

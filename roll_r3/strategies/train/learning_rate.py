@@ -8,7 +8,7 @@ from roll_r3.config.workers import TrainingArgs
 
 
 def learning_rate(args: TrainingArgs, done: int, total: int) -> float:
-    """Of the step that follows `done` of the run's `total` optimizer steps. See `TrainingArgs.warmup_steps`."""
+    """Learning rate of the step after `done` of the run's `total` optimizer steps. See `TrainingArgs.warmup_steps`."""
     warmup, peak = args.warmup_steps, args.learning_rate
     if done < warmup:
         return peak * (done + 1) / warmup

@@ -37,7 +37,7 @@ def near(base: Tensor, distance: float, seed: int) -> Tensor:
 
 
 def kl_gradient(theta: Tensor, reference: Tensor, *, reverse: bool = False) -> Tensor:
-    """Of KL(policy || reference), or reversed of KL(reference || policy), summed over the last dimension."""
+    """KL(policy || reference), or reversed KL(reference || policy), summed over the last dimension."""
     theta = theta.detach().requires_grad_()
     p, q = theta.log_softmax(-1), reference.log_softmax(-1)
     kl = (q.exp() * (q - p)).sum() if reverse else (p.exp() * (p - q)).sum()
@@ -73,7 +73,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("distance", [0.01, 0.1, 1.0])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_k1_has_no_gradient_in_a_loss(seed: int, distance: float) -> None:
-    """Why it is refused there."""
+    """The reason for refusing it there."""
     theta = logits(seed).requires_grad_()
     log_probs, reference = theta.log_softmax(-1), near(theta.detach(), distance, seed)
     estimate, _ = kl_estimate(log_probs, reference.log_softmax(-1), "k1")
@@ -111,7 +111,7 @@ def test_off_policy_only_the_unbiased_form_is_right(seed: int, correction: str, 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_ratio_times_k2_would_be_wrong(seed: int) -> None:
-    """Why use_unbiased_kl takes k3 alone: with the gradient through the ratio, k2 keeps a term of its value."""
+    """Reason for use_unbiased_kl with k3 alone: with the gradient through the ratio, k2 keeps a term of its value."""
     theta = logits(seed)
     old, reference = near(theta, 0.3, seed), near(theta, 1.0, seed + 100)
     found = gradient_in_loss(theta, old, reference, use_unbiased_kl=True, kl_estimator="k2")
@@ -135,7 +135,7 @@ def responses(tokens: int, log_probs: Tensor, ref_log_probs: Tensor) -> Batch:
 
 
 def gradient_in_reward(theta: Tensor, reference: Tensor, settings: RLVRConfig) -> Tensor:
-    """Of all responses of 2 tokens, the second given the first, weighted by their probabilities.
+    """Mean over all responses of 2 tokens, the second given the first, weighted by their probabilities.
 
     Args:
         theta: logits [1 + SIZE, SIZE] of the first token, and of the second after each first.
@@ -164,7 +164,7 @@ def gradient_in_reward(theta: Tensor, reference: Tensor, settings: RLVRConfig) -
 
 
 def sequence_kl_gradient(theta: Tensor, reference: Tensor) -> Tensor:
-    """Of KL(policy || reference) of whole responses: the first token's, and the second's weighted by the first."""
+    """KL(policy || reference) of whole responses: the first token's, and the second's weighted by the first."""
     theta = theta.detach().requires_grad_()
     p, q = theta.log_softmax(-1), reference.log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
@@ -208,7 +208,7 @@ def test_abs_in_the_reward_pulls_elsewhere(seed: int) -> None:
 
 
 def advantages_of(scores: list[float], kl: list[list[float]], **changes: object) -> tuple[Batch, TokenAdvantages]:
-    """Of one group, whose tokens are this far above the reference (nats)."""
+    """Advantages of one group, whose tokens are this far above the reference (nats)."""
     gaps = torch.tensor(kl, dtype=torch.float64)
     batch = responses(gaps.shape[1], torch.full_like(gaps, -1.0), -1.0 - gaps)
     settings = config(add_token_level_kl=True, **changes)

@@ -43,7 +43,7 @@ def handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def take_sigterm() -> None:
-    """As `ray.init` does."""
+    """Take SIGTERM, like `ray.init`."""
     utils.set_sigterm_handler(lambda signum, frame: None)
 
 
@@ -72,7 +72,7 @@ def test_sigterm_while_ray_starts_is_the_runs_own(handler: Any, monkeypatch: pyt
 
 
 def test_no_call_starts_another_ray(handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one does by itself in a thread that is late, or in what a library does at the end."""
+    """A late thread, or a library at the end, would start one by itself."""
     started: list[object] = []
     monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
     monkeypatch.setattr(session, "_check_is_closed", lambda address: None)
@@ -86,7 +86,7 @@ def test_no_call_starts_another_ray(handler: Any, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def started(handler: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """What Ray was started with; its directory is made as by Ray."""
+    """Options that Ray was started with; its directory is made as by Ray."""
     started: list[dict[str, Any]] = []
 
     def init(**options: Any) -> None:

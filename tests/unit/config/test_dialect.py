@@ -127,7 +127,7 @@ def edited(paths: set[str]) -> dict[str, Any]:
 
 
 def settings(data: dict[str, Any]) -> dict[str, Any]:
-    """What ROLL's defaults become."""
+    """Values of ROLL's defaults after translation."""
     translated = translate(data, {})[0]
     return {path: at(translated, path) for path in DEFAULTS}
 

@@ -451,7 +451,7 @@ def test_what_belongs_to_gae_is_refused_with_it(estimator):
 
 
 def reason(path: str, value: object) -> str:
-    """Why a key is refused."""
+    """Reason for refusing a key."""
     (finding,) = [f for f in translate(put(of_roll(), path, value), {})[2] if f.rule == "roll-unsupported"]
     return finding.fix
 

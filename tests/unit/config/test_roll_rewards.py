@@ -1,4 +1,4 @@
-"""What a person reads about a reward worker of ROLL's that has no counterpart."""
+"""Messages about reward workers of ROLL without a counterpart."""
 
 from __future__ import annotations
 

@@ -410,7 +410,7 @@ RUNS_AS_WRITTEN = {
     "vpp-of-one",
     "warmup-within-run",
 }
-"""What trains as it is written: costs, and settings that change nothing."""
+"""Rules about files that train as written: costs, and settings that change nothing."""
 
 
 def test_what_changes_no_training_is_never_an_error():

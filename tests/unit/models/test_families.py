@@ -58,7 +58,7 @@ def test_what_may_be_trained_is_not_guessed_at(name):
 
 
 def test_names_and_configs_of_the_table_agree():
-    """Of every model in the bundled table: no name refuses what its config.json allows."""
+    """Every model in the bundled table: no name refuses what its config.json allows."""
     for name, config in known_configs().items():
         assert (untrainable_by_name(name) is None) == (untrainable(config) == ""), name
 

@@ -1,4 +1,4 @@
-"""Who shares devices, and what is on which node: judged alike by the check, by `--plan`, and when a run is placed."""
+"""Shared devices, and places on nodes: judged alike by the check, by `--plan`, and when a run is placed."""
 
 from __future__ import annotations
 

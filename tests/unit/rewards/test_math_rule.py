@@ -95,7 +95,7 @@ def test_what_math_verify_raises_is_undecided(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_pair_that_cannot_be_compared_hides_no_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in math-verify itself: an expression is compared first, and then the text that it was made of."""
+    """The order of math-verify itself: an expression is compared first, and then the text that it was made of."""
 
     def fails_at_expressions(truth: object, answer: object, **settings: object) -> bool:
         if not isinstance(truth, str):

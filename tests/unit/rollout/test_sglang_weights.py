@@ -217,6 +217,10 @@ def test_what_an_engine_says_can_be_shown(sent: bytes) -> None:
             with connection:
                 connection.recv(1 << 16)
                 connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):
+                    while connection.recv(1 << 16):  # closed before all was read, it would be reset
+                        pass
 
         threading.Thread(target=answer, daemon=True).start()
         target = target_at(server.getsockname()[1])

@@ -240,7 +240,7 @@ def spans(*versions: tuple[str, int, int]) -> list[dict[str, Any]]:
 
 
 def without_its_end() -> dict[str, Any]:
-    """As from a proxy that strips the end token."""
+    """An answer from a proxy that strips the end token."""
     whole = answer()["choices"][0]
     return {
         "token_ids": whole["token_ids"][:-1],

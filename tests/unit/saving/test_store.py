@@ -147,7 +147,7 @@ def test_what_is_set_aside_stays(store):
 
 
 def test_a_run_that_began_last_is_the_newest_whatever_the_clock_said(tmp_path):
-    """As after a journey to another time zone, or a clock that was put right."""
+    """The case after a journey to another time zone, or a clock that was put right."""
     for run in ("20261121-210000", "20261121-120000", "20261121-120000-1"):
         save(Store(tmp_path / run / CHECKPOINTS), 1)
     assert newest_run(tmp_path) == "20261121-210000", "of an earlier release, by its name"

@@ -136,7 +136,7 @@ def test_loss_figures_are_those_of_the_loss_that_was_minimised(
 
 
 def reduced(stats: list[TokenStats]) -> dict[str, float]:
-    """As each rank finds them, one after the other: the first pass sees what it gives, the second what all gave."""
+    """Sums that each rank finds, one after the other: the first pass sees what it gives, the second what all gave."""
     given: list[list[torch.Tensor]] = []
     for one in stats:
         given.append([])
