@@ -40,7 +40,7 @@ from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import ProcessInfo
 
 if TYPE_CHECKING:
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def live_routes(
 
 def trainer(checkpoint: str, layout: Layout, batch: Batch, process: ProcessInfo) -> MegatronTrain:
     """One rank, ready to train."""
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     tokens = int(batch.lengths_n.max()) + 1
     config = RLVRConfig.model_validate(

@@ -31,13 +31,13 @@ import psutil
 
 from examples.benchmarks.measuring import Report, ratio
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.engines.answers import Asked
+from roll_r3.engines.sampling import SampleRequest
+from roll_r3.engines.sglang.payload import read_sample
+from roll_r3.engines.sglang.strategy import SglangRollout
 from roll_r3.models.facts import ModelFacts
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest
-from roll_r3.strategies.rollout.answers import Asked
-from roll_r3.strategies.rollout.sampling import SampleRequest
-from roll_r3.strategies.rollout.sglang.payload import read_sample
-from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
 
 
 @dataclass(frozen=True)

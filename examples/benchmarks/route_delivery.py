@@ -33,13 +33,14 @@ from examples.benchmarks.measuring import (
 )
 from examples.benchmarks.route_preparation import no_live_choice, replayed
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.delivery import Pieces, RouteRequest, pack, read_encoded, unpack
-from roll_r3.batch.micro_batch import assign_to_ranks, fixed_size
+from roll_r3.batch.grouping import assign_to_ranks, fixed_size
+from roll_r3.batch.micro_batch import MicroBatch
+from roll_r3.batch.route_pieces import Pieces, RouteRequest, pack, read_encoded, unpack
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.token_map import PADDING, Layout
 from roll_r3.batch.wire import EncodedGroup, encode
 from roll_r3.models.facts import ModelFacts
-from roll_r3.strategies.train.micro_batch import MicroBatch, cut
+from roll_r3.trainers.cutting import cut
 
 GROUP = 8
 """Samples of a prompt; a quarter of the rows of each is the prompt's."""

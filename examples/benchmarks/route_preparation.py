@@ -33,12 +33,13 @@ from examples.benchmarks.measuring import (
     timed,
 )
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.delivery import ReadRoutes, read_held
+from roll_r3.batch.micro_batch import MicroBatch
+from roll_r3.batch.route_pieces import ReadRoutes, read_held
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.token_map import Layout
 from roll_r3.models.facts import ModelFacts
-from roll_r3.strategies.train.micro_batch import MicroBatch, cut
-from roll_r3.strategies.train.replay import ReplaySession, replaying
+from roll_r3.replay.session import ReplaySession, replaying
+from roll_r3.trainers.cutting import cut
 
 MODEL = "Qwen/Qwen3-30B-A3B"
 SAMPLES = 8

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from ray._common.utils import get_default_system_temp_dir
 
-from roll_r3.strategies.rollout.folders import here
+from roll_r3.engines.folders import here
 
 _BEGIN = "r3-ray-"
 _MAKER = "maker"

@@ -15,7 +15,7 @@ import numpy as np
 import ray
 
 from roll_r3.batch.batch import Batch, FloatN
-from roll_r3.batch.micro_batch import IntArray, assign_to_ranks
+from roll_r3.batch.grouping import IntArray, assign_to_ranks
 from roll_r3.cluster.calls import Say, Waiting
 from roll_r3.cluster.daemons import vital
 from roll_r3.cluster.placement import Placement
@@ -29,8 +29,9 @@ from roll_r3.config.rules.devices import (
     engines_out_of_reach,
     scattered_engines,
 )
+from roll_r3.replay.counts import ReplayCounts
 from roll_r3.saving.manifest import FileSum
-from roll_r3.strategies.base import GenerateRequest, GenerateResult, LogProbResult, ReplayCounts, Role, TrainResult
+from roll_r3.strategies.base import GenerateRequest, GenerateResult, LogProbResult, Role, TrainResult
 
 logger = logging.getLogger(__name__)
 

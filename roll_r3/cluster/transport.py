@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from roll_r3.batch.delivery import Parcel, Pieces, RouteRequest, pack, read_encoded, read_held, unpack
+from roll_r3.batch.route_pieces import Parcel, Pieces, RouteRequest, pack, read_encoded, read_held, unpack
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.batch.wire import EncodedGroup, encode

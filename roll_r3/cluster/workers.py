@@ -17,7 +17,7 @@ import ray
 import torch
 
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.delivery import Parcel, RouteRequest
+from roll_r3.batch.route_pieces import Parcel, RouteRequest
 from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.signs import SIGNS, Identity, identity
 from roll_r3.cluster.transport import cut, read_routes, store_routes

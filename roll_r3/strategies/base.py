@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.delivery import ReadRoutes, read_held
+from roll_r3.batch.route_pieces import ReadRoutes, read_held
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.replay.counts import ReplayCounts
 
 if TYPE_CHECKING:
     import torch
@@ -181,28 +182,6 @@ class RolloutClass(Protocol):
             log_path: of the engine's own output.
             node_address: where other nodes reach this one.
         """
-
-
-@dataclass(frozen=True)
-class ReplayCounts:
-    """What a replay session did, in (token, MoE layer) entries, summed over all ranks of the world."""
-
-    trainable: int = 0
-    """Entries of tokens whose label is trained on."""
-    trainable_replayed: int = 0
-    """Those of them that used a recorded row."""
-    missing: int = 0
-    """Entries of real tokens whose row the engine never saw: the live router decided."""
-    padded: int = 0
-    """Entries of padding slots."""
-    compared: int = 0
-    """Replayed entries of real tokens that were compared with the live router's own choice."""
-    agreed: int = 0
-    """Those of them where the live router would have chosen the same set of experts."""
-    audited: int = 0
-    """Entries whose dispatch was compared with their recorded row; a recomputation in backward compares them again."""
-    audit_equal: int = 0
-    """Those of them whose token went to exactly the recorded experts."""
 
 
 @dataclass(frozen=True)

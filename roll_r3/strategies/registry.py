@@ -1,7 +1,7 @@
 """Strategy names, what each can do, and where its code is. Importing this module imports no engine.
 
 To add a strategy: a typed config in `roll_r3.config.strategies`, a module under rollout/ or train/, a row here, and a
-line in `roll_r3.strategies.contracts`, where the checker of types compares the class with its contract.
+line in `tests/types/contracts.py`, where the checker of types compares the class with its contract.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def load_attribute(path: str) -> Any:
 
 
 _REPLAYS = frozenset({"R2", "R3"})
-_MEGATRON = "roll_r3.strategies.train.megatron.strategy"
-_FSDP2 = "roll_r3.strategies.train.fsdp2.strategy"
+_MEGATRON = "roll_r3.trainers.megatron.strategy"
+_FSDP2 = "roll_r3.trainers.fsdp2.strategy"
 
 STRATEGIES: dict[str, StrategyEntry] = {
     "sglang": StrategyEntry(
@@ -78,24 +78,24 @@ STRATEGIES: dict[str, StrategyEntry] = {
         config=SglangConfig,
         capabilities=Capabilities(records_routes=True),
         builder=Builder.SGLANG,
-        factory="roll_r3.strategies.rollout.sglang.strategy:SglangRollout",
-        weight_channel="roll_r3.strategies.rollout.sglang.weights:SglangWeightChannel",
+        factory="roll_r3.engines.sglang.strategy:SglangRollout",
+        weight_channel="roll_r3.engines.sglang.weights:SglangWeightChannel",
     ),
     "vllm": StrategyEntry(
         kind="rollout",
         config=VllmConfig,
         capabilities=Capabilities(records_routes=True),
         builder=Builder.VLLM,
-        factory="roll_r3.strategies.rollout.vllm.strategy:VllmRollout",
-        weight_channel="roll_r3.strategies.rollout.vllm.weights:VllmWeightChannel",
+        factory="roll_r3.engines.vllm.strategy:VllmRollout",
+        weight_channel="roll_r3.engines.vllm.weights:VllmWeightChannel",
     ),
     "hf_infer": StrategyEntry(
         kind="rollout",
         config=HfInferConfig,
         capabilities=Capabilities(records_routes=True),
         builder=Builder.TRANSFORMERS,
-        factory="roll_r3.strategies.rollout.hf.strategy:HfRollout",
-        weight_channel="roll_r3.strategies.rollout.sglang.weights:SglangWeightChannel",
+        factory="roll_r3.engines.hf.strategy:HfRollout",
+        weight_channel="roll_r3.engines.sglang.weights:SglangWeightChannel",
     ),
     "megatron_train": StrategyEntry(
         kind="train",

@@ -19,12 +19,12 @@ from fuzz_harness import Verdict, Wrong, mutated, replanted
 from hypothesis import strategies as st
 
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.engines.answers import Asked
+from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
+from roll_r3.engines.sglang import payload as sglang
+from roll_r3.engines.vllm import payload as vllm
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import facts_of
-from roll_r3.strategies.rollout.answers import Asked
-from roll_r3.strategies.rollout.sampling import Sample, SampleError, SampleRequest
-from roll_r3.strategies.rollout.sglang import payload as sglang
-from roll_r3.strategies.rollout.vllm import payload as vllm
 
 PROMPT, RESPONSE, LOG_PROBS = (5, 6, 7), [9, 8, 258], [-0.5, -1.5, 0.0]
 END = 258

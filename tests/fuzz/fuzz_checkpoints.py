@@ -31,9 +31,9 @@ from roll_r3.errors import CheckpointError, ConfigError, RollError
 from roll_r3.pipelines import resume
 from roll_r3.saving.manifest import file_sum, files_below, seal
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
-from roll_r3.strategies.train import checkpoint
 from roll_r3.tracking.metric_log import MetricLog
 from roll_r3.tracking.progress import Progress
+from roll_r3.trainers import checkpoint
 
 STEP = 4
 TENSORS = {"model.a": torch.arange(6.0).reshape(2, 3), "model.b": torch.arange(4.0) + 0.5}

@@ -11,8 +11,8 @@ from typing import Any
 from fuzz_harness import Verdict, Wrong, mutated
 from hypothesis import strategies as st
 
-from roll_r3.strategies.rollout.client import ServerClient
-from roll_r3.strategies.rollout.sampling import SampleError
+from roll_r3.engines.client import ServerClient
+from roll_r3.engines.sampling import SampleError
 
 TIMEOUT = 0.5
 BOMB = gzip.compress(bytes(300 << 20), 1)

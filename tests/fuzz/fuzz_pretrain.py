@@ -22,7 +22,7 @@ from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.checkpoint import tensor_files
 from roll_r3.models.facts import MAX_EXPERTS, read_facts
 from roll_r3.run import main
-from roll_r3.strategies.train.hf_checkpoint import save_hf
+from roll_r3.trainers.hf_checkpoint import save_hf
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 _SIZES = {

@@ -15,8 +15,8 @@ from fuzz_harness import HOSTILE, Verdict, Wrong, mutated, replanted
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
-from roll_r3.strategies.rollout.hf import receiver
-from roll_r3.strategies.rollout.hf.receiver import MAX_BODY, WeightReceiver
+from roll_r3.engines.hf import receiver
+from roll_r3.engines.hf.receiver import MAX_BODY, WeightReceiver
 
 SHAPES = {"a": [2, 3], "b": [4]}
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -23,7 +23,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import EngineError
 from roll_r3.pipelines.engines import Engines
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
-from roll_r3.strategies.rollout.weights import ServerWeightChannel
+from roll_r3.weights.channel import ServerWeightChannel
 
 ASKED = requests(16, 4)
 

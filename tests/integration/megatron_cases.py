@@ -25,7 +25,8 @@ from roll_r3.batch.routes import RoutedExperts
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.facts import read_facts
 from roll_r3.platform import megatron_cpu
-from roll_r3.strategies.base import ProcessInfo, ReplayCounts
+from roll_r3.replay.counts import ReplayCounts
+from roll_r3.strategies.base import ProcessInfo
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 4, 16, 2, 260
 SAMPLES = 8

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.engines.process import ServerProcess
+from roll_r3.engines.sampling import SampleRequest
+from roll_r3.engines.server import ServerRollout
+from roll_r3.engines.sharing import PromptSharing
+from roll_r3.engines.slots import Slots
 from roll_r3.models.facts import read_facts
 from roll_r3.models.hf.tokenizer import read_end_tokens, read_tokenizer
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, RolloutStrategy
-from roll_r3.strategies.rollout.process import ServerProcess
-from roll_r3.strategies.rollout.sampling import SampleRequest
-from roll_r3.strategies.rollout.server import ServerRollout
-from roll_r3.strategies.rollout.sharing import PromptSharing
-from roll_r3.strategies.rollout.slots import Slots
 
 T = TypeVar("T")
 RolloutT = TypeVar("RolloutT", bound=RolloutStrategy)

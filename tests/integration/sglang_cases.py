@@ -8,7 +8,7 @@ from typing import Any
 from rollout_cases import RESPONSE_LENGTH, SMALL_SERVER, Rollout, rollout_config
 
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
+from roll_r3.engines.sglang.strategy import SglangRollout
 
 
 def configuration(

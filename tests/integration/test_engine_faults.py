@@ -25,10 +25,10 @@ from sglang_cases import Engine, configuration
 from whole_run import RAYS_LAST_WORD, START_TIMEOUT, Run, few_steps
 
 from roll_r3.data.tiny_task import addition_mod10
+from roll_r3.engines import folders as server_folders
+from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.rollout import folders as server_folders
-from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 

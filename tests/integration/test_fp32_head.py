@@ -100,7 +100,7 @@ def _around_the_head(process: ProcessInfo, case: Case, batch: Batch) -> dict[str
 
 
 def unwrapped(chunk: Any) -> Any:
-    from roll_r3.strategies.train.megatron.bridge import unwrap
+    from roll_r3.trainers.megatron.bridge import unwrap
 
     return unwrap(chunk)
 

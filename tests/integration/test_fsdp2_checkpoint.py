@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_model_is_not_written_into_this_one(
 def _changed_checkpoint(process: ProcessInfo, case: Case, path: Path, change: str) -> str:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    from roll_r3.strategies.train import checkpoint
+    from roll_r3.trainers import checkpoint
 
     strategy = open_strategy(process, case)
     saved, name = strategy._state(), "model.model.norm.weight"
@@ -170,7 +170,7 @@ def test_a_checkpoint_that_cannot_be_written_says_so_on_every_rank(gang: Gangs, 
 
 
 def _unwritten(process: ProcessInfo, case: Case, path: Path) -> list[str]:
-    from roll_r3.strategies.train import checkpoint
+    from roll_r3.trainers import checkpoint
 
     strategy = open_strategy(process, case)
     found = []

@@ -28,7 +28,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.errors import ConfigError, ReplayError, RollError
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import ProcessInfo
-from roll_r3.strategies.train import world
+from roll_r3.trainers import world
 
 pytestmark = pytest.mark.integration
 
@@ -41,8 +41,8 @@ def test_nothing_is_left_after_a_failure(gang: Gangs, tiny_moe: Path) -> None:
 
 def _failures(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.ndarray]:
     """Weights after a step that follows every failure."""
-    from roll_r3.strategies.train.fsdp2 import strategy as module
-    from roll_r3.strategies.train.replay import ReplaySession
+    from roll_r3.replay.session import ReplaySession
+    from roll_r3.trainers.fsdp2 import strategy as module
 
     strategy = open_strategy(process, case)
     routers, objective, stage = strategy.model.routers, module.policy_objective, ReplaySession.stage

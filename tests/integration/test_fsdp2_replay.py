@@ -181,9 +181,9 @@ def test_the_audit_names_what_went_wrong(gang: Gangs, tiny_moe: Path) -> None:
 
 
 def _audited_mistakes(process: ProcessInfo, case: Case, batch: Batch) -> list[str]:
-    from roll_r3.strategies.train.fsdp2.audit import ExpertsAudit
-    from roll_r3.strategies.train.replay import ReplaySession
-    from roll_r3.strategies.train.routed_layer import LayerReplay
+    from roll_r3.replay.layer import LayerReplay
+    from roll_r3.replay.session import ReplaySession
+    from roll_r3.trainers.fsdp2.audit import ExpertsAudit
 
     strategy = open_strategy(process, case)
     part = shard(batch, process.rank, process.world_size)

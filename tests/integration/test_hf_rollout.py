@@ -25,11 +25,11 @@ from rollout_cases import (
 from safetensors.torch import load_file, save_file
 
 from roll_r3.data.tiny_task import addition_mod10
+from roll_r3.engines.hf.strategy import HfRollout
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest, GenerateResult, ProcessInfo, WeightTarget
 from roll_r3.strategies.registry import STRATEGIES
-from roll_r3.strategies.rollout.hf.strategy import HfRollout
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -17,7 +17,8 @@ from megatron_cases import FULL_RECOMPUTE, INTERLEAVED, LAYERS, TOP_K, Case, mak
 
 from roll_r3.batch.batch import Batch
 from roll_r3.errors import ReplayError
-from roll_r3.strategies.base import ProcessInfo, ReplayCounts
+from roll_r3.replay.counts import ReplayCounts
+from roll_r3.strategies.base import ProcessInfo
 
 pytestmark = pytest.mark.integration
 Gangs = Callable[[int], Gang]
@@ -28,7 +29,7 @@ HOOKED = ("dispatch_preprocess", "dispatch_postprocess")
 
 
 def _strategy(process: ProcessInfo, case: Case, **audit: Any) -> Any:
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     config = case.config(process.world_size // case.model_parallel_size)
     actor = config.actor_train
@@ -100,8 +101,8 @@ def rolled(laid_out, axis):
 
 @contextmanager
 def _mistake(name: str) -> Iterator[None]:
-    from roll_r3.strategies.train import delivery, replay
-    from roll_r3.strategies.train.routed_layer import LayerReplay
+    from roll_r3.replay.layer import LayerReplay
+    from roll_r3.trainers import delivery, replay
 
     session, laid_out = replay.ReplaySession, replay.ReplaySession._laid_out
     with pytest.MonkeyPatch.context() as patch:
@@ -185,8 +186,8 @@ def test_other_faults_are_named_too(gang: Gangs, tiny_moe: Path) -> None:
 
 
 def _other_faults(process: ProcessInfo, case: Case, batch: Batch) -> None:
-    from roll_r3.strategies.train.megatron import schedule
-    from roll_r3.strategies.train.megatron.audit import DispatchAudit
+    from roll_r3.trainers.megatron import schedule
+    from roll_r3.trainers.megatron.audit import DispatchAudit
 
     strategy = _strategy(process, case)
     with _mistake("padding to one expert"), pytest.raises(ReplayError, match=r"no row, to 1 distinct experts instead"):
@@ -208,9 +209,9 @@ def _other_faults(process: ProcessInfo, case: Case, batch: Batch) -> None:
     assert _at_rest(strategy)
 
     with pytest.MonkeyPatch.context() as patch:  # nothing is replayed at all, and no session complains
-        patch.setattr("roll_r3.strategies.train.replay.LayerReplay.choose", _route_natively)
-        patch.setattr("roll_r3.strategies.train.replay.ReplaySession.__exit__", _leave_unchecked)
-        patch.setattr("roll_r3.strategies.train.megatron.routed_layer.RoutedLayer.end_forward", lambda layer: None)
+        patch.setattr("roll_r3.replay.session.LayerReplay.choose", _route_natively)
+        patch.setattr("roll_r3.replay.session.ReplaySession.__exit__", _leave_unchecked)
+        patch.setattr("roll_r3.trainers.megatron.routers.RoutedLayer.end_forward", lambda layer: None)
         with pytest.raises(ReplayError, match="entries that went to other experts than recorded"):
             strategy.train_step(batch, step=1)
 
@@ -266,7 +267,7 @@ def test_a_row_left_from_a_log_prob_pass_is_found(gang: Gangs, tiny_moe: Path) -
 
 
 def _stale_rows(process: ProcessInfo, case: Case, batch: Batch) -> None:
-    from roll_r3.strategies.train.replay import LayerReplay, ReplaySession
+    from roll_r3.replay.session import LayerReplay, ReplaySession
 
     survivors: dict[int, LayerReplay] = {}
 

@@ -128,7 +128,7 @@ def test_weights_alone_are_read_into_a_model_that_does_not_train(
 
 
 def _weights_alone(process: ProcessInfo, case: Case, path: Path) -> dict[str, Any]:
-    from roll_r3.strategies.train.megatron.strategy import MegatronInfer
+    from roll_r3.trainers.megatron.strategy import MegatronInfer
 
     strategy = MegatronInfer(case.config(), "actor_train", process)
     strategy.initialize()

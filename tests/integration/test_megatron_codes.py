@@ -185,8 +185,8 @@ def _prediction_layers(patch: pytest.MonkeyPatch, layers: int) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from roll_r3.strategies.train.megatron import bridge
-    from roll_r3.strategies.train.megatron.spec import LocalNorm
+    from roll_r3.trainers.megatron import bridge
+    from roll_r3.trainers.megatron.spec import LocalNorm
 
     gpt_model = llm_bridge.GPTModel
 
@@ -245,7 +245,7 @@ def _layers_shifted(patch: pytest.MonkeyPatch, layers: int) -> None:
 
 
 def _rolled(patch: pytest.MonkeyPatch, axis: int) -> None:
-    from roll_r3.strategies.train.replay import ReplaySession
+    from roll_r3.replay.session import ReplaySession
 
     right = ReplaySession._laid_out
 
@@ -267,7 +267,7 @@ def _sp_slice_of_the_wrong_rank(patch: pytest.MonkeyPatch, layers: int) -> None:
 
 def _routes_laid_out(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> None:
     """Routers' rows by another layout than the tokens'."""
-    from roll_r3.strategies.train import micro_batch
+    from roll_r3.trainers import micro_batch
 
     build = micro_batch.build_token_map
 
@@ -282,7 +282,7 @@ def _routes_laid_out(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> 
 
 def _counted_layers_of_a_chunk(patch: pytest.MonkeyPatch, layers: int) -> None:
     """Layers by their count in the model, as if its first were not dense."""
-    from roll_r3.strategies.train import replay
+    from roll_r3.trainers import replay
 
     right = replay.chunk_rows
 

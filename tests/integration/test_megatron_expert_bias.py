@@ -91,7 +91,7 @@ def test_a_rate_of_0_moves_nothing(gang: Gangs, deepseek: Path) -> None:
 
 
 def _trainer(process: ProcessInfo, case: Case) -> Any:
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
     strategy.initialize()

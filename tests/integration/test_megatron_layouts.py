@@ -26,7 +26,7 @@ from megatron_cases import (
     shard,
 )
 
-from roll_r3.batch.micro_batch import shuffled_mini_batches
+from roll_r3.batch.grouping import shuffled_mini_batches
 
 pytestmark = pytest.mark.integration
 Gangs = Callable[[int], Gang]

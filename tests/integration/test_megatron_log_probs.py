@@ -92,8 +92,8 @@ def test_the_reference_beside_the_actor_is_untouched(gang: Gangs, tiny_moe: Path
 def _reference_beside_actor(process: ProcessInfo, case: Case, batch: Batch) -> None:
     from megatron.core.transformer.moe.router_replay import RouterReplay
 
-    from roll_r3.strategies.train.megatron.strategy import MegatronInfer, MegatronTrain
-    from roll_r3.strategies.train.replay import ReplaySession
+    from roll_r3.replay.session import ReplaySession
+    from roll_r3.trainers.megatron.strategy import MegatronInfer, MegatronTrain
 
     actor = MegatronTrain(case.config(), "actor_train", process)
     frozen = MegatronInfer(case.config(), "reference", process)
@@ -151,7 +151,7 @@ def test_a_saved_checkpoint_is_the_trained_policy(
 
 
 def _train_and_save(process: ProcessInfo, case: Case, batch: Batch, path: Path):
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
     strategy.initialize()

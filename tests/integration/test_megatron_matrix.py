@@ -110,7 +110,7 @@ def test_a_configuration_is_refused(what: str, tmp_path: Path, compatibility: Co
 @pytest.mark.parametrize("what", REFUSED_MODELS)
 def test_a_checkpoint_is_refused(what: str, tmp_path: Path, compatibility: Compatibility) -> None:
     megatron_cpu.install()
-    from roll_r3.strategies.train.megatron.bridge import open_bridge
+    from roll_r3.trainers.megatron.bridge import open_bridge
 
     name, fields = REFUSED_MODELS[what]
     make_tiny_checkpoint(tmp_path, name)

@@ -225,7 +225,7 @@ def test_export_is_bit_exact(
 
 
 def _export_twice(process: ProcessInfo, case: Case) -> tuple[dict[str, tuple[str, np.ndarray]], ...]:
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
     strategy.initialize()
@@ -250,7 +250,7 @@ def test_a_saved_checkpoint_keeps_what_the_trainer_does_not_hold(gang: Gangs, tm
 
 
 def _save(process: ProcessInfo, case: Case, path: Path) -> None:
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
     strategy.initialize()

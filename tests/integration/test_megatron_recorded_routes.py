@@ -69,7 +69,7 @@ def _record_and_train(
     """Weights after two steps on one recording, bytes of rows that each exchange sent, data-parallel rank."""
     import torch.distributed as dist
 
-    from roll_r3.strategies.train import recorded
+    from roll_r3.trainers import recorded
 
     sent = []
 
@@ -112,7 +112,7 @@ def _refused(process: ProcessInfo, case: Case, batch: Batch) -> str:
 
 
 def _strategy(process: ProcessInfo, case: Case) -> Any:
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     assert SAMPLES == 8
     strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)

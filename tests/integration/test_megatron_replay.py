@@ -249,8 +249,8 @@ def _fail_then_train(process: ProcessInfo, case: Case, batch: Batch) -> dict:
     from megatron.core.transformer.moe.router_replay import RouterReplay
     from megatron_cases import exported
 
-    from roll_r3.strategies.train import replay
-    from roll_r3.strategies.train.megatron import schedule
+    from roll_r3.trainers import replay
+    from roll_r3.trainers.megatron import schedule
 
     strategy = _strategy(process, case)
     routers = [router for chunk in strategy.model.routers for router in chunk]
@@ -334,7 +334,7 @@ def test_a_wrong_queue_shows_in_a_pipeline(mistake: str, layout: dict, gang: Gan
 
 
 def _with_mistake(process: ProcessInfo, mistake: str, case: Case, batch: Batch):
-    from roll_r3.strategies.train.replay import LayerReplay
+    from roll_r3.replay.session import LayerReplay
 
     def newest_first(layer):
         return layer.queue.pop()
@@ -350,7 +350,7 @@ def _with_mistake(process: ProcessInfo, mistake: str, case: Case, batch: Batch):
 
 
 def _strategy(process: ProcessInfo, case: Case):
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
     strategy.initialize()

@@ -24,8 +24,8 @@ def test_the_reference_routes_by_itself_inside_the_actors_session(gang: Callable
 
 
 def _both(process: ProcessInfo, case: Case, batch: Batch) -> None:
-    from roll_r3.strategies.train.megatron import strategy as module
-    from roll_r3.strategies.train.megatron.strategy import MegatronInfer, MegatronTrain
+    from roll_r3.trainers.megatron import strategy as module
+    from roll_r3.trainers.megatron.strategy import MegatronInfer, MegatronTrain
 
     actor = MegatronTrain(case.config(), "actor_train", process)
     reference = MegatronInfer(case.config(), "reference", process)
@@ -85,7 +85,7 @@ def test_a_world_that_is_left_takes_its_threads_with_it(tiny_moe: Path) -> None:
 
 
 def _threads_left(process: ProcessInfo, case: Case, batch: Batch) -> list[int]:
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     left = []
     for port in (1, 2):

@@ -79,8 +79,8 @@ def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
     megatron_cpu.install()
     from megatron.core import parallel_state as mpu
 
-    from roll_r3.strategies.train.megatron.bridge import unwrap
-    from roll_r3.strategies.train.megatron.strategy import MegatronTrain
+    from roll_r3.trainers.megatron.bridge import unwrap
+    from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     strategy = MegatronTrain(config, "actor_train", process)
     strategy.initialize()

@@ -16,8 +16,8 @@ from whole_run import START_TIMEOUT, Run, few_steps
 
 from roll_r3.batch.token_map import round_up
 from roll_r3.data.tiny_task import addition_mod10
+from roll_r3.engines.sglang.launcher import KEY_VARIABLE
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.rollout.sglang.launcher import KEY_VARIABLE
 
 pytestmark = pytest.mark.integration
 

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.delivery import RouteRequest, read_held
+from roll_r3.batch.route_pieces import RouteRequest, read_held
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.batch.wire import EncodedGroup

@@ -11,8 +11,8 @@ from rollout_cases import Reference, requests, trajectories
 from safetensors.torch import load_file
 from sglang_cases import Engine, configuration
 
+from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 

@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from sglang_cases import Engine, configuration
 
 from roll_r3 import processes
+from roll_r3.engines import server
+from roll_r3.engines.process import ServerProcess, free_port
+from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
-from roll_r3.strategies.rollout import server
-from roll_r3.strategies.rollout.process import ServerProcess, free_port
-from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 

@@ -29,11 +29,11 @@ from safetensors.torch import load_file
 from sglang_cases import Engine, configuration
 
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.engines.sglang.strategy import SglangRollout
+from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
-from roll_r3.strategies.rollout.sglang.strategy import SglangRollout
-from roll_r3.strategies.rollout.sglang.weights import SglangWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 

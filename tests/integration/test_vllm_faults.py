@@ -9,8 +9,8 @@ from engine_world import Kind, World, killed_under_its_requests
 from faults import Fault, nothing_left
 from vllm_cases import HEAD_DIM, Engine, configuration, require_environment
 
+from roll_r3.engines.vllm.weights import VllmWeightChannel
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.rollout.vllm.weights import VllmWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.vllm, pytest.mark.timeout(1200)]
 

@@ -31,15 +31,15 @@ from safetensors.torch import load_file
 from vllm_cases import HEAD_DIM, Engine, configuration, require_environment
 
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.engines.answers import Asked
+from roll_r3.engines.sampling import SampleRequest
+from roll_r3.engines.vllm.payload import read_npy
+from roll_r3.engines.vllm.strategy import VllmRollout
+from roll_r3.engines.vllm.weights import VllmWeightChannel
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
-from roll_r3.strategies.rollout.answers import Asked
-from roll_r3.strategies.rollout.sampling import SampleRequest
-from roll_r3.strategies.rollout.vllm.payload import read_npy
-from roll_r3.strategies.rollout.vllm.strategy import VllmRollout
-from roll_r3.strategies.rollout.vllm.weights import VllmWeightChannel
 
 pytestmark = [pytest.mark.integration, pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -10,7 +10,7 @@ import pytest
 from rollout_cases import RESPONSE_LENGTH, SMALL_SERVER, Rollout, rollout_config
 
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.strategies.rollout.vllm.strategy import VllmRollout
+from roll_r3.engines.vllm.strategy import VllmRollout
 
 HEAD_DIM = 32
 """The smallest attention head that vLLM's kernel for CPUs takes; the tiny models' own are of 16."""

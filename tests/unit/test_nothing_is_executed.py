@@ -20,20 +20,20 @@ NEVER_TRUE = {"allow_pickle", "shell", "trust_remote_code"}
 NAMES_CODE = {
     "roll_r3/rewards/rules.py": "a reward rule that the configuration names",
     "roll_r3/strategies/registry.py": "a strategy of the registry",
-    "roll_r3/strategies/rollout/sglang/launcher.py": "SGLang, in its own interpreter",
-    "roll_r3/strategies/rollout/vllm/launcher.py": "vLLM, in its own interpreter",
-    "roll_r3/strategies/rollout/vllm/plugin/roll_r3_vllm/__init__.py": "a file of this package",
-    "roll_r3/strategies/rollout/vllm/plugin/roll_r3_vllm/weights.py": "a file of this package",
+    "roll_r3/engines/sglang/launcher.py": "SGLang, in its own interpreter",
+    "roll_r3/engines/vllm/launcher.py": "vLLM, in its own interpreter",
+    "roll_r3/engines/vllm/plugin/roll_r3_vllm/__init__.py": "a file of this package",
+    "roll_r3/engines/vllm/plugin/roll_r3_vllm/weights.py": "a file of this package",
     "examples/benchmarks/__main__.py": "a benchmark by its name",
 }
 """What imports or runs a module by a name that is worked out, and what it is."""
 PICKLES_IN_THE_GROUP = {
-    "roll_r3/strategies/train/audit.py",
-    "roll_r3/strategies/train/checkpoint.py",
-    "roll_r3/strategies/train/data_parallel.py",
-    "roll_r3/strategies/train/megatron/export.py",
-    "roll_r3/strategies/train/megatron/strategy.py",
-    "roll_r3/strategies/train/together.py",
+    "roll_r3/replay/audit.py",
+    "roll_r3/trainers/checkpoint.py",
+    "roll_r3/batch/data_parallel.py",
+    "roll_r3/trainers/megatron/export.py",
+    "roll_r3/trainers/megatron/strategy.py",
+    "roll_r3/trainers/together.py",
 }
 """What sends objects between the ranks of a trainer, which torch pickles."""
 

@@ -7,7 +7,7 @@ import runpy
 import tomllib
 from pathlib import Path
 
-from roll_r3.strategies.rollout.vllm.version import TESTED
+from roll_r3.engines.vllm.version import TESTED
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

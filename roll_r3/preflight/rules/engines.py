@@ -9,15 +9,15 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.example import OWN_GPUS
 from roll_r3.config.rules.paths import ENGINE, INFER_REPLAY, TRAIN_REPLAY
 from roll_r3.config.rules.table import Verdict
+from roll_r3.engines.sglang import server as sglang_server
+from roll_r3.engines.sglang import version as sglang_version
+from roll_r3.engines.vllm import server as vllm_server
+from roll_r3.engines.vllm import version as vllm_version
 from roll_r3.errors import EngineError
 from roll_r3.preflight.rules.table import VLLM_INSTALLED, Pretend, SurroundingsRule
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.base import Capabilities
 from roll_r3.strategies.registry import StrategyEntry
-from roll_r3.strategies.rollout.sglang import server as sglang_server
-from roll_r3.strategies.rollout.sglang import version as sglang_version
-from roll_r3.strategies.rollout.vllm import server as vllm_server
-from roll_r3.strategies.rollout.vllm import version as vllm_version
 
 MEGATRON_CORE = "0.16"
 """Release whose routers, layer placement and schedules the Megatron strategy follows."""

@@ -21,6 +21,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.layout import SPLIT_RULES
 from roll_r3.config.rules.paths import ENGINE, EP, ETP, MEGATRON, PP, TP, TRAIN, TRAIN_REPLAY, VPP
 from roll_r3.config.rules.table import Verdict, remainder
+from roll_r3.engines.vllm.server import cpu_lacks_a_kernel
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.families import untrainable, untrainable_by_name
 from roll_r3.models.layer_map import chunk_layers
@@ -35,7 +36,6 @@ from roll_r3.preflight.rules.table import (
     SurroundingsRule,
 )
 from roll_r3.preflight.surroundings import Surroundings
-from roll_r3.strategies.rollout.vllm.server import cpu_lacks_a_kernel
 
 _CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
 

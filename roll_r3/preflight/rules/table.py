@@ -10,12 +10,12 @@ from roll_r3.config.derived import MegatronWorker, checkpoint_of, megatron_worke
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Finding
 from roll_r3.config.rules.table import Row, Verdict
+from roll_r3.engines.vllm.version import TESTED
 from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.facts import ModelFacts
 from roll_r3.preflight.checkpoints import Model
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.base import Capabilities
-from roll_r3.strategies.rollout.vllm.version import TESTED
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.micro_batch import assign_to_ranks, fixed_size, shuffled_mini_batches
+from roll_r3.batch.grouping import assign_to_ranks, fixed_size, shuffled_mini_batches
 from roll_r3.batch.routes import RoutedExperts, route_dtype
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.errors import RouteError

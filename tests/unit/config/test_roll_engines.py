@@ -10,7 +10,7 @@ from roll_r3.config.report import ABSENT
 from roll_r3.config.roll_yaml.rows import By, Off
 from roll_r3.config.roll_yaml.translate import TABLES
 from roll_r3.config.strategies import VllmConfig
-from roll_r3.strategies.rollout.vllm.server import args_that_lose_routes, refused_server_args
+from roll_r3.engines.vllm.server import args_that_lose_routes, refused_server_args
 from tests.unit.config.from_roll import ENGINE, at, of_roll, put, run
 
 INFER = "actor_infer.strategy_args"

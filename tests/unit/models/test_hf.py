@@ -11,6 +11,7 @@ import torch
 from own_code import with_code_of_its_own
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from roll_r3.engines.hf.strategy import _read_model
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import TINY
@@ -20,7 +21,6 @@ from roll_r3.models.hf.norms import set_latent_epsilon
 from roll_r3.models.hf.routers import GATES, find_routers, router_class
 from roll_r3.models.hf.tokenizer import read_tokenizer
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
-from roll_r3.strategies.rollout.hf.strategy import _read_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

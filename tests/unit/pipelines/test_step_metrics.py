@@ -14,7 +14,7 @@ from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
-from roll_r3.strategies.base import ReplayCounts
+from roll_r3.replay.counts import ReplayCounts
 from roll_r3.tracking.names import METRICS
 
 

@@ -299,7 +299,7 @@ def test_what_the_loss_takes_for_each_logit(dtype, entropy_gradient):
     """As the schedule runs it: the logits are there until the loss is computed, not in its backward."""
     import torch
 
-    from roll_r3.strategies.train.megatron.vocab import label_log_probs_and_entropy
+    from roll_r3.trainers.megatron.token_values import label_log_probs_and_entropy
 
     tokens, vocab = 64, 1000
     hidden = torch.randn(1, tokens, 4, dtype=getattr(torch, dtype), requires_grad=True)

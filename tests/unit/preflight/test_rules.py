@@ -15,6 +15,7 @@ from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE, TRAIN
 from roll_r3.config.rules.table import Row
 from roll_r3.config.tree import overlap
+from roll_r3.engines.sglang.version import TESTED
 from roll_r3.preflight.check import check_config
 from roll_r3.preflight.checkpoints import Model
 from roll_r3.preflight.rules import ALL_RULES, PREFLIGHT_RULES
@@ -23,7 +24,6 @@ from roll_r3.preflight.summary import summary
 from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
 from roll_r3.preflight.versions import find_versions
 from roll_r3.strategies.base import Capabilities
-from roll_r3.strategies.rollout.sglang.version import TESTED
 
 INSTALLED = {"sglang": str(TESTED), "megatron-core": "0.16.1"}
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.delivery import read_held
+from roll_r3.batch.micro_batch import MicroBatch
+from roll_r3.batch.route_pieces import read_held
 from roll_r3.batch.routes import RoutedExperts, route_dtype
 from roll_r3.batch.token_map import PADDING, Layout
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.padding import padding_rows
-from roll_r3.strategies.train.delivery import chunk_rows, deliver
-from roll_r3.strategies.train.micro_batch import MicroBatch, cut
-from roll_r3.strategies.train.replay import ReplaySession
+from roll_r3.replay.rows import chunk_rows, deliver
+from roll_r3.replay.session import ReplaySession
+from roll_r3.trainers.cutting import cut
 
 LENGTHS, TOP_K, MOE_LAYERS = (3, 9, 6), 2, (1, 3, 5, 7)
 

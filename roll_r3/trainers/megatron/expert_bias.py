@@ -1,0 +1,68 @@
+"""DeepSeek's expert bias: only real tokens count in the loads that move it, whoever chose their experts.
+
+Megatron adds a router call's routing map to `local_tokens_per_expert` when gradients are enabled. A layer that
+backward recomputes runs its forward without them, so every token counts once: in forward, or in the recomputation.
+It counts the map that the dispatcher gets, replayed rows included, but padding slots with it. finalize_model_grads
+sums the counts over tensor-, context- and data-parallel ranks, moves the bias and clears the counts at the end of the
+schedule, so padding has to be taken out call by call: afterwards it is too late. Whether the optimizer steps is known
+later still, so the move of a step that is left out is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch.utils.hooks import RemovableHandle
+
+from roll_r3.batch.token_map import PADDING
+from roll_r3.replay.observer import Observer
+
+
+class RealTokenCounts(Observer):
+    """Takes padding slots, and micro-batches that only fill the pipeline, out of the experts' loads."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        super().__init__(len(chunks))
+        self._routers = [[m for m in chunk.modules() if isinstance(m, TopKRouter)] for chunk in chunks]
+        self._handles: list[RemovableHandle] = []
+        self._biases: list[torch.Tensor] = []
+
+    def __enter__(self) -> Self:
+        self._biases = [router.expert_bias.clone() for routers in self._routers for router in routers]
+        for chunk, routers in enumerate(self._routers):
+            for router in routers:
+                # megatron's bf16 wrapper leaves the counts in bf16, which cannot count beyond 256
+                router.local_tokens_per_expert.data = router.local_tokens_per_expert.float()
+                self._handles.append(router.register_forward_hook(partial(self._routed, chunk)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if kind is not None:  # finalize_model_grads has not cleared them
+            for router in (router for routers in self._routers for router in routers):
+                router.local_tokens_per_expert.zero_()
+
+    def put_back(self) -> None:
+        """Undo the move of the biases that the end of the schedule made."""
+        routers = (router for routers in self._routers for router in routers)
+        for router, bias in zip(routers, self._biases, strict=True):
+            router.expert_bias.copy_(bias)
+
+    def _routed(self, chunk: int, router: TopKRouter, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        micro = self.current(chunk).micro
+        _, map_tE = output
+        if micro.counted:
+            map_tE = map_tE[torch.from_numpy(micro.tokens.router_slots_t == PADDING).to(map_tE.device)]
+        router.local_tokens_per_expert -= map_tE.sum(0)

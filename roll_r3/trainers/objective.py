@@ -1,0 +1,88 @@
+"""What is computed from a micro-batch's logits: log-probabilities, or its share of the policy loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from roll_r3.algorithms.aggregation import loss_weights
+from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
+from roll_r3.algorithms.stats import TokenStats
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.micro_batch import MicroBatch
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.trainers.finite import LossSum
+
+TokenValues = tuple[torch.Tensor, torch.Tensor]
+"""Log-probabilities of the labels, and entropies; fp32 [B, S] of this rank."""
+Objective = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, TokenValues]]
+"""(micro-batch, logits [B, S, V]) -> (loss, what to return); called where the logits are."""
+LabelValues = Callable[[torch.Tensor, torch.Tensor, bool], TokenValues]
+"""(logits [B, S, V], labels [B, S], whether the entropy is differentiable) -> values under the sampling temperature."""
+
+
+def log_prob_objective(token_values: LabelValues, device: torch.device) -> Objective:
+    """Log-probabilities and entropies; there is nothing to learn, so the loss is 0."""
+
+    def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
+        values = token_values(logits_BSV, micro.tensor(micro.batch.labels_N, 0, device), False)
+        return logits_BSV.new_zeros(()), values
+
+    return objective
+
+
+def policy_objective(
+    token_values: LabelValues,
+    device: torch.device,
+    config: RLVRConfig,
+    denominator: float,
+    stats: TokenStats,
+    total: LossSum,
+) -> Objective:
+    """The policy loss of each micro-batch: its share of the optimizer step's loss.
+
+    A batch without old log-probabilities has the live ones, detached, in their place: its ratio is exactly 1.
+
+    Args:
+        denominator: of the whole optimizer step, over all data-parallel ranks.
+        stats: receives the token statistics and the terms of the loss.
+        total: receives the losses.
+    """
+
+    def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
+        batch = micro.batch
+        assert batch.advantages_N is not None
+        log_probs_BS, entropy_BS = token_values(
+            logits_BSV, micro.tensor(batch.labels_N, 0, device), config.entropy_loss_coef > 0
+        )
+        old, reference = batch.old_log_probs_N, batch.ref_log_probs_N
+        tokens = TokenInputs(
+            mask=micro.tensor(batch.loss_mask_N, False, device),
+            advantages=micro.tensor(batch.advantages_N, 0, device),
+            old_log_probs=log_probs_BS.detach() if old is None else micro.tensor(old, 0, device),
+            rollout_log_probs=micro.tensor(batch.rollout_log_probs_N, 0, device),
+            ref_log_probs=None if reference is None else micro.tensor(reference, 0, device),
+            weights=micro.tensor(loss_weights(batch, config), 0, device) / denominator,
+        )
+        if not micro.counted:  # every weight takes part, with no gradient
+            return logits_BSV.sum() * 0.0, (log_probs_BS.detach(), entropy_BS.detach())
+        losses_BS = policy_loss(log_probs_BS, entropy_BS, tokens, config, stats)
+        loss = (losses_BS * tokens.weights).sum()
+        stats.add_share("actor/loss", loss)
+        total.add(loss)
+        return loss, (log_probs_BS.detach(), entropy_BS.detach())
+
+    return objective
+
+
+def placed(batch: Batch, micro_batches: Sequence[MicroBatch], values: Sequence[TokenValues]) -> npt.NDArray[np.float32]:
+    """(Log-probability, entropy) of every input of the batch that was cut, 0 for those that other ranks hold. [N, 2]"""
+    found_N2 = np.zeros((int(batch.lengths_n.sum()), 2), np.float32)
+    for micro, pair in zip(micro_batches, values, strict=True):
+        if micro.counted:
+            part = micro.tokens.scatter(torch.stack(pair, dim=-1).cpu().numpy())
+            found_N2[batch.inputs_of(micro.samples)] = part
+    return found_N2
