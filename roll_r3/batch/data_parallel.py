@@ -1,4 +1,4 @@
-"""The ranks that hold the shards of a batch, and what they tell each other."""
+"""The data-parallel ranks of a batch, and their collectives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 @dataclass(frozen=True)
 class DataParallel:
-    """This rank among those that hold the same layers of other samples."""
+    """This rank among the ranks with the same layers and other samples."""
 
     rank: int
     size: int
@@ -22,7 +22,7 @@ class DataParallel:
     """None: the whole world."""
 
     def reduce(self, values: torch.Tensor, operation: str = "sum") -> None:
-        """In place over all ranks, "sum" or "max"; collective."""
+        """Reduce in place over all ranks, "sum" or "max"; collective."""
         if self.size > 1:
             dist.all_reduce(values, _OPERATIONS[operation], group=self.group)
 

@@ -1,4 +1,4 @@
-"""Cutting a batch: data-parallel shards, mini-batches, micro-batches. Indices only, nothing is copied here."""
+"""Cutting a batch into data-parallel shards, mini-batches and micro-batches. Indices only; no data is copied."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ IntArray = npt.NDArray[np.int64]
 
 
 def assign_to_ranks(lengths_n: IntArray, num_ranks: int) -> list[IntArray]:
-    """Samples of each data-parallel rank: as many on each, with token counts as even as a greedy pass makes them.
+    """Samples of each data-parallel rank: equal in number, with token counts balanced by a greedy pass.
 
-    Longest first, each sample goes to the rank with the fewest tokens that still has room; ties to the lower rank,
-    so the result depends on the lengths alone. Within a rank the batch's order is kept.
+    Longest first, each sample goes to the rank with the fewest tokens and room left; ties go to the lower rank. The
+    result depends on the lengths alone. Within a rank the batch's order is kept.
 
     Raises:
-        ValueError: the samples do not divide evenly.
+        ValueError: the number of samples is not divisible by `num_ranks`.
     """
     if len(lengths_n) % num_ranks:
         raise ValueError(f"{len(lengths_n)} samples do not divide over {num_ranks} data-parallel ranks")
@@ -43,22 +43,22 @@ def fixed_size(num_samples: int, size: int) -> list[IntArray]:
 def by_token_budget(
     lengths_n: IntArray, max_tokens: int, alignment: int, *, packed: bool, at_least: int = 1
 ) -> list[IntArray]:
-    """Few, evenly filled micro-batches that each take at most `max_tokens`, padding included.
+    """Make few, evenly filled micro-batches of at most `max_tokens` each, padding included.
 
-    A padded micro-batch takes its rows times the widest, a packed one the sum of its samples, each rounded up to the
-    alignment. The result depends on the arguments alone. The largest micro-batch comes first, so that ranks which share
-    experts meet with batches of like size; within one the samples ascend.
+    A padded micro-batch takes its number of rows times the widest, a packed one the sum of its samples, each rounded up
+    to the alignment. The result depends on the arguments alone. The largest micro-batch comes first: ranks sharing
+    experts then run batches of similar size together. Within a micro-batch, samples ascend.
 
     Args:
         lengths_n: inputs of each sample.
-        max_tokens: of a micro-batch, over all ranks that share it.
+        max_tokens: maximum per micro-batch, over all ranks sharing it.
         alignment: `Layout.alignment`.
         packed: `Layout.packed`.
-        at_least: so many micro-batches, where fewer would do. Data-parallel ranks agree on the largest number that one
-            of them needs. With fewer samples than that there is one micro-batch per sample.
+        at_least: minimum number of micro-batches. Data-parallel ranks agree on the largest number needed by one of
+            them. With fewer samples, there is one micro-batch per sample.
 
     Raises:
-        ValueError: a sample that exceeds the budget alone.
+        ValueError: one sample alone exceeds the budget.
     """
     tokens = [round_up(int(length), alignment) for length in lengths_n]
     for sample, size in enumerate(tokens):
@@ -81,9 +81,10 @@ def by_token_budget(
 
 
 def _even_sums(tokens: list[int], longest_first: list[int], max_tokens: int, at_least: int) -> list[list[int]]:
-    """Packed: each sample to the group with the fewest tokens, in the smallest number of groups where that fits.
+    """Packed: each sample goes to the group with the fewest tokens, for the smallest sufficient number of groups.
 
-    What fits in k groups fits in k + 1, and k is at most twice what the sum and the samples over half the budget ask.
+    Samples fitting in k groups fit in k + 1. k is at most twice the bound given by the sum and by the samples over half
+    the budget.
     """
 
     def dealt(num_groups: int) -> list[list[int]]:
@@ -103,7 +104,7 @@ def _even_sums(tokens: list[int], longest_first: list[int], max_tokens: int, at_
 
 
 def _even_rows(tokens: list[int], longest_first: list[int], max_tokens: int, at_least: int) -> list[list[int]]:
-    """Padded: consecutive runs of the samples by length, which no other cut beats, with the smallest widest run."""
+    """Padded: consecutive runs of the samples by length (an optimal cut), with the smallest widest run."""
 
     def runs(budget: int) -> list[list[int]]:
         groups: list[list[int]] = []
@@ -126,12 +127,13 @@ def _even_rows(tokens: list[int], longest_first: list[int], max_tokens: int, at_
 
 
 def shuffled_mini_batches(num_samples: int, size: int, seed: tuple[int, ...]) -> list[IntArray]:
-    """One epoch of mini-batches in a random order that `seed` alone decides.
+    """One epoch of mini-batches in a random order, decided by `seed` alone.
 
-    Every rank of a model-parallel group passes the same seed and so cuts the same mini-batches.
+    Every rank of a model-parallel group passes the same seed and gets the same mini-batches.
 
     Raises:
-        ValueError: `size` does not divide the samples (a short last mini-batch would step on a noisier gradient).
+        ValueError: the number of samples is not divisible by `size` (a short last mini-batch would have a noisier
+            gradient).
     """
     if num_samples % size:
         raise ValueError(f"{num_samples} samples do not divide into mini-batches of {size}")

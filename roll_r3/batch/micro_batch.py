@@ -1,4 +1,4 @@
-"""A micro-batch as one rank sees it: its samples, and the token map that lays them out."""
+"""A micro-batch on one rank: its samples, and the token map of their layout."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Samples that go through the model together."""
+    """Samples of one pass through the model."""
 
     batch: Batch
     samples: IntArray
-    """Which of the batch that was cut."""
+    """Their indices in the cut batch."""
     tokens: TokenMap
-    """Of this rank."""
+    """Token map of this rank."""
     pad_to: int = 0
-    """What the map was padded to (see `build_token_map`); the maps of other ranks need it."""
+    """Padded size of the map (see `build_token_map`); needed to build the maps of other ranks."""
     counted: bool = True
-    """False for a repeat that only fills the schedule: its results are thrown away, and nothing is learnt from it."""
+    """False for a repeat to fill the schedule: its results are discarded, and its gradient is zero."""
     routes: tuple[tuple[RoutePiece, ...], ...] | None = None
-    """Replay: of each chunk, the rows that its routers see, in the order of the inputs (see `delivery.deliver`)."""
+    """Replay: rows for the routers of each chunk, in the order of the inputs (see `replay.rows.deliver`)."""
 
     def tensor(self, values_N: npt.NDArray[np.generic], fill: float | int | bool, device: torch.device) -> torch.Tensor:
         """This rank's view of a jagged array. [B, S]"""

@@ -1,8 +1,8 @@
-"""Routes on their way to a rank: what it asks for, and the pieces that it gets.
+"""Routes on their way to a rank: requests, and pieces in answer.
 
-A rank asks for the layers that it holds and the rows that its routers will see, sample by sample. Whoever has the
-routes answers with pieces: views where the routes lie in this machine's memory, otherwise views of one buffer that
-holds what was asked for and nothing else.
+A rank requests its own layers and the rows for its routers, sample by sample. The holder of the routes answers with
+pieces. They are views of the routes if these are in this machine's memory. Otherwise they are views of one buffer with
+exactly the requested rows.
 
 Shape legend: M MoE layers, L a run of them, R rows, K experts per token.
 """
@@ -27,13 +27,13 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class RouteRequest:
-    """What a rank needs of one sample."""
+    """Rows and layers of one sample needed by a rank."""
 
     routes: Routes
     layers: range
-    """Consecutive ones, counted on axis M."""
+    """Consecutive layers, counted on axis M."""
     runs: tuple[Run, ...]
-    """Ascending; none overlaps another."""
+    """Runs of rows, ascending and without overlap."""
 
     @property
     def num_rows(self) -> int:
@@ -41,16 +41,16 @@ class RouteRequest:
 
     @property
     def nbytes(self) -> int:
-        """Of the ids."""
+        """Size of the ids in bytes."""
         return len(self.layers) * self.num_rows * self.routes.top_k * self.routes.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class RoutePiece:
-    """Consecutive rows of one sample, in the layers that were asked for."""
+    """Consecutive rows of one sample, in the requested layers."""
 
     start: int
-    """The first, counted in the sample."""
+    """First row, counted in the sample."""
     ids_LRK: RouteArray
     known_R: npt.NDArray[np.bool_] | None
     """As in `RoutedExperts`: None when every row is known."""
@@ -61,43 +61,43 @@ class RoutePiece:
 
     @property
     def known(self) -> npt.NDArray[np.bool_]:
-        """Which rows the engine knew. [R]"""
+        """Mask of the rows recorded by the engine. [R]"""
         return np.ones(self.num_rows, np.bool_) if self.known_R is None else self.known_R
 
 
 Pieces = list[RoutePiece]
-"""Of one request, in the order of their rows, and together exactly the rows that it asked for."""
+"""Pieces of one request in the order of their rows; together exactly the requested rows."""
 ReadRoutes = Callable[[Sequence[RouteRequest]], list[Pieces]]
-"""Answers requests, in their order. Raises RouteError when routes are damaged, LostWorkerError when they are gone with
-the process that stored them."""
+"""Answers requests, in their order. Raises RouteError for damaged routes, LostWorkerError if the process holding them
+is gone."""
 
 
 def read_held(requests: Sequence[RouteRequest]) -> list[Pieces]:
-    """Views of routes that this process holds.
+    """Read routes held by this process, as views.
 
     Raises:
-        RouteError: a request for routes that lie elsewhere.
+        RouteError: another process holds the routes.
     """
     return [[_held(request.routes, request.layers, run) for run in request.runs] for request in requests]
 
 
 def _held(routes: Routes, layers: range, run: Run) -> RoutePiece:
     if not isinstance(routes, RoutedExperts):
-        raise RouteError(f"this process does not hold the routes: it has a {type(routes).__name__}")
+        raise RouteError(f"this process does not hold the routes: got a {type(routes).__name__}")
     rows = slice(*run)
     known_R = None if routes.known_R is None else routes.known_R[rows]
     return RoutePiece(run[0], routes.ids_MRK[layers.start : layers.stop, rows], known_R)
 
 
 def read_encoded(group: EncodedGroup, samples: Sequence[int], requests: Sequence[RouteRequest]) -> list[Pieces]:
-    """Views of a wire form, their check sums checked.
+    """Read a wire form as views, with verified checksums.
 
     Args:
-        samples: place in the group of each request's sample.
+        samples: index in the group of each request's sample.
 
     Raises:
-        RouteError: the ids do not match their check sums.
-        IndexError: layers or samples that are not in the group.
+        RouteError: the ids do not match their checksums.
+        IndexError: layers or samples outside the group.
     """
     for sample, request in zip(samples, requests, strict=True):
         _check_is(group, sample, request)
@@ -116,21 +116,21 @@ def read_encoded(group: EncodedGroup, samples: Sequence[int], requests: Sequence
 
 
 def _check_is(group: EncodedGroup, sample: int, request: RouteRequest) -> None:
-    """The wire form holds what the request's handle says."""
+    """Check the wire form against the request's handle."""
     held = (group.num_layers, group.num_rows(sample), group.top_k, group.dtype)
     routes = request.routes
     said = (routes.num_layers, routes.num_rows, routes.top_k, routes.dtype)
     if held != said:
         raise RouteError(
-            f"encoded routes are not those that were asked for: sample {sample} is {held[3]} {list(held[:3])} [MoE "
-            f"layers, rows, experts per token] there, not {said[3]} {list(said[:3])}"
+            f"encoded routes differ from the requested ones: sample {sample} is {held[3]} {list(held[:3])} [MoE "
+            f"layers, rows, experts per token], not {said[3]} {list(said[:3])}"
         )
     if request.runs and request.runs[-1][1] > routes.num_rows:
-        raise RouteError(f"rows up to {request.runs[-1][1]} were asked for, but sample {sample} has {routes.num_rows}")
+        raise RouteError(f"rows up to {request.runs[-1][1]} were requested, but sample {sample} has {routes.num_rows}")
 
 
 def _parts(view: RouteView, run: Run) -> Iterator[RoutePiece]:
-    """A run of a sample's rows: those shared with its group, and its own."""
+    """Split a run of a sample's rows into the rows shared with its group, and its own."""
     start, end = run
     shared = view.shared_LPK.shape[1]
     if start < shared:
@@ -143,12 +143,12 @@ def _parts(view: RouteView, run: Run) -> Iterator[RoutePiece]:
 
 @dataclass(frozen=True, eq=False)
 class Parcel:
-    """The answer to some requests as one buffer, for a process that shares no memory with the sender."""
+    """The answer to requests as one buffer, for a process without shared memory."""
 
     ids: npt.NDArray[np.uint8]
-    """Bytes of the ids: request after request, run after run; in a run [L, R, K] in C order."""
+    """Bytes of the ids by request and run; each run is [L, R, K] in C order."""
     known: npt.NDArray[np.bool_] | None
-    """Of each request's rows, one after the other; None when all are known."""
+    """Mask of known rows of all requests, concatenated; None when all are known."""
 
     @property
     def nbytes(self) -> int:
@@ -156,7 +156,7 @@ class Parcel:
 
 
 def pack(requests: Sequence[RouteRequest], answers: Sequence[Pieces]) -> Parcel:
-    """Copy what was asked for, and nothing else, into one buffer."""
+    """Copy the requested rows into one buffer."""
     ids = np.empty(sum(request.nbytes for request in requests), np.uint8)
     known = np.ones(sum(request.num_rows for request in requests), np.bool_)
     waiting = [iter(pieces) for pieces in answers]
@@ -172,17 +172,17 @@ def pack(requests: Sequence[RouteRequest], answers: Sequence[Pieces]) -> Parcel:
 
 
 def unpack(requests: Sequence[RouteRequest], parcel: Parcel) -> list[Pieces]:
-    """The pieces of a parcel, as views of it.
+    """Split a parcel into pieces, as views of it.
 
     Raises:
-        RouteError: the parcel holds another number of bytes or rows than the requests ask for.
+        RouteError: the parcel's number of bytes or rows differs from the requests.
     """
     wanted = (sum(request.nbytes for request in requests), sum(request.num_rows for request in requests))
     known = np.ones(wanted[1], np.bool_) if parcel.known is None else parcel.known
     if (len(parcel.ids), len(known)) != wanted:
         raise RouteError(
-            f"{len(parcel.ids)} bytes of routes came for {len(known)} rows, but {wanted[0]} for {wanted[1]} were asked "
-            "for"
+            f"got {len(parcel.ids)} bytes of routes for {len(known)} rows, but {wanted[0]} for {wanted[1]} were "
+            "requested"
         )
     answers: list[Pieces] = [[] for _ in requests]
     for number, (start, _), ids_LRK, known_R in _places(requests, parcel.ids, known):
@@ -193,7 +193,7 @@ def unpack(requests: Sequence[RouteRequest], parcel: Parcel) -> list[Pieces]:
 def _places(
     requests: Sequence[RouteRequest], ids: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_]
 ) -> Iterator[tuple[int, Run, RouteArray, npt.NDArray[np.bool_]]]:
-    """Where each run of each request lies in a parcel: (request's number, run, ids [L, R, K], known [R])."""
+    """Place of each run of each request in a parcel: (request's number, run, ids [L, R, K], known [R])."""
     at = row = 0
     for number, request in enumerate(requests):
         for start, end in request.runs:

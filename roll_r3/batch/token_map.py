@@ -1,13 +1,13 @@
-"""One token map: which (sample, input) each local token slot of a rank holds.
+"""Token map: the (sample, input) in each local token slot of a rank.
 
-Padding, packing, the context-parallel zig-zag and the sequence-parallel chunk are only different ways to make an
-integer vector. Token ids, labels, positions, masks, log-probabilities and routed experts of a micro-batch are all
-gathered through that vector, so routes cannot drift from tokens: there is no second layout code for them.
+Padding, packing, the context-parallel zig-zag and the sequence-parallel chunk are different ways to make one integer
+vector. Token ids, labels, positions, masks, log-probabilities and routed experts of a micro-batch are all gathered
+through this vector. Routes cannot drift from tokens, because no second layout code exists for them.
 
 Sizes and ranks are arguments, never globals: every layout can be computed in one process.
 
 Shape legend: n samples of the micro-batch, N their inputs (jagged, see `batch.py`), B x S the padded grid of this
-rank (B = 1 when packed), t the tokens that this rank's routers see.
+rank (B = 1 when packed), t tokens seen by this rank's routers.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ import numpy as np
 import numpy.typing as npt
 
 Scalar = TypeVar("Scalar", bound=np.generic)
-"""Element type of an array that is only moved about: what comes out has the type that went in."""
+"""Element type of a gathered or scattered array; input and output share it."""
 IntArray = npt.NDArray[np.int64]
 
 PADDING = -1
-"""The slot value of a token that belongs to no sample."""
+"""Slot value of a padding token."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a micro-batch is laid out over the ranks that share it."""
+    """Layout of a micro-batch over the ranks sharing it."""
 
     packed: bool = False
     """True: all samples end to end in one row ("thd"); False: one padded row per sample ("bshd")."""
     cp_size: int = 1
     cp_rank: int = 0
     sp_size: int = 1
-    """Ranks that split the sequence between transformer blocks: TP's size under sequence parallelism, else 1."""
+    """Number of ranks splitting the sequence between transformer blocks: TP size under sequence parallelism, else 1."""
     sp_rank: int = 0
     multiple: int = 1
-    """Every rank that shares a row (padded) or a sample (packed) holds a multiple of this many of its tokens."""
+    """Every rank sharing a row (padded) or a sample (packed) holds a multiple of this number of its tokens."""
     batch_outer: bool = False
     """Routers see row after row (transformers); False: position after position of all rows (Megatron)."""
 
@@ -47,16 +47,16 @@ class Layout:
         for name in ("cp", "sp"):
             size, rank = getattr(self, f"{name}_size"), getattr(self, f"{name}_rank")
             if not 0 <= rank < size:
-                raise ValueError(f"{name}_rank must be in [0, {name}_size), but is {rank} of {size}")
+                raise ValueError(f"{name}_rank must be in [0, {name}_size), got {rank} of {size}")
         if self.multiple < 1:
-            raise ValueError(f"multiple must be 1 or more, but is {self.multiple}")
+            raise ValueError(f"multiple must be 1 or more, got {self.multiple}")
 
     @property
     def alignment(self) -> int:
-        """Every row (padded) or sample (packed) takes a multiple of this many tokens over all ranks.
+        """Number of tokens; every row (padded) or sample (packed) takes a multiple of it over all ranks.
 
-        The zig-zag cuts a sequence in 2 * cp pieces; the sequence-parallel chunk cuts what a rank then holds. Each
-        piece's share of a chunk is a multiple of `multiple`, so each rank's share of the sequence is one too.
+        The zig-zag cuts a sequence into 2 * cp pieces; the sequence-parallel chunk then cuts each rank's part. Each
+        piece's share of a chunk is a multiple of `multiple`, and so is each rank's share of the sequence.
         """
         return self.sp_size * (2 * self.cp_size if self.cp_size > 1 else 1) * self.multiple
 
@@ -66,20 +66,19 @@ class TokenMap:
     """The slots of one micro-batch on one rank."""
 
     slots_BS: IntArray
-    """For each local token: its index in the micro-batch's jagged arrays, or `PADDING`. [B, S]"""
+    """Index of each local token in the micro-batch's jagged arrays, or `PADDING`. [B, S]"""
     positions_BS: IntArray
     """Position of each local token in its own sequence, counted on through padding. [B, S]"""
     router_slots_t: IntArray
-    """`slots_BS` as this rank's routers see them: in the order of `Layout.batch_outer`, then the sequence-parallel
-    chunk."""
+    """`slots_BS` in the routers' order on this rank: `Layout.batch_outer`, then the sequence-parallel chunk."""
     cu_seqlens: npt.NDArray[np.int32] | None
-    """Packed only: where each sample starts in the whole packed row (all CP ranks, padding included). [n + 1]"""
+    """Packed only: start of each sample in the whole packed row (all CP ranks, padding included). [n + 1]"""
     num_inputs: int
     """N, over all ranks."""
 
     @property
     def seen(self) -> npt.NDArray[np.bool_]:
-        """Which inputs this rank's routers see. [N]"""
+        """Mask of the inputs seen by this rank's routers. [N]"""
         seen_N = np.zeros(self.num_inputs, np.bool_)
         seen_N[self.router_slots_t[self.router_slots_t != PADDING]] = True
         return seen_N
@@ -89,9 +88,9 @@ class TokenMap:
         return gather_slots(values_N, self.slots_BS, fill)
 
     def scatter(self, values_BS: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
-        """The way back: [B, S, ...] -> [N, ...] with zeros for inputs that other ranks hold.
+        """Inverse of `gather`: [B, S, ...] -> [N, ...] with zeros for inputs of other ranks.
 
-        Every input is held by exactly one context-parallel rank, so the sum over that group is the whole array.
+        Exactly one context-parallel rank holds each input, so the sum over this group is the whole array.
         """
         out = np.zeros((self.num_inputs, *values_BS.shape[2:]), values_BS.dtype)
         held = self.slots_BS != PADDING
@@ -110,15 +109,15 @@ def gather_slots(values_N: npt.NDArray[Scalar], slots: IntArray, fill: float | i
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is not below `value`."""
+    """The smallest multiple of `multiple`, `value` or above."""
     return -(-value // multiple) * multiple
 
 
 def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> IntArray:
-    """Positions of one sequence that a context-parallel rank holds, in its order.
+    """Positions of one sequence held by a context-parallel rank, in its order.
 
-    The sequence is cut into 2 * cp pieces and rank r holds pieces r and 2 * cp - 1 - r, so that causal attention
-    costs each rank the same (Megatron's and TransformerEngine's order). `length` is a multiple of 2 * cp_size.
+    The sequence is cut into 2 * cp pieces and rank r holds pieces r and 2 * cp - 1 - r. Causal attention then costs
+    each rank the same (Megatron's and TransformerEngine's order). `length` is a multiple of 2 * cp_size.
     """
     if cp_size == 1:
         return np.arange(length, dtype=np.int64)
@@ -128,24 +127,24 @@ def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> IntArray:
 
 
 def build_token_map(lengths_n: Sequence[int] | IntArray, layout: Layout, *, pad_to: int = 0) -> TokenMap:
-    """Lay out a micro-batch on the rank that `layout` names.
+    """Lay out a micro-batch on the rank named by `layout`.
 
     Args:
         lengths_n: inputs of each sample, every one at least 1.
         layout: packing, and this rank's place in its context- and sequence-parallel groups.
-        pad_to: at least so many tokens a row (padded) or in the whole packed row; rounded up to the alignment.
+        pad_to: minimum number of tokens per row (padded) or in the whole packed row; rounded up to the alignment.
 
     Raises:
         ValueError: no samples, or an empty one.
     """
     lengths = np.asarray(lengths_n, np.int64)
     if len(lengths) == 0 or lengths.min() < 1:
-        raise ValueError(f"a micro-batch needs samples of at least one input, but the lengths are {lengths.tolist()}")
+        raise ValueError(f"a micro-batch needs samples of at least one input, got lengths {lengths.tolist()}")
     starts = np.cumsum(lengths) - lengths
     if layout.packed:
         padded = [round_up(int(n), layout.alignment) for n in lengths]
         spare = round_up(pad_to, layout.alignment) - sum(padded)
-        if spare > 0:  # a tail that belongs to no sample, attended only by itself
+        if spare > 0:  # a tail outside of all samples, attended only by itself
             padded.append(spare)
         rows = [_row(starts, lengths, padded, layout)]
         cu_seqlens = np.concatenate([[0], np.cumsum(padded)]).astype(np.int32)

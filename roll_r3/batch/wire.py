@@ -1,11 +1,12 @@
-"""The wire form of routes: one contiguous buffer for the samples of a prompt. docs/wire_format.md has every byte of it.
+"""The wire form of routes: one contiguous buffer for the samples of a prompt. docs/wire_format.md specifies every byte.
 
-Expert ids lie layer after layer, so the layers of a pipeline stage are one block, and within a layer row after row, so
-a slice of a sequence is one run of it. Rows that all samples of the group begin with (their prompt's, as a rule) are
-there once. Whoever reads some layers of some samples gets views of the buffer, and checks the sums of those alone.
+Expert ids are stored layer after layer, so the layers of a pipeline stage are one block. Within a layer they are stored
+row after row, so a slice of a sequence is one run. Leading rows shared by all samples of the group (usually the
+prompt's) are stored once. A reader of some layers of some samples gets views of the buffer, and verifies their
+checksums only.
 
-Nothing read from a buffer is believed before it is checked: what is cut short, changed or made up raises a
-`RouteError`, and no array is allocated that the buffer's own length does not bound.
+Nothing read from a buffer is trusted before its check. Truncated, changed or forged buffers raise `RouteError`, and the
+buffer's own length bounds every allocation.
 
 Shape legend: M MoE layers, L a run of them, K experts per token, n samples, T stored rows, P of them shared, R rows of
 a sample, Q of them its own (R = P + Q).
@@ -28,17 +29,17 @@ from roll_r3.errors import RouteError
 MAGIC = b"R3ROUTES"
 VERSION = 1
 HAS_UNKNOWN_ROWS = 1
-"""Flag: the mask of known rows is there."""
+"""Flag: the buffer has a mask of known rows."""
 FIXED = struct.Struct("<8s6HIQII")
-"""Magic, version, flags, M, K, n, 0, number of experts, length of the whole, sum of everything before the ids, 0."""
+"""Magic, version, flags, M, K, n, 0, number of experts, total length, checksum of everything before the ids, 0."""
 SUM_AT = 32
-"""Where the last of these lies; its own four bytes are not summed."""
+"""Offset of the checksum; its own four bytes are excluded from it."""
 ALIGNMENT = 64
-"""Of the first id, in bytes from the buffer's start."""
+"""Alignment of the first id, in bytes from the buffer's start."""
 COUNT_LIMIT = (1 << 16) - 1
-"""Of M, K and n."""
+"""Maximum of M, K and n."""
 DECODE_LIMIT = 1 << 32
-"""Bytes of all arrays of a group, unless the caller allows more."""
+"""Default maximum of bytes of all arrays of a group."""
 
 Buffer = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
@@ -48,7 +49,7 @@ class RouteView:
     """Routes of one sample in some layers: read-only views of the encoding."""
 
     shared_LPK: RouteArray
-    """Rows that the sample has in common with its group; they come first."""
+    """Leading rows shared with the group."""
     own_LQK: RouteArray
     shared_known_P: npt.NDArray[np.bool_] | None
     """False where the engine never processed the token; None when every row of the group is known."""
@@ -56,13 +57,13 @@ class RouteView:
 
 
 def encode(samples: Sequence[RoutedExperts], num_experts: int) -> npt.NDArray[np.uint8]:
-    """The wire form of one group's routes.
+    """Encode one group's routes.
 
-    Rows are stored once where they are equal in every sample, layer and known mask, from the first row on. They are
-    compared, since an engine that computes a prompt once for each sample may route it differently each time.
+    Leading rows equal in every sample, layer and known mask are stored once. They are compared, because an engine may
+    compute a prompt once per sample and route it differently each time.
 
     Args:
-        samples: of one model, in the order in which they will be asked for.
+        samples: routes of one model, in the order of later requests.
         num_experts: ids are in [0, num_experts), and the dtype is `route_dtype` of it.
 
     Returns:
@@ -99,15 +100,15 @@ def encode(samples: Sequence[RoutedExperts], num_experts: int) -> npt.NDArray[np
 
 
 def decode(buffer: Buffer, *, max_bytes: int = DECODE_LIMIT) -> tuple[RoutedExperts, ...]:
-    """Every sample's routes as arrays of its own, all sums checked.
+    """Decode every sample's routes into separate arrays, with all checksums verified.
 
     Args:
-        buffer: what `encode` returned.
-        max_bytes: of the arrays together. The shared rows come out once for each sample, so they can be many times
-            the buffer.
+        buffer: result of `encode`.
+        max_bytes: maximum size of all arrays. Shared rows are repeated for each sample, so the arrays can be many
+            times larger than the buffer.
 
     Raises:
-        RouteError: anything but an undamaged encoding, or arrays above `max_bytes`.
+        RouteError: the encoding is damaged, or the arrays would exceed `max_bytes`.
     """
     group = EncodedGroup(buffer)
     needed = sum(group.num_rows(i) for i in range(group.num_samples)) * (group.row_bytes * group.num_layers + 1)
@@ -125,7 +126,7 @@ def _whole_known(view: RouteView) -> npt.NDArray[np.bool_] | None:
 
 
 class EncodedGroup:
-    """An encoding that is read in place. Opening it checks everything but the ids, and touches none of them.
+    """An encoding read in place. Opening it checks everything except the ids, without reading them.
 
     Example:
         group = EncodedGroup(buffer)
@@ -139,54 +140,54 @@ class EncodedGroup:
     num_samples: int
     dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
     stored_rows: list[int]
-    """How many rows all samples begin with (P), then each sample's own (Q)."""
+    """Number of shared rows (P), then of each sample's own (Q)."""
 
     def __init__(self, buffer: Buffer) -> None:
         """
         Raises:
-            RouteError: no encoding of a version that this reads, or one whose head is damaged or whose length is wrong.
+            RouteError: not an encoding of a supported version, a damaged head, or a wrong length.
         """
         try:
             data = np.frombuffer(buffer, np.uint8)
         except ValueError as error:  # not one run of memory
-            raise RouteError(f"these bytes are no encoded routes: {error}") from error
+            raise RouteError(f"these bytes are not encoded routes: {error}") from error
         data.flags.writeable = False
         if len(data) < FIXED.size:
-            raise RouteError(f"encoded routes are cut short: {len(data)} bytes, but the head alone takes {FIXED.size}")
+            raise RouteError(f"encoded routes are truncated: {len(data)} bytes, but the head alone takes {FIXED.size}")
         magic, version, flags, layers, top_k, samples, zero, experts, length, head_sum, zeros = FIXED.unpack_from(
             data.data
         )
         if magic != MAGIC:
-            raise RouteError("these bytes are no encoded routes: they do not begin with R3ROUTES")
+            raise RouteError("these bytes are not encoded routes: they do not begin with R3ROUTES")
         if version != VERSION:
             raise RouteError(f"encoded routes of version {version}: this program reads version {VERSION}")
         if flags & ~HAS_UNKNOWN_ROWS:
-            raise RouteError(f"encoded routes carry flags that version {VERSION} does not have: {flags:#x}")
+            raise RouteError(f"encoded routes have flags unknown to version {VERSION}: {flags:#x}")
         if not (layers and samples and 1 <= top_k <= experts):
             raise RouteError(
-                f"encoded routes of {layers} layers, {samples} samples, {top_k} of {experts} experts each cannot be"
+                f"encoded routes are invalid: {layers} layers, {samples} samples, {top_k} of {experts} experts each"
             )
         self.dtype = route_dtype(experts)
         # Python's integers: no product of hostile counts wraps around
         sums_at = FIXED.size + 4 * (samples + 1)
         mask_at = sums_at + 4 * (samples + 1) * layers
         if mask_at > len(data):
-            raise RouteError(f"encoded routes are cut short: {len(data)} bytes, but their tables end at {mask_at}")
+            raise RouteError(f"encoded routes are truncated: {len(data)} bytes, but their tables end at {mask_at}")
         rows = data[FIXED.size : sums_at].view("<u4").tolist()
         mask_bytes = -(-sum(rows) // 8) if flags & HAS_UNKNOWN_ROWS else 0
         ids_at = round_up(mask_at + mask_bytes, ALIGNMENT)
         expected = ids_at + layers * sum(rows) * top_k * self.dtype.itemsize
         if not expected == length == len(data):
             raise RouteError(
-                f"encoded routes are {len(data)} bytes long, but say that they are {length}, and their counts make it "
+                f"encoded routes are {len(data)} bytes long, but their head states {length} and their counts require "
                 f"{expected}"
             )
         if _head_sum(data[:ids_at].data) != head_sum:
-            raise RouteError("encoded routes are damaged: the check sum of their head is wrong")
+            raise RouteError("encoded routes are damaged: the checksum of their head is wrong")
         mask = data[mask_at : mask_at + mask_bytes]
         spare_bits = int(mask[-1]) >> (sum(rows) % 8 or 8) if mask_bytes else 0
         if zero or zeros or spare_bits or data[mask_at + mask_bytes : ids_at].any():
-            raise RouteError("encoded routes carry something where there are to be zeros")
+            raise RouteError("encoded routes are damaged: reserved bytes are not zero")
         self.num_layers, self.top_k, self.num_samples, self.num_experts = layers, top_k, samples, experts
         self.stored_rows = rows
         self._ends = np.cumsum(rows).tolist()
@@ -199,7 +200,7 @@ class EncodedGroup:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row in one layer."""
+        """Size of one row in one layer."""
         return self.top_k * self.dtype.itemsize
 
     def num_rows(self, sample: int) -> int:
@@ -211,11 +212,11 @@ class EncodedGroup:
 
         Args:
             layers: a run of consecutive layers, counted on axis M.
-            samples: their places in the group.
+            samples: indices in the group.
 
         Raises:
-            RouteError: ids that were asked for do not match their check sums, or name experts that there are not.
-            IndexError: layers or samples that are not in the group.
+            RouteError: requested ids do not match their checksums, or are out of range.
+            IndexError: layers or samples outside the group.
         """
         if layers.step != 1 or not 0 <= layers.start <= layers.stop <= self.num_layers:
             raise IndexError(f"{layers} is not a run of {self.num_layers} layers")
@@ -235,7 +236,7 @@ class EncodedGroup:
         what = f"sample {segment - 1}" if segment else "the shared rows"
         for layer, ids_QK in zip(layers, ids_LQK, strict=True):
             if zlib.crc32(ids_QK.data) != self._sums[layer, segment]:
-                raise RouteError(f"encoded routes are damaged: the check sum of {what} in MoE layer {layer} is wrong")
+                raise RouteError(f"encoded routes are damaged: the checksum of {what} in MoE layer {layer} is wrong")
         if (largest := int(ids_LQK.max(initial=0))) >= self.num_experts:
             raise RouteError(f"encoded routes name expert {largest} in {what}, but there are {self.num_experts}")
         return ids_LQK
@@ -272,13 +273,13 @@ def _check_encodable(samples: Sequence[RoutedExperts], num_experts: int) -> None
 
 
 def _shared_rows(samples: Sequence[RoutedExperts]) -> int:
-    """How many rows, from the first, are equal in all samples."""
+    """Number of leading rows equal in all samples."""
     first, *others = samples
     if not others:
         return 0
     rows = min(sample.num_rows for sample in samples)
     for other in others:
-        # one layer finds where the samples part; the others are compared up to there
+        # one layer finds the first difference; the others are compared up to it
         for layers in (slice(0, 1), slice(1, None)):
             rows = _equal_rows(first.ids_MRK[layers, :rows], other.ids_MRK[layers, :rows])
     known_nR = np.stack([np.ones(rows, np.bool_) if s.known_R is None else s.known_R[:rows] for s in samples])
@@ -286,7 +287,7 @@ def _shared_rows(samples: Sequence[RoutedExperts]) -> int:
 
 
 def _equal_rows(a_MRK: npt.NDArray[np.generic], b_MRK: npt.NDArray[np.generic]) -> int:
-    """How many rows of axis R, from the first, are equal in both."""
+    """Number of leading rows on axis R equal in both."""
     differs_MRK = a_MRK != b_MRK
     if not differs_MRK.any():
         return int(a_MRK.shape[1])
@@ -294,11 +295,11 @@ def _equal_rows(a_MRK: npt.NDArray[np.generic], b_MRK: npt.NDArray[np.generic]) 
 
 
 def _stored_known(samples: Sequence[RoutedExperts], shared: int) -> npt.NDArray[np.bool_]:
-    """Which of the stored rows are known. [T]"""
+    """Mask of known rows among the stored ones. [T]"""
     masks = [np.ones(s.num_rows, np.bool_) if s.known_R is None else s.known_R for s in samples]
     return np.concatenate([masks[0][:shared], *(mask[shared:] for mask in masks)])
 
 
 def _head_sum(head: memoryview) -> int:
-    """CRC-32 of everything before the ids, but for the sum itself."""
+    """CRC-32 of everything before the ids, except the checksum itself."""
     return zlib.crc32(head[SUM_AT + 4 :], zlib.crc32(head[:SUM_AT]))

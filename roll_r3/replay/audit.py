@@ -1,11 +1,10 @@
-"""The audit: the experts that every layer really used, against the rows recorded for the same tokens.
+"""The audit: compares the experts used by every layer with the rows recorded for the same tokens.
 
-It shares nothing with what the routing session asks for and stages, only the way in which routes are read. What was
-used is read from the engine after it decided, in forward and again where backward recomputes the layer; what should
-have been used comes from each token's sample and position; which micro-batch runs comes from the schedule and from
-autograd (see `Observer`).
+It is independent of the routing session and shares only the reader of routes. The experts used are read from the
+backend after its decision, in forward and again if backward recomputes the layer. The expected experts come from each
+token's sample and position. The running micro-batch comes from the schedule and from autograd (see `Observer`).
 
-Shape legend: t tokens that this rank's routers see, E experts, K experts per token, L layers of a chunk, M rows of a
+Shape legend: t tokens seen by this rank's routers, E experts, K experts per token, L layers of a chunk, M rows of a
 sample's routes on the layer axis, R rows of a sample.
 """
 
@@ -33,12 +32,12 @@ from roll_r3.replay.observer import Observer, Pass
 
 
 def is_audited(replay: RouterReplayConfig, step: int) -> bool:
-    """Whether training step `step`, counted from 1, is one that the configuration has audited."""
+    """True if the configuration asks for an audit of training step `step`, counted from 1."""
     return replay.audit and replay.mode != "disable" and (step - 1) % replay.audit_every == 0
 
 
 class Audit(Observer):
-    """Compares what one schedule used with `batch.routes` of its micro-batches. An engine adds the hooks.
+    """Compares the experts used in one schedule with `batch.routes` of its micro-batches. A backend adds the hooks.
 
     Example:
         run_schedule(model, micro_batches, objective, session, forward_only=False, observers=[audit])
@@ -58,21 +57,21 @@ class Audit(Observer):
         """
         Args:
             routers: of each chunk.
-            num_micro_batches: that each chunk will run.
+            num_micro_batches: forwards of each chunk in the schedule.
             layer_rows: global layer -> its row on axis M of the routes.
-            read: asked for all rows of every sample, whatever a session asked for.
+            read: reads all rows of every sample, independent of the session's requests.
         """
         super().__init__(len(routers))
         self.audited = 0
-        """(token, layer) entries of this rank that were compared; a recomputation compares them again."""
+        """Compared (token, layer) entries of this rank; a recomputation compares them again."""
         self.audit_equal = 0
-        """Those of them whose token went to exactly the recorded experts."""
+        """Compared entries with exactly the recorded experts."""
         self._routers = routers
         self._num_micro_batches = num_micro_batches
         self._layer_rows = layer_rows
         self._read = read
         self._whole: dict[int, tuple[Batch, list[RoutedExperts]]] = {}
-        """Chunk -> the samples that it worked on last, and their routes in its layers."""
+        """Chunk -> its last samples, and their routes in its layers."""
         self._top_k = top_k
         self._device = device
         self._seen: Counter[int] = Counter()
@@ -80,11 +79,11 @@ class Audit(Observer):
         self._first_fault = ""
 
     def verify(self) -> None:
-        """Judge the schedule that ended; collective over the world, and alike on every rank.
+        """Check the finished schedule; collective over the world, with the same result on every rank.
 
         Raises:
-            ReplayError: a token went to other experts than its row says, a slot without a row not to k distinct ones,
-                or a layer was not seen as often as it had to be; and what else the engine's audit calls a fault.
+            ReplayError: a token used other experts than its row, a slot without a row did not use k distinct experts,
+                a layer ran too often or too rarely, or the backend's audit found another fault.
         """
         self._check_complete()
         counts = torch.tensor([self._faults, self.audited, self.audit_equal], device=self._device)
@@ -95,29 +94,29 @@ class Audit(Observer):
         found: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(found, self._first_fault)
         raise ReplayError(
-            f"the audit of the dispatch found {audited - equal} of {audited} (token, layer) entries that went to other "
+            f"the audit of the dispatch found {audited - equal} of {audited} (token, layer) entries sent to other "
             f"experts than recorded, and {faults} faults in all. The first of each rank: "
             + "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(found) if text)
         )
 
     def added_to(self, counts: ReplayCounts) -> ReplayCounts:
-        """A session's counts with those of this audit."""
+        """Add this audit's counts to a session's."""
         return replace(counts, audited=self.audited, audit_equal=self.audit_equal)
 
     def fault(self, count: int, text: str) -> None:
-        """Note so many faults, all of one kind."""
+        """Add `count` faults of one kind."""
         self._faults += count
         self._first_fault = self._first_fault or text
 
     def compare(self, chunk: int, layer: int, used_tE: torch.Tensor) -> torch.Tensor:
-        """Note what a layer used for the micro-batch that its chunk works on.
+        """Compare the experts used by a layer for the current micro-batch of its chunk.
 
         Args:
             layer: global index.
             used_tE: bool, on the CPU.
 
         Returns:
-            What it should have used: bool [t, E], on the CPU. For slots without a row, what it did use.
+            The expected experts: bool [t, E], on the CPU. For slots without a row, the experts used.
         """
         current = self.current(chunk)
         expected_tE, known_t = self._recorded(current.micro, chunk, layer, used_tE.size(-1))
@@ -143,7 +142,7 @@ class Audit(Observer):
     def _recorded(
         self, micro: MicroBatch, chunk: int, layer: int, num_experts: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the routes say of each slot: experts as bool [t, E], and where they say anything [t]."""
+        """Recorded experts of each slot as bool [t, E], and a mask of slots with a row [t]."""
         samples = self._samples(micro.batch, chunk)
         row = self._layer_rows[layer] - self._rows(chunk).start
         offsets, slots_t = micro.batch.offsets, micro.tokens.router_slots_t
@@ -159,7 +158,7 @@ class Audit(Observer):
         return torch.from_numpy(expected_tE), torch.from_numpy(known_t)
 
     def _samples(self, batch: Batch, chunk: int) -> list[RoutedExperts]:
-        """Every sample's routes, all rows of them, in the layers of a chunk."""
+        """All rows of every sample's routes, in the layers of a chunk."""
         held = self._whole.get(chunk)
         if held is None or held[0] is not batch:
             assert batch.routes is not None
@@ -173,7 +172,7 @@ class Audit(Observer):
         return range(min(rows), max(rows) + 1)
 
     def _check_complete(self) -> None:
-        """Every layer was seen in every forward and every recomputation."""
+        """Check that every layer ran in every forward and every recomputation."""
         for router in (router for routers in self._routers for router in routers):
             wanted = self._num_micro_batches * (2 if router.recomputed else 1)
             if self._seen[router.layer] != wanted:

@@ -1,4 +1,4 @@
-"""From host memory to the device, beside what the device computes."""
+"""Copies from host memory to the device, overlapped with the device's computation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 class Carrier:
-    """On a GPU: copies from pinned memory on a stream of their own, which the stream of the model waits for.
+    """Copies from pinned memory on a separate stream; the stream of the model waits for it.
 
-    Neither the host nor the kernels that were queued before wait for a copy, so the rows of one micro-batch travel
-    while the one before is computed. On a CPU nothing is copied.
+    Neither the host nor kernels queued earlier wait for a copy: the rows of one micro-batch travel during the
+    computation of the previous one. On a CPU nothing is copied.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -17,11 +17,11 @@ class Carrier:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Host memory to fill and then to carry."""
+        """Allocate host memory to fill, for a later `carry`."""
         return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
 
     def carry(self, host: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device, for kernels of the current stream. The host's must not be written to again."""
+        """Copy a tensor to the device, for kernels of the current stream. Do not write to the host tensor again."""
         if self._stream is None:
             return host.to(self.device)
         with torch.cuda.stream(self._stream):

@@ -1,4 +1,4 @@
-"""Counts of what a replay session did."""
+"""Counts of a replay session."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReplayCounts:
-    """What a replay session did, in (token, MoE layer) entries, summed over all ranks of the world."""
+    """Counts of a replay session in (token, MoE layer) entries, summed over all ranks of the world."""
 
     trainable: int = 0
-    """Entries of tokens whose label is trained on."""
+    """Entries of tokens with a trained label."""
     trainable_replayed: int = 0
-    """Those of them that used a recorded row."""
+    """Trainable entries routed by a recorded row."""
     missing: int = 0
-    """Entries of real tokens whose row the engine never saw: the live router decided."""
+    """Entries of real tokens without a recorded row: the live router decided."""
     padded: int = 0
     """Entries of padding slots."""
     compared: int = 0
-    """Replayed entries of real tokens that were compared with the live router's own choice."""
+    """Replayed entries of real tokens compared with the live router's own choice."""
     agreed: int = 0
-    """Those of them where the live router would have chosen the same set of experts."""
+    """Compared entries with the same set of experts in the live router's choice."""
     audited: int = 0
-    """Entries whose dispatch was compared with their recorded row; a recomputation in backward compares them again."""
+    """Entries with a dispatch compared with the recorded row; a recomputation in backward compares them again."""
     audit_equal: int = 0
-    """Those of them whose token went to exactly the recorded experts."""
+    """Audited entries dispatched to exactly the recorded experts."""

@@ -1,7 +1,7 @@
-"""What one router does during a routing session: replay rows, or record its own choice.
+"""One router during a routing session: it replays rows, or records its own choice.
 
-Only ids are decided here. Gate weights are the engine's, gathered from the router's live scores.
-Shape legend: t tokens that this rank's routers see, K experts per token.
+Only expert ids are decided here. The trainer computes gate weights from the router's live scores.
+Shape legend: t tokens seen by this rank's routers, K experts per token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from roll_r3.errors import ReplayError
 
 LiveChoice = Callable[[], torch.Tensor]
-"""Ids that the router itself would choose, int64 [t, K]."""
+"""Returns the router's own choice, int64 [t, K]."""
 
 
 class Router(Protocol):
@@ -32,21 +32,21 @@ class Router(Protocol):
 
     @property
     def recomputed(self) -> bool:
-        """Whether training runs it a second time, in backward."""
+        """True if backward runs the router a second time."""
 
     @property
     def attached(self) -> bool:
-        """Whether a session holds it."""
+        """True while a session controls it."""
 
     def attach(self, layer: RoutedLayer) -> None:
-        """From now on `layer` decides."""
+        """Let `layer` decide from now on."""
 
     def detach(self) -> None:
-        """The router chooses by itself again; safe to call twice."""
+        """Let the router choose by itself again. Safe to call twice."""
 
 
 class Stopwatch:
-    """Host seconds spent on anything that touches routes."""
+    """Host seconds spent on routes."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -62,18 +62,18 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class RouterRows:
-    """What one router is to choose for one micro-batch."""
+    """Rows to replay by one router for one micro-batch."""
 
     ids_tK: torch.Tensor
-    """Of a type of `WAITING`, or int64; padding slots hold balanced rows of their own."""
+    """One of the dtypes in `WAITING`, or int64; padding slots hold balanced rows."""
     known_t: torch.Tensor | None
-    """bool; False where the live router decides. None: nowhere."""
+    """bool; False where the live router decides. None: all rows are known."""
     compared_t: torch.Tensor | None
-    """bool; where the live router's choice is compared with the row. None: nowhere."""
+    """bool; True where the live router's choice is compared with the row. None: nowhere."""
 
 
 class RoutedLayer(ABC):
-    """What a session puts into one router; the engine's own hook asks it for the choice."""
+    """A session's part in one router; the hook of the backend asks it for the choice."""
 
     def __init__(self, layer: int, stopwatch: Stopwatch) -> None:
         self.layer = layer
@@ -88,7 +88,7 @@ class RoutedLayer(ABC):
         """Ids of the experts to use, int64 [num_tokens, topk]; `live` asks the router itself.
 
         Raises:
-            ReplayError: the router runs when nothing waits for it, or with another number of tokens than announced.
+            ReplayError: no rows are waiting, or the number of tokens differs from the rows.
         """
         with self._stopwatch.running():
             return self.choose(num_tokens, topk, live)
@@ -97,11 +97,11 @@ class RoutedLayer(ABC):
     def choose(self, num_tokens: int, topk: int, live: LiveChoice) -> torch.Tensor: ...
 
     def expect(self) -> None:
-        """A micro-batch's forward is about to run."""
+        """Announce the forward of a micro-batch."""
         self.in_forward = self.waiting = True
 
     def _consume(self) -> None:
-        """Raises ReplayError when the router runs outside a forward that was announced, or twice in one."""
+        """Raise ReplayError if the router runs outside an announced forward, or twice in one."""
         if not self.waiting:
             raise ReplayError(
                 f"the router of layer {self.layer} ran outside a micro-batch of its session, or twice in one"
@@ -110,7 +110,7 @@ class RoutedLayer(ABC):
         self.consumed += 1
 
     def end_forward(self) -> None:
-        """Raises ReplayError when the forward that just ended left this layer's rows unused."""
+        """Raise ReplayError if the finished forward left this layer's rows unused."""
         if self.waiting:
             raise ReplayError(
                 f"the router of layer {self.layer} did not consume its rows: the forward of micro-batch "
@@ -120,7 +120,7 @@ class RoutedLayer(ABC):
 
 
 WAITING: dict[np.dtype[Any], torch.dtype] = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.int16}
-"""Type of recorded ids -> of the tensors that hold them. Torch has few kernels for uint16: its bits wait as int16."""
+"""Dtype of recorded ids -> dtype of their tensors. Torch has few kernels for uint16; its bits wait as int16."""
 
 
 def _int64(ids_tK: torch.Tensor) -> torch.Tensor:
@@ -128,14 +128,13 @@ def _int64(ids_tK: torch.Tensor) -> torch.Tensor:
 
 
 class LayerReplay(RoutedLayer):
-    """Chooses the recorded experts; their weights come from the live scores, so the router learns.
+    """Chooses the recorded experts. Their weights come from the live scores, so the router learns.
 
-    In forward it takes the rows of the micro-batch that runs, and queues what it chose where backward will recompute
-    the layer. A call outside a forward is that recompute: it takes the oldest choice, since every chunk runs its
-    backwards in the order of its forwards.
+    In forward it takes the rows of the running micro-batch, and queues its choice if backward recomputes the layer. A
+    call outside a forward is this recomputation: it takes the oldest choice, since every chunk runs its backwards in
+    the order of its forwards.
 
-    Rows wait in the size in which they were recorded (see `WAITING`), in the queue too; int64 exists for one layer at
-    a time.
+    Rows wait in their recorded dtype (see `WAITING`), in the queue too; int64 exists for one layer at a time.
     """
 
     def __init__(self, layer: int, stopwatch: Stopwatch, *, recomputed: bool) -> None:
@@ -144,10 +143,10 @@ class LayerReplay(RoutedLayer):
         self.rows: RouterRows | None = None
         self.queue: deque[torch.Tensor] = deque()
         self.agreed: torch.Tensor | None = None
-        """Compared rows where the live router would have chosen the same set: int64 [], on the device."""
+        """Number of compared rows with the same set of experts as the live router's: int64 [], on the device."""
 
     def hand_over(self, rows: RouterRows) -> None:
-        """The rows of the micro-batch whose forward is about to run."""
+        """Take the rows of the next forward."""
         self.expect()
         self.rows = rows
 
@@ -155,8 +154,8 @@ class LayerReplay(RoutedLayer):
         ids_tK = self._recompute() if self.recomputed and not self.in_forward else self._forward(live)
         if ids_tK.shape != (num_tokens, topk):
             raise ReplayError(
-                f"layer {self.layer} routes {num_tokens} tokens to {topk} experts each, but the rows it was "
-                f"given are {list(ids_tK.shape)}"
+                f"layer {self.layer} routes {num_tokens} tokens to {topk} experts each, but its rows are "
+                f"{list(ids_tK.shape)}"
             )
         return _int64(ids_tK)
 
@@ -187,19 +186,19 @@ class LayerReplay(RoutedLayer):
 
 
 class LayerRecord(RoutedLayer):
-    """Lets the router choose for real tokens, and keeps what it chose.
+    """Lets the router choose for real tokens, and keeps its choice.
 
-    Padding goes where it will go in replay: experts' batches are then the same in both, and so is every bit.
+    Padding takes the same rows as in replay: the experts' batches are then equal in both passes, to the bit.
     """
 
     def __init__(self, layer: int, stopwatch: Stopwatch) -> None:
         super().__init__(layer, stopwatch)
         self.padding: RouterRows | None = None
         self.chosen: list[torch.Tensor] = []
-        """Of each micro-batch, int64 [t, K]."""
+        """Choices per micro-batch, int64 [t, K]."""
 
     def hand_over(self, padding: RouterRows | None) -> None:
-        """The rows of padding slots (`known_t` there), or None when there are none."""
+        """Take the rows of padding slots (`known_t` is True there); None without padding."""
         self.expect()
         self.padding = padding
 

@@ -1,7 +1,7 @@
-"""What watches a schedule without changing it, and knows which micro-batch a chunk of the model works on.
+"""Passive observer of a schedule. It knows the current micro-batch of every chunk.
 
-In forward the schedule says it. In backward autograd does: a gradient that reaches a micro-batch's output announces
-that micro-batch's backward, whatever order the schedule chose.
+In forward the schedule announces it. In backward autograd does: a gradient arriving at a micro-batch's output announces
+its backward, in any order of the schedule.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ class Observer(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let the micro-batches go, with the routes that they carry."""
+        """Release the micro-batches with their routes."""
         self._passes = [None] * len(self._passes)
 
     @contextmanager
     def forward(self, chunk: int, micro: MicroBatch) -> Iterator[None]:
-        """Around one forward of one chunk."""
+        """Wrap one forward of one chunk."""
         self._passes[chunk] = Pass(micro, backward=False)
         yield
         self._passes[chunk] = None
 
     def await_backward(self, chunk: int, micro: MicroBatch, output: torch.Tensor) -> None:
-        """The forward of a micro-batch gave this output of the chunk."""
+        """Watch a chunk's output for the micro-batch's backward."""
         if output.requires_grad:
             output.register_hook(partial(self._begin_backward, chunk, micro))
 
     def current(self, chunk: int) -> Pass:
-        """What the chunk works on now."""
+        """Current pass of the chunk."""
         current = self._passes[chunk]
         assert current is not None, "a module of the chunk ran outside a micro-batch"
         return current

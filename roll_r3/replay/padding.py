@@ -1,8 +1,8 @@
 """Rows for padding slots: k distinct experts each, spread evenly.
 
-A padding token goes through the experts like any other. Sent to experts 0..k-1 they would all land on one
-expert-parallel rank (miles#2697 ran out of memory that way), and a row that names an expert twice breaks the
-dispatcher's counts (verl#4986).
+A padding token passes through the experts like any other. With experts 0..k-1 for all of them, they would all land on
+one expert-parallel rank (miles#2697 ran out of memory). A row with the same expert twice breaks the dispatcher's counts
+(verl#4986).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 
 
 def padding_rows(num_rows: int, num_experts: int, top_k: int, *, ep_size: int = 1) -> torch.Tensor:
-    """Rows of `top_k` distinct experts that load expert-parallel ranks and experts evenly.
+    """Make rows of `top_k` distinct experts with an even load on expert-parallel ranks and experts.
 
-    Walks the experts rank first (one of each rank, then the next of each rank, ...) so that the counts of any two
-    expert-parallel ranks differ by at most one entry over all rows, and so do those of any two experts.
+    The walk visits one expert of each rank, then the next of each rank, and so on. The loads of any two expert-parallel
+    ranks differ by at most one entry over all rows, and so do the loads of any two experts.
 
     Returns:
         int64 [num_rows, top_k] on the CPU.
 
     Raises:
-        ValueError: top_k above num_experts, or experts that do not divide over ep_size.
+        ValueError: top_k above num_experts, or num_experts not divisible by ep_size.
     """
     if top_k > num_experts or num_experts % ep_size:
         raise ValueError(f"cannot choose {top_k} of {num_experts} experts on {ep_size} expert-parallel ranks")
@@ -33,7 +33,7 @@ def padding_rows(num_rows: int, num_experts: int, top_k: int, *, ep_size: int = 
 
 @cache
 def _period(num_experts: int, top_k: int, ep_size: int) -> torch.Tensor:
-    """The rows after which the walk begins anew. [P, K]"""
+    """One period of the walk. [P, K]"""
     walk = torch.arange(num_experts).view(ep_size, -1).T.reshape(-1)
     entries = torch.arange(lcm(num_experts, top_k)) % num_experts
     return walk[entries].view(-1, top_k)

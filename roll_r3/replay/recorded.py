@@ -1,8 +1,8 @@
-"""R2: the routes that this rank's own recording pass saw, kept here and nowhere else.
+"""R2: the routes of this rank's own recording pass, kept in this rank's memory only.
 
-A rank keeps the layers it holds, for every input of its data-parallel shard: the pieces of the ranks that split a
-sequence are gathered, those of other pipeline stages are not needed. When a sample is
-trained on another data-parallel rank than recorded it, its rows follow it there, straight from rank to rank.
+A rank keeps its own layers, for every input of its data-parallel shard. It gathers the pieces of the ranks splitting a
+sequence, and needs none of other pipeline stages. If a sample is trained on another data-parallel rank than its
+recording rank, its rows follow it, directly from rank to rank.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from roll_r3.errors import ReplayError
 
 RouteArray = npt.NDArray[np.unsignedinteger]
 Pieces = Callable[[torch.Tensor], list[tuple[Layout, torch.Tensor]]]
-"""What this rank chose -> what each rank that shares its samples chose, and the layout that places it; collective over
-them."""
+"""Choices of this rank -> (layout, choices) of each rank sharing its samples; collective over these ranks."""
 
 
 class RecordedRoutes:
-    """Sample id -> routes of this rank's layers, of the last recording pass."""
+    """Routes of the last recording pass in this rank's layers, by sample id."""
 
     def __init__(self, data_parallel: DataParallel, pieces: Pieces, num_experts: int) -> None:
         self._data_parallel = data_parallel
@@ -42,10 +41,10 @@ class RecordedRoutes:
         self._samples = {}
 
     def store(self, micro_batches: Sequence[MicroBatch], chosen: Sequence[torch.Tensor]) -> None:
-        """Keep what a recording pass chose; collective over the ranks that split a sequence.
+        """Keep the choices of a recording pass; collective over the ranks splitting a sequence.
 
         Args:
-            chosen: of each micro-batch, int64 [L, t, K].
+            chosen: choices per micro-batch, int64 [L, t, K].
         """
         for micro, ids_LtK in zip(micro_batches, chosen, strict=True):
             if not micro.counted:
@@ -56,29 +55,29 @@ class RecordedRoutes:
                 self._samples[sample_id] = RoutedExperts(ids_LNK[:, offsets[i] : offsets[i + 1]].copy())
 
     def attach(self, batch: Batch) -> Batch:
-        """The batch with its recorded routes; collective over data-parallel ranks.
+        """Add the recorded routes to a batch; collective over data-parallel ranks.
 
-        Rows stay where they are. Those that this rank lacks come from the data-parallel rank that recorded them (it
-        holds the same layers), each once; where no rank lacks any, only a count is exchanged.
+        Missing rows come from the data-parallel rank of their recording (it holds the same layers), each once. If no
+        rank misses any, only a count is exchanged.
 
         Raises:
-            ReplayError: a sample that the last recording pass saw on no rank; on every rank alike.
+            ReplayError: no rank recorded a sample in the last recording pass; on every rank.
         """
         missing = [sample_id for sample_id in dict.fromkeys(batch.sample_ids) if sample_id not in self._samples]
-        # numbers of this rank; the sums over all of them decide, so that no rank waits for another that raised
+        # the sums over all ranks decide: no rank waits for one that raised
         lacking, samples = self._summed(len(missing), batch.num_samples)
         if lacking:
             self._fetch(missing, samples)
         return replace(batch, routes=tuple(self._samples[sample_id] for sample_id in batch.sample_ids))
 
     def _summed(self, *counts: int) -> list[int]:
-        """Each count's sum over data-parallel ranks."""
+        """Sum each count over data-parallel ranks."""
         total = torch.tensor(counts, device=self._data_parallel.device)
         self._data_parallel.reduce(total)
         return [int(count) for count in total.tolist()]
 
     def _fetch(self, missing: Sequence[str], num_samples: int) -> None:
-        """Bring the rows of `missing` here, and send what other ranks lack; collective over data-parallel ranks."""
+        """Fetch the rows of `missing`, and send the rows missing elsewhere; collective over data-parallel ranks."""
         size, own = self._data_parallel.size, self._data_parallel.rank
         wanted_by = self._data_parallel.gather_objects(list(missing))
         wanted = dict.fromkeys(sample_id for ids in wanted_by for sample_id in ids)
@@ -108,7 +107,7 @@ class RecordedRoutes:
         ids_LNK = np.zeros((len(ids_LtK), micro.tokens.num_inputs, ids_LtK.size(-1)), route_dtype(self._num_experts))
         if not len(ids_LtK):
             return ids_LNK
-        # of the unsigned 16-bit integers torch and the backends know too little
+        # torch and its backends lack operations for unsigned 16-bit integers
         sent = ids_LtK.to(torch.uint8 if self._num_experts <= 1 << 8 else torch.int32).contiguous()
         for token_layout, piece in self._pieces(sent):
             slots_t = build_token_map(micro.batch.lengths_n, token_layout, pad_to=micro.pad_to).router_slots_t
@@ -117,18 +116,18 @@ class RecordedRoutes:
         return ids_LNK
 
     def _exchange(self, to_send: Sequence[Sequence[RouteArray]], entries: Sequence[int]) -> RouteArray:
-        """Each data-parallel rank's arrays, sent to it alone.
+        """Exchange arrays between data-parallel ranks.
 
         Args:
-            to_send: of each rank, arrays [x].
-            entries: how many come from each rank.
+            to_send: arrays [x] for each rank.
+            entries: number of entries expected from each rank.
 
         Returns:
-            What came, rank after rank. [sum(entries)]
+            Received entries, in rank order. [sum(entries)]
         """
         dtype = route_dtype(self._num_experts)
         nothing = np.zeros(0, dtype)
-        # as bytes: of the unsigned 16-bit integers torch and the backends know too little
+        # as bytes: torch and its backends lack operations for unsigned 16-bit integers
         parts = [np.concatenate([nothing, *arrays]).view(np.uint8) for arrays in to_send]
         sizes = [count * dtype.itemsize for count in entries]
         device = self._data_parallel.device

@@ -1,4 +1,4 @@
-"""What each micro-batch needs of its samples' routes on this rank: the rows its routers see, in the layers it holds."""
+"""Rows of the samples' routes needed by each micro-batch on this rank: seen by its routers, in the layers it holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from roll_r3.replay.layer import Router
 
 
 def chunk_rows(routers: Sequence[Sequence[Router]], layer_rows: Mapping[int, int]) -> list[range]:
-    """Of each chunk, its layers' rows on axis M of the routes: a chunk holds consecutive layers, so a run of them.
+    """Rows of each chunk's layers on axis M of the routes. A chunk holds consecutive layers, so its rows are a range.
 
     Args:
         layer_rows: global layer -> its row on axis M.
@@ -28,7 +28,7 @@ def chunk_rows(routers: Sequence[Sequence[Router]], layer_rows: Mapping[int, int
     for chunk in routers:
         rows = [layer_rows[router.layer] for router in chunk]
         run = range(rows[0], rows[0] + len(rows)) if rows else range(0)
-        assert rows == list(run), f"the routers of a chunk lie on the rows {rows}, which are no run"
+        assert rows == list(run), f"the routers of a chunk lie on the rows {rows}, not on a range"
         runs.append(run)
     return runs
 
@@ -41,21 +41,21 @@ def deliver(
     facts: ModelFacts,
     read: ReadRoutes,
 ) -> list[MicroBatch]:
-    """The micro-batches with the rows that this rank's routers need; all of them are read at once, each once.
+    """Add the rows needed by this rank's routers to the micro-batches. All are read at once, each once.
 
     Args:
-        rows_of_chunks: as `chunk_rows` says.
+        rows_of_chunks: the result of `chunk_rows`.
         num_layers: M of the routes.
 
     Raises:
         ReplayError: no routes, or routes of another shape or dtype than the samples and the model need.
-        RouteError: routes that are damaged.
-        LostWorkerError: routes that are gone with the process that stored them.
+        RouteError: damaged routes.
+        LostWorkerError: the process holding the routes is gone.
     """
     requests: list[RouteRequest] = []
     ranges: dict[Batch, list[slice]] = {}
     for micro in micro_batches:
-        if micro.batch in ranges:  # a repeat that fills the schedule
+        if micro.batch in ranges:  # a repeat, to fill the schedule
             continue
         routes = _checked(micro.batch, num_layers, facts)
         runs = _needed(micro.tokens, micro.batch.offsets)
@@ -95,7 +95,7 @@ def _checked(batch: Batch, num_layers: int, facts: ModelFacts) -> Sequence[Route
 
 
 def _needed(tokens: TokenMap, offsets: npt.NDArray[np.int64]) -> dict[int, list[Run]]:
-    """Sample -> the runs of its rows that this rank's routers see. Samples of which they see none are not named."""
+    """Sample -> runs of its rows seen by this rank's routers. Samples without such rows are left out."""
     needed_N = tokens.seen
     begins_N = np.ones(len(needed_N), np.bool_)
     begins_N[1:] = needed_N[1:] != needed_N[:-1]

@@ -1,12 +1,12 @@
-"""The routing session: what every router of a model chooses during one schedule of forwards and backwards.
+"""The routing session: controls the choices of all routers during one schedule of forwards and backwards.
 
-All state lives in a context manager around the schedule. It attaches a `RoutedLayer` of its own to each router of the
-live chunks, hands each micro-batch's rows to the routers of the chunk that runs, checks that every router consumed
-every micro-batch exactly once, and leaves the routers as they were, also when the schedule raises. Outside a session
-routers choose by themselves.
+All state lives in a context manager around the schedule. It attaches its own `RoutedLayer` to each router of the live
+chunks and hands each micro-batch's rows to the routers of the running chunk. At the end it checks that every router
+consumed every micro-batch exactly once. It restores the routers on exit, also when the schedule raises. Outside a
+session, routers choose by themselves.
 
-Shape legend: t tokens that this rank's routers see, L routing layers of a chunk, K experts per token, N inputs of a
-micro-batch, P padding slots, s rows that a router is given.
+Shape legend: t tokens seen by this rank's routers, L routing layers of a chunk, K experts per token, N inputs of a
+micro-batch, P padding slots, s rows given to a router.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Layer = TypeVar("Layer", bound=RoutedLayer)
 
 
 class RoutingSession(ABC, Generic[Layer]):
-    """One schedule's routing.
+    """The routing of one schedule.
 
     Example:
         with session:
@@ -67,8 +67,8 @@ class RoutingSession(ABC, Generic[Layer]):
         """
         Args:
             routers: of each live chunk.
-            num_micro_batches: that each chunk will run.
-            ep_size: expert-parallel ranks, over which padding is spread.
+            num_micro_batches: forwards of each chunk in the schedule.
+            ep_size: expert-parallel ranks; padding is spread evenly over them.
         """
         self.routers = routers
         self.num_micro_batches = num_micro_batches
@@ -77,22 +77,22 @@ class RoutingSession(ABC, Generic[Layer]):
         self.carrier = Carrier(device)
         self.stopwatch = Stopwatch()
         self.layers: list[list[Layer]] = []
-        """Of each chunk; empty outside the session."""
+        """Layers per chunk; empty outside the session."""
 
     @abstractmethod
     def make_layer(self, router: Router) -> Layer: ...
 
     @abstractmethod
     def stage(self, chunk: int, micro: MicroBatch) -> None:
-        """Ready the layers of a chunk for one micro-batch."""
+        """Prepare the layers of a chunk for one micro-batch."""
 
     @abstractmethod
     def close(self) -> None:
-        """The schedule ended well: check and collect what the layers hold."""
+        """Check and collect the state of the layers after a schedule without errors."""
 
     @contextmanager
     def micro_batch(self, chunk: int, micro: MicroBatch) -> Iterator[None]:
-        """Around one forward of one chunk."""
+        """Wrap one forward of one chunk."""
         with self.stopwatch.running():
             self.stage(chunk, micro)
         yield
@@ -131,18 +131,18 @@ class RoutingSession(ABC, Generic[Layer]):
         return (router for chunk in self.routers for router in chunk)
 
     def _padding_rows(self, count: int) -> npt.NDArray[np.int64]:
-        """Balanced rows for so many padding slots. [count, K]"""
+        """Balanced rows for `count` padding slots. [count, K]"""
         return padding_rows(count, self.facts.num_experts, self.facts.top_k, ep_size=self.ep_size).numpy()
 
     def _carried(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        """A copy on the device."""
+        """Copy an array to the device."""
         host = self.carrier.empty(array.shape, torch.from_numpy(array[:0]).dtype)
         host.copy_(torch.from_numpy(array))
         return self.carrier.carry(host)
 
 
 class ReplaySession(RoutingSession[LayerReplay]):
-    """Replays the rows that every micro-batch carries. Its `counts` are there once it has closed."""
+    """Replays the rows carried by every micro-batch. Its `counts` are set when it closes."""
 
     def __init__(
         self,
@@ -157,14 +157,14 @@ class ReplaySession(RoutingSession[LayerReplay]):
     ) -> None:
         """
         Args:
-            forward_only: no backward will come.
-            compares: compare the live router's own choice with every row, once for each forward.
+            forward_only: no backward follows.
+            compares: compare the live router's own choice with every row, once per forward.
         """
         super().__init__(routers, num_micro_batches, facts=facts, ep_size=ep_size, device=device)
         self.forward_only = forward_only
         self.compares = compares
         self.counts = ReplayCounts()
-        """This rank's."""
+        """Counts of this rank alone."""
         self._tally: Counter[str] = Counter()
 
     def make_layer(self, router: Router) -> LayerReplay:
@@ -200,7 +200,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
             if layer.queue:
                 raise ReplayError(
                     f"backward did not recompute the router of layer {layer.layer} for {len(layer.queue)} of "
-                    f"{self.num_micro_batches} micro-batches, though the recompute settings say that it does"
+                    f"{self.num_micro_batches} micro-batches, although the recompute settings require it"
                 )
             if layer.agreed is not None:
                 agreed.append(layer.agreed)
@@ -210,7 +210,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
     def _laid_out(
         self, pieces: Sequence[RoutePiece], num_layers: int, slots_t: npt.NDArray[np.int64]
     ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-        """What each of a chunk's layers is given, in host memory [L, t, K], and which slots hold a known row [t]."""
+        """Lay out the rows of a chunk's layers in host memory [L, t, K], with a mask of slots with a known row [t]."""
         dtype = route_dtype(self.facts.num_experts)
         host = self.carrier.empty((num_layers, len(slots_t), self.facts.top_k), WAITING[dtype])
         ids_LtK = host.numpy().view(dtype)
@@ -229,7 +229,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
         places_t = np.empty(len(slots_t), np.int64)
         places_t[real[slots_t[real].argsort()]] = np.arange(len(real))
         places_t[slots_t == PADDING] = np.arange(len(real), len(slots_t))
-        for layer, ids_tK in enumerate(ids_LtK):  # what is joined for one layer stays in the processor's cache
+        for layer, ids_tK in enumerate(ids_LtK):  # one layer's rows at a time, to stay in the processor's cache
             joined_sK = np.concatenate([*(piece.ids_LRK[layer] for piece in pieces), padding_PK])
             np.take(joined_sK, places_t, axis=0, out=ids_tK, mode="clip")  # "raise" would go through a copy
         if any(piece.known_R is not None for piece in pieces):
@@ -240,11 +240,11 @@ class ReplaySession(RoutingSession[LayerReplay]):
 def _in_order(
     pieces: Sequence[RoutePiece], real: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]
 ) -> list[int] | None:
-    """Where each piece begins among the tokens, if tokens lie as the pieces' rows do: packed, or one row of samples.
+    """First token of each piece, if tokens and rows have the same order (packed, or one row of samples); else None.
 
     Args:
-        real: tokens that are not padding, ascending.
-        slots: the input that each of them holds.
+        real: tokens without padding, ascending.
+        slots: the input held by each of them.
     """
     if not len(slots) or (np.diff(slots) < 0).any():
         return None
@@ -267,17 +267,17 @@ def replaying(
     forward_only: bool,
     compares: bool,
 ) -> tuple[ReplaySession, list[MicroBatch]]:
-    """A session for one schedule, and its micro-batches with the rows that the session will replay.
+    """Make a session for one schedule, and its micro-batches with the rows to replay.
 
     Args:
         layer_rows: global layer -> its row on axis M of the routes.
-        read: how the routes are read; the session's stopwatch runs meanwhile.
-        forward_only, compares: as of a `ReplaySession`.
+        read: reads the routes; its time counts on the session's stopwatch.
+        forward_only, compares: see `ReplaySession`.
 
     Raises:
-        ReplayError: no routes, or routes that do not fit the samples and the model.
-        RouteError: routes that are damaged.
-        LostWorkerError: routes that are gone with the process that stored them.
+        ReplayError: no routes, or routes of another shape than the samples and the model need.
+        RouteError: damaged routes.
+        LostWorkerError: the process holding the routes is gone.
     """
     session = ReplaySession(
         routers,
@@ -294,10 +294,10 @@ def replaying(
 
 
 def _delivered(micro: MicroBatch, chunk: int, num_layers: int, num_rows: int) -> Sequence[RoutePiece]:
-    """The rows that a chunk was given, which must be those that its routers see.
+    """Return the rows delivered to a chunk.
 
     Raises:
-        ReplayError: none, or others.
+        ReplayError: no rows, or not the rows seen by its routers.
     """
     if micro.routes is None:
         raise ReplayError("the micro-batch carries no routes: deliver them first")
@@ -305,21 +305,21 @@ def _delivered(micro: MicroBatch, chunk: int, num_layers: int, num_rows: int) ->
     layers, rows = {piece.ids_LRK.shape[0] for piece in pieces}, sum(piece.num_rows for piece in pieces)
     if layers - {num_layers} or rows != num_rows:
         raise ReplayError(
-            f"a micro-batch came with {rows} rows in {sorted(layers)} layers, but the {num_layers} routers of this "
-            f"chunk see {num_rows}"
+            f"a micro-batch has {rows} rows in {sorted(layers)} layers, but the {num_layers} routers of this chunk "
+            f"need {num_rows}"
         )
     return pieces
 
 
 class RecordSession(RoutingSession[LayerRecord]):
-    """Native routing, written down. Its `chosen` is there once it has closed."""
+    """Records native routing. Its `chosen` is set when it closes."""
 
     chosen: list[torch.Tensor]
-    """Of each micro-batch, int64 [L, t, K] over the layers of all chunks, in `local_layers` order."""
+    """Choices per micro-batch, int64 [L, t, K] over the layers of all chunks, in `local_layers` order."""
 
     def __enter__(self) -> Self:
         self._num_tokens: list[int] = []
-        """That the routers of each micro-batch would see."""
+        """Tokens seen by the routers, per micro-batch."""
         return super().__enter__()
 
     def make_layer(self, router: Router) -> LayerRecord:

@@ -212,7 +212,7 @@ def _other_faults(process: ProcessInfo, case: Case, batch: Batch) -> None:
         patch.setattr("roll_r3.replay.session.LayerReplay.choose", _route_natively)
         patch.setattr("roll_r3.replay.session.ReplaySession.__exit__", _leave_unchecked)
         patch.setattr("roll_r3.trainers.megatron.routers.RoutedLayer.end_forward", lambda layer: None)
-        with pytest.raises(ReplayError, match="entries that went to other experts than recorded"):
+        with pytest.raises(ReplayError, match="entries sent to other experts than recorded"):
             strategy.train_step(batch, step=1)
 
     def overlook_layer_2(audit: DispatchAudit) -> DispatchAudit:

@@ -299,7 +299,7 @@ def _fail_then_train(process: ProcessInfo, case: Case, batch: Batch) -> dict:
                 layer.rows = replace(layer.rows, ids_tK=layer.rows.ids_tK[:-2])
 
         patch.setattr(replay.ReplaySession, "stage", two_rows_short)
-        fails("the rows it was given are")
+        fails("but its rows are")
 
     with pytest.MonkeyPatch.context() as patch:  # rows are queued, but backward does not recompute
         patch.setattr(strategy.model.config, "recompute_granularity", None)

@@ -165,7 +165,7 @@ def test_damaged_routes_are_refused_wherever_they_lie(nodes):
         engine = on(node, Engine)
         stored = ray.get(engine.store_damaged.remote())
         last = [RouteRequest(stored[2].routes, range(LAYERS - 1, LAYERS), RUNS)]
-        with pytest.raises(RouteError, match="check sum of sample 2 in MoE layer 7 is wrong"):
+        with pytest.raises(RouteError, match="checksum of sample 2 in MoE layer 7 is wrong"):
             read_routes(last)
         ray.kill(engine)
 

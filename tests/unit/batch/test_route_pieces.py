@@ -107,7 +107,7 @@ def test_a_parcel_of_another_size_is_refused() -> None:
     routes = RoutedExperts(np.zeros((2, 5, 2), np.uint8), np.arange(5) != 1)
     asked, other = [RouteRequest(routes, range(2), ((0, 5),))], [RouteRequest(routes, range(2), ((0, 4),))]
     parcel = pack(asked, read_held(asked))
-    with pytest.raises(RouteError, match="20 bytes of routes came for 5 rows"):
+    with pytest.raises(RouteError, match="20 bytes of routes for 5 rows"):
         unpack(other, parcel)
 
 
@@ -122,13 +122,13 @@ def test_a_parcel_of_another_size_is_refused() -> None:
 )
 def test_a_wire_form_of_other_routes_is_refused(other: RoutedExperts) -> None:
     encoded = encode([RoutedExperts(np.zeros((2, 5, 2), np.uint8))], 16)
-    with pytest.raises(RouteError, match=r"are not those that were asked for: sample 0 is uint8 \[2, 5, 2\]"):
+    with pytest.raises(RouteError, match=r"differ from the requested ones: sample 0 is uint8 \[2, 5, 2\]"):
         read_encoded(EncodedGroup(encoded), [0], [RouteRequest(other, range(1), ((0, 1),))])
 
 
 def test_rows_beyond_the_sample_are_refused() -> None:
     routes = RoutedExperts(np.zeros((2, 5, 2), np.uint8))
-    with pytest.raises(RouteError, match="rows up to 6 were asked for, but sample 0 has 5"):
+    with pytest.raises(RouteError, match="rows up to 6 were requested, but sample 0 has 5"):
         read_encoded(EncodedGroup(encode([routes], 16)), [0], [RouteRequest(routes, range(1), ((0, 6),))])
 
 
@@ -137,5 +137,5 @@ def test_a_damaged_wire_form_is_refused() -> None:
     encoded = encode([routes], 16)
     encoded[-1] ^= 1
     request = RouteRequest(routes, range(1, 2), ((0, 1),))
-    with pytest.raises(RouteError, match="check sum of sample 0 in MoE layer 1 is wrong"):
+    with pytest.raises(RouteError, match="checksum of sample 0 in MoE layer 1 is wrong"):
         read_encoded(EncodedGroup(encoded), [0], [request])

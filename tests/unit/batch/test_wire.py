@@ -172,7 +172,7 @@ def test_more_experts_for_a_token_than_there_are_cannot_be_encoded() -> None:
 
 
 def test_bytes_that_are_not_one_run_of_memory_are_refused() -> None:
-    with pytest.raises(RouteError, match="no encoded routes"):
+    with pytest.raises(RouteError, match="not encoded routes"):
         wire.EncodedGroup(np.frombuffer(wire.encode(group([2]), EXPERTS), np.uint8)[::2])
 
 
@@ -189,13 +189,13 @@ def test_a_view_checks_what_it_shows_and_nothing_else() -> None:
     opened = wire.EncodedGroup(encoded)
     ids_MTK = encoded[-3 * 13 * 2 :].reshape(3, 13, 2)
     ids_MTK[1, 7, 0] ^= 1  # layer 1, the first sample's second own row
-    with pytest.raises(RouteError, match="the check sum of sample 0 in MoE layer 1 is wrong"):
+    with pytest.raises(RouteError, match="the checksum of sample 0 in MoE layer 1 is wrong"):
         opened.view(range(0, 3), [0])
     assert len(opened.view(range(0, 3), [1])) == 1
     assert len(opened.view(range(0, 1), [0, 1])) == 2
     ids_MTK[1, 7, 0] ^= 1
     ids_MTK[2, 0, 0] ^= 1  # layer 2, shared
-    with pytest.raises(RouteError, match="the check sum of the shared rows in MoE layer 2 is wrong"):
+    with pytest.raises(RouteError, match="the checksum of the shared rows in MoE layer 2 is wrong"):
         opened.view(range(1, 3), [1])
 
 
@@ -286,7 +286,7 @@ def test_damage_anywhere_is_noticed(samples: list[RoutedExperts], data: st.DataO
 
 
 def sealed(fixed: tuple[int, ...], rest: bytes, body: bytes = b"") -> bytes:
-    """A head made up of any numbers, with the check sum that belongs to it."""
+    """A head made up of any numbers, with the checksum that belongs to it."""
     version, flags, layers, top_k, samples, experts, length = fixed
     front = wire.MAGIC + struct.pack("<HHHHH2xIQ", version, flags, layers, top_k, samples, experts, length)
     back = bytes(4) + rest
@@ -331,16 +331,16 @@ def test_a_hostile_head_says_what_is_wrong() -> None:
     one = struct.pack("<2I", 0, 1) + struct.pack("<2I", 0, zlib.crc32(b"\0"))
     good = (1, 0, 1, 1, 1, 2, 65)
     assert wire.decode(sealed(good, one, b"\0"))[0].ids_MRK.tolist() == [[[0]]]
-    broken(b"", "cut short: 0 bytes")
+    broken(b"", "truncated: 0 bytes")
     broken(b"x" + sealed(good, one, b"\0")[1:], "do not begin with R3ROUTES")
     broken(sealed((2, *good[1:]), one, b"\0"), "of version 2: this program reads version 1")
-    broken(sealed((1, 2, *good[2:]), one, b"\0"), "flags that version 1 does not have: 0x2")
+    broken(sealed((1, 2, *good[2:]), one, b"\0"), "flags unknown to version 1: 0x2")
     for place in (2, 3, 4):
-        broken(sealed((*good[:place], 0, *good[place + 1 :]), one, b"\0"), "cannot be")
-    broken(sealed((1, 0, 1, 3, 1, 2, 65), one, b"\0"), "3 of 2 experts each cannot be")
+        broken(sealed((*good[:place], 0, *good[place + 1 :]), one, b"\0"), "are invalid")
+    broken(sealed((1, 0, 1, 3, 1, 2, 65), one, b"\0"), "3 of 2 experts each")
     broken(sealed((1, 0, 1, 1, 1, 65537, 65), one, b"\0"), "num_experts must be in")
     broken(sealed((1, 0, 0xFFFF, 1, 0xFFFF, 2, 65), one, b"\0"), "their tables end at")
-    broken(sealed((*good[:-1], 66), one, b"\0"), "are 65 bytes long, but say that they are 66")
+    broken(sealed((*good[:-1], 66), one, b"\0"), "are 65 bytes long, but their head states 66")
     two = struct.pack("<2I", 0, 1) + struct.pack("<2I", 0, zlib.crc32(b"\2"))
     broken(sealed(good, two, b"\2"), "name expert 2 in sample 0, but there are 2")
 
@@ -353,7 +353,7 @@ def test_what_is_to_be_zero_is(place: int, value: int) -> None:
     assert wire.decode(data)[0].known_R.tolist() == [False]
     data[place] |= value
     data[32:36] = struct.pack("<I", zlib.crc32(data[36:64], zlib.crc32(data[:32])))
-    broken(data, "where there are to be zeros")
+    broken(data, "reserved bytes are not zero")
 
 
 def test_shared_rows_do_not_blow_up_what_is_decoded() -> None:

@@ -343,7 +343,7 @@ def test_a_recompute_too_many_is_noticed() -> None:
 def test_a_row_count_that_differs_from_the_tokens_is_noticed(tokens: int) -> None:
     world = _world(recomputed=False)
     session = _session(world)
-    with pytest.raises(ReplayError, match=rf"routes {tokens} tokens .* given are \[10, 2\]"):
+    with pytest.raises(ReplayError, match=rf"routes {tokens} tokens .* rows are \[10, 2\]"):
         _forward_once(world, session, torch.randn(tokens, EXPERTS))
 
 
@@ -375,7 +375,7 @@ def test_routes_that_lie_elsewhere_are_not_guessed() -> None:
 
     world = _world()
     there = replace(world.micro_batches[0].batch, routes=(Elsewhere(), world.micro_batches[0].batch.routes[1]))
-    with pytest.raises(RouteError, match="does not hold the routes: it has a Elsewhere"):
+    with pytest.raises(RouteError, match="does not hold the routes: got a Elsewhere"):
         _delivered(world.routers, [replace(world.micro_batches[0], batch=there)])
 
 
@@ -385,8 +385,8 @@ def test_rows_that_were_not_delivered_or_are_others_are_noticed() -> None:
     first, second = micro.routes
     for routes, said in (
         (None, "carries no routes: deliver them first"),
-        ((first[1:], second), "came with 5 rows in .2. layers, but the 2 routers of this chunk see 8"),
-        ((second, first), "came with 8 rows in .1. layers, but the 2 routers of this chunk see 8"),
+        ((first[1:], second), "has 5 rows in .2. layers, but the 2 routers of this chunk need 8"),
+        ((second, first), "has 8 rows in .1. layers, but the 2 routers of this chunk need 8"),
     ):
         with (
             pytest.raises(ReplayError, match=said),
