@@ -60,17 +60,19 @@ lint: install
 	@$(PYTHON) -m roll_r3.preflight.docs --check
 	@$(PYTHON) -m roll_r3.config.roll_yaml --check
 	@$(PYTHON) -m roll_r3.tracking.names --check
+	@$(PYTHON) -m docs.packages --check
 
 unit: install
 	@echo "== unit tests"
 	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) tests/unit
 
-docs: install ## write what is generated: the pages of configuration and metrics, and the schema for editors
+docs: install ## write the generated pages, the picture of the packages, and the schema for editors
 	@$(PYTHON) -m roll_r3.config.docs
 	@$(PYTHON) -m roll_r3.config.schema
 	@$(PYTHON) -m roll_r3.preflight.docs
 	@$(PYTHON) -m roll_r3.config.roll_yaml
 	@$(PYTHON) -m roll_r3.tracking.names
+	@$(PYTHON) -m docs.packages
 
 fuzz: install ## give what reads from outside hostile inputs; ARGS="--inputs 10000" (a quarter of an hour)
 	@$(PYTHON) tests/fuzz $(ARGS)
