@@ -74,7 +74,7 @@ def _failures(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.nd
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "policy_objective", third_fails)
         fails("in the third micro-batch", ZeroDivisionError)
-    for wrong, said in ((skip_layer_2, "layer 2 did not consume its rows"), (two_rows_short, "rows it was given are")):
+    for wrong, said in ((skip_layer_2, "layer 2 did not consume its rows"), (two_rows_short, "but its rows are")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ReplaySession, "stage", wrong)
             fails(said)
