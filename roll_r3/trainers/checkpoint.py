@@ -1,6 +1,6 @@
-"""Checkpoints to go on from: every rank writes its part of a snapshot, and any number of ranks reads them.
+"""Training checkpoints: every rank writes its part of a snapshot, and any number of ranks can read them.
 
-The files are safetensors, headers and all: nothing of a checkpoint is ever unpickled.
+All files are safetensors: nothing of a checkpoint is ever unpickled.
 """
 
 from __future__ import annotations
@@ -23,26 +23,23 @@ from roll_r3.trainers import world
 from roll_r3.trainers.together import together
 
 State = dict[str, torch.Tensor]
-"""Name -> a tensor that is the same on every rank, or one of which this rank has a part: a DTensor, or what else tells
-torch.distributed.checkpoint its part. The shape is the whole tensor's; of each name a rank has one part at most."""
+"""Name -> a tensor equal on every rank, or this rank's part of one: a DTensor, or another type with a description for
+torch.distributed.checkpoint. The shape is the whole tensor's; a rank has at most one part per name."""
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in the host's memory, which no step of the optimizer writes into; of a DTensor a DTensor."""
+    """Copy a tensor to host memory, safe from later optimizer steps; a DTensor stays a DTensor."""
     return tensor.detach().to("cpu", copy=True)
 
 
 class Snapshot:
-    """What every rank had at one moment, to be written while it trains on.
-
-    It is a `strategies.base.Snapshot`.
-    """
+    """State of every rank at one moment, written during later training (a `strategies.base.Snapshot`)."""
 
     def __init__(self, state: State) -> None:
         """Collective.
 
         Args:
-            state: in the host's memory, and nobody else's (see `host_copy`).
+            state: copies in host memory (see `host_copy`).
         """
         self._state = state
         self._group = world.beside()
@@ -50,12 +47,12 @@ class Snapshot:
     def write(self, path: Path) -> None:
         """As `strategies.base.Snapshot.write`.
 
-        A part that several ranks have is written by one of them, chosen so that all write about as much.
+        A part held by several ranks is written by one of them, balanced so that all write about the same amount.
         """
         failing = f"the checkpoint {path} was not written"
         with together(RollError, failing, self._group):
             if path.exists():
-                raise RollError(f"{path} is there already: a checkpoint never overwrites one")
+                raise RollError(f"{path} already exists: a checkpoint never overwrites another")
         partial = path.with_name(f"{path.name}.partial")
         with together(RollError, failing, self._group):
             if dist.get_rank() == 0:
@@ -74,23 +71,23 @@ class Snapshot:
 def load(states: Sequence[State], path: Path, *, within: str = "") -> None:
     """Read a checkpoint into the tensors of `states`; collective.
 
-    Nothing is written into them before every header was found to be right.
+    All headers are checked before any tensor is changed.
 
     Args:
-        states: more than one where a tensor of the checkpoint goes to several places.
-        within: only what is so named is looked at; the checkpoint may hold more beside it.
+        states: several, if a tensor of the checkpoint is read into several places.
+        within: prefix of the names to read; the checkpoint may contain others.
 
     Raises:
-        ConfigError: no checkpoint at `path`, one of another model, or one that cannot be read; on every rank. Where
-            what fails is reading past the headers, some tensors of `states` are the checkpoint's by then.
+        ConfigError: no checkpoint at `path`, one of another model, or an unreadable one; on every rank. If reading
+            fails after the headers, some tensors of `states` already have the checkpoint's values.
     """
-    failing = f"{path} is no checkpoint of this model"
+    failing = f"{path} is not a checkpoint of this model"
     reader = HuggingFaceStorageReader(str(path))
     names: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(names, {name for state in states for name in state})
     with together(ConfigError, failing):
         if not path.is_dir():
-            raise ConfigError("there is no such directory")
+            raise ConfigError("the directory does not exist")
         metadata = reader.read_metadata()
         for state in states:
             _check(state, metadata, set().union(*names), within)
@@ -102,22 +99,22 @@ def load(states: Sequence[State], path: Path, *, within: str = "") -> None:
 
 
 def _check(state: State, metadata: Metadata, names: set[str], within: str) -> None:
-    """Raises ConfigError: the files hold other tensors than the model, or not all parts of one.
+    """Raise ConfigError if the files hold other tensors than the model, or not all parts of one.
 
     Args:
-        names: of all ranks.
+        names: tensor names of all ranks.
     """
     held = {n: m for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
     for name, m in held.items():
         if name not in names and name.startswith(within):
-            raise ConfigError(f"it holds {name}, which this model has not")
+            raise ConfigError(f"it has {name}, unknown to this model")
         if sum(prod(chunk.sizes) for chunk in m.chunks) != prod(m.size):
-            raise ConfigError(f"it is not whole: a file that holds a part of {name} is not there")
+            raise ConfigError(f"it is incomplete: a file with a part of {name} is missing")
     for name, tensor in state.items():
         if name not in held:
             raise ConfigError(f"it has no {name}")
         if tensor.shape != held[name].size:
-            raise ConfigError(f"{name} has shape {list(held[name].size)}, in this model {list(tensor.shape)}")
+            raise ConfigError(f"{name} has shape {list(held[name].size)}, but {list(tensor.shape)} in this model")
 
 
 def _reasons(error: CheckpointException) -> str:

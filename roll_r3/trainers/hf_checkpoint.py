@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint from exported weights."""
+"""Writing exported weights as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from roll_r3.models.checkpoint import INDEX, own_file, tensor_files
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 << 30
-"""Size at which a saved checkpoint starts another file."""
+"""Maximum size of a file of a saved checkpoint."""
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
 _OUTPUT = "lm_head.weight"
-"""A trainer that does not export it has tied it to the embedding; the source's own would be the untrained one."""
+"""Missing from the exported weights if tied to the embedding; the source's copy would be the untrained one."""
 
 
 def save_hf(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> dict[str, int]:
     """Write the weights, config and tokenizer as a Hugging Face checkpoint, on rank 0; collective.
 
     Args:
-        weights: (name, whole tensor) pairs, the same on every rank; to draw one may be collective, so all ranks draw.
-        source: the checkpoint that the weights began as.
-        path: a directory, made if it is not there.
+        weights: (name, whole tensor) pairs, the same on every rank. The iterator may be collective, so all ranks drain
+            it.
+        source: the initial checkpoint of the weights.
+        path: a directory, created if missing.
 
     Returns:
-        Bytes of each file, by name, which the disk keeps; on rank 0, and nothing on the others.
+        Size in bytes of each file, by name, after fsync; on rank 0, and nothing on the others.
 
     Raises:
-        CheckpointError: it could not be written, for want of space for instance, or the source not be read; on rank 0,
-            for which the others wait.
+        CheckpointError: writing failed (a full disk, for example), or the source is unreadable; on rank 0, while the
+            others wait.
     """
     written: dict[str, int] = {}
     if dist.get_rank() == 0:
         try:
             _write_checkpoint(weights, source, path)
-            written = _kept(path)
+            written = _synced(path)
         except (OSError, SafetensorError, ConfigError) as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
     else:
@@ -57,10 +58,10 @@ def save_hf(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Pat
 
 
 def _write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path, path: Path) -> None:
-    """Write weights as safetensors with an index, and everything else of the source checkpoint beside them.
+    """Write weights as safetensors with an index, and copy all other files of the source checkpoint.
 
-    Tensors of the source that the trainer does not hold (multi-token-prediction layers) are copied as they are. What a
-    link leads to that lies elsewhere is left out: it may be a file of whoever exports, who may publish what is written.
+    Tensors of the source unknown to the trainer (multi-token-prediction layers) are copied unchanged. Links to files
+    outside the checkpoint are skipped: the target may be a private file, and the result may be published.
     """
     path.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
@@ -69,7 +70,7 @@ def _write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path,
         if own := own_file(source, file.name):
             shutil.copyfile(own, path / file.name)
         else:
-            _say_left_out(file, "it is")
+            _log_skipped(file, "it is")
     shards: list[dict[str, torch.Tensor]] = [{}]
     names: dict[str, int] = {}
     size = total = 0
@@ -93,7 +94,7 @@ def _write_checkpoint(weights: Iterator[tuple[str, torch.Tensor]], source: Path,
 
 
 def _with_the_rest(weights: Iterator[tuple[str, torch.Tensor]], source: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The given weights, then those of the source that were not among them."""
+    """The given weights, then the source's remaining ones."""
     written = set()
     for name, tensor in weights:
         written.add(name)
@@ -102,24 +103,24 @@ def _with_the_rest(weights: Iterator[tuple[str, torch.Tensor]], source: Path) ->
     for file in sorted(set(rest.values())):
         names = [name for name, holds in rest.items() if holds == file]
         if not (own := own_file(source, file)):
-            _say_left_out(source / file, f"its {len(names)} tensors that the trainer does not hold are")
+            _log_skipped(source / file, f"its {len(names)} tensors unknown to the trainer are")
             continue
         with safe_open(own, framework="pt") as tensors:
             for name in names:
                 yield name, tensors.get_tensor(name)
 
 
-def _say_left_out(file: Path, what: str) -> None:
+def _log_skipped(file: Path, what: str) -> None:
     logger.warning(
-        "%s is a link out of %s, so %s not in what is exported: put the file itself there if it belongs to the model",
+        "%s is a link out of %s, so %s not exported: put the file itself there if it belongs to the model",
         show_value(file.name),
         file.parent,
         what,
     )
 
 
-def _kept(path: Path) -> dict[str, int]:
-    """Have the disk keep the files of a directory; bytes of each, by name."""
+def _synced(path: Path) -> dict[str, int]:
+    """Sync the files of a directory to disk; size in bytes of each, by name."""
     for entry in [*path.iterdir(), path]:
         descriptor = os.open(entry, os.O_RDONLY)
         try:

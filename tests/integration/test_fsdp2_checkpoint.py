@@ -80,7 +80,7 @@ def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch
     for step in (1, 2):
         _step_of(strategy, process, batch, step)
     found = written_while_it_trains(strategy, path, lambda: _step_of(strategy, process, batch, 3))
-    with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
+    with pytest.raises(RollError, match="step2 already exists: a checkpoint never overwrites another"):
         strategy.snapshot().write(path)
     strategy.close()
     return found
@@ -98,18 +98,20 @@ def test_a_checkpoint_that_cannot_be_loaded_says_so(gang: Gangs, models: dict[st
     saved = tmp_path / "qwen3"
     gang(2).run(_save, fsdp2(models["qwen3_moe"]), saved)
     said = gang(2).run(_refused_checkpoint, fsdp2(models["mixtral"]), saved)
-    assert all("is no checkpoint of this model: rank 0: it holds model." in text for text in said)
+    assert all("is not a checkpoint of this model: rank 0: it has model." in text for text in said)
     for number in (1, 2):
         part = saved / f"shard-0000{number}-model-00001-of-00001.safetensors"
         part.rename(tmp_path / part.name)
         said = gang(2).run(_refused_checkpoint, fsdp2(models["qwen3_moe"]), saved)
-        assert all("it is not whole: a file" in text or "has shape" in text for text in said)
+        assert all("it is incomplete: a file" in text or "has shape" in text for text in said)
         part.write_bytes((tmp_path / part.name).read_bytes()[:-1000])
         said = gang(2).run(_refused_checkpoint, fsdp2(models["qwen3_moe"]), saved)
         assert all("this model: rank 0: SafetensorError" in text for text in said)
         (tmp_path / part.name).rename(part)
     said = gang(2).run(_refused_checkpoint, fsdp2(models["qwen3_moe"]), tmp_path / "nowhere")
-    assert all("nowhere is no checkpoint of this model: rank 0: there is no such directory" in text for text in said)
+    assert all(
+        "nowhere is not a checkpoint of this model: rank 0: the directory does not exist" in text for text in said
+    )
 
 
 @pytest.mark.parametrize("change", ["one more", "one less", "another shape", "unreadable on one rank"])
@@ -120,9 +122,9 @@ def test_a_checkpoint_of_another_model_is_not_written_into_this_one(
     first, second = gang(2).run(_changed_checkpoint, fsdp2(tiny_moe), tmp_path / "saved", change)
     assert first == second
     said = {
-        "one more": r"rank 0: it holds model\.other, which this model has not",
+        "one more": r"rank 0: it has model\.other, unknown to this model",
         "one less": r"rank 0: it has no model\.model\.norm\.weight",
-        "another shape": r"rank 0: model\.model\.norm\.weight has shape \[5\], in this model \[64\]",
+        "another shape": r"rank 0: model\.model\.norm\.weight has shape \[5\], but \[64\] in this model",
         "unreadable on one rank": r"this model: rank 1: OSError: stale file handle$",
     }
     assert re.search(said[change], first), first

@@ -101,23 +101,24 @@ def rolled(laid_out, axis):
 
 @contextmanager
 def _mistake(name: str) -> Iterator[None]:
+    from roll_r3.replay import rows
     from roll_r3.replay.layer import LayerReplay
-    from roll_r3.trainers import delivery, replay
+    from roll_r3.replay.session import ReplaySession
 
-    session, laid_out = replay.ReplaySession, replay.ReplaySession._laid_out
+    laid_out = ReplaySession._laid_out
     with pytest.MonkeyPatch.context() as patch:
         if name == "shifted by one token":
-            patch.setattr(session, "_laid_out", lambda *args: rolled(laid_out(*args), 1))
+            patch.setattr(ReplaySession, "_laid_out", lambda *args: rolled(laid_out(*args), 1))
         elif name == "rows of the next layer":
-            patch.setattr(session, "_laid_out", lambda *args: rolled(laid_out(*args), 0))
+            patch.setattr(ReplaySession, "_laid_out", lambda *args: rolled(laid_out(*args), 0))
         elif name == "other rows delivered":
-            needed = delivery._needed
+            needed = rows._needed
 
             def one_earlier(tokens, offsets):
                 runs = needed(tokens, offsets)
                 return {sample: [(a - 1, b - 1) if a else (a, b) for a, b in r] for sample, r in runs.items()}
 
-            patch.setattr(delivery, "_needed", one_earlier)
+            patch.setattr(rows, "_needed", one_earlier)
         elif name == "newest first":
             patch.setattr(LayerReplay, "_recompute", lambda layer: layer.queue.pop())
         elif name == "the forward's own":
@@ -129,7 +130,7 @@ def _mistake(name: str) -> Iterator[None]:
 
             patch.setattr(LayerReplay, "_recompute", own_of_forward)
         elif name == "padding to one expert":
-            patch.setattr(session, "_padding_rows", lambda self, count: np.zeros((count, TOP_K), np.int64))
+            patch.setattr(ReplaySession, "_padding_rows", lambda self, count: np.zeros((count, TOP_K), np.int64))
         yield
 
 

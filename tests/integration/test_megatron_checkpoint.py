@@ -143,18 +143,20 @@ def test_a_checkpoint_that_cannot_be_loaded_says_so(gang: Any, models: dict[str,
     case = case_of(models["qwen3_moe"], PP2)
     gang(2).run(_save, case, saved)
     said = gang(2).run(_refused_checkpoint, case_of(models["mixtral"], PP2), saved)
-    assert all("is no checkpoint of this model: rank 0: it holds model." in text for text in said)
+    assert all("is not a checkpoint of this model: rank 0: it has model." in text for text in said)
     for number in (1, 2):
         part = saved / f"shard-0000{number}-model-00001-of-00001.safetensors"
         part.rename(tmp_path / part.name)
         said = gang(2).run(_refused_checkpoint, case, saved)
-        assert all(("it is not whole: a file" in text) or ("it has no " in text) for text in said)
+        assert all(("it is incomplete: a file" in text) or ("it has no " in text) for text in said)
         part.write_bytes((tmp_path / part.name).read_bytes()[:-1000])
         said = gang(2).run(_refused_checkpoint, case, saved)
         assert all("this model: rank 0: SafetensorError" in text for text in said)
         (tmp_path / part.name).rename(part)
     said = gang(2).run(_refused_checkpoint, case, tmp_path / "nowhere")
-    assert all("nowhere is no checkpoint of this model: rank 0: there is no such directory" in text for text in said)
+    assert all(
+        "nowhere is not a checkpoint of this model: rank 0: the directory does not exist" in text for text in said
+    )
 
 
 def test_a_checkpoint_that_cannot_be_written_says_so_on_every_rank(
@@ -215,7 +217,7 @@ def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch
         _step_of(strategy, batch, step)
     saved = dict(exported(strategy))
     metrics = written_while_it_trains(strategy, path, lambda: _step_of(strategy, batch, 3))
-    with pytest.raises(RollError, match="step2 is there already: a checkpoint never overwrites one"):
+    with pytest.raises(RollError, match="step2 already exists: a checkpoint never overwrites another"):
         strategy.snapshot().write(path)
     outcome = _outcome(strategy, metrics)
     strategy.close()

@@ -267,9 +267,9 @@ def _sp_slice_of_the_wrong_rank(patch: pytest.MonkeyPatch, layers: int) -> None:
 
 def _routes_laid_out(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> None:
     """Routers' rows by another layout than the tokens'."""
-    from roll_r3.trainers import micro_batch
+    from roll_r3.trainers import cutting
 
-    build = micro_batch.build_token_map
+    build = cutting.build_token_map
 
     def mixed(lengths: Any, layout: Any, **kwargs: Any) -> Any:
         right = build(lengths, layout, **kwargs)
@@ -277,20 +277,20 @@ def _routes_laid_out(patch: pytest.MonkeyPatch, wrong: Callable[[Any], Any]) -> 
         other = build(lengths, wrong(layout), pad_to=width)
         return replace(right, router_slots_t=other.router_slots_t)
 
-    patch.setattr(micro_batch, "build_token_map", mixed)
+    patch.setattr(cutting, "build_token_map", mixed)
 
 
 def _counted_layers_of_a_chunk(patch: pytest.MonkeyPatch, layers: int) -> None:
     """Layers by their count in the model, as if its first were not dense."""
-    from roll_r3.trainers import replay
+    from roll_r3.replay import session
 
-    right = replay.chunk_rows
+    right = session.chunk_rows
 
     def wrong(*args: Any) -> list[range]:
         firsts = [(min(rows.start + 1, layers - len(rows)), len(rows)) for rows in right(*args)]
         return [range(first, first + size) for first, size in firsts]
 
-    patch.setattr(replay, "chunk_rows", wrong)
+    patch.setattr(session, "chunk_rows", wrong)
 
 
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {

@@ -69,7 +69,7 @@ def _record_and_train(
     """Weights after two steps on one recording, bytes of rows that each exchange sent, data-parallel rank."""
     import torch.distributed as dist
 
-    from roll_r3.trainers import recorded
+    from roll_r3.replay import recorded
 
     sent = []
 

@@ -249,7 +249,7 @@ def _fail_then_train(process: ProcessInfo, case: Case, batch: Batch) -> dict:
     from megatron.core.transformer.moe.router_replay import RouterReplay
     from megatron_cases import exported
 
-    from roll_r3.trainers import replay
+    from roll_r3.replay import session as replay
     from roll_r3.trainers.megatron import schedule
 
     strategy = _strategy(process, case)

@@ -1,6 +1,6 @@
-"""FSDP2's audit: the experts that every layer's expert module was told to run, as it was called.
+"""FSDP2's audit: the experts in the arguments of every layer's expert module.
 
-There is no dispatcher: a rank's tokens stay with it, and their experts' weights come to them.
+There is no dispatcher: tokens stay on their rank, and the experts' weights are gathered.
 Shape legend: t tokens, E experts, K experts per token.
 """
 
@@ -27,7 +27,7 @@ class ExpertsAudit(Audit):
     ) -> None:
         """
         Args:
-            num_micro_batches, layer_rows, top_k, read: as of `Audit`.
+            num_micro_batches, layer_rows, top_k, read: see `Audit`.
         """
         super().__init__(
             [model.routers], num_micro_batches, layer_rows=layer_rows, top_k=top_k, device=model.device, read=read

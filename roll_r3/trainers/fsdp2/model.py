@@ -1,4 +1,4 @@
-"""From a checkpoint to transformers' model, its weights shared out over all ranks."""
+"""Building transformers' model from a checkpoint, with its weights sharded over all ranks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from roll_r3.models.hf.head import compute_logits_in_fp32
 from roll_r3.models.hf.norms import set_latent_epsilon
 from roll_r3.models.hf.parts import parts_of
 from roll_r3.models.hf.routers import find_routers
-from roll_r3.trainers.fsdp2.export import CheckpointReader
 from roll_r3.trainers.fsdp2.routers import HookedRouter
+from roll_r3.trainers.fsdp2.weights import CheckpointReader
 from roll_r3.trainers.together import together
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,36 +34,36 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(eq=False)
 class Fsdp2Model:
-    """A model of which this rank holds a part of each weight, in fp32."""
+    """A model with a part of each weight on this rank, in fp32."""
 
     module: Any
-    """The ...ForCausalLM, an `FSDPModule` as each of its decoder layers is."""
+    """The ...ForCausalLM, an `FSDPModule` like each of its decoder layers."""
     routers: list[HookedRouter]
     mesh: DeviceMesh
-    """All ranks in one row."""
+    """One-dimensional mesh of all ranks."""
     device: torch.device
     dtype: torch.dtype
-    """Of the forward and backward, and of exported weights."""
+    """Dtype of forward and backward, and of exported weights."""
     architecture: Architecture
     in_backward: bool = False
-    """Still true after a backward that raised: FSDP2 then takes the next pass for a part of it."""
+    """True during backward, and after a failed one: FSDP2 would treat the next pass as a part of it."""
 
     def reshard(self) -> None:
-        """Let gathered weights go: what is gathered next is what the optimizer has made of them."""
+        """Free gathered weights, so that the next gather uses the updated ones."""
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def release(self) -> None:
-        """Let go of the process group; the model cannot be used again.
+        """Release the process group; the model cannot be used again.
 
-        DTensor's caches keep the mesh for good, and with it the group and its threads. Where the mesh keeps them only
-        torch.compile looks; all else finds a group by its name.
+        DTensor's caches keep the mesh forever, and with it the group and its threads. Only torch.compile uses the
+        mesh's own registry of groups; everything else finds a group by name.
         """
         self.mesh._pg_registry.clear()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The memory of every weight, of which this rank has a part, and of every buffer that a checkpoint holds."""
+        """Memory of this rank's part of every weight, and of every persistent buffer."""
         weights = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
         return weights | dict(persistent_buffers(self.module))
 
@@ -92,16 +92,16 @@ def build_model(
     trains: bool,
     fp32_lm_head: bool = False,
 ) -> Fsdp2Model:
-    """Build the model without weights, then fill, broadcast and share out one layer after the other; collective.
+    """Build the model without weights, then fill, broadcast and shard one layer after the other; collective.
 
     No rank holds more than its part of the weights and one layer. Only rank 0 reads the checkpoint.
 
     Args:
-        fp32_lm_head: give logits in fp32, whatever the model's dtype.
+        fp32_lm_head: compute logits in fp32 for any dtype of the model.
 
     Raises:
-        ConfigError: an architecture or a router that is not known, quantized weights, a buffer that no checkpoint
-            holds, or tensors that are not there or cannot be read; on every rank.
+        ConfigError: unknown architecture or router, quantized weights, a buffer without a tensor in the checkpoint, or
+            missing or unreadable tensors; on every rank.
     """
     facts, config = read_facts(model_path), read_hf_config(model_path)
     architecture = ARCHITECTURES[facts.model_type]
@@ -109,7 +109,7 @@ def build_model(
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=settings.attn_implementation, trust_remote_code=False
         )
-    # transformers gives the padding token's embedding no gradient, whatever the token is used for
+    # transformers gives the padding token's embedding no gradient, even if the token is in use
     model.model.embed_tokens.padding_idx = None
     set_latent_epsilon(model)
     recomputes = trains and settings.recompute
@@ -122,11 +122,11 @@ def build_model(
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     if fp32_lm_head:
         compute_logits_in_fp32(model)
-    _fill_and_share_out(model, Path(model_path), architecture, mesh, device, model_args, settings)
+    _fill_and_shard(model, Path(model_path), architecture, mesh, device, model_args, settings)
     return Fsdp2Model(model, routers, mesh, device, DTYPES[model_args.dtype], architecture)
 
 
-def _fill_and_share_out(
+def _fill_and_shard(
     model: Any,
     path: Path,
     architecture: Architecture,
@@ -135,7 +135,7 @@ def _fill_and_share_out(
     args: ModelArgs,
     settings: Fsdp2Config,
 ) -> None:
-    # gradients are summed in fp32; in bf16 the optimizer steps on fp32 masters, of which bf16 copies are gathered
+    # gradients are summed in fp32; in bf16 the optimizer steps on fp32 masters, and bf16 copies of them are gathered
     compute = DTYPES[args.dtype] if args.dtype != "fp32" else None
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     inner = model.model
@@ -151,11 +151,11 @@ def _fill_and_share_out(
         _fill(rest, checkpoint, architecture, device)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = inner.embed_tokens.weight
-    with device:  # its frequencies are in no checkpoint
+    with device:  # checkpoints do not contain its frequencies
         inner.rotary_emb = type(inner.rotary_emb)(model.config)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
-        raise ConfigError(f"{path}: fsdp2 does not know how to fill {', '.join(left)}")
+        raise ConfigError(f"{path}: fsdp2 cannot fill {', '.join(left)}")
     fully_shard(model, mesh=mesh, mp_policy=precision)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -170,20 +170,20 @@ def _fill(
     architecture: Architecture,
     device: torch.device,
 ) -> None:
-    """Give modules without weights those of the checkpoint, which rank 0 reads.
+    """Fill modules from the checkpoint; rank 0 reads it.
 
     Args:
-        modules: with the prefix of their parameters' names in the model.
+        modules: (prefix of the parameters' names in the model, module) pairs.
 
     Raises:
-        ConfigError: a buffer that no checkpoint holds, or a tensor that rank 0 did not find or could not read; on
-            every rank.
+        ConfigError: a buffer without a tensor in the checkpoint, or a tensor missing or unreadable on rank 0; on every
+            rank.
     """
     for prefix, module in modules:
         kept = dict(persistent_buffers(module))
-        # to_empty would leave in it whatever the memory held, and nothing would tell
+        # to_empty would leave arbitrary memory in it, unnoticed
         if unknown := [prefix + name for name, _ in module.named_buffers() if name not in kept]:
-            raise ConfigError(f"fsdp2 does not know how to fill {', '.join(unknown)}, which no checkpoint holds")
+            raise ConfigError(f"fsdp2 cannot fill {', '.join(unknown)}: checkpoints do not contain it")
         module.to_empty(device=device)
         tensors = [*module.named_parameters(), *persistent_buffers(module)]
         with together(ConfigError, "the model was not built"), torch.no_grad():
@@ -195,6 +195,6 @@ def _fill(
 
 
 def persistent_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Name and tensor of each buffer that a checkpoint holds: an expert bias."""
+    """Name and tensor of each buffer stored in checkpoints: an expert bias."""
     kept = module.state_dict(keep_vars=True).keys()
     return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]

@@ -1,4 +1,4 @@
-"""Adam over the parts of the weights that this rank holds, and one guarded step of it."""
+"""Adam over this rank's parts of the weights, and one guarded step of it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from roll_r3.trainers.update import StepFigures
 
 
 class Optimizer:
-    """The same steps as megatron's: decoupled weight decay, but none for norms and biases."""
+    """The same steps as megatron's: decoupled weight decay, except for norms and biases."""
 
     def __init__(self, module: torch.nn.Module, args: TrainingArgs, *, total_steps: int) -> None:
         """
         Args:
-            total_steps: optimizer steps of the whole run, over which the learning rate decays.
+            total_steps: number of optimizer steps of the whole run, for the decay of the learning rate.
         """
         self._args = args
         self._total_steps = total_steps
@@ -39,15 +39,15 @@ class Optimizer:
         self._optimizer.zero_grad()
 
     def grad_norm(self) -> float:
-        """Of all gradients, before clipping; collective."""
+        """Global norm of the gradients before clipping; collective."""
         total = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         return float(total.full_tensor() if isinstance(total, DTensor) else total)
 
     def step(self, norm: float) -> StepFigures:
-        """Clip, update, and move the learning rate on; collective.
+        """Clip, update, and advance the learning rate; collective.
 
         Args:
-            norm: what `grad_norm` gave, finite.
+            norm: finite result of `grad_norm`.
         """
         if self._args.max_grad_norm:
             clip_grads_with_norm_(
@@ -61,15 +61,15 @@ class Optimizer:
         return StepFigures(norm, rate)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a step depends on besides weights and gradients, by name; the optimizer's own memory where it has some.
+        """The optimizer's state by name, in its own memory where possible.
 
-        `done` int64 [1]: steps taken so far, by which Adam corrects its moments and the learning rate is found.
-        `NAME.exp_avg`, `NAME.exp_avg_sq`: Adam's moments of each parameter, parted as it is.
+        `done` int64 [1]: number of steps taken; it decides Adam's bias correction and the learning rate.
+        `NAME.exp_avg`, `NAME.exp_avg_sq`: Adam's moments of each parameter, sharded like the parameter.
         """
         moments: dict[str, torch.Tensor] = {}
         for parameter, name in self._names.items():
             kept = self._optimizer.state[parameter]
-            if not kept:  # as Adam itself begins
+            if not kept:  # Adam's own initial values
                 step = torch.tensor(0.0, device=parameter.device if self._optimizer.defaults["fused"] else None)
                 kept |= {
                     "step": step,
@@ -80,7 +80,7 @@ class Optimizer:
         return {**moments, "done": torch.tensor([self._done])}
 
     def resume(self, done: int) -> None:
-        """Go on from the moments that were written into `state`, as after so many steps."""
+        """Resume after `done` steps with the moments written into `state`."""
         self._done = done
         for parameter in self._parameters:
             self._optimizer.state[parameter]["step"].fill_(done)

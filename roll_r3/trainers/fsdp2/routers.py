@@ -1,7 +1,7 @@
-"""The hook by which a routing session decides for transformers' routers.
+"""The hook of a routing session in transformers' routers.
 
-It replaces the ids that a router returns and computes the gates again from the live logits, as that class of router
-does. Shape legend: t tokens, E experts, K experts per token.
+It replaces the ids returned by a router and computes the gates again from the live logits, like this class of router.
+Shape legend: t tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class HookedRouter:
     def __init__(self, module: torch.nn.Module, layer: int, *, recomputed: bool) -> None:
         """
         Args:
-            module: of a class in `GATES`.
+            module: a router of a class in `GATES`.
             recomputed: backward runs it again.
         """
         self.module = module

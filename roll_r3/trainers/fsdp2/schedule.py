@@ -1,4 +1,4 @@
-"""Forwards, and backwards, of a list of micro-batches."""
+"""Forward and backward passes of a list of micro-batches."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def run_micro_batches(
     forward_only: bool,
     observers: Sequence[Observer] = (),
 ) -> list[TokenValues]:
-    """Run every micro-batch through the model, and back unless `forward_only`; collective.
+    """Run the forward of every micro-batch, and backward unless `forward_only`; collective.
 
     Args:
-        micro_batches: as many on every rank, since ranks gather each layer's weights together.
-        session: routes these micro-batches; None: routers choose by themselves.
-        observers: watch every forward and backward.
+        micro_batches: the same number on every rank, because ranks gather each layer's weights together.
+        session: routing session of these micro-batches; None: routers choose by themselves.
+        observers: observers of every forward and backward.
 
     Returns:
-        What the objective returned for each.
+        The objective's values for each micro-batch.
 
     Raises:
-        RollError: a backward of this model has failed before.
+        RollError: an earlier backward of this model failed.
     """
     if model.in_backward:
-        raise RollError("a backward of this model failed, after which FSDP2 computes wrong gradients: start anew")
+        raise RollError("a backward of this model failed, and FSDP2 would compute wrong gradients now: restart")
     results = []
     model.module.train(not forward_only)
     with ExitStack() as stack:
@@ -69,8 +69,8 @@ def run_micro_batches(
 def _inputs(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
     """Arguments of the model's forward.
 
-    No attention mask: layers are causal and padding lies at the right of its row or sample. Where the positions of a
-    row start anew, as they do at each packed sample, transformers makes a mask that keeps samples apart.
+    No attention mask: layers are causal, and padding is at the right of its row or sample. If positions restart within
+    a row (at each packed sample), transformers makes a mask to separate the samples.
     """
     return {
         "input_ids": micro.tensor(micro.batch.input_ids_N, 0, device),

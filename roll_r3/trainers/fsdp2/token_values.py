@@ -8,10 +8,10 @@ import torch
 def label_log_probs_and_entropy(
     logits_BSV: torch.Tensor, labels_BS: torch.Tensor, *, temperature: float, entropy_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each label, and entropy, of the distribution under the sampling temperature; nats.
+    """Log-probability of each label, and entropy, under the sampling temperature, in nats.
 
     Args:
-        entropy_gradient: whether the entropy is differentiable, as the log-probabilities are.
+        entropy_gradient: True makes the entropy differentiable, like the log-probabilities.
 
     Returns:
         fp32 [B, S] each.

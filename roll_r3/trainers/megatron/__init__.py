@@ -1,4 +1,4 @@
-"""Training and log-probabilities by megatron-core. Importing this package readies the platform for megatron."""
+"""Training and log-probabilities by megatron-core. Importing this package prepares the platform for megatron."""
 
 from roll_r3.platform import megatron_cpu
 

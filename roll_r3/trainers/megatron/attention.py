@@ -1,8 +1,8 @@
 """Causal attention in plain PyTorch, for padded and packed rows and for context parallelism.
 
-Used where TransformerEngine is not installed. Packed rows and context parallelism build a T x T mask, so it is meant
-for the CPU and for tests; plain padded rows take PyTorch's causal kernels. Shape legend: s local positions, t keys of
-all context-parallel ranks, b rows, h heads, d head size (the values' may differ from the keys').
+Replaces TransformerEngine if it is not installed. Packed rows and context parallelism build a T x T mask, so it is
+meant for the CPU and for tests; plain padded rows use PyTorch's causal kernels. Shape legend: s local positions, t keys
+of all context-parallel ranks, b rows, h heads, d head size (values and keys may differ in it).
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class TorchCoreAttention(MegatronModule):
 
 @lru_cache(maxsize=32)
 def _causal_mask(cu_seqlens: tuple[int, ...], cp_size: int, cp_rank: int) -> torch.Tensor:
-    """True where a local query (row) sees a gathered key (column): same sequence, not later. bool [s, t]
+    """Mask, True if a local query (row) sees a gathered key (column): same sequence, not later. bool [s, t]
 
-    Keys come rank after rank, each in its zig-zag order.
+    Keys are ordered by rank, each rank in its zig-zag order.
     """
 
     def index(rank: int) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Megatron's audit: what every layer's token dispatcher decided, and what its experts then received.
+"""Megatron's audit: the decision of every layer's token dispatcher, and the tokens received by its experts.
 
-Shape legend: t tokens that this rank's routers see, E experts.
+Shape legend: t tokens seen by this rank's routers, E experts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WRAPPED = ("dispatch_preprocess", "dispatch_postprocess")
 
 
 class DispatchAudit(Audit):
-    """Reads the dispatchers of every chunk; a fault is also that experts received other numbers of tokens."""
+    """Reads the dispatchers of every chunk. A wrong number of tokens received by an expert is a fault too."""
 
     def __init__(
         self,
@@ -38,10 +38,10 @@ class DispatchAudit(Audit):
     ) -> None:
         """
         Args:
-            num_micro_batches, layer_rows, top_k, read: as of `Audit`.
+            num_micro_batches, layer_rows, top_k, read: see `Audit`.
 
         Raises:
-            ConfigError: a token dispatcher that does not show its decision.
+            ConfigError: the type of token dispatcher does not expose its decision.
         """
         super().__init__(
             model.routers, num_micro_batches, layer_rows=layer_rows, top_k=top_k, device=model.device, read=read
@@ -51,12 +51,12 @@ class DispatchAudit(Audit):
             for chunk in model.chunks
         ]
         self._arrivals: dict[int, torch.Tensor] = {}
-        """Layer -> tokens that each expert should receive from all ranks of its group; int64 [E]."""
+        """Layer -> number of tokens expected by each expert from all ranks of its group; int64 [E]."""
         for layer in self._all_layers():
             if not isinstance(layer.token_dispatcher, MoEAlltoAllTokenDispatcher | MoEAllGatherTokenDispatcher):
                 raise ConfigError(
                     "actor_train.router_replay.audit is true, but the dispatcher of moe_token_dispatcher_type "
-                    f"{model.config.moe_token_dispatcher_type} does not show which experts it used: set "
+                    f"{model.config.moe_token_dispatcher_type} does not expose the experts it used: set "
                     "moe_token_dispatcher_type to alltoall or allgather, or audit to false"
                 )
 
@@ -81,7 +81,7 @@ class DispatchAudit(Audit):
 
     @torch.no_grad()
     def _decided(self, chunk: int, layer: Any, result: Any) -> None:
-        """The dispatcher decided where this rank's tokens go."""
+        """Check the dispatcher's decision for this rank's tokens."""
         number = layer.layer_number - 1
         expected_tE = self.compare(chunk, number, layer.token_dispatcher.routing_map.cpu())
         arrivals_E = expected_tE.sum(0).to(self._device)
@@ -92,7 +92,7 @@ class DispatchAudit(Audit):
 
     @torch.no_grad()
     def _arrived(self, chunk: int, layer: Any, result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-        """The tokens of this rank's experts have come, from every rank of their group."""
+        """Check the tokens received by this rank's experts from every rank of their group."""
         number = layer.layer_number - 1
         tokens, per_expert, _ = result
         received = torch.as_tensor(per_expert).tolist()
@@ -101,7 +101,7 @@ class DispatchAudit(Audit):
             self.fault(
                 1,
                 f"layer {number}: experts {layer.local_expert_indices} received {received} tokens ({len(tokens)} "
-                f"rows), the recorded rows say {expected}",
+                f"rows), but the recorded rows give {expected}",
             )
 
 

@@ -1,8 +1,7 @@
 """Hugging Face weights in and out of megatron's layers: mbridge splits and merges them, our tables name them.
 
-Two sets of parameter names exist in megatron, those of TransformerEngine layers and those of plain PyTorch ones;
-`PlainNames` shows both under one: plain names, with an expert's number at the end. `roll_r3.models.architectures`
-says what each is called in a checkpoint.
+Megatron has two sets of parameter names, for TransformerEngine layers and for plain PyTorch ones. `PlainNames` unifies
+them: plain names, with an expert's number at the end. `roll_r3.models.architectures` maps them to a checkpoint's names.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from roll_r3.trainers.megatron.spec import block_spec
 
 
 class TableBridge(LLMBridge):
-    """mbridge's conversion, with the fields and the names that an `Architecture` gives."""
+    """mbridge's conversion, with the fields and names of an `Architecture`."""
 
     has_vp_stage = True
 
@@ -63,7 +62,7 @@ class TableBridge(LLMBridge):
         found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*?)(\d*)", mcore_weights_name)
         if found is None or found[2] not in self.architecture.layer_names:
             raise ConfigError(
-                f"megatron's parameter {mcore_weights_name} has no name in the table of {self.architecture.model_type}"
+                f"megatron's parameter {mcore_weights_name} is missing from the table of {self.architecture.model_type}"
             )
         layer, name, expert = found.groups()
         return [f"model.layers.{layer}.{part.format(expert)}" for part in self.architecture.layer_names[name]]
@@ -77,15 +76,15 @@ def open_bridge(
     transformer_engine: bool,
     **overrides: Any,
 ) -> TableBridge:
-    """The bridge of a checkpoint, its TransformerConfig made; needs megatron's process groups.
+    """Open the bridge of a checkpoint and make its TransformerConfig; needs megatron's process groups.
 
     Args:
-        overrides: TransformerConfig fields that win over what follows from the checkpoint.
+        overrides: TransformerConfig fields with precedence over the checkpoint's.
 
     Raises:
-        ConfigError: an architecture that has no table, or settings of the checkpoint that megatron cannot build.
+        ConfigError: the architecture has no table, or megatron cannot build a setting of the checkpoint.
     """
-    # never the checkpoint's own code: what is built here is megatron's, and its classes lack what transformers fills in
+    # never the checkpoint's own code: megatron builds the model, and these classes lack defaults set by transformers
     hf_config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     architecture = ARCHITECTURES.get(hf_config.model_type)
     if architecture is None:
@@ -118,7 +117,7 @@ def load_weights(bridge: LLMBridge, chunks: Sequence[torch.nn.Module], model_pat
 
 
 class PlainNames:
-    """A chunk whose parameters go by one set of names, whatever layers it is made of."""
+    """A chunk with one set of parameter names for both kinds of layers."""
 
     def __init__(self, chunk: torch.nn.Module) -> None:
         model = unwrap(chunk)
@@ -134,7 +133,7 @@ class PlainNames:
         return self._state
 
     def expert_biases(self) -> list[tuple[str, torch.Tensor]]:
-        """What a checkpoint holds and is no parameter."""
+        """Buffers stored in a checkpoint."""
         return [(name, value) for name, value in self._state.items() if name.endswith(".expert_bias")]
 
 
@@ -144,11 +143,11 @@ _FUSED_NORMS = {
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-"""TransformerEngine fuses a norm into the projection that follows it."""
+"""Norms fused by TransformerEngine into the following projection, and their plain names."""
 
 
 def plain_norms(name: str) -> str:
-    """A parameter's name as it is without TransformerEngine."""
+    """Name of a parameter without TransformerEngine."""
     for fused, plain in _FUSED_NORMS.items():
         name = name.replace(fused, plain)
     return name

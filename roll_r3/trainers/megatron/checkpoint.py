@@ -1,11 +1,11 @@
-"""What a checkpoint of a megatron model holds: whole tensors by name, and which part of each this rank has.
+"""Contents of a megatron model's checkpoint: whole tensors by name, and this rank's part of each.
 
-Megatron says of each parameter which part of which whole tensor it is (`sharded_state_dict`), as for its own
-checkpoints. The files are not its own: those are partly pickles, and what its optimizers write depends on their kind
-and on the layout. Here every weight and each of Adam's moments is a whole fp32 tensor, whatever layout and optimizer
-have it in parts, so that any of them can read what any of them has written.
+Megatron describes each parameter as a part of a whole tensor (`sharded_state_dict`), as for its own checkpoints. The
+file format is not megatron's: its files are partly pickles, and its optimizers' files depend on their kind and on the
+layout. Here every weight and each of Adam's moments is a whole fp32 tensor in any layout and with any optimizer. A
+checkpoint written by one of them can be read by any other.
 
-Names are megatron's, under `model.` and `optimizer.`, with the numbers of layers and experts counted over all ranks.
+Names are megatron's, under `model.` and `optimizer.`, with layers and experts numbered over all ranks.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from roll_r3.trainers.megatron.optimizer import MOMENTS, Optimizer, Slot
 
 WEIGHTS = "model."
 MASTER = "weight"
-"""What an optimizer keeps of a parameter besides Adam's moments: the weights that it steps on."""
+"""Kind of an optimizer's master weights, beside Adam's moments."""
 DONE = "optimizer.done"
-"""int64 [1]: optimizer steps taken so far, by which Adam corrects its moments and the learning rate is found."""
+"""int64 [1]: number of optimizer steps taken; it decides Adam's bias correction and the learning rate."""
 
 _ONE_NAME_EACH = {"non_homogeneous_layers": True, "singleton_local_shards": True}
-"""Has megatron name every layer, expert and half of a gated projection by itself: a rank has one part of a name."""
+"""Megatron's options for one name per layer, expert and half of a gated projection: a rank has one part per name."""
 
 
 def snapshot(model: MegatronModel, optimizer: Optimizer) -> Snapshot:
-    """Weights, buffers, moments and the number of steps, as they are now; collective."""
+    """Copy weights, buffers, moments and the number of steps; collective."""
     parts = _Parts(model)
     done = (DONE, torch.tensor([optimizer.done]))
     return Snapshot(_merged(parts.copied_buffers(), _gathered(parts, optimizer.slots()), [done]))
 
 
 def load(model: MegatronModel, optimizer: Optimizer, path: Path) -> None:
-    """Go on from what a snapshot wrote under whatever layout; collective. Raises as `checkpoint.load`."""
+    """Resume from a snapshot of any layout; collective. Raises as `checkpoint.load`."""
     parts, done = _Parts(model), torch.tensor([0])
     landings = [landing for slot in optimizer.slots() for landing in _landings(slot)]
     kept = [entry for landing in landings for entry in landing.entries(parts)]
@@ -56,7 +56,7 @@ def load(model: MegatronModel, optimizer: Optimizer, path: Path) -> None:
 
 
 def load_weights(model: MegatronModel, path: Path) -> None:
-    """Read the weights and buffers alone; collective. Raises as `checkpoint.load`."""
+    """Read weights and buffers only; collective. Raises as `checkpoint.load`."""
     checkpoint.load([_Parts(model).weights()], path, within=WEIGHTS)
 
 
@@ -64,7 +64,7 @@ Entries = Iterable[tuple[str, torch.Tensor]]
 
 
 def _merged(*entries: Entries) -> State:
-    """Of each name a rank has one part at most: of two, one would be lost."""
+    """Merge entries into a state; a rank must have at most one part per name, since a second would replace it."""
     state: State = {}
     for name, tensor in (entry for some in entries for entry in some):
         assert name not in state, f"two parts of {name} on one rank"
@@ -80,17 +80,17 @@ class _Held:
     described: ShardedTensor | ShardedTensorFactory
 
     def check(self) -> None:
-        """Megatron takes a module that does not describe its parameters for one that has copies of them."""
+        """Check the description: megatron treats modules without one as holding full copies."""
         is_split = getattr(self.tensor, "tensor_model_parallel", False) and get_tensor_model_parallel_world_size() > 1
         for part, _ in self.parts(""):
             assert not is_split or ".experts." in part.key or part.local_shape != part.global_shape, (
-                f"{part.key} is split over tensor-parallel ranks, and described as whole"
+                f"{part.key} is split over tensor-parallel ranks, but described as whole"
             )
 
     def parts(self, prefix: str, suffix: str = "") -> Iterator[tuple[ShardedTensor, int]]:
-        """Its parts of whole tensors, and the row of `tensor` that each begins with.
+        """Its parts of whole tensors, and the first row of each in `tensor`.
 
-        There are several where megatron fuses projections.
+        Fused projections have several parts.
         """
         if isinstance(self.described, ShardedTensorFactory):
             built = list(nested_values([self.described.build()]))
@@ -102,7 +102,7 @@ class _Held:
 
 
 class _Parts:
-    """The parts of a model that this rank has."""
+    """This rank's parts of a model."""
 
     def __init__(self, model: MegatronModel) -> None:
         self._vocab_size = model.vocab_size
@@ -121,18 +121,18 @@ class _Parts:
         return _merged(*(self._entries(held, held.tensor, WEIGHTS) for held in self._held))
 
     def copied_buffers(self) -> Entries:
-        """Copies of what of it no optimizer has."""
+        """Copies of the buffers, held by no optimizer."""
         for held in self._held:
             if not isinstance(held.tensor, torch.nn.Parameter):
                 yield from self._entries(held, host_copy(held.tensor), WEIGHTS)
 
     def of(self, slot: Slot, kind: str, rows: torch.Tensor, first_row: int = 0) -> Entries:
-        """What an optimizer keeps of a parameter.
+        """Entries of an optimizer's tensor for a parameter.
 
         Args:
             kind: `MASTER`, or one of `MOMENTS`.
-            rows: of the parameter's shape, or some rows of it.
-            first_row: the row of the parameter that `rows` begins with.
+            rows: tensor of the parameter's shape, or some rows of it.
+            first_row: row of the parameter at the start of `rows`.
         """
         held = self._by_id[id(slot.parameter)]
         names = (WEIGHTS, "") if kind == MASTER else ("optimizer.", f".{kind}")
@@ -141,11 +141,11 @@ class _Parts:
     def _entries(
         self, held: _Held, rows: torch.Tensor, prefix: str, suffix: str = "", first_row: int = 0
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, what torch.distributed.checkpoint takes for a part), `rows` being its memory."""
+        """(name, part for torch.distributed.checkpoint) pairs backed by the memory of `rows`."""
         for part, begins in held.parts(prefix, suffix):
             begin, end = max(begins, first_row), min(begins + len(part.data), first_row + len(rows))
             offset, shape = part.global_offset[0] + begin - begins, part.global_shape
-            if part.allow_shape_mismatch:  # rows beyond the vocabulary fill it up to a multiple of the ranks
+            if part.allow_shape_mismatch:  # rows beyond the vocabulary pad it to a multiple of the ranks
                 end = min(end, begin + max(0, self._vocab_size - offset))
                 shape = (self._vocab_size, *shape[1:])
             if begin >= end:
@@ -164,10 +164,10 @@ class _Parts:
 
 
 def _gathered(parts: _Parts, slots: list[Slot]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Copies of what the optimizer keeps, in the host's memory; collective over the ranks that share out its state.
+    """Copy the optimizer's state into host memory; collective over the ranks sharding it.
 
-    Such ranks put one parameter after the other together, and each keeps the whole of every so-manieth: together they
-    hold and write what they held in slices.
+    These ranks gather one parameter after the other. The whole parameters are assigned to the ranks in turn, so that
+    together they hold and write the sharded state once.
     """
     for number, slot in enumerate(slots):
         for kind in (MASTER, *MOMENTS):
@@ -181,7 +181,7 @@ def _gathered(parts: _Parts, slots: list[Slot]) -> Iterator[tuple[str, torch.Ten
 
 
 def _whole(slot: Slot, kind: str, owner: int) -> torch.Tensor | None:
-    """Put together on one rank of the group; None on the others."""
+    """Gather a sharded tensor on one rank of the group; None on the others."""
     assert slot.group is not None
     whole = torch.zeros(slot.parameter.numel(), dtype=torch.float32, device=slot.parameter.device)
     if slot.holds_some:
@@ -193,7 +193,7 @@ def _whole(slot: Slot, kind: str, owner: int) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class _Landing:
-    """Where something that an optimizer keeps is read into: the rows of the parameter that its slice touches."""
+    """Memory to read an optimizer's tensor into: the rows of the parameter touched by its slice."""
 
     slot: Slot
     kind: str
@@ -205,7 +205,7 @@ class _Landing:
         return parts.of(self.slot, self.kind, self.rows, self.first_row)
 
     def settle(self) -> None:
-        """Take the slice out of the rows."""
+        """Copy the slice out of the rows."""
         if self.rows is not self.target:
             self.target.copy_(_slice_of(self.rows, self.first_row, self.slot))
 

@@ -1,11 +1,11 @@
-"""DeepSeek's expert bias: only real tokens count in the loads that move it, whoever chose their experts.
+"""DeepSeek's expert bias: moved by the loads of real tokens only, with live or replayed routes.
 
-Megatron adds a router call's routing map to `local_tokens_per_expert` when gradients are enabled. A layer that
-backward recomputes runs its forward without them, so every token counts once: in forward, or in the recomputation.
-It counts the map that the dispatcher gets, replayed rows included, but padding slots with it. finalize_model_grads
-sums the counts over tensor-, context- and data-parallel ranks, moves the bias and clears the counts at the end of the
-schedule, so padding has to be taken out call by call: afterwards it is too late. Whether the optimizer steps is known
-later still, so the move of a step that is left out is undone.
+Megatron adds a router call's routing map to `local_tokens_per_expert` if gradients are enabled. A recomputed layer runs
+its forward without gradients, so every token counts once: in forward, or in the recomputation. It counts the map given
+to the dispatcher, including replayed rows, but also padding slots. At the end of the schedule, finalize_model_grads
+sums the counts over tensor-, context- and data-parallel ranks, moves the bias and clears the counts. Padding therefore
+has to be removed after each call. The decision to skip an optimizer step comes later still, so the bias can be moved
+back.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from roll_r3.replay.observer import Observer
 
 
 class RealTokenCounts(Observer):
-    """Takes padding slots, and micro-batches that only fill the pipeline, out of the experts' loads."""
+    """Removes padding slots, and micro-batches used only to fill the pipeline, from the experts' loads."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
         super().__init__(len(chunks))
@@ -48,12 +48,12 @@ class RealTokenCounts(Observer):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if kind is not None:  # finalize_model_grads has not cleared them
+        if kind is not None:  # finalize_model_grads did not run, so the counts are not cleared
             for router in (router for routers in self._routers for router in routers):
                 router.local_tokens_per_expert.zero_()
 
     def put_back(self) -> None:
-        """Undo the move of the biases that the end of the schedule made."""
+        """Undo the move of the biases at the end of the schedule."""
         routers = (router for routers in self._routers for router in routers)
         for router, bias in zip(routers, self._biases, strict=True):
             router.expert_bias.copy_(bias)

@@ -1,9 +1,9 @@
 """The whole policy under Hugging Face names, on the first rank, from one copy of every weight.
 
-Data-parallel copies hold the same, so the first copy alone takes part: parts are gathered on the first rank of each
-pipeline stage, which sends what it has put together to the first rank of all. No rank holds more than its own weights
-and one parameter (under expert parallelism: that parameter of as many experts as there are expert-parallel ranks).
-Every operation is within a group that megatron has made, so no rank needs a connection that training does not need.
+Data-parallel copies are equal, so only the first one takes part. Parts are gathered on the first rank of each pipeline
+stage, and sent from there to the first rank of the world. No rank holds more than its own weights and one parameter
+(under expert parallelism, this parameter for one expert per expert-parallel rank). All operations use megatron's
+groups, so no rank needs a connection beyond those of training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron.core import parallel_state as mpu
 from roll_r3.trainers.megatron.bridge import PlainNames, TableBridge
 
 Gather = Callable[[torch.Tensor, dist.ProcessGroup], Sequence[torch.Tensor]]
-"""(a tensor, a group) -> the tensors of all its ranks, on its first rank; nothing on the others."""
+"""(tensor, group) -> the tensors of all its ranks, on its first rank; nothing on the others."""
 
 
 class WeightExport:
@@ -27,7 +27,7 @@ class WeightExport:
         self._bridge = bridge
         self._chunks = chunks
         self._stages: list[list[tuple[str, torch.Size, torch.dtype]]] | None = None
-        """What the first rank of every stage has to send, found out once."""
+        """Name, shape and dtype of the tensors sent by the first rank of every stage; collected once."""
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -74,7 +74,7 @@ class WeightExport:
             yield from self._under_checkpoint_names(name, whole)
 
     def _of_experts(self, name: str, part: torch.Tensor, gather: Gather) -> Iterator[tuple[str, torch.Tensor]]:
-        """One parameter of the expert that has this number on each expert-parallel rank."""
+        """One parameter of one expert per expert-parallel rank: the expert with this local number."""
         if mpu.get_expert_data_parallel_rank():
             return
         parts = gather(part, mpu.get_expert_tensor_parallel_group())
@@ -92,7 +92,7 @@ class WeightExport:
 
 
 def _is_first_of_stage() -> bool:
-    """Whether this rank is the first of its tensor-parallel group and of all copies; then it is of experts' too."""
+    """True on the first rank of its tensor-parallel group and of all copies; it is then first for experts too."""
     first: bool = (
         mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
     )
@@ -108,13 +108,13 @@ def _gathered(tensor: torch.Tensor, group: dist.ProcessGroup) -> Sequence[torch.
 
 
 def _imagined(tensor: torch.Tensor, group: dist.ProcessGroup) -> Sequence[torch.Tensor]:
-    """Tensors without content: their shapes are what is asked for."""
+    """Tensors without content, to find their shapes."""
     return [torch.empty_like(tensor, device="meta") for _ in range(group.size())]
 
 
 def _move(
     operation: Callable[..., dist.Work | None], tensor: torch.Tensor, peer: int, group: dist.ProcessGroup
 ) -> None:
-    """Send to, or receive from, a rank of the group. Batched, it goes through the group's own communicator."""
+    """Send to, or receive from, a rank of the group. A batched operation uses the group's own communicator."""
     for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, group=group, group_peer=peer)]):
         work.wait()

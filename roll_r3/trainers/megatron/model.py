@@ -1,4 +1,4 @@
-"""From a checkpoint to megatron's model chunks on this rank."""
+"""Building megatron's model chunks on this rank from a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """The part of a model that this rank holds."""
+    """This rank's part of a model."""
 
     chunks: list[torch.nn.Module]
-    """One module, or one for each virtual stage, in megatron's wrappers."""
+    """One module, or one per virtual stage, in megatron's wrappers."""
     config: TransformerConfig
     routers: list[list[Router]]
-    """Of each chunk, in layer order."""
+    """Routers per chunk, in layer order."""
     vocab_size: int
-    """Without the columns that pad it to a multiple of the tensor-parallel size."""
+    """Vocabulary size without padding to a multiple of the tensor-parallel size."""
     device: torch.device
     export: WeightExport
 
@@ -43,8 +43,8 @@ class MegatronModel:
     def release(self) -> None:
         """Free the memory and the process groups' threads; the model cannot be used again.
 
-        The wrappers' gradient hooks live in autograd's graph, of which modules keep pieces: a cycle that Python's
-        collector cannot see.
+        The wrappers' gradient hooks live in autograd's graph, and modules keep pieces of this graph: a cycle invisible
+        to Python's collector.
         """
         for chunk in self.chunks:
             if isinstance(chunk, DistributedDataParallel):
@@ -70,18 +70,18 @@ def build_model(
     """Build this rank's chunks and fill them from the checkpoint; collective.
 
     Args:
-        replays: build routers that can be told what to choose.
+        replays: build routers with a hook for replay.
         trains: wrap the chunks for data-parallel training (see `wrap_for_training`).
-        fp32_lm_head: give logits in fp32, whatever the model's dtype.
+        fp32_lm_head: compute logits in fp32 for any dtype of the model.
 
     Raises:
-        ConfigError: a checkpoint that cannot be built here (see `open_bridge`).
+        ConfigError: the checkpoint cannot be built here (see `open_bridge`).
     """
     transformer_engine = has_transformer_engine(device)
     grouped = transformer_engine if settings.moe_grouped_gemm is None else settings.moe_grouped_gemm
     if grouped and not transformer_engine:
         raise ConfigError(
-            "moe_grouped_gemm: true needs TransformerEngine on a GPU; leave it out to have it where it is"
+            "moe_grouped_gemm: true needs TransformerEngine on a GPU; leave it out to use it if it is available"
         )
     _check_recompute(settings, grouped=grouped, transformer_engine=transformer_engine)
     bridge = weights.open_bridge(
@@ -93,7 +93,7 @@ def build_model(
     )
     if getattr(bridge.hf_config, "tie_word_embeddings", False) and layout.pp_size > 1:
         raise ConfigError(
-            f"{model_path} ties its output to its embedding, which mbridge does not load with "
+            f"{model_path} ties its output to its embedding; mbridge cannot load it with "
             f"pipeline_model_parallel_size {layout.pp_size}: set it to 1"
         )
     if settings.moe_router_bias_update_rate and not bridge.config.moe_router_enable_expert_bias:
@@ -104,7 +104,7 @@ def build_model(
     chunks = bridge.get_model(bf16=model_args.dtype == "bf16")
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            # TransformerEngine marks these as split, though every tensor-parallel rank holds them whole
+            # TransformerEngine marks these as split, but every tensor-parallel rank holds them whole
             if name.endswith(("linear_q_down_proj.weight", "linear_kv_down_proj.weight")):
                 parameter.tensor_model_parallel = False
     weights.load_weights(bridge, chunks, model_path)
@@ -125,7 +125,7 @@ def build_model(
 
 
 def _check_recompute(settings: MegatronConfig, *, grouped: bool, transformer_engine: bool) -> None:
-    """Raises ConfigError for modules that only layers of TransformerEngine can recompute."""
+    """Raise ConfigError for modules recomputed only by layers of TransformerEngine."""
     if "layernorm" in settings.recompute_modules and not transformer_engine:
         raise ConfigError("recompute_modules has layernorm, which needs TransformerEngine on a GPU: take it out")
     if "moe_act" in settings.recompute_modules and not grouped:
@@ -133,10 +133,10 @@ def _check_recompute(settings: MegatronConfig, *, grouped: bool, transformer_eng
 
 
 def _compute_logits_in_fp32(model: Any) -> None:
-    """Have the output layer, if this chunk has it, widen its input and its weight before it multiplies them.
+    """Make the output layer, if in this chunk, convert its input and weight to fp32 before the product.
 
-    The weight, which may be the embedding's, stays as it is. What is multiplied is a copy, so its gradient cannot be
-    added to the fp32 sum by the matrix product itself: it comes to the weight in the weight's dtype first.
+    The weight itself (possibly the embedding's) is unchanged. The product uses a copy, so the matrix product cannot add
+    its gradient to the fp32 sum: the gradient arrives in the weight's dtype first.
     """
     layer = getattr(model, "output_layer", None)
     if layer is None:
@@ -154,7 +154,7 @@ def _compute_logits_in_fp32(model: Any) -> None:
 def _overrides(
     settings: MegatronConfig, layout: RankLayout, *, grouped: bool, replays: bool, transformer_engine: bool
 ) -> dict[str, Any]:
-    """TransformerConfig fields that do not follow from the checkpoint."""
+    """TransformerConfig fields independent of the checkpoint."""
     recompute = settings.recompute_granularity
     fields: dict[str, Any] = {
         "sequence_parallel": layout.sequence_parallel,
@@ -177,13 +177,13 @@ def _overrides(
         "moe_enable_routing_replay": replays,
         # gradients are summed, not averaged, over micro-batches and ranks: the loss is divided before
         "calculate_per_token_loss": True,
-        # megatron refuses it with the allgather dispatcher, for which micro-batches are padded to one width instead
+        # megatron refuses it with the allgather dispatcher; micro-batches are padded to one width for it instead
         "variable_seq_lengths": settings.moe_token_dispatcher_type != "allgather",
         "deallocate_pipeline_outputs": layout.pp_size > 1,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    # megatron's own fused kernels, which want a GPU
+    # megatron's own fused kernels need a GPU
     fusions = ("persist_layer_norm", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion")
     return fields | dict.fromkeys(fusions, transformer_engine)
 
@@ -191,7 +191,7 @@ def _overrides(
 def wrap_for_training(
     chunks: list[torch.nn.Module], config: TransformerConfig, settings: MegatronConfig
 ) -> list[torch.nn.Module]:
-    """Megatron's data-parallel wrappers, and gradients that are finished without a second division."""
+    """Wrap chunks for data parallelism, without megatron's own division of gradients."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=settings.use_distributed_optimizer,
@@ -207,7 +207,7 @@ def wrap_for_training(
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None, **groups: Any) -> None:
-        # num_tokens would divide by the tokens of the step; the loss already is divided by its own denominator
+        # num_tokens would divide by the tokens of the step; the loss is already divided by its own denominator
         finalize_model_grads(model, None, **groups)
 
     config.finalize_model_grads_func = finalize

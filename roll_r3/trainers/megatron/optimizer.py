@@ -22,19 +22,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """What an optimizer keeps on this rank of one parameter: all of it, or a slice of its elements."""
+    """An optimizer's state of one parameter on this rank: all elements, or a slice."""
 
     parameter: torch.nn.Parameter
-    """The model's."""
+    """The model's parameter."""
     main: torch.Tensor | None
-    """fp32, what Adam steps on: the parameter itself, its master copy, or a slice [size] of either; None: no element
-    of the parameter is this rank's."""
+    """fp32 weights stepped by Adam: the parameter itself, its master copy, or a slice [size] of either. None: this
+    rank has no element of the parameter."""
     state: dict[str, Any]
-    """Adam's own memory of `main`."""
+    """Adam's state of `main`."""
     begin: int = 0
-    """Element of the flat parameter that the slice begins with."""
+    """First element of the slice in the flat parameter."""
     group: dist.ProcessGroup | None = None
-    """Of the ranks that have the slices; None: it is whole here."""
+    """Group of the ranks with the slices; None: this rank has the whole state."""
 
     @property
     def size(self) -> int:
@@ -46,7 +46,7 @@ class Slot:
 
     @property
     def steps_on_parameter(self) -> bool:
-        """Whether `main` is the model's own memory, not a copy of it."""
+        """True if `main` is the model's own memory, not a copy."""
         return self.parameter.dtype is torch.float32
 
     def kept(self, kind: str) -> torch.Tensor:
@@ -69,9 +69,9 @@ class Optimizer:
     ) -> None:
         """
         Args:
-            chunks: in megatron's data-parallel wrappers, their weights loaded.
+            chunks: chunks in megatron's data-parallel wrappers, with loaded weights.
             distributed: shard state and masters over data-parallel ranks.
-            total_steps: optimizer steps of the whole run, over which the learning rate decays.
+            total_steps: number of optimizer steps of the whole run, for the decay of the learning rate.
         """
         self._chunks = list(chunks)
         config = OptimizerConfig(
@@ -91,7 +91,7 @@ class Optimizer:
         self._args = args
         self._total_steps = total_steps
         self._done = 0
-        for group in self._optimizer.param_groups:  # none for norms and biases; megatron leaves this to its scheduler
+        for group in self._optimizer.param_groups:  # 0 for norms and biases; megatron leaves this to its scheduler
             group["weight_decay"] = args.weight_decay * group["wd_mult"]
 
     def zero_grad(self) -> None:
@@ -100,15 +100,15 @@ class Optimizer:
         self._optimizer.zero_grad()
 
     def grad_norm(self) -> float:
-        """Of all gradients, before clipping; collective. Changes nothing that a step depends on."""
+        """Global norm of the gradients before clipping; collective. It does not affect the step."""
         self._optimizer.prepare_grads()
         return float(self._optimizer.get_grad_norm())
 
     def step(self, norm: float) -> StepFigures:
-        """Clip, update, and move the learning rate on; collective.
+        """Clip, update, and advance the learning rate; collective.
 
         Args:
-            norm: what `grad_norm` gave, finite.
+            norm: finite result of `grad_norm`.
         """
         rate = learning_rate(self._args, self._done, self._total_steps)
         for group in self._optimizer.param_groups:
@@ -119,18 +119,18 @@ class Optimizer:
 
     @property
     def done(self) -> int:
-        """Steps taken so far."""
+        """Number of steps taken."""
         return self._done
 
     def slots(self) -> list[Slot]:
-        """What it keeps of every parameter of this rank, in one order on the ranks that share a parameter's state.
+        """State of every parameter of this rank, in the same order on all ranks sharding it.
 
-        Adam's memory is made where there is none yet.
+        Adam's state is created for parameters without one.
         """
         return [slot for part in self._parts() for slot in _slots(part)]
 
     def resume(self, done: int) -> None:
-        """Go on from what was written into the memory of `slots`, as after so many steps."""
+        """Resume after `done` steps with the state written into the memory of `slots`."""
         for part in self._parts():
             adam = part.optimizer
             for group in adam.param_groups:
@@ -142,14 +142,14 @@ class Optimizer:
         self._done = done
 
     def _parts(self) -> list[Any]:
-        """Megatron's optimizers of this rank that have any parameter."""
+        """Megatron's optimizers with parameters on this rank."""
         whole = self._optimizer
         parts = whole.chained_optimizers if isinstance(whole, ChainedOptimizer) else [whole]
         return [part for part in parts if part.optimizer is not None]
 
 
 def _slots(part: Any) -> Iterator[Slot]:
-    """Of one of megatron's optimizers."""
+    """Slots of one of megatron's optimizers."""
     adam = part.optimizer
     if isinstance(part, DistributedOptimizer):
         for parameter in (parameter for buffer in part.buffers for parameter in buffer.param_index_map):
@@ -170,7 +170,7 @@ def _slots(part: Any) -> Iterator[Slot]:
 
 
 def _memory(adam: Any, main: torch.Tensor) -> dict[str, Any]:
-    """Adam's memory of a parameter, as Adam itself begins it where there is none."""
+    """Adam's state of a parameter; created with Adam's initial values if there is none."""
     kept: dict[str, Any] = adam.state[main]
     if not kept:
         kept |= {moment: torch.zeros_like(main) for moment in MOMENTS}
@@ -180,5 +180,5 @@ def _memory(adam: Any, main: torch.Tensor) -> dict[str, Any]:
 
 
 def _counts_per_parameter(adam: Any) -> bool:
-    """PyTorch counts a parameter's steps with the parameter, TransformerEngine's and Apex's with its group."""
+    """True for PyTorch's Adam, which counts steps per parameter; TransformerEngine's and Apex's count per group."""
     return isinstance(adam, torch.optim.Adam)

@@ -1,6 +1,6 @@
-"""A rank's coordinates, as arithmetic, and the process groups behind them.
+"""A rank's parallel coordinates, and megatron's process groups.
 
-Order of ranks: megatron's default "tp-cp-ep-dp-pp", tensor-parallel ranks next to each other, stages outermost.
+Order of ranks: megatron's default "tp-cp-ep-dp-pp", tensor-parallel ranks innermost, stages outermost.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RankLayout:
             fields: dotted path of the `strategy_config`, for messages.
 
         Raises:
-            ConfigError: the world does not divide into the model-parallel sizes.
+            ConfigError: the number of ranks is not divisible by the model-parallel sizes.
         """
         tp, pp, cp = (
             config.tensor_model_parallel_size,
@@ -87,7 +87,7 @@ class RankLayout:
 
     @property
     def returns_results(self) -> bool:
-        """True on exactly one rank of each data-parallel shard: of the last stage, where the logits are."""
+        """True on exactly one rank of each data-parallel shard, in the last stage (it has the logits)."""
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     @property
@@ -95,7 +95,7 @@ class RankLayout:
         return self.tp_size if self.sequence_parallel else 1
 
     def token_layout(self, packed: bool, multiple: int) -> Layout:
-        """How a micro-batch lies on this rank (see `Layout` for the arguments)."""
+        """Layout of a micro-batch on this rank (see `Layout` for the arguments)."""
         return Layout(
             packed=packed,
             cp_size=self.cp_size,
@@ -107,14 +107,14 @@ class RankLayout:
 
 
 _members = 0
-"""Strategies of this process that use megatron's groups; megatron keeps one set of groups per process."""
+"""Number of strategies of this process using megatron's groups; megatron has one set of groups per process."""
 
 
 def join(process: ProcessInfo, layout: RankLayout, seed: int) -> torch.device:
     """Join the world and make megatron's groups; a second strategy of the same layout shares them.
 
     Returns:
-        The device that models of this process live on.
+        Device of this process's models.
 
     Raises:
         ConfigError: another strategy of this process uses another layout.
@@ -142,12 +142,12 @@ def join(process: ProcessInfo, layout: RankLayout, seed: int) -> torch.device:
 
 
 def leave() -> None:
-    """Undo one `join`; the last one takes the groups down."""
+    """Undo one `join`; the last call destroys the groups."""
     global _members
     _members -= 1
     if _members == 0:
         parallel_state.destroy_model_parallel()
-        # what megatron forgets to let go of: each would keep a group of this world, and its threads, for good
+        # megatron does not release these: each would keep a group of this world, and its threads, forever
         parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
         parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = None
         for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
@@ -156,7 +156,7 @@ def leave() -> None:
 
 
 def _check_groups(layout: RankLayout) -> None:
-    """The groups that exist are those that `layout` describes."""
+    """Check the existing groups against `layout`."""
     made = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
@@ -185,6 +185,6 @@ def _check_groups(layout: RankLayout) -> None:
     )
     if made != wanted:
         raise ConfigError(
-            f"this process already runs megatron with the layout {made} (tp, pp, vpp, cp, ep, etp, dp and ranks), and "
-            f"another role asks for {wanted}: give both roles the same parallel sizes, or processes of their own"
+            f"this process already runs megatron with the layout {made} (tp, pp, vpp, cp, ep, etp, dp and ranks), but "
+            f"another role asks for {wanted}: give both roles the same parallel sizes, or separate processes"
         )

@@ -1,4 +1,4 @@
-"""Megatron's routers: which there are, and the hook by which a routing session decides for them."""
+"""Megatron's routers, and the hook of a routing session."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Router:
     layer: int
     """Global index of its decoder layer, from 0."""
     recomputed: bool
-    """Whether training runs it a second time, in backward."""
+    """True if backward runs the router a second time."""
 
     @property
     def attached(self) -> bool:
@@ -38,7 +38,7 @@ class Router:
 
 
 class _Hook(RouterReplay):
-    """Stands in for a router's RouterReplay during one session. Not registered with megatron."""
+    """Replaces a router's RouterReplay during one session. Not registered with megatron."""
 
     def __init__(self, layer: RoutedLayer) -> None:
         self._layer = layer
@@ -62,9 +62,9 @@ class _Hook(RouterReplay):
 
 
 def adopt_routers(chunk: Any) -> list[Router]:
-    """The routers of a GPTModel's decoder, in layer order, each taken out of megatron's global list.
+    """Return the routers of a GPTModel's decoder in layer order, and remove them from megatron's global list.
 
-    Multi-token-prediction blocks lie outside the decoder and keep routing natively.
+    Multi-token-prediction blocks are outside the decoder and keep routing natively.
     """
     for module in chunk.modules():
         if isinstance(module, TopKRouter) and module.router_replay is not None:
@@ -79,12 +79,12 @@ def adopt_routers(chunk: Any) -> list[Router]:
 
 
 def local_layers(routers: Sequence[Sequence[Router]]) -> list[int]:
-    """Global layers of all routers of this rank, chunk after chunk."""
+    """Global layers of all routers of this rank, in the order of the chunks."""
     return [router.layer for chunk in routers for router in chunk]
 
 
 def recomputes_router(config: TransformerConfig, index_in_chunk: int) -> bool:
-    """Whether megatron's recompute settings run the router of a chunk's layer again in backward."""
+    """True if megatron's recompute settings run the router of a chunk's layer again in backward."""
     if config.recompute_granularity == "full":
         return config.recompute_method == "uniform" or index_in_chunk < (config.recompute_num_layers or 0)
     return config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or ())

@@ -28,14 +28,14 @@ def run_schedule(
     forward_only: bool,
     observers: Sequence[Observer] = (),
 ) -> list[TokenValues]:
-    """Run every micro-batch through every chunk, and back unless `forward_only`; collective.
+    """Run the forward of every micro-batch through every chunk, and backward unless `forward_only`; collective.
 
     Args:
-        session: routes these micro-batches; None: routers choose by themselves.
-        observers: watch every forward and backward.
+        session: routing session of these micro-batches; None: routers choose by themselves.
+        observers: observers of every forward and backward.
 
     Returns:
-        What the objective returned for each micro-batch, on the last stage; nothing elsewhere.
+        The objective's values for each micro-batch on the last stage; an empty list on others.
     """
     index_of_chunk = {id(chunk): index for index, chunk in enumerate(model.chunks)}
 
@@ -63,7 +63,7 @@ def run_schedule(
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
             num_microbatches=len(micro_batches),
-            # stages tell each other the shapes (variable_seq_lengths), so these are only nominal
+            # stages exchange the shapes (variable_seq_lengths), so these are only nominal
             seq_length=width,
             micro_batch_size=rows,
             forward_only=forward_only,
@@ -74,13 +74,13 @@ def run_schedule(
 def _loss(
     objective: Objective, micro: MicroBatch, logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, TokenValues]:
-    """Megatron's triple of loss, tokens (not used: the loss is divided already), and data to collect."""
+    """Megatron's triple of loss, tokens (unused: the loss is already divided), and data to collect."""
     loss, values = objective(micro, logits)
     return loss, torch.zeros((), dtype=torch.int), values
 
 
 def _model_inputs(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
-    """Arguments of GPTModel.forward. No attention mask: layers are causal, padding lies at the right."""
+    """Arguments of GPTModel.forward. No attention mask: layers are causal, and padding is on the right."""
     return {
         "input_ids": micro.tensor(micro.batch.input_ids_N, 0, device),
         "position_ids": torch.from_numpy(micro.tokens.positions_BS).to(device, non_blocking=True),

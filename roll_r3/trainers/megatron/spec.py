@@ -1,4 +1,4 @@
-"""The transformer layers to build: TransformerEngine's on a GPU that has it, plain PyTorch ones elsewhere."""
+"""The transformer layers to build: TransformerEngine's on a GPU if installed, else plain PyTorch ones."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from roll_r3.trainers.megatron.attention import TorchCoreAttention
 
 
 def has_transformer_engine(device: torch.device) -> bool:
-    """Whether layers come from TransformerEngine."""
+    """True if layers come from TransformerEngine."""
     return device.type == "cuda" and find_spec("transformer_engine") is not None
 
 
 def block_spec(
     config: TransformerConfig, vp_stage: int | None, *, transformer_engine: bool, whole_qk_norm: bool
 ) -> TransformerBlockSubmodules:
-    """The layers of this stage.
+    """Layers of this stage.
 
     Args:
-        transformer_engine: take its layers; else plain ones that do sequence-parallel norms, packed rows and CP.
+        transformer_engine: use its layers; else plain ones, extended for sequence-parallel norms, packed rows and CP.
         whole_qk_norm: norms of Q and K span all heads of a token.
     """
     block = get_gpt_decoder_block_spec(
@@ -65,7 +65,7 @@ def _use_local_parts(block: TransformerBlockSubmodules) -> None:
 
 
 class LocalNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight gradient megatron sums over tensor-parallel ranks (its own local norm refuses that)."""
+    """RMSNorm; megatron sums its weight gradient over tensor-parallel ranks (its own local norm refuses that)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -73,13 +73,13 @@ class LocalNorm(torch.nn.RMSNorm):
 
 
 class WholeNorm(torch.nn.Module):
-    """RMSNorm of Q or K over all heads of a token, which tensor-parallel ranks share out. [..., heads, d]"""
+    """RMSNorm of Q or K over all heads of a token, split over tensor-parallel ranks. [..., heads, d]"""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int, **unused: Any) -> None:
         """
         Args:
-            hidden_size: d, of one head.
-            num_heads: of all tensor-parallel ranks.
+            hidden_size: d, the size of one head.
+            num_heads: number of heads over all tensor-parallel ranks.
         """
         super().__init__()
         tp_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -102,17 +102,17 @@ class WholeNorm(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """For a checkpoint: tensor-parallel ranks hold parts, where megatron takes what says nothing for copies."""
+        """Describe the parts of tensor-parallel ranks for a checkpoint; without it, megatron would assume copies."""
         return make_sharded_tensors_for_checkpoint(  # type: ignore[no-any-return]
             self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
         )
 
 
 class LocalLatentAttention(MLASelfAttention):
-    """Latent attention whose down-projections every tensor-parallel rank holds whole, as TransformerEngine's are.
+    """Latent attention with whole down-projections on every tensor-parallel rank, as in TransformerEngine.
 
-    Megatron's own plain ones are split by columns; their gather gives each rank only its own part of the gradient of
-    the rotary key, which all heads share.
+    Megatron's own plain ones are split by columns. Their gather gives each rank only its own part of the rotary key's
+    gradient, although all heads share this key.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -124,7 +124,7 @@ class LocalLatentAttention(MLASelfAttention):
 
 
 class WholeLinear(torch.nn.Linear):
-    """A projection that tensor-parallel ranks hold whole, each applying it to its part of the sequence."""
+    """A whole projection on each tensor-parallel rank, applied to the rank's part of the sequence."""
 
     def __init__(self, config: TransformerConfig, in_features: int, out_features: int) -> None:
         device = torch.cuda.current_device()
@@ -132,5 +132,5 @@ class WholeLinear(torch.nn.Linear):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        """Megatron's linear layers return their bias beside the product."""
+        """Return (product, None): megatron's linear layers return their bias beside the product."""
         return super().forward(x), None

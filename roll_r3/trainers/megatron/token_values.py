@@ -1,7 +1,7 @@
-"""Log-probabilities and entropy of logits that are split over tensor-parallel ranks.
+"""Log-probabilities and entropy of logits split over tensor-parallel ranks.
 
 Shape legend: B x S tokens of this rank, V vocabulary columns of this tensor-parallel rank (the last rank may hold
-padded columns, which no token has).
+padded columns without a token).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 _NO_TOKEN = -1e9
-"""Logit of a padded column: its probability is exactly 0, and unlike -inf it never makes 0 * inf."""
+"""Logit of a padded column: its probability is exactly 0, and unlike -inf it never gives 0 * inf."""
 
 
 def label_log_probs_and_entropy(
@@ -25,11 +25,11 @@ def label_log_probs_and_entropy(
     vocab_size: int,
     entropy_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each label, and entropy, of the distribution under the sampling temperature; nats.
+    """Log-probability of each label, and entropy, under the sampling temperature, in nats.
 
     Args:
-        vocab_size: columns over all ranks that stand for a token.
-        entropy_gradient: whether the entropy is differentiable, as the log-probabilities are.
+        vocab_size: number of columns with a token, over all ranks.
+        entropy_gradient: True makes the entropy differentiable, like the log-probabilities.
 
     Returns:
         fp32 [B, S] each, the same on every tensor-parallel rank.

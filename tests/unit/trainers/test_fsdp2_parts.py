@@ -87,7 +87,7 @@ def test_a_checkpoint_is_read_as_transformers_reads_it(name: str, tmp_path: Path
     from transformers import AutoModelForCausalLM
 
     from roll_r3.models.hf.parts import parts_of
-    from roll_r3.trainers.fsdp2.export import CheckpointReader
+    from roll_r3.trainers.fsdp2.weights import CheckpointReader
 
     make_tiny_checkpoint(tmp_path, name, seed=3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -106,7 +106,7 @@ def test_a_checkpoint_is_read_as_transformers_reads_it(name: str, tmp_path: Path
 
 
 def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
-    from roll_r3.trainers.fsdp2.export import CheckpointReader
+    from roll_r3.trainers.fsdp2.weights import CheckpointReader
 
     architecture = ARCHITECTURES["qwen3_moe"]
     with pytest.raises(ConfigError, match=r"holds no \*\.safetensors"):
@@ -118,7 +118,7 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
     with CheckpointReader(tmp_path) as checkpoint:
         checkpoint.fill(filled := torch.zeros(3), "model.norm.weight", architecture)
         assert torch.equal(filled, torch.ones(3))
-        with pytest.raises(ConfigError, match=r"lm_head\.weight of .* is \[2, 3\], but config\.json says \[4, 3\]"):
+        with pytest.raises(ConfigError, match=r"lm_head\.weight of .* is \[2, 3\], but config\.json requires \[4, 3\]"):
             checkpoint.fill(torch.zeros(4, 3), "lm_head.weight", architecture)
         with pytest.raises(ConfigError, match=r"no tensor model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight"):
             checkpoint.fill(torch.zeros(2, 4, 3), "model.layers.0.mlp.experts.gate_up_proj", architecture)
@@ -126,8 +126,8 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
 
 def test_a_buffer_that_no_checkpoint_holds_is_refused(tmp_path: Path) -> None:
     """Not left to whatever the memory held: it is no longer meta, so nothing else would tell."""
-    from roll_r3.trainers.fsdp2.export import CheckpointReader
     from roll_r3.trainers.fsdp2.model import _fill
+    from roll_r3.trainers.fsdp2.weights import CheckpointReader
 
     with torch.device("meta"):
         layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
@@ -135,7 +135,7 @@ def test_a_buffer_that_no_checkpoint_holds_is_refused(tmp_path: Path) -> None:
     save_file({"model.layers.4.0.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     with (
         CheckpointReader(tmp_path) as checkpoint,
-        pytest.raises(ConfigError, match=r"how to fill model\.layers\.4\.0\.scale, which no checkpoint holds"),
+        pytest.raises(ConfigError, match=r"cannot fill model\.layers\.4\.0\.scale: checkpoints do not contain it"),
     ):
         _fill([("model.layers.4.", layer)], checkpoint, ARCHITECTURES["qwen3_moe"], torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors into transformers' modules, one parameter at a time."""
+"""Reading a checkpoint's tensors into transformers' modules, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CheckpointReader:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises ConfigError: a directory without safetensors."""
+        """Raise ConfigError for a directory without safetensors."""
         self._path = path
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
@@ -40,15 +40,15 @@ class CheckpointReader:
         """Copy a module's tensor from its parts, cast to its dtype.
 
         Raises:
-            ConfigError: a part that is not there, or has another shape.
+            ConfigError: a part is missing, or has another shape.
         """
         for part, index in parts_of(name, tensor.shape, architecture):
             if part not in self._files:
-                raise ConfigError(f"{self._path} has no tensor {part}, which transformers' {name} is made of")
+                raise ConfigError(f"{self._path} has no tensor {part}, a part of transformers' {name}")
             target, found = tensor[index], self._file(self._files[part]).get_tensor(part)
             if target.shape != found.shape:
                 raise ConfigError(
-                    f"{part} of {self._path} is {list(found.shape)}, but config.json says {list(target.shape)}"
+                    f"{part} of {self._path} is {list(found.shape)}, but config.json requires {list(target.shape)}"
                 )
             target.copy_(found)
 
