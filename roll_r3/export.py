@@ -1,10 +1,10 @@
-"""Weights of a checkpoint, as transformers loads them.
+"""Export of a checkpoint's weights for transformers.
 
     python -m roll_r3.export --checkpoint RUN/checkpoints/step-00000050 --output DIR
 
-One process holds the whole model, in the host's memory or, with --device cuda, on a GPU. `save_hf_steps` has a run
-write the same from its ranks. Exit status: 0 done, 1 it failed, 2 the checkpoint is none or is damaged, or an option
-is wrong, 130 interrupted.
+One process holds the whole model, in host memory or, with --device cuda, on a GPU. `save_hf_steps` makes a run export
+the same files from its ranks. Exit status: 0 done, 1 failed, 2 the checkpoint is missing or damaged, or an option is
+wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _INFER = {"megatron_train": "megatron_infer", "fsdp2_train": "fsdp2_infer"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m roll_r3.export", description="Write a checkpoint's weights as transformers loads them."
+        prog="python -m roll_r3.export", description="Export a checkpoint's weights for transformers."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step-...")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory to make")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to create")
     parser.add_argument(
         "--pretrain",
         metavar="NAME",
-        help="the checkpoint that the run started from, for what training leaves as it is (default: as the run says)",
+        help="checkpoint that the run started from, for its untrained files (default: from the run's configuration)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model is (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of the model (default: cpu)")
     options = parser.parse_args(arguments)
     try:
         export(options.checkpoint, options.output, pretrain=options.pretrain, device=options.device)
@@ -65,27 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(checkpoint: Path, output: Path, *, pretrain: str | None = None, device: str = "cpu") -> None:
-    """Write the weights of a checkpoint, with config and tokenizer, to `output`, which appears when it is whole.
+    """Write the weights of a checkpoint, with config and tokenizer, to `output`; it appears when complete.
 
     Args:
-        pretrain: what the run started from, where it is not at the place that the run says.
+        pretrain: checkpoint that the run started from, if it has moved.
         device: "cpu" or "cuda".
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
-        ConfigError: there is something at `output`, there is no such device, or the model cannot be built here.
-        OSError: it cannot be written.
+        CheckpointError: the checkpoint is missing or damaged.
+        ConfigError: `output` exists, the device does not, or the model cannot be built here.
+        OSError: `output` cannot be written.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch sees no GPU here; write cpu, or leave it out")
+        raise ConfigError("--device cuda: PyTorch finds no GPU; write cpu, or omit the option")
     if output.exists():
-        raise ConfigError(f"--output {output} is there already: name a directory that is not")
+        raise ConfigError(f"--output {output} exists already: name a new directory")
     if output.absolute().resolve().is_relative_to(checkpoint.absolute().resolve()):
-        raise ConfigError(f"--output {output} is within the checkpoint, which must stay as it is: name one beside it")
+        raise ConfigError(f"--output {output} is within the checkpoint, which must not change: name another place")
     try:
         verify(checkpoint)
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint} is no whole checkpoint: {error}") from error
+        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {error}") from error
     config = _on_one_rank(_config_of(checkpoint), pretrain)
     source = resolve_checkpoint(checkpoint_of(config, "actor_train"))
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -119,7 +119,7 @@ def _config_of(checkpoint: Path) -> RLVRConfig:
 
 
 def _on_one_rank(config: RLVRConfig, pretrain: str | None) -> RLVRConfig:
-    """The run's model, on one rank that holds all of it and routes by itself."""
+    """Return a configuration with the run's model on one rank, without replay."""
     role = config.actor_train
     settings = MegatronConfig() if runs_megatron(role) else role.strategy_args.strategy_config
     if pretrain is not None and Path(pretrain).is_dir():

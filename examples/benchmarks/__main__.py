@@ -1,9 +1,9 @@
-"""Runs benchmarks, and keeps what they measured in one JSON file.
+"""Command that runs benchmarks and collects their figures in one JSON file.
 
     .venv/bin/python -m examples.benchmarks [name ...] [--rounds 15] [--output output/benchmarks.json] [--write]
 
-Without a name all of them run (half an hour on two cores). Those that are named replace their own part of the
-file. `--write` makes docs/performance.md from the file.
+Without a name all of them run (half an hour on two cores). Named ones replace their own part of the file. `--write`
+makes docs/performance.md from the file.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ BENCHMARKS = (
     "replay_step_time",
     "rollout_routes",
 )
-"""Modules beside this one; `measure(rounds)` of each makes its part of the report."""
+"""Modules in this folder; `measure(rounds)` of each makes its part of the report."""
 
 logger = logging.getLogger("benchmarks")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; all when none is given")
     parser.add_argument("--rounds", type=int, default=15, help="of everything in turn; a figure is their median")
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, rounds: int) -> Report:
-    """One benchmark. It is imported here, so that a process which another one starts does not load its engines."""
+    """Run one benchmark. The import is local, so that child processes of others do not load its engines."""
     part: Report = import_module(f"examples.benchmarks.{name}").measure(rounds)
     return {"machine": machine(), **part}
 

@@ -1,6 +1,6 @@
-"""What replay may cost: the bounds that tests/benchmarks keeps, each about three times what was measured.
+"""Bounds on the cost of replay, checked by tests/benchmarks; each is about three times the measured figure.
 
-A loss of tenfold breaks them, and a busy machine does not.
+A tenfold regression breaks them; a busy machine does not.
 """
 
 ENCODE, DECODE, VIEW = 20, 15, 25
@@ -8,17 +8,17 @@ ENCODE, DECODE, VIEW = 20, 15, 25
 COMPACT = 3
 """Checking an engine's answer and making it compact, over decoding its base64."""
 STAGED, ROUTED = 10, 6
-"""Rows that lie ready over a gather, and indices at every router over a gather and widening; 65,536 tokens."""
+"""Prepared rows over a gather, and indices at every router over a gather and widening; 65,536 tokens."""
 ROUTED_ON_EIGHT = 8
 """The same on one of eight ranks."""
 PEAK = 2
 """The highest memory of preparation over its compact rows."""
 READ_VIEWS, READ_PARCEL = 150, 200
-"""What one of eight ranks (TP 2 with SP, CP 2, PP 2) asked for, in its hands, over a copy of as many bytes."""
+"""Delivery of the rows of one of eight ranks (TP 2 with SP, CP 2, PP 2), over a copy of as many bytes."""
 PEAK_OF_MANY = 8
 """The highest memory of a rank's whole pass over its rows, where these are some hundred kilobytes."""
 SHARE = 0.03
-"""Of a tiny model's training step, spent on routes."""
+"""Share of a tiny model's training step spent on routes."""
 STEP = 1.3
 """The fastest step of a tiny model with R3 over the fastest without. The target for real ones is `STEP_TARGET`."""
 STEP_TARGET = 1.02

@@ -1,8 +1,8 @@
-"""What all benchmarks share: rounds in turn, medians of ratios, the highest memory of a call, routes to measure with.
+"""Tools of all benchmarks: alternating rounds, medians of ratios, peak memory of a call, random routes.
 
-Nothing is reported in bare seconds. What is measured and what it is held against run in turn in one process, and a
-figure is the median over the rounds of their ratio, so a machine that drifts moves both. Seconds are the processor's
-(`time.process_time`) unless said otherwise: other programs on the same cores then count little.
+No figure is in bare seconds. The measured call and its baseline alternate in one process, and a figure is the median
+over the rounds of their ratio, so that drift of the machine affects both. Seconds are processor time
+(`time.process_time`) unless stated otherwise: other programs on the same cores then count little.
 
 Shape legend: L layers, R rows (tokens), E experts, K experts per token.
 """
@@ -28,18 +28,18 @@ from roll_r3.models.facts import ModelFacts, facts_of
 from roll_r3.models.known import known_config
 
 Report = dict[str, Any]
-"""What goes into the JSON."""
+"""Value in the JSON report."""
 Clock = Callable[[], float]
-"""Does a thing once; the seconds that it took."""
+"""Function that runs once and returns its seconds."""
 
 LEAST = 0.005
-"""Seconds that one round of one call takes at least; a shorter call is repeated, and its mean is the round's figure."""
+"""Minimum seconds per round of a call; a shorter call is repeated and averaged."""
 POOL = 4096
-"""Rows of distinct experts that `random_routes` draws from."""
+"""Number of rows of distinct experts in the pool of `random_routes`."""
 
 
 def timed(call: Callable[[], Any]) -> Clock:
-    """A clock around the whole of `call`."""
+    """Return a clock around the whole of `call`."""
 
     def clock() -> float:
         start = time.process_time()
@@ -50,7 +50,7 @@ def timed(call: Callable[[], Any]) -> Clock:
 
 
 def in_turn(clocks: Mapping[str, Clock], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round, after one round that warms up. Every other round runs them backwards."""
+    """Measure the seconds of each clock per round, after a warm-up round. Every other round runs in reverse order."""
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     names = list(clocks)
     for number in range(rounds + 1):
@@ -70,7 +70,7 @@ def _mean(clock: Clock) -> float:
 
 
 def ratio(above: Sequence[float], below: Sequence[float], scale: float = 1.0) -> Report:
-    """The median over the rounds of `above / below * scale`, the quartiles around it, and how many rounds there were.
+    """Compute the median of `above / below * scale` over the rounds, with its quartiles and the number of rounds.
 
     Example:
         >>> ratio([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
@@ -82,44 +82,43 @@ def ratio(above: Sequence[float], below: Sequence[float], scale: float = 1.0) ->
 
 
 def rounded(value: float) -> float:
-    """Four significant digits."""
+    """Round to four significant digits."""
     return float(f"{value:.4g}")
 
 
 def facts(model: str) -> ModelFacts:
-    """Of a checkpoint on the Hugging Face hub that `roll_r3.models.known` lists."""
+    """Return the facts of a checkpoint on the Hugging Face hub listed in `roll_r3.models.known`."""
     config = known_config(model)
     assert config is not None, model
     return facts_of(config)
 
 
 def random_routes(rng: np.random.Generator, model: ModelFacts, rows: int) -> RouteArray:
-    """Rows of distinct experts, uniform over them. [L, R, K]
+    """Draw rows of distinct experts, uniform over them. [L, R, K]
 
-    They are drawn from `POOL` different rows, so that a million of them take seconds.
+    They come from a pool of `POOL` rows, so that a million takes seconds.
     """
     pool = routes_of(rng.random((POOL, model.num_experts)).argsort(-1)[:, : model.top_k], model)
     return routes_of(pool[rng.integers(0, POOL, (len(model.moe_layers), rows), dtype=np.int16)], model)
 
 
 def routes_of(ids_LRK: npt.NDArray[np.integer], model: ModelFacts) -> RouteArray:
-    """The same ids in the type in which routes of this model are kept."""
+    """Convert ids to the type of this model's stored routes."""
     drawn: RouteArray = np.asarray(ids_LRK, route_dtype(model.num_experts))  # type: ignore[assignment]
     return drawn
 
 
 def random_group(model: ModelFacts, samples: int, shared: int, own: int) -> list[RoutedExperts]:
-    """Samples of one prompt: so many rows that they share, and so many of each one's own."""
+    """Make samples of one prompt, with numbers of shared rows and own rows."""
     rng = np.random.default_rng(0)
     prompt = random_routes(rng, model, shared)
     return [RoutedExperts(np.concatenate([prompt, random_routes(rng, model, own)], axis=1)) for _ in range(samples)]
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a Python of its own; both are pickled. What it raises is raised here.
+    """Call `function(*args)` in a Python process of its own; both are pickled, and errors are raised here.
 
-    Its malloc gives every large array back when it is freed, so that `peak_bytes` sees what is held, not what is kept
-    for later.
+    Its malloc returns every large array at once when freed, so that `peak_bytes` sees memory in use only.
     """
     with mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
         pool = multiprocessing.get_context("spawn").Pool(1)
@@ -128,7 +127,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """How far the memory of this process rises above what it is now while `call` runs, in bytes. Linux alone."""
+    """Return the rise of this process's memory above the present during `call`, bytes. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far becomes what is held now
     before = _status_bytes("VmHWM")
     call()
@@ -143,7 +142,7 @@ def _status_bytes(field: str) -> int:
 
 
 def machine() -> Report:
-    """What the figures depend on, in general terms."""
+    """Describe the machine of the figures in general terms."""
     packages = ("numpy", "torch", "megatron-core", "transformers")
     return {
         "cores": os.cpu_count(),
@@ -154,5 +153,5 @@ def machine() -> Report:
 
 
 def bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The same memory, flat."""
+    """Flatten without a copy."""
     return array.reshape(-1).view(np.uint8)

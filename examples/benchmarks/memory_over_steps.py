@@ -1,13 +1,13 @@
-"""Whether a run that makes many steps holds more and more: memory, objects, references and open files of its processes.
+"""Growth over many steps of a run: memory, objects, references and open files of its processes.
 
     .venv/bin/python -m examples.benchmarks.memory_over_steps                    # 200 steps, minutes
     .venv/bin/python -m examples.benchmarks.memory_over_steps --steps 40 --from-step 20
     .venv/bin/python -m examples.benchmarks.memory_over_steps actor_infer.strategy_args.strategy_name=sglang
 
 The real program trains a tiny model with R3, saves every fifth step and keeps two checkpoints. After every step a
-thread looks at each process: its own memory (USS: what would be free again if the process ended, so what several share,
-as the object store, is not counted), its open files, and the references to objects that Ray says it holds; and at the
-object store. A figure "at step N" is the median over the `WINDOW` steps up to N.
+thread reads for each process its own memory (USS, without memory shared by several such as the object store), its open
+files, and the references to objects that Ray reports for it; and the object store. A figure "at step N" is the median
+over the `WINDOW` steps up to N.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ OVERRIDES = (
 )
 STEPS, FROM_STEP = 200, 20
 WINDOW = 10
-"""Steps that a figure is the median of."""
+"""Number of steps per median."""
 _LOOK_EVERY = 0.05
-"""Seconds."""
+"""Interval in seconds."""
 _NAMED = re.compile(r"(?:engine|rank) \d+ is process (\d+)")
-"""How the log of a worker begins."""
+"""Beginning of a worker's log."""
 _RAYS_OWN = ("gcs_server", "raylet")
 
 
 @dataclass
 class Held:
-    """What a process holds after each step, of those that it was there after."""
+    """Readings of a process after each step of its life."""
 
     megabytes: dict[int, float] = field(default_factory=dict)
     files: dict[int, float] = field(default_factory=dict)
     references: dict[int, float] = field(default_factory=dict)
-    """To objects of Ray, as far as Ray knows the process for one of the run's."""
+    """References to objects of Ray, if Ray knows the process as one of the run's."""
 
 
 @dataclass
 class Seen:
-    """Of a whole run."""
+    """Readings of a whole run."""
 
     processes: dict[str, Held] = field(default_factory=lambda: defaultdict(Held))
     store_megabytes: dict[int, float] = field(default_factory=dict)
@@ -72,10 +72,10 @@ class Seen:
 
 
 def run(steps: int, from_step: int, overrides: Sequence[str] = ()) -> Report:
-    """Train in a process of its own; what it holds at `steps` over what it held at `from_step`.
+    """Train in a process of its own; return the readings at `steps` over those at `from_step`.
 
     Raises:
-        RuntimeError: the run failed; its own words are on stderr.
+        RuntimeError: the run failed; its message is on stderr.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -92,7 +92,7 @@ def run(steps: int, from_step: int, overrides: Sequence[str] = ()) -> Report:
 
 
 def growth(seen: Seen, from_step: int, to_step: int) -> Report:
-    """What was held at two steps, of every process that was there at both, and of the object store."""
+    """Compare two steps, for every process present at both and for the object store."""
 
     def at(values: dict[int, float], step: int) -> float | None:
         window = [value for number, value in values.items() if step - WINDOW < number <= step]
@@ -123,7 +123,7 @@ def growth(seen: Seen, from_step: int, to_step: int) -> Report:
 
 
 def _train_and_look(answer: Connection, steps: int, overrides: tuple[str, ...]) -> None:
-    """The program, and beside it a thread that looks at its processes. This process is the driver."""
+    """Run the program in this process, the driver, with a thread reading its processes."""
     from roll_r3.run import main
 
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def _train_and_look(answer: Connection, steps: int, overrides: tuple[str, ...]) 
 
 
 def _look_on(output: Path, seen: Seen, over: threading.Event) -> None:
-    """After every step that is done, until the run is over."""
+    """Read after every finished step, until the run ends."""
     last = 0
     while not over.wait(_LOOK_EVERY):
         step = sum(len(file.read_bytes().splitlines()) for file in output.glob("*/latest/metrics.jsonl"))
@@ -169,7 +169,7 @@ def _look(step: int, output: Path, seen: Seen) -> None:
 
 
 def _processes(output: Path) -> dict[int, str]:
-    """Process id -> name, of this process, the workers, the engines' servers and Ray's own."""
+    """Return process id -> name of this process, the workers, the engines' servers and Ray's processes."""
     driver = psutil.Process()
     names = {driver.pid: "driver"}
     workers = {}
@@ -184,7 +184,7 @@ def _processes(output: Path) -> dict[int, str]:
 
 
 def _look_at_store(step: int, seen: Seen) -> dict[int, int]:
-    """Objects and bytes in the object stores of all nodes; process id -> references that it holds."""
+    """Return the objects and bytes in the object stores of all nodes, and process id -> number of references."""
     import ray
     from ray._private.internal_api import node_stats
 
@@ -204,7 +204,7 @@ def _look_at_store(step: int, seen: Seen) -> dict[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.benchmarks.memory_over_steps")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="on top of what the benchmark trains with")
     parser.add_argument("--steps", type=int, default=STEPS)

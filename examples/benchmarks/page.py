@@ -1,4 +1,4 @@
-"""docs/performance.md, from what the benchmarks measured."""
+"""Generator of docs/performance.md from the benchmarks' report."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ since other programs shared the cores.
 
 
 def render(report: Report) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        report: what `python -m examples.benchmarks` wrote, with every benchmark in it.
+        report: report of `python -m examples.benchmarks` with every benchmark.
     """
     sections = [
         [_HEADER, _machine(report["replay_step_time"]["machine"])],

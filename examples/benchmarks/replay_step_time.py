@@ -1,16 +1,16 @@
-"""What replay costs a training step: the same batch with R3 and without, in turn, in the same processes.
+"""Cost of replay per training step: the same batch with R3 and without, alternating in the same processes.
 
     .venv/bin/python -m examples.benchmarks replay_step_time
 
-Megatron runs whole training steps, optimizer included, one thread a process. The rows that R3 replays are those that
-the live router chooses (transformers' model of the same weights said which, and the weights hardly move: the learning
-rate is 1e-12), so the experts do the same work with and without, and what differs is replay.
+Megatron runs whole training steps, optimizer included, one thread per process. R3 replays the rows chosen by the live
+router, computed by transformers' model of the same weights; the weights hardly move at a learning rate of 1e-12. So the
+experts do the same work with and without, and the difference is replay.
 
-One trainer takes all steps, so that all of them find the same memory. Steps with R3, without, and without once more
-take turns; each round gives ratios of the time on the wall, and of the processor's time over all ranks, which other
-programs on the same cores disturb less, though they still slow it (shared caches). They only ever add to it, so the
-fastest step of each kind is compared too. `share_on_routes` is what the trainer's own clock says: the wall time that
-the slowest rank spends on anything that touches routes, over that of its step.
+One trainer takes all steps, so that all find the same memory. Steps with R3, without, and without again alternate; each
+round gives ratios of wall time, and of processor time over all ranks. Other programs on the same cores disturb
+processor time less, though shared caches still slow it. They only ever add time, so the fastest step of each kind is
+compared too. `share_on_routes` is from the trainer's own clock: wall time of the slowest rank on routes, over that of
+its step.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ARMS = {"R3": "R3", "without": "disable", "control": "disable"}
-"""What takes turns -> its replay mode. The control is a second one without, which shows what the machine does."""
+"""Kind of step -> its replay mode. The control is a second one without, to show the noise of the machine."""
 MICRO_BATCHES = 2
-"""Of a step."""
+"""Number of micro-batches per step."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Qwen3-MoE model of random weights, and the step that it takes."""
+    """Qwen3-MoE model of random weights, and its step."""
 
     name: str
     samples: int
     tokens: int
-    """Of each sample."""
+    """Number of tokens per sample."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Of its config.json, where it is not the tiny one."""
+    """Entries of config.json other than the tiny model's."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ SPLIT = Layout("TP 2 with SP, packed", 2, {"tensor_model_parallel_size": 2}, pac
 
 
 def measure(rounds: int) -> Report:
-    """Everything of this page. A step is noisy, the tiny model's most: these take more rounds than asked for."""
+    """Measure all figures. Steps are noisy, the tiny model's most: these take more rounds than requested."""
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         for model, each in ((TINY, 3 * rounds), (LARGER, 2 * rounds)):
@@ -106,7 +106,7 @@ def measure(rounds: int) -> Report:
 
 
 def compare(checkpoint: Path, model: Model, layout: Layout, rounds: int) -> Report:
-    """Steps of each kind in turn, in as many processes as the layout takes."""
+    """Run steps of each kind alternately, in the processes of the layout."""
     batch = batch_of(checkpoint, model)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (layout, str(checkpoint), batch, rounds, _free_port(), folder)
@@ -140,7 +140,7 @@ def compare(checkpoint: Path, model: Model, layout: Layout, rounds: int) -> Repo
 
 
 def batch_of(checkpoint: Path, model: Model) -> Batch:
-    """Samples of random tokens, with the routes that the live model chooses for them."""
+    """Make samples of random tokens, with the routes of the live model."""
     rng = np.random.default_rng(0)
     facts = read_facts(checkpoint)
     ids = rng.integers(0, 256, (model.samples, model.tokens)).astype(np.int32)
@@ -165,7 +165,7 @@ def batch_of(checkpoint: Path, model: Model) -> Batch:
 def live_routes(
     checkpoint: Path, facts: ModelFacts, ids_nR: np.ndarray[Any, np.dtype[np.int32]]
 ) -> list[RoutedExperts]:
-    """What the routers of transformers' model choose, every decoder layer being MoE."""
+    """Return the choices of the routers of transformers' model; every decoder layer is MoE."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     routes = []
     for ids_R in ids_nR:
@@ -177,7 +177,7 @@ def live_routes(
 
 
 def trainer(checkpoint: str, layout: Layout, batch: Batch, process: ProcessInfo) -> MegatronTrain:
-    """One rank, ready to train."""
+    """Make one rank, ready to train."""
     from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     tokens = int(batch.lengths_n.max()) + 1
@@ -211,7 +211,7 @@ def trainer(checkpoint: str, layout: Layout, batch: Batch, process: ProcessInfo)
 
 
 def _run_rank(rank: int, layout: Layout, checkpoint: str, batch: Batch, rounds: int, port: int, folder: str) -> None:
-    """One process: steps of each kind in turn; every other round runs them backwards."""
+    """Run steps of each kind alternately in one process; every other round is in reverse order."""
     torch.set_num_threads(1)
     process = ProcessInfo(rank, layout.processes, rank, "127.0.0.1", port)
     strategy = trainer(checkpoint, layout, batch, process)

@@ -1,17 +1,17 @@
-"""What recording routes costs a rollout, and what fetching a prompt's rows once for its group saves; SGLang on a CPU.
+"""Cost of recording routes in a rollout, and saving by fetching a prompt's rows once per group; SGLang on a CPU.
 
     .venv/bin/python -m examples.benchmarks rollout_routes
 
-Two servers of one tiny model stand side by side, with recording and without, their flags otherwise the same. Each round
-asks, one after another and in an order that turns, for
+Two servers of one tiny model run side by side, with recording and without, otherwise with the same flags. Each round
+requests, one after another and in alternating order,
 
     none       the server without recording
     each       the server with recording; every sample fetches all its rows
     shared     the same server; one sample of a group fetches the prompt's rows
 
-with prompts that no server has seen: response tokens a second, the processor time that server and client spend on a
-token (steadier on a busy machine) and the bytes that a sample's answers hold, the group's first request counted in. And
-what decoding one long answer takes, and how long it keeps an event loop from turning.
+with prompts new to the servers. Figures: response tokens per second, processor time of server and client per token
+(steadier on a busy machine), and bytes of a sample's answers, the group's first request included. Also the time of
+decoding one long answer, and the time for which it blocks an event loop.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from roll_r3.strategies.base import GenerateRequest
 
 @dataclass(frozen=True)
 class Shape:
-    """What is asked for."""
+    """Requests of a round."""
 
     rounds: int
     prompt: int = 256
-    """Tokens."""
+    """Number of tokens."""
     response: int = 64
-    """Tokens at most."""
+    """Maximum number of tokens."""
     groups: int = 4
     samples: int = 8
-    """Of a group."""
+    """Number of samples per group."""
     rows: int = 8192
-    """Of the answer that is decoded."""
+    """Length of the decoded answer."""
     layers: int = 48
     experts: int = 128
     top_k: int = 8
@@ -64,7 +64,7 @@ class Round:
     tokens_per_s: float
     bytes_per_sample: float
     cpu_us_per_token: float
-    """Of the server's processes and of this one."""
+    """Processor time of the server's processes and of this one."""
 
 
 def make_engine(shape: Shape, checkpoint: Path, folder: Path, mode: str) -> SglangRollout:
@@ -155,7 +155,7 @@ async def rounds_of(shape: Shape, checkpoint: Path, folder: Path) -> dict[str, l
 
 
 def long_answer(rows: int, layers: int, experts: int, top_k: int) -> tuple[bytes, Asked, ModelFacts]:
-    """As SGLang would write it, of a prompt of one token."""
+    """Make an answer in SGLang's form, for a prompt of one token."""
     rng = np.random.default_rng(0)
     scores = rng.random((256 * layers, experts), dtype=np.float32)
     ids_RLK = np.argsort(scores)[:, :top_k].astype("<i4").reshape(256, layers, top_k)
@@ -206,7 +206,7 @@ async def decoding(shape: Shape) -> dict[str, float]:
 
 
 def measure(rounds: int) -> Report:
-    """Everything of this page."""
+    """Measure all figures."""
     shape = Shape(rounds=rounds)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_tiny_checkpoint(Path(folder) / "model", seed=0)

@@ -1,12 +1,12 @@
-"""From the wire form of each prompt's samples to the rows of each rank: what is handed over, and what that costs.
+"""Delivery of routes: from the wire form of each prompt's samples to the rows of each rank; bytes and time.
 
     .venv/bin/python -m examples.benchmarks route_delivery
 
-Ranks are simulated one after the other in this process: what a rank asks for follows from its place in the layout and
-from the lengths of its samples alone. A rank on the engine's node reads views; one elsewhere is sent a parcel of what
-it asked for.
+Ranks are simulated one after the other in this process: the requests of a rank follow from its place in the layout and
+from the lengths of its samples alone. A rank on the engine's node reads views; other ranks receive a parcel of the
+requested rows.
 
-    handed   bytes that reach the rank, over the bytes of the rows that its routers need in its layers
+    handed   bytes received by the rank, over the bytes of its routers' rows in its layers
     read     seconds until the rank has its pieces, check sums included, over one copy of as many bytes
 """
 
@@ -43,20 +43,20 @@ from roll_r3.models.facts import ModelFacts
 from roll_r3.trainers.cutting import cut
 
 GROUP = 8
-"""Samples of a prompt; a quarter of the rows of each is the prompt's."""
+"""Samples per prompt; a quarter of the rows of each is the prompt's."""
 MICRO_BATCH = 4
-"""Samples of a micro-batch."""
+"""Samples per micro-batch."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A layout's sizes."""
+    """Sizes of a layout."""
 
     sp: int = 1
     cp: int = 1
     stages: int = 1
     chunks: int = 1
-    """Of each stage."""
+    """Number of chunks per stage."""
     dp: int = 1
     packed: bool = True
 
@@ -68,14 +68,14 @@ class Split:
         return Layout(packed=self.packed, cp_size=self.cp, cp_rank=cp_rank, sp_size=self.sp, sp_rank=sp_rank)
 
     def layers(self, model: ModelFacts, stage: int) -> list[range]:
-        """Of each chunk of a stage, its MoE layers' rows; the first stages take one more where they do not divide."""
+        """Rows of the MoE layers of each chunk of a stage; the first stages take the remainder."""
         parts = np.array_split(np.arange(len(model.moe_layers)), self.stages * self.chunks)
         mine = parts[stage :: self.stages]
         return [range(int(part[0]), int(part[-1]) + 1) for part in mine]
 
 
 class Store:
-    """The wire form of every prompt's samples, as the object stores of the engines' nodes hold them."""
+    """Wire form of every prompt's samples, as in the object stores of the engines' nodes."""
 
     def __init__(self, model: ModelFacts, prompts: int, tokens_per_sample: int) -> None:
         shared = tokens_per_sample // 4
@@ -97,7 +97,7 @@ class Store:
                 self.samples.append(handle)
 
     def view(self, requests: Sequence[RouteRequest]) -> list[Pieces]:
-        """What a rank on the node gets."""
+        """Return the data received by a rank on the node."""
         asked: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
             asked.setdefault(self.places[id(request.routes)][0], []).append(i)
@@ -112,7 +112,7 @@ class Store:
 
 @dataclass(frozen=True, eq=False)
 class _Handle:
-    """Stands for a sample's routes, as the object store's handles do."""
+    """Handle of a sample's routes, like those of the object store."""
 
     num_layers: int
     num_rows: int
@@ -123,7 +123,7 @@ class _Handle:
 
 @dataclass
 class Handed:
-    """To one rank, in one pass."""
+    """Delivery to one rank, in one pass."""
 
     viewed: int = 0
     sent: int = 0
@@ -141,7 +141,7 @@ class Handed:
 
 
 def measure(rounds: int) -> Report:
-    """Everything of this page."""
+    """Measure all figures."""
     qwen, deepseek = "Qwen/Qwen3-30B-A3B", "deepseek-ai/DeepSeek-V3"
     layouts = {
         f"{'packed' if packed else 'padded'}, TP{sp} CP{cp} PP{stages} x{chunks} DP{dp}": Split(
@@ -178,7 +178,7 @@ def measure(rounds: int) -> Report:
 
 
 def handed(model_name: str, split: Split, prompts: int, tokens_per_sample: int) -> Report:
-    """Over all ranks: the largest ratio of what one is handed to what it needs."""
+    """Return the largest ratio over all ranks of received to needed bytes."""
     model = facts(model_name)
     store = Store(model, prompts, tokens_per_sample)
     ranks = [_handed(model, store, split, place) for place in _places(split)]
@@ -191,7 +191,7 @@ def handed(model_name: str, split: Split, prompts: int, tokens_per_sample: int) 
 
 
 def reading(model_name: str, split: Split, rounds: int, tokens: int = 1 << 16) -> Report:
-    """One rank's pass: views and a parcel, each over a copy of the rank's rows."""
+    """Measure one rank's pass: views and a parcel, each over a copy of the rank's rows."""
     torch.set_num_threads(1)
     model = facts(model_name)
     store = Store(model, max(1, tokens // (GROUP * (1 << 13))), min(1 << 13, tokens // GROUP))
@@ -217,7 +217,7 @@ def reading(model_name: str, split: Split, rounds: int, tokens: int = 1 << 16) -
 
 
 def large(model_name: str, split: Split, prompts: int, tokens_per_sample: int) -> Report:
-    """A step on many ranks: every rank's bytes, and the cost on up to 16 of them."""
+    """Measure a step on many ranks: every rank's bytes, and the cost on up to 16 of them."""
     report: Report = in_fresh_process(_large, model_name, split, prompts, tokens_per_sample)
     return report
 
@@ -261,7 +261,7 @@ def _places(split: Split) -> list[Place]:
 
 
 def _shard(model: ModelFacts, store: Store, split: Split, place: Place) -> tuple[list[MicroBatch], list[range]]:
-    """A rank's micro-batches, and its chunks' layers."""
+    """Return a rank's micro-batches, and its chunks' layers."""
     dp_rank, stage, cp_rank, sp_rank = place
     lengths = np.array([sample.num_rows for sample in store.samples])
     mine = assign_to_ranks(lengths, split.dp)[dp_rank]
@@ -288,7 +288,7 @@ def _handed(model: ModelFacts, store: Store, split: Split, place: Place) -> Hand
 
 
 def _needed(model: ModelFacts, micro_batches: Sequence[MicroBatch], chunks: Sequence[range]) -> int:
-    """Bytes of the rows that the routers see, in the layers that are there."""
+    """Return the bytes of the routers' rows in the present layers."""
     tokens = sum(int(np.count_nonzero(micro.tokens.router_slots_t != PADDING)) for micro in micro_batches)
     return tokens * sum(len(layers) for layers in chunks) * model.top_k * (1 if model.num_experts <= 256 else 2)
 
@@ -298,7 +298,7 @@ def _ids(model: ModelFacts, sample: _Handle) -> int:
 
 
 def _pass(model: ModelFacts, store: Store, micro_batches: Sequence[MicroBatch], chunks: Sequence[range]) -> None:
-    """A pass of a rank on another node than the routes: all micro-batches forward, then all of them recomputed."""
+    """Run a pass of a rank on another node than the routes: all micro-batches forward, then all recomputed."""
     session, delivered = replayed(model, micro_batches, chunks, partial(Handed().send, store))
     with session:
         for micro in delivered:

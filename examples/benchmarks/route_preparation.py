@@ -1,13 +1,13 @@
-"""From routes as delivered to the index tensors of a micro-batch's routers.
+"""Preparation of routes: from delivered routes to the index tensors of a micro-batch's routers.
 
     .venv/bin/python -m examples.benchmarks route_preparation
 
-One packed micro-batch of Qwen3-30B-A3B's shape (48 MoE layers, top-8 of 128), prepared as one rank of a layout would.
-Nothing else of the layout runs: a rank's token map and session are made in this process. Two clocks, each against the
-least that could do the same:
+One packed micro-batch of Qwen3-30B-A3B's shape (48 MoE layers, top-8 of 128), prepared like one rank of a layout.
+Nothing else of the layout runs: a rank's token map and session are made in this process. Two clocks, each against a
+minimal baseline:
 
-    staged   the compact rows of all of the rank's layers lie ready. Against one numpy `take` of the same rows
-    routed   each layer has had its int64 indices too. Against that `take`, and each layer converted to int64 once
+    staged   until the compact rows of all layers of the rank are ready. Against one numpy `take` of the same rows
+    routed   until each layer has its int64 indices too. Against this `take`, and one conversion of each layer to int64
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ SAMPLES = 8
 TOKENS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 RANKS = (1, 2, 4, 8)
 MEMORY_FROM = 1 << 18
-"""Tokens of a micro-batch from which on the memory of its preparation is told apart from that of the interpreter."""
+"""Minimum tokens of a micro-batch to distinguish the memory of preparation from the interpreter's."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The last rank of a layout, and what its micro-batch holds."""
+    """Last rank of a layout, and its micro-batch."""
 
     tokens: int
-    """Inputs of the micro-batch over all ranks that share it."""
+    """Inputs of the micro-batch over all ranks sharing it."""
     sp: int = 1
-    """Ranks that split the sequence between blocks (tensor parallelism)."""
+    """Ranks splitting the sequence between blocks (tensor parallelism)."""
     cp: int = 1
     stages: int = 1
     packed: bool = True
@@ -70,7 +70,7 @@ class Rank:
 
 
 class StubRouter:
-    """A router without a model: it only holds what the session attaches."""
+    """Router without a model, holding the session's attachments only."""
 
     recomputed = True
 
@@ -90,7 +90,7 @@ class StubRouter:
 
 
 def measure(rounds: int) -> Report:
-    """Everything of this page."""
+    """Measure all figures."""
     tokens = 1 << 16
     layouts = {
         "TP with SP": [Rank(tokens, sp=size) for size in RANKS],
@@ -115,13 +115,13 @@ def measure(rounds: int) -> Report:
 
 
 def delivered(model: ModelFacts, lengths: list[int]) -> tuple[RoutedExperts, ...]:
-    """Each sample's routes in the form in which a rank is given them; `Batch.routes` takes them as they are."""
+    """Routes of a sample in the form received by a rank; `Batch.routes` accepts them unchanged."""
     rng = np.random.default_rng(0)
     return tuple(RoutedExperts(random_routes(rng, model, length)) for length in lengths)
 
 
 def micro_batch(model: ModelFacts, rank: Rank) -> MicroBatch:
-    """Samples of uneven lengths in one micro-batch, as the rank sees it."""
+    """Make one micro-batch of samples of uneven lengths, as seen by the rank."""
     rng = np.random.default_rng(1)
     ends = np.sort(rng.choice(np.arange(1, rank.tokens), SAMPLES - 1, replace=False))
     lengths = np.diff(np.concatenate([[0], ends, [rank.tokens]]))
@@ -138,7 +138,7 @@ def micro_batch(model: ModelFacts, rank: Rank) -> MicroBatch:
 
 
 def cost(rank: Rank, rounds: int) -> Report:
-    """Both clocks against their floors, and this rank's share of the rows."""
+    """Measure both clocks against their baselines, and this rank's share of the rows."""
     torch.set_num_threads(1)
     model = facts(MODEL)
     micro = micro_batch(model, rank)
@@ -173,7 +173,7 @@ def cost(rank: Rank, rounds: int) -> Report:
 
 
 def memory(rank: Rank) -> Report:
-    """The highest mark of preparation above its inputs, in a process of its own, over the compact rows of the rank."""
+    """Measure the peak memory of preparation above its inputs, in its own process, over the compact rows."""
     peak, rows = in_fresh_process(_peak, rank)
     return {
         "tokens": rank.tokens,
@@ -185,7 +185,7 @@ def memory(rank: Rank) -> Report:
 
 
 def _peak(rank: Rank) -> tuple[int, int]:
-    """Bytes: the highest mark, and the compact rows."""
+    """Return bytes: the peak, and the compact rows."""
     torch.set_num_threads(1)
     model = facts(MODEL)
     layers = rank.layers(model)
@@ -198,7 +198,7 @@ def _peak(rank: Rank) -> tuple[int, int]:
 
 
 def preparation(model: ModelFacts, micro: MicroBatch, layers: range, *, routed: bool) -> Clock:
-    """A clock that runs until the rows lie ready, or until every layer has had its indices."""
+    """Return a clock running until the rows are ready, or until every layer has its indices."""
     num_tokens = len(micro.tokens.router_slots_t)
 
     def clock() -> float:
@@ -221,10 +221,10 @@ def preparation(model: ModelFacts, micro: MicroBatch, layers: range, *, routed: 
 def replayed(
     model: ModelFacts, micro_batches: Sequence[MicroBatch], chunks: Sequence[range], read: ReadRoutes
 ) -> tuple[ReplaySession, list[MicroBatch]]:
-    """A session over routers without a model, and its micro-batches with what they were handed.
+    """Make a session over routers without a model, and its micro-batches with their routes.
 
     Args:
-        chunks: MoE layers of each, counted from the model's first.
+        chunks: MoE layers of each chunk, counted from the model's first.
     """
     return replaying(
         micro_batches,

@@ -1,9 +1,9 @@
-"""Routes on their way to the trainer: bytes per token against the least there could be, and speed against a plain copy.
+"""Wire form of routes: bytes per token against the theoretical minimum, and speed against a plain copy.
 
     .venv/bin/python -m examples.benchmarks route_wire
 
-The least: a router that is uniform over its experts says log2 C(E, K) bits per token and layer, and log2 E!/(E-K)! with
-the order of the K, which the format keeps. No coding of such routes takes less on average (Shannon, 1948).
+The minimum: a uniform router over E experts has an entropy of log2 C(E, K) bits per token and layer, and of
+log2 E!/(E-K)! with the order of the K, kept by the format. No coding takes less on average (Shannon, 1948).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ MODELS = (
 )
 SPEED_OF = MODELS[0]
 SAMPLES = 8
-"""Of a group. A quarter of each one's rows is the prompt that all of them share."""
+"""Samples per group. A quarter of the rows of each is the shared prompt."""
 TOKENS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
-"""Rows of all samples of a group together, the shared ones counted with each."""
+"""Rows of all samples of a group, shared ones counted for each."""
 STAGES = (1, 2, 4, 8)
 
 
 def measure(rounds: int) -> Report:
-    """Everything of this page."""
+    """Measure all figures."""
     model = facts(SPEED_OF)
     return {
         "sizes": [sizes(name) for name in MODELS],
@@ -46,13 +46,13 @@ def measure(rounds: int) -> Report:
 
 
 def least_bits(model: ModelFacts) -> tuple[float, float]:
-    """Bits per token of uniform routes over all MoE layers: of the sets alone, and with the order in each."""
+    """Return the bits per token of uniform routes over all MoE layers: of the sets alone, and with their order."""
     layers, experts, top_k = len(model.moe_layers), model.num_experts, model.top_k
     return layers * log2(comb(experts, top_k)), layers * log2(perm(experts, top_k))
 
 
 def sizes(name: str) -> Report:
-    """Bytes per token: of the encoding, of what engines send, of the least."""
+    """Return bytes per token: of the encoding, of engines' answers, and the minimum."""
     model = facts(name)
     samples = group(model, 8 * 4096)
     alone, together = wire.encode(samples[:1], model.num_experts), wire.encode(samples, model.num_experts)
@@ -77,7 +77,7 @@ def sizes(name: str) -> Report:
 
 
 def answer_speed(model: ModelFacts, rows: int, rounds: int) -> Report:
-    """An engine's answer to one sample: checked and made compact, against a plain conversion of the same ids."""
+    """Measure checking and compacting an engine's answer, against a plain conversion of the same ids."""
     (sample,) = random_group(model, 1, 0, rows)
     ids_RLK = np.zeros((rows, model.num_layers, model.top_k), np.int32)
     ids_RLK[:, list(model.moe_layers)] = sample.ids_MRK.transpose(1, 0, 2)
@@ -114,11 +114,11 @@ def group(model: ModelFacts, tokens: int) -> list[RoutedExperts]:
 
 
 def speeds(model: ModelFacts, tokens: int, stages: int, rounds: int) -> Report:
-    """Writing a group, reading all of it, and a stage's checked view, each against a copy of as many bytes.
+    """Measure writing a group, reading all of it, and a stage's checked view, each against a copy of as many bytes.
 
     Args:
-        tokens: of all samples together.
-        stages: pipeline stages; the view is that of the first.
+        tokens: number of tokens of all samples together.
+        stages: pipeline stages; the view is the first stage's.
     """
     samples = group(model, tokens)
     encoded = wire.encode(samples, model.num_experts)

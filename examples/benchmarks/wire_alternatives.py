@@ -1,10 +1,10 @@
-"""What the wire form would gain and pay with other codings and check sums: the study behind docs/wire_format.md.
+"""Study of other codings and checksums for the wire form, behind docs/wire_format.md.
 
     .venv/bin/python -m examples.benchmarks wire_alternatives
 
-A group of Qwen3-30B-A3B's shape. Sizes are of the uint8 rows as the format stores them. Times are held against a plain
-copy of the same bytes. Routes are drawn uniformly over the experts, and skewed: each layer has a popularity of experts
-of its own, log-normal, by which each row's are drawn without return.
+A group of Qwen3-30B-A3B's shape. Sizes are of the uint8 rows stored by the format. Times are relative to a plain copy
+of the same bytes. Routes are drawn uniformly over the experts, and skewed: each layer has a log-normal popularity of
+experts of its own, and each row draws by it without replacement.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SKEW = 1.5
 
 
 def measure(rounds: int) -> Report:
-    """Everything of that page."""
+    """Measure all figures."""
     model = facts(MODEL)
     rng = np.random.default_rng(0)
     return {
@@ -41,7 +41,7 @@ def measure(rounds: int) -> Report:
 
 
 def draw(rng: np.random.Generator, model: ModelFacts, rows: int, skew: float) -> RouteArray:
-    """Distinct experts per row, most popular first as a router would put them. [L, R, K]"""
+    """Draw distinct experts per row, the most popular first like a router. [L, R, K]"""
     ids_LRK: RouteArray = np.empty((len(model.moe_layers), rows, model.top_k), route_dtype(model.num_experts))
     for ids_RK in ids_LRK:
         popularity_E = rng.normal(0, skew, model.num_experts).astype(np.float32)
@@ -51,7 +51,7 @@ def draw(rng: np.random.Generator, model: ModelFacts, rows: int, skew: float) ->
 
 
 def alternatives(ids_LRK: RouteArray, experts: int, rounds: int) -> Report:
-    """Sizes over the uint8 rows, and times over a copy of them."""
+    """Measure sizes over the uint8 rows, and times over a copy of them."""
     bits = max(1, (experts - 1).bit_length())
     packed = pack_bits(ids_LRK, bits)
     assert np.array_equal(unpack_bits(packed, bits).reshape(-1), ids_LRK.reshape(-1))
@@ -80,14 +80,14 @@ def alternatives(ids_LRK: RouteArray, experts: int, rounds: int) -> Report:
 
 
 def pack_bits(ids: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
-    """The lowest `bits` of each id, end to end; eight ids (one row of top-8) become `bits` bytes."""
+    """Pack the lowest `bits` of each id; eight ids (one row of top-8) become `bits` bytes."""
     words = ids.reshape(-1, 8).astype(np.uint64)
     joined = (words << (np.arange(8, dtype=np.uint64) * np.uint64(bits))).sum(1, dtype=np.uint64)
     return np.ascontiguousarray(joined.view(np.uint8).reshape(-1, 8)[:, :bits])
 
 
 def unpack_bits(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """The way back. [ids / 8, 8]"""
+    """Unpack. [ids / 8, 8]"""
     words = np.zeros((len(packed), 8), np.uint8)
     words[:, :bits] = packed
     shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
@@ -95,7 +95,7 @@ def unpack_bits(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint
 
 
 def entropy(ids_LRK: RouteArray, experts: int) -> float:
-    """Bits of an id, each layer's frequencies known: what a coder of single ids can reach at best."""
+    """Return the entropy of an id in bits, given each layer's frequencies: the minimum for a coder of single ids."""
     per_layer = []
     for ids_RK in ids_LRK:
         share = np.bincount(ids_RK.reshape(-1), minlength=experts) / ids_RK.size

@@ -1,4 +1,4 @@
-"""Rewards of one's own: functions that take by name what they need (see docs/rewards.md)."""
+"""Custom reward rules: functions whose parameters are filled by name (see docs/rewards.md)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def mostly_digits(response: str, ground_truth: str, *, bonus: float = 1.0) -> float:
-    """The share of digits in the response, and `bonus` more when it is the ground truth."""
+    """Return the share of digits in the response, plus `bonus` if it is the ground truth."""
     if not response:
         return 0.0
     share = sum(c.isdigit() for c in response) / len(response)
@@ -14,7 +14,7 @@ def mostly_digits(response: str, ground_truth: str, *, bonus: float = 1.0) -> fl
 
 
 def within_limits(response: str, row: dict[str, Any], finish_reason: str) -> float:
-    """1 for the answer of the row in no more characters than its test case allows; 0 where it was cut off."""
+    """Return 1 for the row's answer within the length of its test case; 0 if truncated."""
     if finish_reason == "length":
         return 0.0
     return float(response == row["answer"] and len(response) <= row["test"]["longest"])

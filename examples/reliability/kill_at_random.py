@@ -1,14 +1,14 @@
-"""Kill a run with `kill -9` at random moments, start it again each time, and compare it with one that nobody touched.
+"""Kill a run with `kill -9` at random moments, restart it each time, and compare it with an undisturbed run.
 
     .venv/bin/python -m examples.reliability.kill_at_random [--kills 20] [--seed 0] [--output DIR]
 
-The run is the real program: Ray, Megatron on two ranks, the rollout by transformers, which on a CPU samples to the bit
-what it sampled before. One moment in five lies in the start, from the first import to the first weights; the others lie
-in the steps that follow, saving included. A run that ends before its moment comes is compared as it is, and another one
-begins. A row is equal if the metrics that the next start finds, and after the last kill those of the whole run, are
-those of the run that nobody touched, bit by bit, without what a clock says.
+The run is the real program: Ray, Megatron on two ranks, and the rollout by transformers, whose samples on a CPU are
+reproducible bit by bit. One moment in five lies in the start, from the first import to the first weights; the others
+lie in the steps, saving included. A run that ends before its moment is compared, and another one begins. A row is equal
+if the metrics found by the next start equal those of the undisturbed run, bit by bit, except for times. After the last
+kill the metrics of the whole run are compared.
 
-Exit status: 0 all rows are equal, 1 some are not.
+Exit status: 0 all rows are equal, 1 some differ.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ OVERRIDES = (
     "resume_from_checkpoint=auto",
 )
 IN_THE_START = 0.2
-"""The share of moments that lie there."""
+"""Share of moments in the start."""
 STEPS_A_LIFE = 4
-"""A moment in the steps lies in as many of them as this, at most; so the run gets further and may be saved or not."""
+"""Maximum number of steps before a moment, so that the run progresses, with or without a save."""
 TIMED = ("time/", "system/tps", "router_replay/time_share")
 TIMEOUT = 900.0
 Metrics = list[dict[str, float]]
 
 
 class Life:
-    """One process of a run, from its start to its end."""
+    """Process of a run, from start to end."""
 
     def __init__(self, where: Path, checkpoint: Path) -> None:
         """
         Args:
-            where: of the run; a life that finds a checkpoint there goes on from it.
+            where: directory of the run; the process resumes from a checkpoint in it.
         """
         self.where = where
         where.mkdir(parents=True, exist_ok=True)
@@ -65,17 +65,17 @@ class Life:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=err)
 
     @property
-    def said(self) -> str:
+    def messages(self) -> str:
         return (self.where / "stderr").read_text()
 
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def wait(self, *, said: str | None = None, seconds: float = TIMEOUT) -> None:
-        """Until the process says something, has ended, or so many seconds have gone by."""
+    def wait(self, *, text: str | None = None, seconds: float = TIMEOUT) -> None:
+        """Wait for a text of the process, for its end, or for a number of seconds."""
         deadline = time.monotonic() + seconds
-        while not self.ended and time.monotonic() < deadline and not (said and said in self.said):
+        while not self.ended and time.monotonic() < deadline and not (text and text in self.messages):
             time.sleep(0.005)
 
     def kill(self) -> None:
@@ -83,29 +83,29 @@ class Life:
         self._process.wait()
 
     def finish(self) -> None:
-        """Raises RuntimeError: it failed, or does not end."""
+        """Wait for the end. Raises RuntimeError if the process fails or does not end."""
         self.wait()
         if self._process.poll() != 0:
             self.kill()
-            raise RuntimeError(f"the run in {self.where} did not end well:\n{self.said}")
+            raise RuntimeError(f"the run in {self.where} did not end well:\n{self.messages}")
 
     def resumed(self) -> int | None:
-        """The step that it went on after, 0 for a new run; None: it was killed before it knew."""
-        if "starting from" in self.said:
+        """Step from which it resumed, 0 for a new run; None: killed before resuming."""
+        if "starting from" in self.messages:
             return 0
-        found = re.search(r"(?:going on after|nothing to do: .* is of) step (\d+)", self.said)
+        found = re.search(r"(?:going on after|nothing to do: .* is of) step (\d+)", self.messages)
         return int(found[1]) if found else None
 
     def stage(self) -> str:
-        """The last that it began, as the driver's log has it."""
+        """Last stage begun, from the driver's log."""
         logs = sorted(self.where.glob("*/latest/logs/driver.log"))
         stages = re.findall(r" step \d+: .*|tracking\.progress: .*", logs[-1].read_text()) if logs else []
         begun = [stage.rpartition("progress: ")[2].strip() for stage in stages]
-        return begun[-1] if begun and "run directory" in self.said else "importing"
+        return begun[-1] if begun and "run directory" in self.messages else "importing"
 
 
 def metrics(where: Path) -> Metrics:
-    """Of the steps that are done, without what a clock says; a line that is cut off is of a step that is not done."""
+    """Read the metrics of finished steps, without times. A truncated line belongs to an unfinished step."""
     rows = []
     for file in where.glob("*/latest/metrics.jsonl"):
         for line in file.read_text().splitlines(keepends=True):
@@ -116,15 +116,15 @@ def metrics(where: Path) -> Metrics:
 
 @dataclass
 class Kill:
-    """A row of the table."""
+    """Row of the table."""
 
     moment: float
-    """Seconds after the process was started."""
+    """Seconds since the start of the process."""
     stage: str
     done: int
-    """Steps."""
+    """Number of steps."""
     resumed: int = 0
-    """The step that a later start went on after: the next, or one after it where the next was killed too early."""
+    """Step from which a later start resumed: the next start, or one after it if the next was killed too early."""
     equal: bool = False
 
     def __str__(self) -> str:
@@ -133,19 +133,19 @@ class Kill:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="kill_at_random", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, default=Path("output/reliability"), help="a directory that is not there")
+    parser.add_argument("--output", type=Path, default=Path("output/reliability"), help="directory to create")
     options = parser.parse_args(arguments)
     if options.output.exists():
-        parser.error(f"--output: {options.output} is there already: name another directory, or remove it")
+        parser.error(f"--output: {options.output} exists already: name another directory, or remove it")
     checkpoint = make_tiny_checkpoint(
         (options.output / "tiny").absolute(), examples=addition_mod10(), warm_start_steps=60
     )
     whole = Life(options.output.absolute() / "whole", checkpoint)
-    whole.wait(said="sending the first weights")
+    whole.wait(text="sending the first weights")
     start = time.monotonic() - whole.started
     whole.finish()
     wanted = metrics(whole.where)
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _kill(
     count: int, draw: random.Random, output: Path, checkpoint: Path, wanted: Metrics, start: float, step: float
 ) -> list[Kill]:
-    """So many kills, each printed when it is known how it went on."""
+    """Kill the run a number of times, and print each kill once its outcome is known."""
     kills: list[Kill] = []
     open_rows: list[Kill] = []  # of those it is not known yet how the run went on
     run = 0
@@ -174,7 +174,7 @@ def _kill(
         elif draw.random() < IN_THE_START:
             life.wait(seconds=draw.uniform(0, start))
         else:
-            life.wait(said="sending the first weights")
+            life.wait(text="sending the first weights")
             life.wait(seconds=draw.uniform(0, STEPS_A_LIFE * step))
         over = life.ended
         if over:

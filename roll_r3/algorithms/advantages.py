@@ -1,4 +1,7 @@
-"""Advantages: of responses from their scores, of tokens less the KL penalty. Shape legend: n samples, N inputs."""
+"""Advantages of responses, from their scores, and of tokens, minus the KL penalty.
+
+Shape legend: n samples, N inputs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 
 from roll_r3.algorithms.kl import kl_estimate
 from roll_r3.batch.batch import Batch, FloatN
-from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.algorithm import AlgorithmConfig
 
 EPSILON = 1e-6
 """Added to a group's standard deviation, so that a group of equal rewards has advantage 0."""
@@ -19,31 +22,31 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class TokenAdvantages:
-    """Advantages of a step's tokens, and the terms that they are made of."""
+    """Advantages of a step's tokens, with their terms."""
 
     advantages_N: FloatN
     """0 where the loss mask is False."""
     rewards_n: npt.NDArray[np.float64]
-    """Normalised score of each scored sample, less the penalty of its whole response."""
+    """Normalised score of each scored sample, minus the penalty of its whole response."""
     penalty_n: npt.NDArray[np.float64] | None
     """init_kl_coef x KL of each scored sample's response, nats; None without a penalty."""
     penalty_clamped: float | None
-    """Share of trained tokens whose log ratio to the reference was clamped; None where there is no penalty."""
+    """Share of trained tokens with a clamped log ratio to the reference; None without a penalty."""
 
 
 def token_advantages(
-    batch: Batch, scores_n: npt.NDArray[np.float64], groups: Sequence[str], config: RLVRConfig
+    batch: Batch, scores_n: npt.NDArray[np.float64], groups: Sequence[str], config: AlgorithmConfig
 ) -> TokenAdvantages:
-    """The advantage of each trained token: that of its response, less the KL penalty of this token and those after it.
+    """Compute the advantages of trained tokens: the response's, minus the KL penalty of this and later tokens.
 
-    As in ROLL the penalty comes after the normalisation, so init_kl_coef weighs it whatever the group's deviation is.
-    A token answers for its own penalty and later ones; the penalty before it does not depend on it.
+    As in ROLL the penalty follows the normalisation: its weight is init_kl_coef, independent of the group.
+    Earlier penalties are left out, as they do not depend on the token.
 
     Args:
-        batch: with the log-probabilities of the policy and of the reference where `add_token_level_kl` is on. Samples
-            that follow those with a score are fillers, which have advantage 0.
+        batch: needs the log-probabilities of policy and reference with `add_token_level_kl`. Samples after the scored
+            ones are fillers with advantage 0.
         scores_n: rewards.
-        groups: which prompt each scored sample answers.
+        groups: group of each scored sample: its prompt.
     """
     rewards_n = np.zeros(batch.num_samples)
     rewards_n[: len(scores_n)] = response_advantages(scores_n, groups, config)
@@ -61,9 +64,9 @@ def token_advantages(
 
 
 def response_advantages(
-    scores_n: npt.NDArray[np.float64], groups: Sequence[str], config: RLVRConfig
+    scores_n: npt.NDArray[np.float64], groups: Sequence[str], config: AlgorithmConfig
 ) -> npt.NDArray[np.float64]:
-    """One advantage per sample, before the KL penalty and `advantage_clip`.
+    """Compute one advantage per sample, before the KL penalty and `advantage_clip`.
 
     grpo: (score - mean of its group) / (standard deviation of its group + 1e-6), Shao et al. 2024 (arXiv 2402.03300),
     with the sample deviation (n - 1); without the division it is Dr. GRPO's (Liu et al. 2025, arXiv 2503.20783).
@@ -71,7 +74,7 @@ def response_advantages(
 
     Args:
         scores_n: rewards.
-        groups: which prompt each sample answers.
+        groups: group of each sample: its prompt.
     """
     if config.adv_estimator == "reinforce":
         centred_n: npt.NDArray[np.float64] = scores_n - scores_n.mean()
@@ -87,8 +90,8 @@ def response_advantages(
     return advantages_n
 
 
-def _kl_penalty(batch: Batch, config: RLVRConfig) -> tuple[npt.NDArray[np.float64], float]:
-    """init_kl_coef x KL of each trained token (float64 [N]), and the share of them that was clamped."""
+def _kl_penalty(batch: Batch, config: AlgorithmConfig) -> tuple[npt.NDArray[np.float64], float]:
+    """Compute init_kl_coef x KL of each trained token (float64 [N]), and the share of clamped ones."""
     assert batch.old_log_probs_N is not None and batch.ref_log_probs_N is not None
     old, ref = (torch.from_numpy(x).double() for x in (batch.old_log_probs_N, batch.ref_log_probs_N))
     kl, clamped = kl_estimate(old, ref, config.kl_penalty)
@@ -97,7 +100,7 @@ def _kl_penalty(batch: Batch, config: RLVRConfig) -> tuple[npt.NDArray[np.float6
 
 
 def _sum_to_end(batch: Batch, values_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """At each input the sum over it and the later inputs of its sample: float64 [N]."""
+    """Sum each input and the later inputs of its sample: float64 [N]."""
     sums = np.concatenate([np.zeros(1), np.cumsum(values_N)])
     to_end_N: npt.NDArray[np.float64] = batch.per_sample(sums[batch.offsets[1:]]) - sums[:-1]
     return to_end_N

@@ -1,9 +1,11 @@
-"""How token losses become one number: a weight per token and one denominator for the whole optimizer step.
+"""Aggregation of token losses: a weight per token, and one denominator for the optimizer step.
 
 loss = sum over tokens of weight x token loss / denominator. Both follow from the masks, so the denominator is known
-(and summed over data-parallel ranks) before the first micro-batch runs. The loss of given samples does not depend on
-how they are cut into micro-batches or spread over ranks. Which samples make an optimizer step does, where a step has
-several: each data-parallel rank draws its part from its own shard. Shape legend: n samples, N inputs.
+(and summed over data-parallel ranks) before the first micro-batch runs. The loss of given samples is independent of
+their split into micro-batches and over ranks. With several optimizer steps per training step, the choice of samples for
+each does depend on the ranks: a data-parallel rank draws its part from its own shard.
+
+Shape legend: n samples, N inputs.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from roll_r3.batch.batch import Batch
-from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.algorithm import AlgorithmConfig
 
 
-def loss_weights(batch: Batch, config: RLVRConfig) -> npt.NDArray[np.float32]:
-    """The weight of each input's loss, float32 [N]; 0 where it is not trained on.
+def loss_weights(batch: Batch, config: AlgorithmConfig) -> npt.NDArray[np.float32]:
+    """Return the weight of each input's loss, float32 [N]; 0 for untrained inputs.
 
     token-mean and seq-mean-token-sum: 1. seq-mean-token-mean: 1 / trained tokens of its sample.
     seq-mean-token-sum-norm: 1 / loss_scale_factor, the same for every sample (Dr. GRPO, arXiv 2503.20783).
@@ -31,7 +33,7 @@ def loss_weights(batch: Batch, config: RLVRConfig) -> npt.NDArray[np.float32]:
 
 
 def loss_denominator(batch: Batch, mode: str) -> float:
-    """This shard's part of the denominator: trained tokens (token-mean), or samples that train on any (seq-mean-*)."""
+    """Count this shard's trained tokens (token-mean), or its samples with trained tokens (seq-mean-*)."""
     if mode == "token-mean":
         return float(batch.loss_mask_N.sum())
     return float((batch.sum_per_sample(batch.loss_mask_N) > 0).sum())

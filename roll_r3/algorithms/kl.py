@@ -1,7 +1,7 @@
 """Estimates of the KL divergence between policy and reference, from tokens sampled by the policy.
 
 Sources: J. Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html; the ratio before the
-estimate is DeepSeek-V3.2's (arXiv 2512.02556). docs/algorithm.md says which gradient each gives in which place.
+estimate is from DeepSeek-V3.2 (arXiv 2512.02556). docs/algorithm.md gives the gradient of each estimate in each place.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 MAX_LOG_RATIO = 20.0
-"""Log ratios are clamped to +-this before exp: beyond it fp32 overflows long after the token has lost its meaning."""
+"""Bound of log ratios before exp, to prevent overflow in fp32. Tokens beyond it carry no information."""
 MAX_K3 = 10.0
 """Upper bound of k3, as in ROLL and verl: policy 2.6 nats below the reference, or 11 above it."""
 
@@ -17,18 +17,18 @@ MAX_K3 = 10.0
 def kl_estimate(
     log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str, ratio: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Estimate of each token, and where it was clamped: there it has no gradient.
+    """Estimate the KL divergence of each token; clamped estimates have no gradient.
 
     With d = log policy - log reference, clamped to +-20: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, low
     variance), abs = |d|, k3 = exp(-d) - 1 + d (unbiased, never negative), clamped to at most 10.
 
     Args:
-        log_probs: of the policy, nats.
-        ref_log_probs: of the reference, same shape.
-        ratio: of the policy to the one that sampled, which the estimate is multiplied by before k3's clamp.
+        log_probs: log-probabilities under the policy, nats.
+        ref_log_probs: log-probabilities under the reference, same shape.
+        ratio: policy / sampling policy; multiplies the estimate before k3's clamp.
 
     Returns:
-        (float estimate in nats, bool), each of the shape of the inputs.
+        (estimate in nats, True where clamped), each with the shape of the inputs.
 
     Raises:
         ValueError: an unknown estimator.

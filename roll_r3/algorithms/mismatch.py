@@ -1,4 +1,4 @@
-"""How far the trainer's policy is from the rollout's, on the tokens that were sampled.
+"""Mismatch between the trainer's and the rollout's policy on the sampled tokens.
 
 Names and formulas: verl's `training/rollout_probs_diff_*` and `rollout_corr/*`, SkyRL's
 `rollout_train_logprobs_abs_diff_*`; the extreme-ratio share is F(tau = 2) of the R3 paper (arXiv 2510.11370).
@@ -13,7 +13,7 @@ import numpy.typing as npt
 def mismatch_metrics(
     train_log_probs: npt.NDArray[np.float32], rollout_log_probs: npt.NDArray[np.float32]
 ) -> dict[str, float]:
-    """Figures over trained tokens (1-D arrays of equal length, nats). Tokens were sampled by the rollout.
+    """Compute figures over trained tokens (1-D arrays of equal length, nats), sampled by the rollout.
 
     kl is the k1 and k3_kl the k3 estimate of KL(rollout || trainer): with d = log rollout - log trainer, the means
     of d and of exp(-d) - 1 + d.

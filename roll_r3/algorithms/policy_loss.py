@@ -1,4 +1,4 @@
-"""The clipped policy-gradient loss of one token, with its optional KL, entropy and correction terms.
+"""Clipped policy-gradient loss per token, with optional KL, entropy and correction terms.
 
 Sources: PPO's clipped objective, Schulman et al. 2017 (arXiv 1707.06347); asymmetric clipping, DAPO (arXiv
 2503.14476); the dual clip, Ye et al. 2019 (arXiv 1912.09729); truncated importance sampling, Ionides 2008, used
@@ -14,15 +14,15 @@ import torch
 
 from roll_r3.algorithms.kl import MAX_LOG_RATIO, kl_estimate
 from roll_r3.algorithms.stats import TokenStats
-from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.algorithm import AlgorithmConfig
 
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """What the loss needs besides the live log-probabilities; all tensors have their shape."""
+    """Inputs of the loss besides the live log-probabilities, all of the same shape."""
 
     mask: torch.Tensor
-    """bool: tokens that are trained on."""
+    """bool: trained tokens."""
     advantages: torch.Tensor
     old_log_probs: torch.Tensor
     rollout_log_probs: torch.Tensor
@@ -33,19 +33,19 @@ class TokenInputs:
 
 
 def policy_loss(
-    log_probs: torch.Tensor, entropy: torch.Tensor | None, x: TokenInputs, config: RLVRConfig, stats: TokenStats
+    log_probs: torch.Tensor, entropy: torch.Tensor | None, x: TokenInputs, config: AlgorithmConfig, stats: TokenStats
 ) -> torch.Tensor:
-    """Loss of each token (0 where the mask is False), to be weighted by `TokenInputs.weights`.
+    """Compute the loss of each token (0 where the mask is False), before `TokenInputs.weights`.
 
     Args:
         log_probs: live log-probabilities of the labels, with gradient, nats.
-        entropy: entropy of the live distribution at each input, nats; with gradient where the bonus is on.
+        entropy: entropy of the live distribution at each input, nats; with gradient if the bonus is on.
         stats: receives the token statistics and the terms of the loss.
 
     Returns:
         float32, the shape of `log_probs`.
     """
-    # where a token is not trained on, every term below is made 0 before exp, so that no inf * 0 can arise
+    # terms of untrained tokens are set to 0 before exp, so that no inf * 0 arises
     log_ratio = torch.where(x.mask, log_probs - x.old_log_probs, 0.0)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     loss = _policy_gradient(log_ratio, ratio, x, config, stats)
@@ -69,9 +69,9 @@ def policy_loss(
 
 
 def _policy_gradient(
-    log_ratio: torch.Tensor, ratio: torch.Tensor, x: TokenInputs, config: RLVRConfig, stats: TokenStats
+    log_ratio: torch.Tensor, ratio: torch.Tensor, x: TokenInputs, config: AlgorithmConfig, stats: TokenStats
 ) -> torch.Tensor:
-    """The clipped term, under the weights of `rollout_correction`; 0 where the mask is False."""
+    """Compute the clipped term, weighted by `rollout_correction`; 0 where the mask is False."""
     low, high = config.clip_range
     advantages = torch.where(x.mask, x.advantages, 0.0)
     clipped_ratio = ratio.clamp(1 - low, 1 + high)

@@ -1,4 +1,4 @@
-"""The learning signal of a step's groups: a group whose scores are all equal has none."""
+"""Learning signal of a step's groups: a group with equal scores has none."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 
 def group_signal(scores: npt.NDArray[np.float64], groups: Sequence[str]) -> dict[str, float]:
-    """Shares of groups without a signal, and of those all right and all wrong, under their metric names.
+    """Compute the shares of groups without a signal, and of those all right and all wrong, by metric name.
 
-    A group is right where its one score is above 0, and wrong where it is 0 or less. A group of one sample has no
-    signal either: there is nothing to compare it with. DAPO (arXiv 2503.14476) leaves such groups out of a step.
+    A group with equal scores is right if the score is above 0, else wrong. A group of one sample has no signal either,
+    as it has no peers. DAPO (arXiv 2503.14476) leaves such groups out of a step.
 
     Args:
-        scores: the rewards [n].
-        groups: the group of each score, n names.
+        scores: rewards [n].
+        groups: group of each score, n names.
     """
     scores_of: dict[str, set[float]] = {}
     for group, score in zip(groups, scores.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Token statistics that add up over micro-batches and ranks without a copy to the host per micro-batch."""
+"""Token statistics, accumulated over micro-batches and ranks without a copy to the host per micro-batch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ _START = {"max": -torch.inf, "min": torch.inf}
 
 
 class TokenStats:
-    """Running mean, maximum and minimum of named token values, and sums over optimizer steps, on their device until
-    `reduce`."""
+    """Running mean, maximum and minimum of named token values, and sums over optimizer steps.
+
+    All stay on their device until `reduce`.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -42,7 +44,7 @@ class TokenStats:
         self._shares[name] = self._shares[name] + share if name in self._shares else share
 
     def merge(self, other: TokenStats) -> None:
-        """Count everything that `other` counted in one optimizer step; it may be this object's own from now on."""
+        """Add the statistics of one optimizer step; do not use `other` afterwards."""
         self._merged += 1
         for name, share in other._shares.items():
             self.add_share(name, share)
@@ -55,15 +57,14 @@ class TokenStats:
             self._bounds[name] = (reducer, bound)
 
     def reduce(self, all_reduce: Callable[[torch.Tensor, str], None] | None = None) -> dict[str, float]:
-        """The figures over everything added, on this rank or over all ranks of a group.
+        """Compute the figures on this rank, or over all ranks of a group.
 
         Args:
-            all_reduce: reduces a float64 vector in place over the group, given "sum" or "max". Every rank of the
-                group must have added the same names.
+            all_reduce: function reducing a float64 vector in place over the group, by "sum" or "max". All ranks must
+                have added the same names.
 
         Returns:
-            name -> figure; names that no token counted for are left out. A sum over an optimizer step is its mean over
-            the merged ones.
+            Name -> figure, without names of no tokens. A sum per optimizer step is averaged over the merged steps.
         """
         out: dict[str, float] = {}
         if self._shares:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from roll_r3.batch.routes import Routes
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.config.base import Config
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import MegatronConfig, ServerConfig, SglangConfig, VllmConfig
@@ -214,6 +217,11 @@ def engine_room(config: RLVRConfig) -> int:
     """
     kept_back, least = (2, 7) if sglang(config) is not None else (0, 0)
     return config.prompt_length + max(sampled_tokens(config) + kept_back, least)
+
+
+def algorithm_of(config: RLVRConfig) -> AlgorithmConfig:
+    """Return the settings that the algorithms read."""
+    return AlgorithmConfig(**{field.name: getattr(config, field.name) for field in fields(AlgorithmConfig)})
 
 
 def values_at(config: RLVRConfig, path: str) -> list[tuple[str, object]]:

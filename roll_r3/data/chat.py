@@ -1,4 +1,4 @@
-"""Conversations to token ids, by the chat template of the checkpoint."""
+"""Conversion of conversations to token ids by the checkpoint's chat template."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Protocol
 from roll_r3.config.readable import readable
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.columns import Message
-from roll_r3.data.faults import Refused
+from roll_r3.data.faults import DataError
 from roll_r3.errors import ConfigError
 
 _SYSTEM = ("system", "developer")
 
 
 class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that prompts need."""
+    """Methods of a Hugging Face tokenizer used for prompts."""
 
     def get_chat_template(self) -> str: ...
 
@@ -35,14 +35,14 @@ class Chat:
         self._system = args.system_prompt
         self._kwargs = args.chat_template_kwargs
         self._probed: dict[tuple[str, ...], str] = {}
-        """Roles of a conversation -> those of which the template leaves out the content."""
+        """Roles of a conversation -> the roles among them omitted by the template."""
         self.own_system = 0
-        """Rows that kept a system message of their own."""
+        """Number of rows with a system message of their own."""
         if self._kwargs:
             self._check_arguments()
 
     def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """The messages with the system prompt before them, unless they have a system message."""
+        """Return the messages, preceded by the system prompt unless they have a system message."""
         if self._system is None:
             return tuple(messages)
         if any(message["role"] in _SYSTEM for message in messages):
@@ -51,32 +51,34 @@ class Chat:
         return ({"role": "system", "content": self._system}, *messages)
 
     def token_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The conversation up to where the answer begins.
+        """Encode a conversation up to the beginning of the answer.
 
         Raises:
-            Refused: it does not fit the template, is empty, or would lack a message.
+            DataError: the template rejects it or omits a message, or the prompt is empty.
         """
         try:
             encoded = self._apply(messages, return_dict=True)
-        except Exception as error:  # a template is a program of its own: whatever it raises is about this row
-            said = f"it does not fit the chat template, {readable(error, 200)}"
-            raise Refused("template", said, "write roles and an order of messages that it takes") from error
-        if lost := self._lost(tuple(message["role"] for message in messages)):
-            said = f"the chat template leaves out the content of a message of the role {lost}"
-            raise Refused(f"lost:{lost}", said, "write system, user or assistant, or another role that it has")
+        except Exception as error:  # a template is a program and may raise anything; each error concerns this row
+            problem = f"the chat template rejects it, {readable(error, 200)}"
+            raise DataError(
+                "template", problem, "use roles and an order of messages supported by the template"
+            ) from error
+        if lost := self._omitted(tuple(message["role"] for message in messages)):
+            problem = f"the chat template omits messages with role {lost}"
+            raise DataError(f"lost:{lost}", problem, "write system, user or assistant, or another role of the template")
         ids = tuple(encoded["input_ids"])
         if not ids:
-            raise Refused("no-tokens", "the prompt is empty", "write text")
+            raise DataError("no-tokens", "the prompt is empty", "write text")
         return ids
 
-    def _lost(self, roles: tuple[str, ...]) -> str:
-        """The roles among these whose messages do not come out of the template."""
+    def _omitted(self, roles: tuple[str, ...]) -> str:
+        """Return the roles omitted by the template, joined by commas."""
         if roles not in self._probed:
             signs = [f"sign{i}of{len(roles)}" for i in range(len(roles))]
             probe = [{"role": role, "content": sign} for role, sign in zip(roles, signs, strict=True)]
             try:
                 text = self._apply(probe, tokenize=False)
-            except Exception:  # noqa: BLE001  the template reads contents, so that only real ones can tell
+            except Exception:  # noqa: BLE001  the template reads contents; only real ones can tell
                 text = "".join(signs)
             lost = sorted({role for role, sign in zip(roles, signs, strict=True) if sign not in text})
             self._probed[roles] = readable(", ".join(lost))
@@ -89,7 +91,7 @@ class Chat:
     def _check_arguments(self) -> None:
         try:
             template = self._tokenizer.get_chat_template()
-        except Exception as error:  # its files may hold anything
+        except Exception as error:  # the tokenizer's files may hold anything
             raise ConfigError(
                 f"actor_train.data_args.chat_template_kwargs: the checkpoint has no chat template, {readable(error)}"
             ) from error
@@ -97,5 +99,5 @@ class Chat:
         if unread:
             raise ConfigError(
                 f"actor_train.data_args.chat_template_kwargs: the checkpoint's chat template does not read "
-                f"{readable(', '.join(unread))}: leave it out, or correct the name"
+                f"{readable(', '.join(unread))}: remove it, or correct the name"
             )

@@ -1,4 +1,4 @@
-"""Faults of data: what is wrong with a value, a row or a file, and all of it as one message."""
+"""Errors in data files: of a value, a row or a file, collected into one message."""
 
 from __future__ import annotations
 
@@ -8,55 +8,55 @@ from dataclasses import dataclass, field
 
 from roll_r3.config.readable import printable
 
-_SHOWN = 60
-"""Characters of a value that are shown."""
-_NAMED = 5
-"""Rows of one kind of fault that are named."""
-_MOST = 20
-"""Kinds of faults that are told one by one."""
+_MAX_CHARS = 60
+"""Maximum number of characters of a shown value."""
+_MAX_ROWS = 5
+"""Maximum number of named rows per kind of fault."""
+_MAX_KINDS = 20
+"""Maximum number of kinds of faults with a line of their own."""
 
 
-class Refused(Exception):
-    """A value, a row or a file that cannot be kept as it is.
+class DataError(Exception):
+    """Value, row or file that cannot be used unchanged.
 
     Args:
-        kind: rows of a file with the same kind are told as one.
-        said: the value and why it cannot be kept; printable.
-        advice: what to write instead.
+        kind: rows of a file with the same kind share a line.
+        problem: the value and the reason; printable.
+        advice: the correction to make.
     """
 
-    def __init__(self, kind: str, said: str, advice: str) -> None:
-        super().__init__(said)
-        self.kind, self.said, self.advice = kind, said, advice
+    def __init__(self, kind: str, problem: str, advice: str) -> None:
+        super().__init__(problem)
+        self.kind, self.problem, self.advice = kind, problem, advice
 
 
-def empty() -> Refused:
-    """The fault of a file without rows."""
-    return Refused("empty", "it is empty", "name a file with rows")
+def empty() -> DataError:
+    """Return the error for a file without rows."""
+    return DataError("empty", "it is empty", "name a file with rows")
 
 
 def shown(value: object) -> str:
-    """A value of a row as JSON, escaped and cut."""
+    """Format a value of a row as JSON, escaped and truncated."""
     if isinstance(value, str):
-        value = value[: _SHOWN + 1]  # a text of megabytes is not copied for a few of its letters
-    text = printable(json.dumps(value, ensure_ascii=False, default=str)[: 2 * _SHOWN])
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        value = value[: _MAX_CHARS + 1]  # avoids a copy of megabytes for a few letters
+    text = printable(json.dumps(value, ensure_ascii=False, default=str)[: 2 * _MAX_CHARS])
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}..."
 
 
 def quoted(names: object) -> str:
-    """Names of columns, the first few."""
+    """Format the first few column names."""
     listed = [shown(name) for name in names] if isinstance(names, list | tuple | dict) else [shown(names)]
-    rest = len(listed) - 2 * _NAMED
-    return ", ".join(listed[: 2 * _NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(listed) - 2 * _MAX_ROWS
+    return ", ".join(listed[: 2 * _MAX_ROWS]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A row of a file."""
+    """Position of a row in a file."""
 
     file: str
     number: int
-    """From 1; negative: from the end of the file, whose last row is -1."""
+    """From 1; negative: from the end of the file, the last row being -1."""
     unit: str = "row"
     """Unit of the number: "line" for JSON Lines, else "row"."""
 
@@ -67,13 +67,13 @@ class Place:
 @dataclass
 class _Kind:
     file: str
-    first: Refused
+    first: DataError
     rows: int = 0
     places: list[Place] = field(default_factory=list)
 
     def __str__(self) -> str:
         at = f" {self.places[0]}" if self.places else ""
-        text = f"{printable(self.file)}{at}: {self.first.said}. Instead, {self.first.advice}"
+        text = f"{printable(self.file)}{at}: {self.first.problem}. Instead, {self.first.advice}"
         if self.rows < 2:
             return text
         unit, numbers = self.places[0].unit, [place for place in self.places if place.number > 0]
@@ -85,7 +85,7 @@ class _Kind:
 
 
 class Faults:
-    """Faults of the files of one role, counted by file and kind."""
+    """Faults of all files, counted by file and kind."""
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[str, str], _Kind] = {}
@@ -96,20 +96,20 @@ class Faults:
     def __len__(self) -> int:
         return len(self._kinds)
 
-    def of_file(self, file: str, refused: Refused) -> None:
-        """Note what is wrong with a file as a whole."""
-        self._kinds.setdefault((file, refused.kind), _Kind(file, refused))
+    def add_file(self, file: str, error: DataError) -> None:
+        """Record a fault of a whole file."""
+        self._kinds.setdefault((file, error.kind), _Kind(file, error))
 
-    def of_row(self, place: Place, refused: Refused) -> None:
-        """Note what is wrong with a row."""
-        kind = self._kinds.setdefault((place.file, refused.kind), _Kind(place.file, refused))
+    def add_row(self, place: Place, error: DataError) -> None:
+        """Record a fault of a row."""
+        kind = self._kinds.setdefault((place.file, error.kind), _Kind(place.file, error))
         kind.rows += 1
-        if len(kind.places) < _NAMED:
+        if len(kind.places) < _MAX_ROWS:
             kind.places.append(place)
 
     def lines(self) -> Iterator[str]:
-        """One line for each file and kind, in the order in which they were found."""
+        """Yield one line per file and kind, in order of discovery."""
         kinds = list(self._kinds.values())
-        yield from map(str, kinds[:_MOST])
-        if rest := kinds[_MOST:]:
+        yield from map(str, kinds[:_MAX_KINDS])
+        if rest := kinds[_MAX_KINDS:]:
             yield f"and {len(rest)} more kinds of faults in {len({kind.file for kind in rest})} files"

@@ -1,4 +1,4 @@
-"""Rows of .parquet files, batch by batch."""
+"""Reading of rows from .parquet files in batches."""
 
 from __future__ import annotations
 
@@ -7,42 +7,41 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from roll_r3.config.readable import readable
-from roll_r3.data.faults import Refused, empty, quoted
-from roll_r3.data.sources import Look
+from roll_r3.data.faults import DataError, empty, quoted
+from roll_r3.data.sources import ReadLimit
 
 _BATCH = 1000
-"""Rows that are in memory at a time."""
+"""Rows in memory at a time."""
 _SAMPLED_GROUPS = 8
-"""Row groups of a large file that a look samples."""
+"""Row groups of a large file sampled under a limit."""
 _SAMPLED_ROWS = 100
-"""Rows of each of them."""
+"""Rows read of each sampled group."""
 
 
 def parquet_rows(
-    file: str, named: Sequence[str], look: Look | None, left_out: list[str]
+    file: str, named: Sequence[str], limit: ReadLimit | None, left_out: list[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, columns) of each row.
+    """Yield (number from 1, columns) of each row.
 
     Args:
-        named: columns that the configuration names. A dotted one may name a field of a struct.
-        look: None: all rows and columns. Else the named columns of as many rows at the beginning as it says, and a
-            sample of the rest.
-        left_out: is given the columns whose values JSON has no form for; they are not among the columns of a row but
-            where `named` has them.
+        named: columns named by the configuration. A dotted one may name a field of a struct.
+        limit: rows to read at the beginning, of the named columns; a sample of the rest follows. None: all rows and
+            columns.
+        left_out: receives the columns without a JSON form. A row has them only where `named` has them.
 
     Raises:
-        Refused: the file cannot be read, or not beyond a row.
+        DataError: the file cannot be read, or not beyond some row.
     """
     try:
-        import pyarrow as pa  # noqa: PLC0415  a part of a second, and only these files need it
+        import pyarrow as pa  # noqa: PLC0415  slow to import, and needed for these files only
         import pyarrow.parquet as pq  # noqa: PLC0415
     except ImportError as error:
-        raise Refused("parquet", "the package pyarrow is not installed", "install it, or write .jsonl") from error
+        raise DataError("parquet", "the package pyarrow is not installed", "install it, or write .jsonl") from error
     number = 0
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as opened:
-            columns = _columns(opened.schema_arrow, named, look is not None, left_out)
-            for start, groups, rows in _pieces(opened.metadata, look and look.rows):
+            columns = _columns(opened.schema_arrow, named, limit is not None, left_out)
+            for start, groups, rows in _pieces(opened.metadata, limit and limit.rows):
                 number = start
                 for batch in opened.iter_batches(_BATCH, row_groups=groups, columns=columns, use_threads=False):
                     for row in batch.slice(0, rows - (number - start)).to_pylist():
@@ -51,19 +50,19 @@ def parquet_rows(
                     if number - start >= rows:
                         break
                 if number - start != rows:
-                    raise ValueError(f"it says that there are {rows} more rows after row {start}")
+                    raise ValueError(f"the file claims {rows} more rows after row {start}")
             if not opened.metadata.num_rows:
                 raise empty()
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         after = f" after row {number}" if number else ""
-        said = f"cannot be read{after}, {readable(error, 200)}"
-        raise Refused("parquet", said, "write the file once more; it is damaged, or not parquet") from error
+        problem = f"cannot be read{after}, {readable(error, 200)}"
+        raise DataError("parquet", problem, "write the file again; it is damaged, or not parquet") from error
 
 
 def _columns(schema: Any, named: Sequence[str], only_named: bool, left_out: list[str]) -> list[str]:
-    """The columns to read, by their paths in the file."""
+    """Return the columns to read."""
     if twice := [name for name, times in Counter(schema.names).items() if times > 1]:
-        raise Refused("twice", f"the column {quoted(twice)} is there twice", "leave one of the two out")
+        raise DataError("twice", f"the column {quoted(twice)} occurs twice", "remove one of the two")
     wanted = {name for column in named for name in (column, column.partition(".")[0])}
     left_out += [field.name for field in schema if not _is_json(field.type)]
     if only_named and all({name, name.partition(".")[0]} & set(schema.names) for name in named):
@@ -72,14 +71,14 @@ def _columns(schema: Any, named: Sequence[str], only_named: bool, left_out: list
 
 
 def _pieces(metadata: Any, most: int | None) -> Iterator[tuple[int, list[int], int]]:
-    """(rows before, row groups, rows to read) of each part that is read.
+    """Yield (rows before, row groups, rows to read) of each part to read.
 
     Raises:
-        ValueError: the file contradicts itself.
+        ValueError: the row counts of the file disagree.
     """
     sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     if sum(sizes) != metadata.num_rows:
-        raise ValueError(f"it says that there are {metadata.num_rows} rows, and its groups have {sum(sizes)}")
+        raise ValueError(f"the file claims {metadata.num_rows} rows, but its groups have {sum(sizes)}")
     if most is None or sum(sizes) <= most:
         yield 0, list(range(len(sizes))), sum(sizes)
         return
@@ -92,7 +91,7 @@ def _pieces(metadata: Any, most: int | None) -> Iterator[tuple[int, list[int], i
 
 
 def _is_json(kind: Any) -> bool:
-    """True where values of a type of Arrow's are text, numbers, booleans, null, or lists and structs of them."""
+    """Return True if an Arrow type holds text, numbers, booleans, null, or lists and structs of them."""
     from pyarrow import types  # noqa: PLC0415
 
     if types.is_struct(kind):

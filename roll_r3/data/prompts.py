@@ -1,4 +1,4 @@
-"""Prompts: files in, token ids out, in a seeded order without end."""
+"""Prompts: tokenized rows of the data files, drawn in an endless seeded order."""
 
 from __future__ import annotations
 
@@ -15,81 +15,80 @@ import numpy.typing as npt
 
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.chat import Chat, ChatTokenizer
-from roll_r3.data.faults import Faults, Refused
+from roll_r3.data.faults import DataError, Faults
 from roll_r3.data.rows import Row, read_rows
 from roll_r3.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_SAY_EVERY = 15.0
-"""Seconds between two lines that say how far tokenizing is."""
+_LOG_INTERVAL_S = 15.0
+"""Seconds between two progress messages of tokenizing."""
 _MOST_PASSES = 1 << 18
-"""Passes over the data that are gone through again to find a place in it: a minute at most."""
+"""Maximum number of passes replayed to find a place in the data; takes a minute at most."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the data, ready to sample from."""
+    """Row of the data, ready for sampling."""
 
     prompt_id: str
     text: str
-    """The last message, for people to read."""
+    """Last message, for logs and samples.jsonl."""
     token_ids: tuple[int, ...]
     ground_truth: str
     domain: str = "default"
     messages: tuple[Mapping[str, str], ...] = ()
-    """The conversation that the chat template was given, as {role, content}."""
+    """Conversation passed to the chat template, as {role, content}."""
     row: Mapping[str, Any] = field(default_factory=dict)
-    """Every column of the row, as in the file."""
+    """All columns of the row, as in the file."""
 
 
 def read_prompts(
     args: DataArgs, tokenizer: ChatTokenizer, max_tokens: int, say: Callable[[str], None] = logger.info
 ) -> list[Prompt]:
-    """Read, template and tokenize every row. Rows over `max_tokens` tokens are left out.
+    """Read, template and tokenize all rows; skip prompts longer than `max_tokens`.
 
     Args:
-        say: is told how many rows were left out, how many kept a system message of their own, and how far a long
-            reading is.
+        say: receives messages: progress, number of skipped rows, number of rows with their own system message.
 
     Raises:
-        ConfigError: what cannot be used as it is, of all files at once; or no prompt is short enough.
+        ConfigError: the faults of all files; or no prompt is short enough.
     """
     faults = Faults()
     chat = Chat(tokenizer, args)
     rows = list(read_rows(args, faults))
-    _refuse(faults)
+    _raise_if_any(faults)
     prompts = list(_tokenized(rows, chat, faults, say))
-    _refuse(faults)
+    _raise_if_any(faults)
     short = [prompt for prompt in prompts if len(prompt.token_ids) <= max_tokens]
     if chat.own_system:
-        say(f"{chat.own_system} of {len(rows)} rows keep their own system message, without data_args.system_prompt")
+        say(f"{chat.own_system} of {len(rows)} rows keep their own system message instead of data_args.system_prompt")
     if not short:
         raise ConfigError(
             f"actor_train.data_args.file_name ({args.file_name!r}): no prompt of at most prompt_length={max_tokens} "
             f"tokens; the shortest of {len(prompts)} has {min(len(prompt.token_ids) for prompt in prompts)}"
         )
     if long := len(prompts) - len(short):
-        say(f"{long} of {len(prompts)} prompts are longer than prompt_length ({max_tokens} tokens) and were left out")
+        say(f"skipped {long} of {len(prompts)} prompts longer than prompt_length ({max_tokens} tokens)")
     return short
 
 
-def _refuse(faults: Faults) -> None:
+def _raise_if_any(faults: Faults) -> None:
     if faults:
-        raise ConfigError("\n  ".join(["actor_train.data_args: the data cannot be used as they are:", *faults.lines()]))
+        raise ConfigError("\n  ".join(["actor_train.data_args: the data cannot be used:", *faults.lines()]))
 
 
 def _tokenized(rows: Sequence[Row], chat: Chat, faults: Faults, say: Callable[[str], None]) -> Iterator[Prompt]:
-    said = time.monotonic()
+    logged = time.monotonic()
     for done, row in enumerate(rows):
-        if time.monotonic() - said > _SAY_EVERY:
-            say(f"{done} of {len(rows)} prompts are tokenized")
-            said = time.monotonic()
+        if time.monotonic() - logged > _LOG_INTERVAL_S:
+            say(f"tokenized {done} of {len(rows)} prompts")
+            logged = time.monotonic()
         messages = chat.conversation(row.messages)
         try:
             token_ids = chat.token_ids(messages)
-        except Refused as refused:
-            faults.of_row(row.place, refused)
+        except DataError as error:
+            faults.add_row(row.place, error)
             continue
         yield Prompt(
             prompt_id=row.id,
@@ -105,15 +104,16 @@ def _tokenized(rows: Sequence[Row], chat: Chat, faults: Faults, say: Callable[[s
 def prompt_batches(
     prompts: Sequence[Prompt], size: int, seed: int, *, drawn: Sequence[tuple[int, int]] = ()
 ) -> Iterator[list[Prompt]]:
-    """Batches without end: each pass over the data in a new order that (seed, pass) decides.
+    """Return an endless iterator of batches; (seed, pass) decides the order of each pass over the data.
 
-    A batch may span two passes, so that none is short; it never holds a prompt twice unless `size` exceeds the data.
+    A batch may span two passes, so that all batches have `size` prompts. A prompt occurs at most once in a batch unless
+    `size` exceeds the data.
 
     Args:
-        drawn: (batches, prompts of a batch) that were drawn before: what would follow them is what comes.
+        drawn: (batches, prompts per batch) drawn before. The iterator continues after them.
 
     Raises:
-        ConfigError: to find what would follow them takes too long.
+        ConfigError: finding the place after `drawn` would take too long.
     """
     order = _Order(len(prompts), seed)
     for batches, earlier_size in drawn:
@@ -122,18 +122,18 @@ def prompt_batches(
 
 
 class _Order:
-    """Which prompt comes next."""
+    """Order of the prompts, with the current place in it."""
 
     def __init__(self, prompts: int, seed: int) -> None:
         self._prompts, self._seed = prompts, seed
         self._epoch = 0
-        """Of the pass that is begun next."""
+        """Index of the next pass."""
         self._pass: npt.NDArray[np.int64] = np.arange(prompts)
         self._at = prompts
-        """How many of this pass are drawn."""
+        """Number of prompts drawn from this pass."""
 
     def draw(self, size: int) -> list[int]:
-        """The next batch."""
+        """Draw the next batch of prompt indices."""
         batch: list[int] = []
         while len(batch) < size:
             if self._at == self._prompts:
@@ -144,21 +144,21 @@ class _Order:
         return batch
 
     def skip(self, batches: int, size: int) -> None:
-        """As if so many batches were drawn.
+        """Advance as if `batches` batches were drawn.
 
-        The order of a pass follows from its number and from what the batch in which it began took from the pass before.
-        So only those passes are gone through that come after the last one that began together with a batch.
+        The order of a pass depends on its number, and on the prompts that its first batch took from the previous pass.
+        So only the passes after the last one aligned with a batch are replayed.
 
         Raises:
-            ConfigError: these are too many.
+            ConfigError: too many passes would be replayed.
         """
-        at, end = self._at, self._at + batches * size  # counted from where this pass began
+        at, end = self._at, self._at + batches * size  # counted from the start of this pass
         begun = (end - 1) // self._prompts
         first = max(1, self._last_aligned(begun, size))
         if begun - first >= _MOST_PASSES:
             raise ConfigError(
                 f"the place in the data after {batches} batches of {size} prompts of {self._prompts} cannot be found: "
-                f"{begun - first} passes over the data would be gone through again, and {_MOST_PASSES} are the most. "
+                f"{begun - first} passes over the data would have to be replayed, more than {_MOST_PASSES}. "
                 "Start from the weights of the checkpoint (python -m roll_r3.export makes a pretrain of them)"
             )
         self._epoch += first - 1
@@ -167,9 +167,9 @@ class _Order:
         self._at = end - begun * self._prompts
 
     def _last_aligned(self, begun: int, size: int) -> int:
-        """The last of the next passes that takes nothing over from the one before it; 0 or less: none of them.
+        """Return the last of the next passes aligned with a batch; 0 or less: none of them is.
 
-        Pass i begins after i * prompts - at prompts from here: it takes nothing over where that is a multiple of size.
+        Pass i begins after i * prompts - at prompts from here. It is aligned where this is a multiple of size.
         """
         if size > self._prompts:
             return begun
@@ -183,8 +183,8 @@ class _Order:
     def _begin_pass(self, taken: int) -> None:
         """
         Args:
-            taken: the batch took so many from the end of the last pass, and it shall hold no prompt twice: they go to
-                the end of the new one.
+            taken: number of prompts that the current batch took from the end of the last pass. They go to the end of
+                the new pass, so that the batch holds no prompt twice.
         """
         order = np.random.default_rng((self._seed, self._epoch)).permutation(self._prompts)
         self._epoch += 1

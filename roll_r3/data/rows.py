@@ -1,4 +1,4 @@
-"""Rows of the data with the values that a configuration names: as they are in the files, or refused."""
+"""Rows of the data with their configured values, exactly as in the files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any, TypeVar
 from roll_r3.config.workers import DataArgs
 from roll_r3.data import columns
 from roll_r3.data.columns import Message
-from roll_r3.data.faults import Faults, Place, Refused, quoted
+from roll_r3.data.faults import DataError, Faults, Place, quoted
 from roll_r3.data.json_files import Numbered, json_rows, jsonl_rows
 from roll_r3.data.json_text import plain
 from roll_r3.data.parquet import parquet_rows
-from roll_r3.data.sources import BUNDLED, Look, files_of, format_of, names_of, stem_of
+from roll_r3.data.sources import BUNDLED, ReadLimit, files_of, format_of, names_of, stem_of
 from roll_r3.data.tiny_task import BUNDLED_TASKS
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LOOK = Look(rows=20_000, size=64 << 20)
-"""Part that a look reads at the beginning of the files, all together."""
-_LEAST = Look(rows=100, size=1 << 20)
-"""Part that it reads of each file in any case."""
+VALIDATION_LIMIT = ReadLimit(rows=20_000, size=64 << 20)
+"""Rows and bytes read in validation at the beginning of the files, all together."""
+_FILE_MINIMUM = ReadLimit(rows=100, size=1 << 20)
+"""Rows and bytes read in validation of each file at least."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row with what the configuration names in it."""
+    """Row with its configured values."""
 
     place: Place
     messages: tuple[Message, ...]
@@ -36,31 +36,35 @@ class Row:
     domain: str
     id: str
     columns: dict[str, Any]
-    """All of the file's, as plain values of JSON."""
+    """All columns of the file, as plain JSON values."""
 
 
 def read_rows(args: DataArgs, faults: Faults) -> Iterator[Row]:
-    """All rows of all files that can be kept as they are.
+    """Yield all valid rows of all files.
 
     Args:
-        faults: is given everything else.
+        faults: receives the faults of the other rows and files.
     """
     for file in files_of(names_of(args.file_name), faults):
         yield from _rows_of(file, args, faults, None)
 
 
-def look_at_rows(args: DataArgs, faults: Faults) -> None:
-    """Read as much as seconds allow, and give `faults` what cannot be kept: what `LOOK` says of
-    the beginning, and some at the end."""
-    files = list(files_of([name for name in names_of(args.file_name) if name], faults))  # of no name a rule says so
+def validate_rows(args: DataArgs, faults: Faults) -> None:
+    """Validate a part of the data within seconds; `faults` receives the faults.
+
+    Reads `VALIDATION_LIMIT` at the beginning of the files and some rows at the end.
+    """
+    files = list(files_of([name for name in names_of(args.file_name) if name], faults))  # a rule reports empty names
     parts = max(len(files), 1)
-    look = Look(max(_LEAST.rows, LOOK.rows // parts), max(_LEAST.size, LOOK.size // parts))
+    limit = ReadLimit(
+        max(_FILE_MINIMUM.rows, VALIDATION_LIMIT.rows // parts), max(_FILE_MINIMUM.size, VALIDATION_LIMIT.size // parts)
+    )
     for file in files:
-        for _ in _rows_of(file, args, faults, look):
+        for _ in _rows_of(file, args, faults, limit):
             pass
 
 
-def _rows_of(file: str, args: DataArgs, faults: Faults, look: Look | None) -> Iterator[Row]:
+def _rows_of(file: str, args: DataArgs, faults: Faults, limit: ReadLimit | None) -> Iterator[Row]:
     if file.startswith(BUNDLED):
         yield from _bundled(file)
         return
@@ -68,32 +72,37 @@ def _rows_of(file: str, args: DataArgs, faults: Faults, look: Look | None) -> It
     left_out: list[str] = []
     count = 0
     try:
-        for number, found in _numbered(file, args, look, left_out):
+        for number, found in _numbered(file, args, limit, left_out):
             place = Place(file, number, unit)
             if (row := _row(found, place, f"{stem_of(file)}-{count}", args, faults, left_out)) is not None:
                 yield row
             count += 1
-    except Refused as refused:
-        faults.of_file(file, refused)
+    except DataError as error:
+        faults.add_file(file, error)
         return
-    if left_out and look is None:
-        logger.warning("%s: reward rules do not get columns that JSON has no form for: %s", file, quoted(left_out))
+    if left_out and limit is None:
+        logger.warning("%s: reward rules do not receive columns without a JSON form: %s", file, quoted(left_out))
 
 
-def _numbered(file: str, args: DataArgs, look: Look | None, left_out: list[str]) -> Iterator[Numbered]:
+def _numbered(file: str, args: DataArgs, limit: ReadLimit | None, left_out: list[str]) -> Iterator[Numbered]:
     kind = format_of(file)
     if kind == ".parquet":
         named = [name for name in (args.messages or args.prompt, args.ground_truth, args.domain, args.id) if name]
-        return parquet_rows(file, named, look, left_out)
-    return json_rows(file, look) if kind == ".json" else jsonl_rows(file, look)
+        return parquet_rows(file, named, limit, left_out)
+    return json_rows(file, limit) if kind == ".json" else jsonl_rows(file, limit)
 
 
 def _row(
-    found: dict[str, Any] | Refused, place: Place, default_id: str, args: DataArgs, faults: Faults, left_out: list[str]
+    found: dict[str, Any] | DataError,
+    place: Place,
+    default_id: str,
+    args: DataArgs,
+    faults: Faults,
+    left_out: list[str],
 ) -> Row | None:
-    """The row; None where `faults` was given at least one."""
-    if isinstance(found, Refused):
-        faults.of_row(place, found)
+    """Return the row; None if it has a fault, which `faults` receives."""
+    if isinstance(found, DataError):
+        faults.add_row(place, found)
         return None
     sound = True
 
@@ -101,8 +110,8 @@ def _row(
         nonlocal sound
         try:
             return read(found, *arguments)
-        except Refused as refused:
-            faults.of_row(place, refused)
+        except DataError as error:
+            faults.add_row(place, error)
             sound = False
             return None
 

@@ -1,5 +1,8 @@
-"""The bundled tasks, small enough that a model of half a million parameters learns them in a few dozen steps, and
-the command that makes that model: `python -m roll_r3.data.tiny_task --output DIR`.
+"""Bundled tasks, and the command that makes the quickstart's model.
+
+A model of half a million parameters learns a task in a few dozen steps.
+
+    python -m roll_r3.data.tiny_task --output DIR
 """
 
 from __future__ import annotations
@@ -13,23 +16,23 @@ Example = tuple[str, str]
 
 
 def addition_mod10() -> list[Example]:
-    """All 100 sums of two digits, of which the last digit is asked for: "3+9=" -> "2"."""
+    """Return all 100 sums of two digits modulo 10: "3+9=" -> "2"."""
     return [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(10)]
 
 
 def copy_digits() -> list[Example]:
-    """Three digits to say again: "copy 407:" -> "407"."""
+    """Return three digits to copy: "copy 407:" -> "407"."""
     return [(f"copy {n:03d}:", f"{n:03d}") for n in range(1000)]
 
 
 HEAD_DIM = 32
-"""Of the quickstart's model: the smallest attention head that vLLM's kernel for CPUs takes."""
+"""Head size of the quickstart's model: the smallest supported by vLLM's CPU kernel."""
 
 BUNDLED_TASKS = {"addition_mod10": addition_mod10, "copy_digits": copy_digits}
 
 
 def main() -> None:
-    """Make the quickstart's checkpoint."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="make a tiny seeded Qwen3-MoE checkpoint with a byte-level tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)

@@ -29,7 +29,7 @@ from roll_r3.preflight.check import require_valid
 from roll_r3.preflight.surroundings import look_around
 from roll_r3.rewards.scoring import Rewards
 from roll_r3.rewards.truths import Truth
-from roll_r3.saving.state import check_goes_on
+from roll_r3.saving.state import check_resumable
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.report import run_summary
 from roll_r3.tracking.run_dir import RunDir
@@ -62,11 +62,13 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
             return 0
         _log_driver(run_dir, progress)
         progress.say(f"run directory: {run_dir.path}")
-        rewards = stack.enter_context(Rewards(config, run_dir.log_dir))
+        rewards = stack.enter_context(
+            Rewards(config.rewards, config.reward_workers, config.max_failed_rewards, run_dir.log_dir)
+        )
         tokenizer, prompts = _prepare(config, origins, rewards, progress)
         if point is not None:
             data = data_of(prompts, config.seed)
-            check_goes_on(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=data)
+            check_resumable(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=data)
             changed = changes(config, point)
             put_back(run_dir, point, progress.say)
             progress.say(f"going on after step {point.state.step}, from {point.checkpoint}")

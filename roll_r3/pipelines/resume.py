@@ -118,7 +118,7 @@ def _named(path: Path, say: Callable[[str], None]) -> ResumePoint:
     """A checkpoint, or the newest whole one of a run."""
     try:
         if is_directory(path / CHECKPOINTS):
-            newest = Store(path / CHECKPOINTS).newest_whole(say)
+            newest = Store(path / CHECKPOINTS).newest_intact(say)
             if newest is None:
                 raise CheckpointError("it is a run without a checkpoint")
             return ResumePoint(newest, read_state(newest))
@@ -136,7 +136,7 @@ def newest_point(run_dir: RunDir, progress: Progress) -> ResumePoint | None:
     """
     try:
         with progress.stage(COMPARING):
-            newest = stores_of(run_dir)[0].newest_whole(progress.say)
+            newest = stores_of(run_dir)[0].newest_intact(progress.say)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}: the run does not start over by itself. Name another checkpoint in resume_from_checkpoint, or "

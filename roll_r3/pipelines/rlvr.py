@@ -15,7 +15,7 @@ from roll_r3.algorithms.advantages import TokenAdvantages, token_advantages
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.groups import BatchLogProbs, ModelGroup, RolloutGroup
-from roll_r3.config.derived import forces_ratio, needs_old_log_probs
+from roll_r3.config.derived import algorithm_of, forces_ratio, needs_old_log_probs
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
@@ -111,6 +111,7 @@ class RLVRPipeline:
         progress: Progress,
     ) -> None:
         self._config = config
+        self._algorithm = algorithm_of(config)
         self._prompts = prompts
         self._decoder = decoder
         self._rewards = rewards
@@ -152,7 +153,7 @@ class RLVRPipeline:
                     old = self._trainer.compute_log_probs(batch)
                 batch = replace(batch, old_log_probs_N=old.log_probs_N)
         scores = np.array([s.score for s in samples])
-        advantages = token_advantages(batch, scores, groups, self._config)
+        advantages = token_advantages(batch, scores, groups, self._algorithm)
         batch = replace(batch, advantages_N=advantages.advantages_N)
         if forces_ratio(self._config, batch.num_samples):
             batch = replace(batch, old_log_probs_N=None)

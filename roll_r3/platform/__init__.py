@@ -1,1 +1,1 @@
-"""What lets the engines run on machines they were not written for: one module per engine, each a no-op elsewhere."""
+"""CPU support for libraries written for GPUs: one module per library, each inactive elsewhere."""

@@ -1,8 +1,8 @@
-"""Everything that lets megatron-core run on a machine without a GPU, in one place.
+"""Adapter to run megatron-core without a GPU.
 
-`install()` before the first import of megatron, in every thread that runs it. Where CUDA is present it only mends what
-megatron gets wrong without TransformerEngine. Elsewhere whatever megatron asks of "cuda" is served by the CPU:
-`device="cuda"` becomes the CPU, streams and events do nothing, and the CUDA generator is the CPU's.
+Call `install()` before the first import of megatron, in every thread running it. With CUDA it only fixes megatron's
+faults without TransformerEngine. Without CUDA the CPU serves all requests for "cuda": `device="cuda"` becomes the CPU,
+streams and events do nothing, and the CUDA generator is the CPU's.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def install() -> bool:
     """Make megatron-core importable and runnable here. Cheap to call again, from any thread.
 
     Returns:
-        True where the CPU stands in for CUDA, False where CUDA is present.
+        True if the CPU replaces CUDA, False if CUDA is present.
     """
     global _patched
     if torch.cuda.is_available():
-        _mend_without_transformer_engine()
+        _fix_without_transformer_engine()
         return False
     with _patch_lock:
         if not _patched:
@@ -42,7 +42,7 @@ def install() -> bool:
             _patched = True
             logger.info("no CUDA device: megatron-core runs on the CPU")
     if not hasattr(_this_thread, "mode"):
-        # a TorchFunctionMode belongs to the thread that entered it, and stays for the thread's life
+        # a TorchFunctionMode belongs to the thread entering it, and stays until the thread ends
         _this_thread.mode = _CudaMeansCpu()
         _this_thread.mode.__enter__()
     return True
@@ -55,7 +55,7 @@ def _names_cuda(device: object) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites the device arguments of torch functions."""
+    """Mode rewriting the device arguments of torch functions."""
 
     def __torch_function__(
         self,
@@ -80,7 +80,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _Inert:
-    """Stands in for a CUDA stream or event: every method returns the object itself."""
+    """Substitute for a CUDA stream or event: every method returns the object itself."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -98,38 +98,38 @@ class _Inert:
 
 
 class _OneGenerator(dict[int, torch.Generator]):
-    """`torch.cuda.default_generators`: the CPU's, whatever the index."""
+    """Substitute for `torch.cuda.default_generators`: the CPU's generator for every index."""
 
     def __missing__(self, key: int) -> torch.Generator:
         return torch.default_generator
 
 
 def _idle(result: object = None) -> Callable[..., Any]:
-    """A function that only returns `result`: a new one each time, since torch.compile has a rule for each."""
+    """Return a new function returning `result`: torch.compile keeps a rule per function."""
     return lambda *args, **kwargs: result
 
 
 def _patch_process() -> None:
-    """The part that is done once per process, before megatron is imported."""
-    # torch.optim imports it, and it must see torch.cuda as it is
+    """Patch the process once, before megatron is imported."""
+    # imported by torch.optim; it must see the unpatched torch.cuda
     from torch import _dynamo  # noqa: F401
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _patch_torch_cuda()
     random = _import_without_compiling()
-    _mend_without_transformer_engine()
+    _fix_without_transformer_engine()
 
     from megatron.core.transformer.moe import token_dispatcher
 
     def splits_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # the original converts only what leaves a GPU, but the all-to-all needs numpy splits either way
+        # the original converts tensors leaving a GPU only, but the all-to-all always needs numpy splits
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = splits_on_host
-    _let_gloo_split_unevenly()
+    _support_uneven_splits()
     random._lazy_init = _idle()
     random._lazy_call = lambda callback, **kwargs: callback()
-    # here the CPU and GPU generators are one, so its warning that the CPU state changed under a GPU fork is moot
+    # the CPU and GPU generators are one here, so the warning about a changed CPU state is pointless
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
@@ -154,8 +154,8 @@ def _patch_torch_cuda() -> None:
     cuda.default_generators = _OneGenerator()
 
 
-def _let_gloo_split_unevenly() -> None:
-    """Gather and reduce-scatter parts of different sizes, which NCCL can and gloo cannot: padded to the largest."""
+def _support_uneven_splits() -> None:
+    """Gather and reduce-scatter parts of different sizes, unsupported by gloo: pad to the largest."""
     from megatron.core.tensor_parallel import mappings
 
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
@@ -187,7 +187,7 @@ def _let_gloo_split_unevenly() -> None:
 
 
 def _import_without_compiling() -> Any:
-    """Import megatron with `torch.compile` as the identity: its fusers would need a C++ compiler and minutes."""
+    """Import megatron with `torch.compile` as the identity: its fusers need a C++ compiler and minutes."""
     original = torch.compile
     torch.compile = lambda function=None, **kwargs: function if function is not None else (lambda f: f)  # type: ignore[assignment]
     try:
@@ -198,10 +198,10 @@ def _import_without_compiling() -> Any:
     return random
 
 
-def _mend_without_transformer_engine() -> None:
-    """What megatron-core 0.16.1 gets wrong where TransformerEngine is not installed.
+def _fix_without_transformer_engine() -> None:
+    """Fix two faults of megatron-core 0.16.1 without TransformerEngine.
 
-    It leaves a name undefined that every MoE router reads, and latent attention takes its stand-in for the real thing.
+    A name read by every MoE router is undefined, and latent attention takes its substitute for the real library.
     """
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.multi_latent_attention as multi_latent_attention

@@ -16,7 +16,7 @@ from roll_r3.config.pipeline import RewardConfig
 from roll_r3.config.rules.data import BUILT_IN_REWARDS, FUNCTION
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.faults import Faults
-from roll_r3.data.rows import look_at_rows
+from roll_r3.data.rows import validate_rows
 from roll_r3.errors import CheckpointError
 from roll_r3.rewards.calls import CallError, call_of
 from roll_r3.saving.manifest import MARKER
@@ -27,7 +27,7 @@ from roll_r3.saving.store import CHECKPOINTS, Store
 def data_problems(args: DataArgs) -> Iterator[str]:
     """Problems of the sources of prompts, as far as reading for seconds tells."""
     faults = Faults()
-    look_at_rows(args, faults)
+    validate_rows(args, faults)
     yield from faults.lines()
 
 

@@ -1,4 +1,4 @@
-"""Limits of processor time and memory around code of others that Python runs in this process, in its main thread."""
+"""Limits of processor time and memory for foreign code in the main thread of this process."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_AGAIN_S = 0.1
-"""A limit that was passed is raised again after so much more time, should code on the way have swallowed it."""
+_REPEAT_S = 0.1
+"""Interval of raising the time limit again, in case the code swallowed the exception."""
 _KILL_AFTER_S = 1
-"""Seconds past the limit at which the kernel kills the process: code in C need not look at signals."""
+"""Seconds past the limit until the kernel kills the process, as C code may ignore Python's signals."""
 
 
 @contextmanager
-def limits(seconds: float, memory: int, passed: type[BaseException]) -> Iterator[None]:
-    """Bound what the block may use. Code that does not return to Python is killed with this process (SIGXCPU).
+def limits(seconds: float, memory: int, exceeded: type[BaseException]) -> Iterator[None]:
+    """Limit the resources of the block. If the block never returns to Python, the kernel kills the process (SIGXCPU).
 
     Args:
-        seconds: of this process's processor time, so that others on the machine do not count.
-        memory: bytes more than this process has now; past them MemoryError is raised (Linux).
-        passed: what is raised when the time has passed.
+        seconds: processor time of this process, independent of other load on the machine.
+        memory: bytes beyond the present use; MemoryError is raised past them (Linux).
+        exceeded: exception to raise after the time.
     """
     running = True
 
     def late(*_: Any) -> None:
         if running:
-            raise passed(f"took longer than {seconds:g} s")
+            raise exceeded(f"took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGPROF, late)
     kill_at = math.ceil(time.process_time() + seconds) + _KILL_AFTER_S
     with _soft(resource.RLIMIT_CPU, kill_at), _soft(resource.RLIMIT_DATA, _data_bytes() + memory):
-        signal.setitimer(signal.ITIMER_PROF, seconds, _AGAIN_S)
+        signal.setitimer(signal.ITIMER_PROF, seconds, _REPEAT_S)
         try:
             yield
         finally:
@@ -46,7 +46,7 @@ def limits(seconds: float, memory: int, passed: type[BaseException]) -> Iterator
 
 @contextmanager
 def _soft(which: int, value: int) -> Iterator[None]:
-    """A lower soft limit for the block's time."""
+    """Lower a soft limit for the block."""
     soft, hard = resource.getrlimit(which)
     allowed = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(which, (min([value, *allowed]), hard))
@@ -57,7 +57,7 @@ def _soft(which: int, value: int) -> Iterator[None]:
 
 
 def _data_bytes() -> int:
-    """Bytes of this process that count for RLIMIT_DATA; elsewhere than on Linux 0."""
+    """Return the bytes of this process counted by RLIMIT_DATA; 0 on systems other than Linux."""
     with suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     return 0

@@ -1,8 +1,7 @@
-"""The processes that run reward rules: whose turn it is, and what came back.
+"""Pool of processes for reward rules.
 
-A user's rule may do anything: loop for ever, crash its interpreter, start programs. So it runs in a process that can be
-killed, with the process group that it started, and replaced. Each process has one response at a time, which is what
-makes the time limit that of a response, and bounds what is under way.
+A user's rule may loop forever, crash its interpreter or start programs. So it runs in a process that can be killed with
+its process group, and restarted. A process handles one response at a time, so that the time limit is per response.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from roll_r3.rewards.rules import Rule
 
 
 class RewardProcesses:
-    """A fixed number of processes. The thread that uses it should live as long: the kernel kills its children."""
+    """Fixed number of processes. Their starting thread must outlive them: the kernel kills its children with it."""
 
     def __init__(self, rules: Sequence[Rule], size: int, log_dir: Path) -> None:
-        """Nothing is started yet."""
+        """Prepare the processes without starting them."""
         first_calls: dict[int, float] = {}
         self._processes = [
             Process(number, list(rules), log_dir / f"rewards-{number}.log", first_calls) for number in range(size)
@@ -34,34 +33,34 @@ class RewardProcesses:
             process.start()
 
     def close(self) -> None:
-        """Kill them, with the process groups that they started."""
+        """Kill the processes with their process groups."""
         for process in self._processes:
             process.kill()
 
     def wait_until_ready(self) -> None:
-        """Until every process has imported every rule.
+        """Wait until every process has imported every rule.
 
         Raises:
-            ConfigError: one could not, or a rule cannot be called with its kwargs and what is offered.
+            ConfigError: an import failed, or a rule cannot be called with its kwargs and the offered values.
         """
         while starting := [process for process in self._processes if not process.ready]:
             self._wait(starting)
             for process in starting:
-                process.look()
+                process.poll()
 
     def score(self, tasks: Sequence[Task], max_failures: int) -> list[Answer]:
-        """The answer to every task, in their order; it ends early when more than `max_failures` have no score.
+        """Return the answers to all tasks, in their order.
 
-        A rule that raises, takes longer than its `timeout`, kills its process, or returns what is no finite number
-        gives a `Failure`; a judge gives `Undecided` in the place of most of these.
+        A rule gives a `Failure` if it raises, exceeds its `timeout`, kills its process or returns no finite number.
+        A judge gives `Undecided` for most of these.
 
         Raises:
-            RollError: a process that had to be replaced could not import the rules again.
-            TooManyFailuresError: what it says.
+            RollError: a restarted process could not import the rules again.
+            TooManyFailuresError: more than `max_failures` responses have no score; raised early.
         """
         try:
             return self._score(tasks, max_failures)
-        except BaseException:  # a signal's too: whoever comes next must not get this one's answers
+        except BaseException:  # including signals: the next call must not receive answers of this one
             for process in self._processes:
                 if process.task is not None:
                     process.restart()
@@ -77,7 +76,7 @@ class RewardProcesses:
                     waiting.popleft()
             self._wait([p for p in self._processes if p.task is not None or (waiting and not p.ready)])
             for process in self._processes:
-                index, answer = process.task, process.look()
+                index, answer = process.task, process.poll()
                 if answer is None:
                     continue
                 assert index is not None
@@ -89,19 +88,19 @@ class RewardProcesses:
         return [answer for answer in answers if answer is not None]
 
     def _wait(self, processes: Sequence[Process]) -> None:
-        """Until one of them has something to say, or a time limit or a look at their lives is due."""
+        """Wait for a message, the next deadline, or the next poll."""
         now = time.monotonic()
         limit = min((process.deadline - now for process in processes), default=0.0)
         wait([process.pipe for process in processes], max(0.0, min(limit, POLL_S)))
 
 
 class TooManyFailuresError(RollError):
-    """`score` ended early."""
+    """Error: too many responses without a score."""
 
     def __init__(self, failures: dict[int, Failure]) -> None:
         """
         Args:
-            failures: by the index of their task.
+            failures: index of the task -> failure.
         """
         super().__init__(f"{len(failures)} responses have no reward")
         self.failures = failures

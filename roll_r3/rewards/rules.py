@@ -1,7 +1,7 @@
-"""Rules that decide a response's reward: built in by name, or `package.module:function` of the user's own.
+"""Reward rules: built-in ones by name, and `package.module:function` of the user.
 
-A rule is called in a process of `roll_r3.rewards.worker`, with what it asks for (see `roll_r3.rewards.calls`) and its
-kwargs. This module is imported there, and imports nothing heavy.
+A rule is called in a process of `roll_r3.rewards.worker` with its requested values (see `roll_r3.rewards.calls`) and
+kwargs. This module is imported there, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,37 +17,40 @@ from roll_r3.errors import ConfigError
 from roll_r3.rewards.calls import Call, CallError, call_of
 
 BUILT_IN = {"exact_match": "roll_r3.rewards.rules:exact_match", "math": "roll_r3.rewards.math_rule:math"}
-"""Name -> `package.module:function`."""
+"""Name of a built-in rule -> `package.module:function`."""
 TRUTH_CHECKS = {"math": "roll_r3.rewards.math_rule:can_be_matched"}
-"""Built-in name -> the rule that scores a ground truth 1 if some response can match it, else 0."""
+"""Name of a built-in rule -> rule returning 1 for a ground truth that a response can match, else 0."""
 
 
 class Undecided(BaseException):
-    """A judge gave up on a response, which scores 0. No `except Exception` of a library on the way may swallow it."""
+    """Raised by a judge that cannot decide: the response scores 0.
+
+    A BaseException, so that no `except Exception` in a library swallows it.
+    """
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a process needs to know of one entry of `rewards`."""
+    """Entry of `rewards`, as sent to the processes."""
 
     name: str
-    """Its key there."""
+    """Key in `rewards`."""
     reward: str
     """Built-in name or `package.module:function`."""
     kwargs: Mapping[str, Any]
     timeout: float
-    """Seconds for one response, after which its process is killed."""
+    """Seconds per response; the process is killed past them."""
     judge: bool = False
-    """A response that is the end of its process, in whatever way, scores 0: no failure, since the rule is our own."""
+    """True for built-in judges: a response that ends the process scores 0 instead of failing."""
 
     def __str__(self) -> str:
         return f"rewards.{self.name} ({self.reward})"
 
     def find(self) -> Callable[..., Any]:
-        """Import the function. Whatever the module itself raises comes through.
+        """Import the function. Errors raised by the module itself are passed on.
 
         Raises:
-            ConfigError: there is no such module or function.
+            ConfigError: no such module or function.
         """
         field = f"rewards.{self.name}.reward"
         module, colon, attribute = BUILT_IN.get(self.reward, self.reward).partition(":")
@@ -62,14 +65,14 @@ class Rule:
         return function  # type: ignore[no-any-return]
 
     def call_of(self, function: Callable[..., Any]) -> Call:
-        """Call of the function.
+        """Return the call of the function.
 
         Raises:
-            ConfigError: it cannot be called with what is offered and its kwargs.
+            ConfigError: it cannot be called with the offered values and its kwargs.
         """
         try:
             signature = inspect.signature(function)
-        except (TypeError, ValueError):  # some that are written in C have none
+        except (TypeError, ValueError):  # some functions in C have none
             signature = None
         try:
             return call_of(signature, self.kwargs)
@@ -80,19 +83,19 @@ class Rule:
 
 
 def exact_match(response: str, ground_truth: str) -> float:
-    """1 if the response is the ground truth, white space at both ends aside; else 0."""
+    """Return 1 if the response equals the ground truth, ignoring white space at both ends, else 0."""
     return float(response.strip() == ground_truth.strip())
 
 
 def as_score(value: object) -> float:
-    """What a rule returned, as a float.
+    """Convert a rule's return value to a float.
 
     Raises:
-        ValueError: it is no number (text that looks like one is none), or not finite.
+        ValueError: the value is not a number (text never is), or not finite.
     """
     if not hasattr(type(value), "__float__"):
-        raise ValueError(f"returned {'None' if value is None else f'a {type(value).__name__}'}, which is no number")
+        raise ValueError(f"must return a number, returned {'None' if value is None else f'a {type(value).__name__}'}")
     score = float(value)  # type: ignore[arg-type]
     if not math.isfinite(score):
-        raise ValueError(f"returned {score}")
+        raise ValueError(f"must return a finite number, returned {score}")
     return score

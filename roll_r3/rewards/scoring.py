@@ -1,4 +1,4 @@
-"""The rewards of a run: which rule scores a response, and what becomes of those that it does not score."""
+"""Rewards of a run: choice of the rule for each response, and handling of failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from roll_r3.config.pipeline import RewardConfig, RLVRConfig
+from roll_r3.config.pipeline import RewardConfig
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.rewards.calls import Response
 from roll_r3.rewards.process import Failure, Task, Undecided
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 _SHOWN_REASONS = 3
 _SHOWN_DOMAINS = 8
 _NO_DOMAIN = "default"
-"""Domain of all rows where the data has no column for it."""
+"""Domain of all rows if the data has no domain column."""
 _SHOWN_RESPONSE, _SHOWN_TRUTH = 200, 100
 _JUDGE_GRACE_S = 60.0
-"""Seconds past the limit of `math`, which is of processor time, at which its process is killed all the same."""
+"""Seconds of wall time beyond the limit of `math`, which counts processor time, until its process is killed."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of a step's responses, in their order."""
+    """Scores of a step's responses, in their order."""
 
     scores: list[float | None]
-    """None: the rule failed, so the response takes no part in the step."""
+    """None: the rule failed, and the response is left out of the step."""
     why: str
-    """In a few words, of those that have none; empty where all have one."""
+    """Reasons for missing scores; empty if there are none."""
     undecided: int = 0
-    """Responses among them that score 0 because a judge gave up on them."""
+    """Number of responses scored 0 because a judge could not decide."""
 
     @property
     def failed(self) -> int:
@@ -46,23 +46,26 @@ class Scores:
 
 
 class Rewards:
-    """The rules of a run, each for its domains, and the processes that run them."""
+    """Rules of a run with their domains, and the processes for them."""
 
-    def __init__(self, config: RLVRConfig, log_dir: Path) -> None:
-        """Nothing is started yet.
+    def __init__(self, rewards: Mapping[str, RewardConfig], workers: int, max_failed: float, log_dir: Path) -> None:
+        """Prepare the rules without starting a process.
 
         Args:
-            log_dir: what rules print goes to rewards-<number>.log there.
+            rewards: rules by name.
+            workers: number of processes.
+            max_failed: share of a step's responses that may have no reward.
+            log_dir: directory of rewards-<number>.log, the output of the rules.
 
         Raises:
-            ConfigError: a domain that two rules claim.
+            ConfigError: two rules for one domain.
         """
-        self._rules = [_rule(name, reward) for name, reward in config.rewards.items()]
-        self._skips_special = [reward.skip_special_tokens for reward in config.rewards.values()]
+        self._rules = [_rule(name, reward) for name, reward in rewards.items()]
+        self._skips_special = [reward.skip_special_tokens for reward in rewards.values()]
         self._by_domain: dict[str, int] = {}
         self._default: int | None = None
-        self._max_failed = config.max_failed_rewards
-        for index, (name, reward) in enumerate(config.rewards.items()):
+        self._max_failed = max_failed
+        for index, (name, reward) in enumerate(rewards.items()):
             for domain in reward.tag_included:
                 if domain in self._by_domain:
                     raise ConfigError(f"rewards.{name}.tag_included: domain {domain!r} has two reward rules")
@@ -76,7 +79,7 @@ class Rewards:
                 self._default = index
         self._truth_checks = check_rules(self._rules)
         rules = [*self._rules, *self._truth_checks.values()]
-        self._processes = RewardProcesses(rules, config.reward_workers, log_dir)
+        self._processes = RewardProcesses(rules, workers, log_dir)
 
     def __enter__(self) -> Self:
         """Start the processes, without waiting for them."""
@@ -89,16 +92,16 @@ class Rewards:
         self._processes.close()
 
     def check_domains(self, domains: set[str]) -> None:
-        """Raises ConfigError when a domain of the data has no rule."""
+        """Raise ConfigError if a domain of the data has no rule."""
         lost = sorted(d for d in domains if d not in self._by_domain) if self._default is None else []
         if lost:
             raise ConfigError(f"rewards: no rule scores the domains {', '.join(lost)}; name them in a tag_included")
 
     def shares(self, domains: Mapping[str, int]) -> str:
-        """A line that says which rule scores how many prompts of which domains.
+        """Describe each rule's prompts and domains in one line.
 
         Args:
-            domains: prompts of each, all of which `check_domains` accepts.
+            domains: domain -> number of prompts; accepted by `check_domains`.
         """
         parts = []
         for index, rule in enumerate(self._rules):
@@ -106,7 +109,7 @@ class Rewards:
             rest = {domain: number for domain, number in of.items() if domain not in self._by_domain}
             detail = [_listed({domain: number for domain, number in of.items() if domain in self._by_domain})]
             if set(domains) != {_NO_DOMAIN}:
-                detail.append(f"named by no rule: {_listed(rest)}" if rest else "")
+                detail.append(f"without a rule of their own: {_listed(rest)}" if rest else "")
             shown = "; ".join(filter(None, detail))
             parts.append(
                 f"{rule.name} ({rule.reward}) scores {sum(of.values()):,} prompts" + (f" [{shown}]" if shown else "")
@@ -114,11 +117,15 @@ class Rewards:
         return f"rewards: {', '.join(parts)}"
 
     def wait_until_ready(self) -> None:
-        """Until every process has imported every rule. Raises ConfigError when one could not, or cannot be called."""
+        """Wait until every process has imported every rule.
+
+        Raises:
+            ConfigError: an import failed, or a rule cannot be called.
+        """
         self._processes.wait_until_ready()
 
     def check_truths(self, truths: Iterable[Truth]) -> None:
-        """Raises ConfigError when no response whatever could match a ground truth, in the rule of its domain."""
+        """Raise ConfigError if no response can match some ground truth under the rule of its domain."""
         by_rule = defaultdict(list)
         for truth in truths:
             by_rule[self._rule_of(truth.domain)].append(truth)
@@ -128,14 +135,14 @@ class Rewards:
         )
 
     def skips_special_tokens(self, domain: str) -> bool:
-        """True if the rule of a domain reads responses without special tokens."""
+        """Return True if the rule of a domain reads responses without special tokens."""
         return self._skips_special[self._rule_of(domain)]
 
     def score(self, responses: Sequence[Response]) -> Scores:
-        """The reward of each response; each failure is in this process's log.
+        """Return the reward of each response, and log each failure.
 
         Raises:
-            RollError: more than `max_failed_rewards` of the responses have none; with the reasons.
+            RollError: more than `max_failed_rewards` of the responses failed; with the reasons.
         """
         tasks = [Task(self._rule_of(response.domain), response) for response in responses]
         try:
@@ -143,9 +150,9 @@ class Rewards:
         except TooManyFailuresError as error:
             self._log(responses, error.failures)
             raise RollError(
-                f"{len(error.failures)} of the step's {len(tasks)} responses have no reward, which is more than "
-                f"max_failed_rewards {self._max_failed:g} allows: {self._summary(responses, error.failures)}. Mend the "
-                "rule; what it printed is in logs/rewards-*.log, the responses are in logs/driver.log"
+                f"{len(error.failures)} of the step's {len(tasks)} responses have no reward, more than "
+                f"max_failed_rewards {self._max_failed:g} allows: {self._summary(responses, error.failures)}. Fix the "
+                "rule; its output is in logs/rewards-*.log, the responses are in logs/driver.log"
             ) from error
         failures = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Failure)}
         undecided = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Undecided)}
@@ -170,11 +177,11 @@ class Rewards:
                 answer.reason,
                 response.response[:_SHOWN_RESPONSE],
                 response.ground_truth[:_SHOWN_TRUTH],
-                ", which scores 0" if isinstance(answer, Undecided) else "",
+                "; it scores 0" if isinstance(answer, Undecided) else "",
             )
 
     def _summary(self, responses: Sequence[Response], failures: Mapping[int, Failure]) -> str:
-        """The most frequent reasons."""
+        """Summarise the most frequent reasons."""
         counts = Counter(
             f"{self._rules[self._rule_of(responses[index].domain)]} {failure.reason}"
             for index, failure in sorted(failures.items())
@@ -192,7 +199,7 @@ def _rule(name: str, reward: RewardConfig) -> Rule:
 
 
 def _listed(domains: Mapping[str, int]) -> str:
-    """Domains and their prompts, the largest first."""
+    """Format domains with their number of prompts, the largest first."""
     shown = [f"{domain} {number:,}" for domain, number in Counter(domains).most_common(_SHOWN_DOMAINS)]
     more = [f"{len(domains) - len(shown)} more"] if len(domains) > len(shown) else []
     return ", ".join(shown + more)

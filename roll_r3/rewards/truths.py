@@ -1,4 +1,4 @@
-"""Ground truths that no response can match: found before the first step, in the processes that judge later."""
+"""Check for ground truths without a matching response, made before the first step in the reward processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN_TRUTH = 60
 
 @dataclass(frozen=True)
 class Truth:
-    """The ground truth of a row."""
+    """Ground truth of a row."""
 
     prompt_id: str
     domain: str
@@ -29,56 +29,56 @@ class Truth:
 
 
 def check_rules(rules: Sequence[Rule]) -> dict[int, Rule]:
-    """Index of a rule -> the rule that tells which ground truths it can match, where there is one."""
+    """Return index of a rule -> rule for checking its ground truths, where one exists."""
     checked = {i: rule for i, rule in enumerate(rules) if rule.reward in TRUTH_CHECKS}
     return {i: replace(rule, reward=TRUTH_CHECKS[rule.reward]) for i, rule in checked.items()}
 
 
 def check_truths(processes: RewardProcesses, rules: Sequence[tuple[Rule, int, Sequence[Truth]]]) -> None:
-    """Look at every ground truth once.
+    """Check every ground truth once.
 
     Args:
-        rules: each with the number of its check among the rules of `processes`, and the truths that it judges.
+        rules: (rule, index of its check among the rules of `processes`, its ground truths).
 
     Raises:
-        ConfigError: some cannot be matched; each is in the log.
+        ConfigError: some cannot be matched; the log has all of them.
     """
-    tasks = {(check, truth.text): Task(check, _unanswered(truth)) for _, check, truths in rules for truth in truths}
+    tasks = {(check, truth.text): Task(check, _empty_response(truth)) for _, check, truths in rules for truth in truths}
     answers = dict(zip(tasks, processes.score(list(tasks.values()), len(tasks)), strict=True))
     problems = []
     for rule, check, truths in rules:
-        lost = [(truth, why) for truth in truths if (why := _why_not(answers[check, truth.text]))]
+        lost = [(truth, why) for truth in truths if (why := _reason_unmatched(answers[check, truth.text]))]
         for truth, why in lost:
-            logger.warning("%s: ground truth %r of row %s can never be matched: it %s", rule, *_told(truth), why)
+            logger.warning("%s: ground truth %r of row %s can never be matched: %s", rule, *_printable(truth), why)
         if lost:
             problems.append(_message(rule, lost, len(truths)))
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _unanswered(truth: Truth) -> Response:
+def _empty_response(truth: Truth) -> Response:
     return Response("", truth.text, truth.domain, "", (), {}, "stop", 0)
 
 
-def _why_not(answer: Answer) -> str:
-    """Reason why nothing matches; empty if something does."""
+def _reason_unmatched(answer: Answer) -> str:
+    """Return the reason why nothing matches; empty if a response can match."""
     if isinstance(answer, Undecided | Failure):
         return answer.reason
-    return "" if answer else "is nothing that math-verify can read"
+    return "" if answer else "cannot be parsed by math-verify"
 
 
-def _told(truth: Truth) -> tuple[str, str]:
+def _printable(truth: Truth) -> tuple[str, str]:
     return printable(truth.text)[:_SHOWN_TRUTH], printable(truth.prompt_id)
 
 
 def _message(rule: Rule, lost: Sequence[tuple[Truth, str]], of: int) -> str:
     shown = []
     for truth, why in lost[:_SHOWN]:
-        text, prompt_id = _told(truth)
+        text, prompt_id = _printable(truth)
         shown.append(f"{text!r} of row {prompt_id} {why}")
-    more = f", and {len(lost) - _SHOWN} more, which are in logs/driver.log" if len(lost) > _SHOWN else ""
+    more = f", and {len(lost) - _SHOWN} more, listed in logs/driver.log" if len(lost) > _SHOWN else ""
     return (
-        f"{rule}: {len(lost)} of {of} ground truths can never be matched, so that no response to their prompts gets a "
-        f"reward: {'; '.join(shown)}{more}. Correct these rows, take them out, or give them a domain of their own with "
+        f"{rule}: {len(lost)} of {of} ground truths can never be matched, so no response to their prompts gets a "
+        f"reward: {'; '.join(shown)}{more}. Correct or remove these rows, or give them a domain of their own with "
         "a rule that compares text (exact_match)"
     )

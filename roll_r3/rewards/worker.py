@@ -1,6 +1,6 @@
-"""A process that runs reward rules, one response at a time, as the one that started it says.
+"""Main program of a reward process: runs rules for its parent, one response at a time.
 
-What it prints goes where its output goes: a log of its own. Imports nothing heavy, so that it starts at once.
+Its output goes to a log of its own. It imports nothing heavy, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from roll_r3.rewards.calls import Call
 from roll_r3.rewards.rules import Rule, Undecided, as_score
 
 READY, REFUSED, SCORE, UNDECIDED, FAILED = "ready", "refused", "score", "undecided", "failed"
-"""Kinds of answer, each sent as JSON [number of the task, kind, value].
+"""Kinds of message, each sent as JSON [number of the task, kind, value].
 
-First [0, READY, [names that each rule asks for, ...]] or [0, REFUSED, [text, ...]]; then for each task SCORE with a
+First [0, READY, [names requested by each rule, ...]] or [0, REFUSED, [text, ...]]; then for each task SCORE with a
 number, UNDECIDED with a text, or FAILED with a text."""
 LONGEST_TEXT = 500
-"""Characters of an error that are told."""
+"""Maximum number of characters of a reported error."""
 
 _Found = tuple[Callable[..., Any], Call]
 
 
 def main() -> None:
-    """Arguments: the end of a pipe that is this process's own, and the process that started it."""
+    """Run the process.
+
+    Arguments of the command line: file descriptor of this process's pipe end, process id of the parent.
+    """
     pipe_end, parent = map(int, sys.argv[1:3])
     die_with_parent(parent)
     with suppress(OSError):  # where memory runs out, the kernel kills this process before the run's others
@@ -44,12 +47,12 @@ def main() -> None:
 
 
 def serve(pipe: Connection) -> None:
-    """Take rules, then (number, index of a rule, values that it asked for) after another, until the pipe closes."""
+    """Receive the rules, then (number, index of the rule, requested values) of each task until the pipe closes."""
     process = os.getpid()
 
     def answer(number: int, kind: str, value: Any) -> None:
         if os.getpid() != process:
-            _leave_copy()
+            _exit_fork()
         pipe.send_bytes(json.dumps([number, kind, value]).encode())
 
     rules: list[Rule] = pipe.recv()
@@ -57,7 +60,7 @@ def serve(pipe: Connection) -> None:
     if problems:
         answer(0, REFUSED, problems)
         return
-    answer(0, READY, [call.asked for _, call in found])
+    answer(0, READY, [call.requested for _, call in found])
     while True:
         try:
             number, index, values = pipe.recv()
@@ -68,7 +71,7 @@ def serve(pipe: Connection) -> None:
 
 
 def _import(rules: Sequence[Rule]) -> tuple[list[_Found], list[str]]:
-    """Every rule's function and its call; what is wrong with any of them."""
+    """Import every rule's function; returns functions with their calls, and problems."""
     found, problems = [], []
     for rule in rules:
         try:
@@ -78,16 +81,17 @@ def _import(rules: Sequence[Rule]) -> tuple[list[_Found], list[str]]:
             problems += str(error).splitlines()
         except BaseException as error:  # noqa: BLE001  a user's module may raise anything, SystemExit too
             traceback.print_exc()
-            problems.append(f"rewards: an import {_told(error)}")
+            problems.append(f"rewards: an import {_raised(error)}")
     return found, problems
 
 
 def _scored(
     function: Callable[..., Any], call: Call, values: Mapping[str, Any], process: int
 ) -> tuple[str, float | str]:
-    """
+    """Call the function for one response.
+
     Args:
-        process: this one; a copy of it that the function made ends here.
+        process: id of this process; a fork made by the function exits here.
     """
     try:
         value = call(function, values)
@@ -96,19 +100,19 @@ def _scored(
     except BaseException as error:  # noqa: BLE001  sys.exit() in a rule is its failure, not this process's end
         traceback.print_exc()
         if os.getpid() != process:
-            _leave_copy(error)
-        return FAILED, _told(error)
+            _exit_fork(error)
+        return FAILED, _raised(error)
     try:
         return SCORE, as_score(value)
     except Exception as error:  # noqa: BLE001  __float__ is the user's as well
-        return FAILED, _text(error) if isinstance(error, ValueError) else _told(error)
+        return FAILED, _text(error) if isinstance(error, ValueError) else _raised(error)
 
 
-def _leave_copy(error: BaseException | None = None) -> NoReturn:
-    """End a copy of this process that a rule made by fork and that came back from the rule: the pipe is not its own.
+def _exit_fork(error: BaseException | None = None) -> NoReturn:
+    """Exit a fork of this process that returned from the rule: the pipe belongs to the parent.
 
     Args:
-        error: what the rule raised in it, which decides its exit status as in any Python program.
+        error: error raised by the rule; it decides the exit status as in any Python program.
     """
     status: Any = 0
     if error is not None:
@@ -120,7 +124,7 @@ def _leave_copy(error: BaseException | None = None) -> NoReturn:
     os._exit(status or 0)
 
 
-def _told(error: BaseException) -> str:
+def _raised(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {_text(error)}"
 
 
@@ -128,4 +132,4 @@ def _text(error: BaseException) -> str:
     try:
         return str(error)[:LONGEST_TEXT]
     except Exception:  # noqa: BLE001  __str__ is the user's as well
-        return "(its text cannot be had)"
+        return "(its text is not available)"

@@ -1,1 +1,1 @@
-"""What a run saves: the directory of a checkpoint, what shows that it is whole, and what goes on from it."""
+"""Checkpoints on disk: their directories, the manifest with checksums, and the training state."""

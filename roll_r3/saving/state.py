@@ -1,4 +1,4 @@
-"""What the driver needs besides the trainer's tensors to go on with a run."""
+"""Training state of the driver, saved beside the trainer's tensors for resuming a run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from roll_r3.errors import CheckpointError, ConfigError
 
 STATE = "state.json"
 TRAINER, CONFIG, METRICS = "trainer", "config.yaml", "metrics.jsonl"
-"""What a checkpoint holds besides: the trainer's tensors, the resolved configuration, the metrics of all its steps."""
+"""Other entries of a checkpoint: the trainer's tensors, the resolved configuration, the metrics of all steps so far."""
 _MAX_BYTES = 16 << 20
 _MAX_DRAWN = 1 << 32
-"""Prompts that a run may have drawn: months at a thousand a second."""
+"""Maximum number of prompts drawn by a run: months at a thousand per second."""
 
 
 NonNegativeInt = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -31,37 +31,39 @@ class _Strict(BaseModel):
 
 
 class Data(_Strict):
-    """How far the run was in its data."""
+    """Place of a run in its data."""
 
     prompts: PositiveInt
-    """How many there are."""
+    """Number of prompts in the data."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of all of them, in the order in which they were read."""
+    """Fingerprint of all prompts, in the order of reading."""
     seed: NonNegativeInt
-    """What their order was drawn from."""
+    """Seed of the prompts' order."""
     drawn: tuple[tuple[PositiveInt, PositiveInt], ...]
-    """(batches, prompts of a batch) that were drawn, in this order."""
+    """(batches, prompts per batch) drawn so far, in this order."""
 
 
 class RunState(_Strict):
-    """Of a run, after a step. There are no statistics of rewards to keep, and no random state: what is random is drawn
-    from the seed and the number of the step."""
+    """State of a run after a step.
+
+    It has no random state, as all randomness derives from the seed and the step number, and no statistics of rewards.
+    """
 
     format: Literal[1] = 1
     step: PositiveInt
-    """Steps done, which is the version of the weights too."""
+    """Number of finished steps, equal to the version of the weights."""
     samples_seen: NonNegativeInt
     trainer: str
-    """Name of the strategy that wrote the tensors."""
+    """Name of the strategy of the saved tensors."""
     data: Data
 
     @model_validator(mode="after")
     def _drawn_in_steps(self) -> Self:
-        """Else what was drawn would be drawn again for as long as somebody wrote there."""
+        """Check the drawn batches against the steps; forged numbers could make resuming endless."""
         if (batches := sum(count for count, _ in self.data.drawn)) != self.step:
             raise ValueError(f"{batches} batches were drawn in {self.step} steps")
         if (prompts := sum(count * size for count, size in self.data.drawn)) > _MAX_DRAWN:
-            raise ValueError(f"{prompts} prompts were drawn, more than the {_MAX_DRAWN} that a run can draw")
+            raise ValueError(f"{prompts} prompts were drawn, more than the maximum of {_MAX_DRAWN}")
         return self
 
     def text(self) -> str:
@@ -69,50 +71,50 @@ class RunState(_Strict):
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """What a checkpoint says of its run.
+    """Read the training state of a checkpoint.
 
     Raises:
-        CheckpointError: nothing that can be read.
+        CheckpointError: the state is missing or invalid.
     """
     path = checkpoint / STATE
     try:
         return RunState.model_validate_json(read_at_most(path, _MAX_BYTES))
     except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{path} does not say how far the run was: {readable(error)}") from error
+        raise CheckpointError(f"{path} is not a valid training state: {readable(error)}") from error
 
 
 def fingerprint(rows: Sequence[tuple[object, ...]]) -> str:
-    """SHA-256 of what JSON can say, in order."""
+    """Return the SHA-256 of JSON values, in order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
 
 
-def check_goes_on(state: RunState, *, trainer: str, data: Data) -> None:
-    """Whether a run can go on from a checkpoint.
+def check_resumable(state: RunState, *, trainer: str, data: Data) -> None:
+    """Check that a run can resume from a checkpoint.
 
     Args:
         trainer: strategy of this run.
-        data: of this run; what was drawn does not matter.
+        data: data of this run; `drawn` is ignored.
 
     Raises:
-        ConfigError: it cannot; with every reason.
+        ConfigError: it cannot; with all reasons.
     """
     problems = []
     if state.trainer != trainer:
         problems.append(
-            f"its tensors are {state.trainer}'s, which {trainer} cannot read: train with {state.trainer}, or start "
+            f"{trainer} cannot read its tensors, written by {state.trainer}: train with {state.trainer}, or start "
             "from its weights (python -m roll_r3.export makes a pretrain of them)"
         )
     if (state.data.prompts, state.data.sha256) != (data.prompts, data.sha256):
         problems.append(
-            f"its place is in other data: of {state.data.prompts} prompts, now of {data.prompts} or with other tokens, "
-            "answers, domains or order. Give it the data it had, or start from its weights"
+            f"it was trained on other data: {state.data.prompts} prompts, now {data.prompts}, or other tokens, "
+            "answers, domains or order. Use the same data, or start from its weights"
         )
     if state.data.seed != data.seed:
         problems.append(
-            f"its prompts are in the order of seed {state.data.seed}, not {data.seed}: write seed: {state.data.seed}"
+            f"its prompts are ordered by seed {state.data.seed}, not {data.seed}: write seed: {state.data.seed}"
         )
     if problems:
-        raise ConfigError(f"the run cannot go on from step {state.step}: " + "; ".join(problems))
+        raise ConfigError(f"cannot resume from step {state.step}: " + "; ".join(problems))

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run are: <run>/checkpoints/step-00000010, one directory a step."""
+"""Directories of a run's checkpoints: <run>/checkpoints/step-00000010, one per saved step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from roll_r3.saving.manifest import FileSum, seal, sync_directory, verify, write
 
 CHECKPOINTS, EXPORTS = "checkpoints", "hf"
 _ORDER, _MAX_ORDER = ".order", 16
-"""In a run's directory: a file with its number among those of its experiment."""
+"""File in a run's directory with its number among the runs of its experiment, and the file's maximum size."""
 _STEP = re.compile(r"step-(\d{8,})")
 _RUN = re.compile(r"(\d{8})-(\d{6})(?:-(\d+))?")
-"""The name that a run gives itself. A copy that somebody made of one has another, and is none to go on in."""
+"""Directory name of a run. Copies with other names are never resumed."""
 
 
 class Store:
-    """Directories that appear when all of them is there, and under one name each.
+    """Directory of checkpoints; each appears under its name only when complete.
 
-    What is being written has a name that begins with a dot, and so has what is being removed: either may stay behind
-    when the process dies, and is removed by the next that writes here.
+    While a checkpoint is written or removed, its name begins with a dot. A killed process may leave such a directory;
+    the next save removes it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class Store:
         return self.folder / f".{self.path(step).name}.partial"
 
     def steps(self) -> list[int]:
-        """Those that have a directory, in order."""
+        """Return the saved steps, in order."""
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:
@@ -46,10 +46,10 @@ class Store:
         return sorted(int(found[1]) for name in names if (found := _STEP.fullmatch(name)))
 
     def try_out(self) -> None:
-        """Save a few bytes as a checkpoint is saved, and remove them.
+        """Save and remove a few bytes in the way of a checkpoint, to test the disk.
 
         Raises:
-            OSError: the disk does not let that be done.
+            OSError: the disk does not allow it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         partial, done = self.folder / ".trial.partial", self.folder / ".trial"
@@ -66,14 +66,14 @@ class Store:
                 shutil.rmtree(left, ignore_errors=True)
 
     def begin(self, step: int) -> Path:
-        """An empty directory to write into; `finish` gives it its name.
+        """Make an empty directory to write into; `finish` gives it its name.
 
         Raises:
-            CheckpointError: there is one of this step already.
-            OSError: it cannot be made.
+            CheckpointError: the step is saved already.
+            OSError: the directory cannot be made.
         """
         if self.path(step).exists():
-            raise CheckpointError(f"{self.path(step)} is there already")
+            raise CheckpointError(f"{self.path(step)} exists already")
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -82,32 +82,35 @@ class Store:
         return partial
 
     def seal(self, step: int, sums: Mapping[str, FileSum]) -> None:
-        """Say of what was written that it is whole (see `manifest.seal`)."""
+        """Seal the written directory (see `manifest.seal`)."""
         seal(self._partial(step), sums)
 
     def finish(self, step: int) -> Path:
-        """Give what was written its name."""
+        """Give the written directory its name."""
         os.rename(self._partial(step), self.path(step))
         sync_directory(self.folder)
         return self.path(step)
 
     def abandon(self, step: int) -> None:
-        """Remove what was written; never raises."""
+        """Remove the unfinished directory; never raises."""
         shutil.rmtree(self._partial(step), ignore_errors=True)
 
     def keep(self, newest: int) -> None:
-        """Remove all but so many of the newest; 0: remove none.
+        """Remove all but the newest checkpoints.
+
+        Args:
+            newest: number to keep; 0: all.
 
         Raises:
-            OSError: one cannot be removed. It has lost its name by then.
+            OSError: a checkpoint cannot be removed. It is already renamed by then.
         """
         for step in self.steps()[:-newest] if newest else []:
             self._remove(step)
 
     def set_aside_after(self, step: int, suffix: str) -> list[Path]:
-        """Rename what belongs to later steps, so that they can be saved anew; where it is now.
+        """Rename the checkpoints of later steps, so that these steps can be saved again; returns the new paths.
 
-        What was set aside before stays: the name gets a number then.
+        Earlier renamed checkpoints stay: the new name gets a number.
         """
         moved = []
         for later in [s for s in self.steps() if s > step]:
@@ -119,17 +122,17 @@ class Store:
 
     def _remove(self, step: int) -> None:
         hidden = self.folder / f".{self.path(step).name}.removed"
-        os.rename(self.path(step), hidden)  # what is half removed must not look like a checkpoint
+        os.rename(self.path(step), hidden)  # a partly removed checkpoint must not look like a complete one
         shutil.rmtree(hidden)
 
-    def newest_whole(self, say: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that is as it was saved; None: there is no checkpoint.
+    def newest_intact(self, say: Callable[[str], None]) -> Path | None:
+        """Return the newest intact checkpoint; None if there are no checkpoints.
 
         Args:
-            say: is told of each newer one, and what is wrong with it.
+            say: receives a message for each newer, damaged checkpoint.
 
         Raises:
-            CheckpointError: there are checkpoints, and every one of them is damaged.
+            CheckpointError: all checkpoints are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -145,10 +148,10 @@ class Store:
 
 
 def newest_run(experiment: Path) -> str | None:
-    """Name of the newest run of an experiment that has a checkpoint: that begun, or gone on with, last.
+    """Return the name of the run with a checkpoint that was started or resumed last.
 
     Args:
-        experiment: the directory with the runs' checkpoints.
+        experiment: directory of the runs' checkpoints.
     """
     try:
         names = [entry.name for entry in os.scandir(experiment) if entry.is_dir(follow_symlinks=False)]
@@ -161,7 +164,7 @@ def newest_run(experiment: Path) -> str | None:
 
 
 def runs_saved(experiment: Path) -> list[str]:
-    """Names of the directories of an experiment that hold checkpoints."""
+    """Return the names of an experiment's directories with checkpoints."""
     return sorted(
         entry.name
         for entry in os.scandir(experiment)
@@ -170,10 +173,10 @@ def runs_saved(experiment: Path) -> list[str]:
 
 
 def mark_newest(run: Path) -> None:
-    """Number a run that begins, or goes on, higher than all others of its experiment: clocks and time zones change.
+    """Give a started or resumed run the highest number of its experiment, as clocks and time zones change.
 
     Args:
-        run: its directory, which nobody else writes in.
+        run: directory of the run, locked by this process.
     """
     others = [Path(entry.path) for entry in os.scandir(run.parent) if entry.is_dir(follow_symlinks=False)]
     highest = max((_order(other) for other in others if other != run), default=0)
@@ -184,7 +187,7 @@ def mark_newest(run: Path) -> None:
 
 
 def _order(run: Path) -> int:
-    """0: it has no number, as those of earlier releases."""
+    """Return the number of a run; 0 without one, as in earlier releases."""
     try:
         text = read_at_most(run / _ORDER, _MAX_ORDER).decode().strip()
     except (OSError, ValueError):

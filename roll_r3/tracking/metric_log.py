@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard when asked for."""
+"""Log of metrics: always metrics.jsonl, and TensorBoard if configured."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from roll_r3.tracking.run_dir import RunDir
 
 
 class MetricLog:
-    """Writes one set of metrics a step, and keeps of them what the summary at the end needs.
+    """Writer of one set of metrics per step. Keeps the metrics of the final summary.
 
-    Where the run has metrics already it goes on behind them.
+    A resumed run appends to its metrics.
     """
 
     def __init__(self, run_dir: RunDir, trackers: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ class MetricLog:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  seconds to import
 
             is_new = not run_dir.tensorboard_dir.is_dir()
-            # a board that is there has these steps, and may have later ones, which are done anew
+            # an existing board has these steps, and may have later ones, which will be repeated
             purge = None if is_new else max(earlier, default=0) + 1
             self._board = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=purge)
             if is_new:
@@ -50,21 +50,21 @@ class MetricLog:
                 with naming(self._board_path):
                     self._board.close()
         except OSError:
-            if error is None:  # else it has been told: a disk that is full is full twice
+            if error is None:  # otherwise a full disk would be reported twice
                 raise
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record step `step`.
+        """Record the metrics of a step.
 
         Raises:
-            KeyError: a name that `roll_r3.tracking.names` does not declare.
+            KeyError: a name is not declared in `roll_r3.tracking.names`.
         """
         unknown = sorted(set(metrics) - set(METRICS))
         if unknown:
-            raise KeyError(f"metrics that roll_r3.tracking.names does not declare: {', '.join(unknown)}")
+            raise KeyError(f"metrics not declared in roll_r3.tracking.names: {', '.join(unknown)}")
         row = {name: float(metrics[name]) for name in METRICS if name in metrics}
         self.history.append(summarised(row))
-        # JSON has no NaN or infinity: they are written as null, and TensorBoard shows them
+        # JSON has no NaN or infinity: written as null; TensorBoard shows them
         line = {"step": step} | {n: v if math.isfinite(v) else None for n, v in row.items()}
         with naming(self._path):
             self._file.write(json.dumps(line) + "\n")
@@ -80,7 +80,7 @@ class MetricLog:
 
 
 def _read(metrics: Path) -> dict[int, dict[str, float]]:
-    """Step -> what was written of it."""
+    """Read the metrics of each step."""
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
     rows = {}
     for line in lines:
@@ -90,5 +90,5 @@ def _read(metrics: Path) -> dict[int, dict[str, float]]:
 
 
 def last_step(metrics: Path) -> int:
-    """The last step that was written; 0: none."""
+    """Return the last written step; 0 if there is none."""
     return max(_read(metrics), default=0)

@@ -1,8 +1,8 @@
-"""Every metric there is: name, unit and meaning, in one place. `MetricLog` refuses a name that is not here.
+"""Table of all metrics with name, unit and meaning; `MetricLog` rejects other names.
 
-ROLL's names are the base. docs/metrics.md is generated from this table.
+Names follow ROLL's. docs/metrics.md is generated from this table:
 
-python -m roll_r3.tracking.names [--check]
+    python -m roll_r3.tracking.names [--check]
 """
 
 from __future__ import annotations
@@ -31,57 +31,51 @@ def _stats(prefix: str, unit: str, what: str) -> dict[str, Metric]:
 
 
 METRICS: dict[str, Metric] = {
-    **_stats("critic/score", "reward", "what the reward rules gave, over the step's samples"),
+    **_stats("critic/score", "reward", "score by the reward rules, over the step's samples"),
     **_stats(
         "critic/rewards",
         "1",
-        "a response's score as adv_estimator normalises it, less its KL penalty where add_token_level_kl is on",
+        "score normalised by adv_estimator, minus the KL penalty of add_token_level_kl",
     ),
-    **_stats("critic/advantages", "1", "the advantage of trained tokens"),
+    **_stats("critic/advantages", "1", "advantage, over trained tokens"),
     "critic/kl": Metric(
         "nats",
-        "mean over tokens of k3's KL(old policy || reference); not quite 0 in the first step under replay, since the "
-        "reference chooses its own experts",
+        "mean k3 estimate of KL(old policy || reference) over tokens; not exactly 0 in the first step under replay, as "
+        "the reference routes by itself",
     ),
-    "critic/kl_clamped": Metric("share", "tokens whose k3 was clamped in it: further than 2.6 nats below, or 11 above"),
+    "critic/kl_clamped": Metric("share", "tokens with clamped k3: over 2.6 nats below the reference, or 11 above"),
     "critic/kl_penalty": Metric("nats", "init_kl_coef x kl_penalty, summed over a response; mean over responses"),
-    "critic/kl_penalty_clamped": Metric("share", "tokens whose log ratio was clamped to +-20 in it"),
-    "critic/entropy/mean": Metric("nats", "mean entropy of the policy before the update, at trained tokens"),
+    "critic/kl_penalty_clamped": Metric("share", "tokens with log ratio clamped to +-20 in the penalty"),
+    "critic/entropy/mean": Metric("nats", "mean policy entropy before the update, over trained tokens"),
     "critic/old_log_prob/mean": Metric("nats", "mean log-probability of sampled tokens before the update"),
     "critic/ref_log_prob/mean": Metric("nats", "mean log-probability of sampled tokens under the reference"),
     **_stats("tokens/prompt_length", "tokens", "prompt length"),
-    **_stats("tokens/response_length", "tokens", "response length, end-of-sequence token included"),
-    "tokens/truncated_ratio": Metric("share", "samples that ended because response_length was reached"),
-    "actor/loss": Metric(
-        "1", "the loss that an optimizer step minimises, by loss_agg_mode; mean over optimizer steps that were made"
-    ),
-    "actor/pg_loss": Metric("1", "the policy-gradient term of actor/loss"),
-    "actor/kl_loss": Metric(
-        "nats", "the KL term of actor/loss before its coefficient: kl_estimator's, by loss_agg_mode"
-    ),
-    "actor/kl_clamped": Metric("share", "tokens whose estimate was clamped in it; they give it no gradient"),
-    "actor/entropy": Metric("nats", "entropy during the update, mean over trained tokens"),
+    **_stats("tokens/response_length", "tokens", "response length, including the end token"),
+    "tokens/truncated_ratio": Metric("share", "samples cut at response_length"),
+    "actor/loss": Metric("1", "minimised loss, aggregated by loss_agg_mode; mean over optimizer steps"),
+    "actor/pg_loss": Metric("1", "policy-gradient term of actor/loss"),
+    "actor/kl_loss": Metric("nats", "KL term of actor/loss before its coefficient, by kl_estimator and loss_agg_mode"),
+    "actor/kl_clamped": Metric("share", "tokens with a clamped estimate in the KL term, hence no gradient from it"),
+    "actor/entropy": Metric("nats", "mean entropy during the update, over trained tokens"),
     "actor/ratio_mean": Metric("1", "mean of policy / old policy"),
     "actor/ratio_max": Metric("1", "largest policy / old policy"),
     "actor/ratio_min": Metric("1", "smallest policy / old policy"),
     "actor/pg_clipfrac": Metric(
-        "share", "tokens whose policy gradient was cut: out of the clip range on the side that their advantage pulls to"
+        "share", "tokens without policy gradient: ratio outside the clip range in the direction of the advantage"
     ),
-    "actor/ppo_ratio_clipfrac": Metric("share", "tokens whose ratio is outside the clip range, on either side"),
-    "actor/ppo_ratio_high_clipfrac": Metric("share", "tokens whose ratio is above it"),
-    "actor/ppo_ratio_low_clipfrac": Metric("share", "tokens whose ratio is below it"),
+    "actor/ppo_ratio_clipfrac": Metric("share", "tokens with ratio outside the clip range"),
+    "actor/ppo_ratio_high_clipfrac": Metric("share", "tokens with ratio above the clip range"),
+    "actor/ppo_ratio_low_clipfrac": Metric("share", "tokens with ratio below the clip range"),
     "actor/approxkl": Metric("nats", "mean of (log ratio)^2 / 2"),
     "actor/policykl": Metric("nats", "mean of log old policy - log policy"),
     "actor/is_weight_mean": Metric("1", "mean truncated importance weight old policy / rollout"),
-    "actor/is_weight_clipfrac": Metric("share", "tokens whose weight was truncated"),
+    "actor/is_weight_clipfrac": Metric("share", "tokens with truncated weight"),
     "actor/lr": Metric("1", "learning rate of the last optimizer step"),
-    "actor_train/grad_norm": Metric(
-        "1", "global gradient norm before clipping, mean over optimizer steps that were made"
-    ),
-    "actor_train/optimizer_steps": Metric("steps", "optimizer steps that were made in this step"),
+    "actor_train/grad_norm": Metric("1", "global gradient norm before clipping, mean over optimizer steps"),
+    "actor_train/optimizer_steps": Metric("steps", "optimizer steps made"),
     "actor_train/skipped_steps": Metric(
         "steps",
-        "optimizer steps left out because their gradient or loss was not finite; actor/ and grad_norm leave them out",
+        "optimizer steps skipped for a non-finite gradient or loss; excluded from actor/ and grad_norm",
     ),
     "training/rollout_probs_diff_mean": Metric("probability", "mean |p_trainer - p_rollout| of sampled tokens"),
     "training/rollout_probs_diff_max": Metric("probability", "largest |p_trainer - p_rollout|"),
@@ -90,57 +84,53 @@ METRICS: dict[str, Metric] = {
     "actor/rollout_train_logprobs_abs_diff_max": Metric("nats", "largest |log p_trainer - log p_rollout|"),
     "rollout_corr/kl": Metric("nats", "k1 estimate of KL(rollout || trainer)"),
     "rollout_corr/k3_kl": Metric("nats", "k3 estimate of KL(rollout || trainer)"),
-    "rollout_corr/extreme_ratio_tau2": Metric("share", "tokens whose trainer / rollout ratio is above 2 or below 1/2"),
-    "router_replay/coverage": Metric("share", "(trained token, MoE layer) entries that the update replayed"),
+    "rollout_corr/extreme_ratio_tau2": Metric("share", "tokens with trainer / rollout ratio above 2 or below 1/2"),
+    "router_replay/coverage": Metric("share", "(trained token, MoE layer) entries replayed in the update"),
     "router_replay/agreement_native": Metric(
-        "share", "replayed (token, layer) entries where the live router would have chosen the same set of experts"
+        "share", "replayed (token, layer) entries with the same set of experts by the live router"
     ),
-    "router_replay/missing_rows": Metric("entries", "(token, layer) entries that the engine never saw"),
+    "router_replay/missing_rows": Metric("entries", "(token, layer) entries not seen by the engine"),
     "router_replay/padded_rows": Metric("entries", "(padding slot, layer) entries in the update"),
-    "router_replay/bytes_per_token": Metric("bytes", "bytes of routes held per token that has a row"),
-    "router_replay/time_share": Metric("share", "of the step's time, spent by the slowest rank on routes"),
+    "router_replay/bytes_per_token": Metric("bytes", "bytes of routes per token with a row"),
+    "router_replay/time_share": Metric("share", "step time spent on routes by the slowest rank"),
     "router_replay/audit_equal": Metric(
-        "share", "audited entries whose token went to exactly the recorded experts: must be 1"
+        "share", "audited entries dispatched to exactly the recorded experts; must be 1"
     ),
     "router_replay/audit_entries": Metric(
-        "entries", "(token, layer) entries whose dispatch was audited, a recomputation in backward counted again"
+        "entries", "audited (token, layer) entries; recomputation in backward counts again"
     ),
-    "rollout/dropped_samples": Metric("samples", "samples given up after their retries"),
-    "rollout/retries": Metric("requests", "requests that were sent again"),
-    "rollout/engine_restarts": Metric("restarts", "engines that were started again since the last step"),
-    "reward/failed": Metric("samples", "samples left out of the step, because their rule failed to give a reward"),
-    "reward/groups_without_signal": Metric(
-        "share", "groups whose samples all have the same score: they have no part in GRPO's gradient"
-    ),
-    "reward/groups_all_right": Metric("share", "such groups whose score is above 0"),
-    "reward/groups_all_wrong": Metric("share", "such groups whose score is 0 or less"),
+    "rollout/dropped_samples": Metric("samples", "samples dropped after all retries"),
+    "rollout/retries": Metric("requests", "retried requests"),
+    "rollout/engine_restarts": Metric("restarts", "engine restarts since the last step"),
+    "reward/failed": Metric("samples", "samples left out because their rule failed"),
+    "reward/groups_without_signal": Metric("share", "groups with equal scores, hence without GRPO gradient"),
+    "reward/groups_all_right": Metric("share", "such groups with score above 0"),
+    "reward/groups_all_wrong": Metric("share", "such groups with score 0 or less"),
     "reward/math_undecided": Metric(
         "samples",
-        "samples that `math` scored 0, because math-verify took too long or too much memory, or failed on them",
+        "samples scored 0 by `math` because math-verify failed, or exceeded its time or memory",
     ),
-    "time/step_total": Metric("s", "the whole step"),
+    "time/step_total": Metric("s", "whole step"),
     "time/step_generate": Metric("s", "rollout"),
     "time/step_reward": Metric("s", "rewards and advantages"),
     "time/step_reference": Metric("s", "reference log-probabilities"),
-    "time/step_old_log_probs": Metric("s", "old log-probabilities; about 0 where the update finds them"),
+    "time/step_old_log_probs": Metric("s", "old log-probabilities; about 0 if computed in the update"),
     "time/step_train": Metric("s", "optimizer steps"),
-    "time/step_model_update": Metric("s", "sending weights to the engines"),
-    "time/step_save": Metric(
-        "s", "waiting for checkpoints and exported weights since the step before; not within time/step_total"
-    ),
-    "system/global_step": Metric("steps", "this step, counted from 1"),
-    "system/samples": Metric("samples", "samples trained on since the run began"),
-    "system/tps": Metric("tokens/s", "tokens of the step, prompts included, over time/step_total"),
+    "time/step_model_update": Metric("s", "transfer of weights to the engines"),
+    "time/step_save": Metric("s", "waiting for checkpoints and exports since the last step; not in time/step_total"),
+    "system/global_step": Metric("steps", "step number, from 1"),
+    "system/samples": Metric("samples", "samples trained on since the start"),
+    "system/tps": Metric("tokens/s", "tokens of the step, including prompts, per second of time/step_total"),
 }
 
 
 def metrics_table() -> str:
-    """The whole page."""
+    """Render docs/metrics.md."""
     rows = [generated.table_row(f"`{name}`", metric.unit, metric.meaning) for name, metric in METRICS.items()]
     head = (
         "# Metrics\n\nGenerated by `python -m roll_r3.tracking.names`; do not edit.\n\n"
-        "Written to `metrics.jsonl` (one JSON object a step) and TensorBoard. A name is absent from a step in which it "
-        "has no meaning (no reference, no replay). What is not a finite number is `null` in `metrics.jsonl`.\n\n"
+        "Written to `metrics.jsonl` (one JSON object per step) and TensorBoard. A step omits names without a meaning "
+        "(no reference, no replay). Non-finite numbers are `null` in `metrics.jsonl`.\n\n"
         "| name | unit | meaning |\n| --- | --- | --- |\n"
     )
     return head + "\n".join(rows) + "\n"

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere."""
+"""Progress display of a run: one live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ SHOWN = {
 }
 """Heading -> metric, in the order of the columns."""
 _RECENT = 10
-"""Steps whose mean time says how much is left."""
+"""Number of recent steps averaged for the remaining time."""
 
 
 def format_seconds(seconds: float) -> str:
-    """95 -> "1:35", 3700 -> "1:01:40"."""
+    """Format a duration: 95 -> "1:35", 3700 -> "1:01:40"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class _Spectator:
-    """A stream whose reader may go away, as a terminal does whose connection ends, without harm to who writes."""
+class _LossyStream:
+    """Stream whose reader may disappear, such as a closed terminal; later output is dropped without an error."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.gone = False
+        self.lost = False
 
     def write(self, text: str) -> int:
         self._guarded(lambda: self._stream.write(text))
@@ -52,31 +52,30 @@ class _Spectator:
         self._guarded(self._stream.flush)
 
     def _guarded(self, act: Callable[[], object]) -> None:
-        if self.gone:
+        if self.lost:
             return
         try:
             act()
         except OSError as error:
-            self.gone = True
-            logger.warning("nobody reads any more what the run says (%s): it is said here", error)
+            self.lost = True
+            logger.warning("terminal lost (%s); progress continues in this log", error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 class Progress:
-    """Stage, step, rates and the time that is left. What nobody reads any more is logged."""
+    """Display of stage, step, rates and remaining time; after the loss of the terminal its lines are logged."""
 
     def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         self._total = total_steps
-        self._spectator = _Spectator(stream or sys.stderr)
-        # it has all that its stream has
-        self._console = Console(file=cast(TextIO, self._spectator), highlight=False, soft_wrap=True)
+        self._stream = _LossyStream(stream or sys.stderr)
+        # it passes on all attributes of its stream
+        self._console = Console(file=cast(TextIO, self._stream), highlight=False, soft_wrap=True)
         self._live: Live | None = None
-        self._started = time.monotonic()
         self._step_times: deque[float] = deque(maxlen=_RECENT)
         self._done = 0
-        """The last step that is done."""
+        """Last finished step."""
         self._stage = ""
         self._stage_started = 0.0
         self._step = 0
@@ -96,16 +95,16 @@ class Progress:
             self._live = None
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self._console.print(Text(text))
-        if self._spectator.gone:
+        if self._stream.lost:
             logger.info("%s", text)
 
     @contextmanager
     def stage(self, name: str, step: int = 0) -> Iterator[None]:
         """Show `name` while the block runs. Outside a terminal only stages before the first step are printed.
 
-        All of them are logged: the log's last line says where a run hangs, or where it was killed.
+        All stages are logged, so that the last line of the log shows where a run hangs or was killed.
         """
         logger.info("step %d: %s", step, name) if step else logger.info("%s", name)
         self._stage, self._stage_started, self._step = name, time.monotonic(), step
@@ -117,7 +116,7 @@ class Progress:
             self._stage = ""
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of figures."""
+        """Print one line of figures."""
         self._done = step
         self._step_times.append(metrics["time/step_total"])
         if not self._header_shown:

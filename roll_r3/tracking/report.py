@@ -1,4 +1,4 @@
-"""The summary that a run ends with."""
+"""Summary printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 from roll_r3.tracking.progress import format_seconds
 
 WINDOW = 5
-"""Steps that "at the start" and "at the end" are averaged over: one step's mean reward is noisy."""
+"""Number of steps averaged for "first" and "last": the mean reward of one step is noisy."""
 
 
 REWARD = "critic/score/mean"
@@ -22,16 +22,16 @@ FIGURES = {
     "rollout_corr/k3_kl": "k3 KL(rollout || trainer)",
     "router_replay/time_share": "share of step time on routes",
 }
-"""Metric -> what the summary calls it; nothing else of a run's metrics but `REWARD` is in it."""
+"""Metric -> label in the summary. The summary has these and `REWARD`."""
 
 
 def summarised(row: Mapping[str, float]) -> dict[str, float]:
-    """What the summary needs of a step's metrics."""
+    """Select a step's metrics for the summary."""
     return {name: row[name] for name in (REWARD, *FIGURES) if name in row}
 
 
 class Sample(Protocol):
-    """One sampled response, as a person would read it."""
+    """Sampled response as text."""
 
     @property
     def prompt(self) -> str: ...
@@ -44,7 +44,7 @@ class Sample(Protocol):
 
 
 def window_mean(history: Sequence[Mapping[str, float]], name: str, *, end: bool) -> float | None:
-    """Mean of a metric over the first or the last `WINDOW` steps that have it."""
+    """Average a metric over the first or last `WINDOW` of its steps."""
     values = [row[name] for row in history if name in row]
     if not values:
         return None
@@ -61,7 +61,7 @@ def run_summary(
     replay_mode: str,
     seconds: float,
 ) -> str:
-    """A few lines of plain text: where the run is, what it learned, what replay did."""
+    """Format the summary as plain text: directory, rewards, replay, samples."""
     steps = len(history)
     lines = ["", f"finished {steps} steps in {format_seconds(seconds)}", f"run directory   {run_dir}"]
     start, finish = (window_mean(history, REWARD, end=e) for e in (False, True))

@@ -1,57 +1,55 @@
-"""The directory of a run: output/<exp_name>/<run>/, with output/<exp_name>/latest pointing at it.
+"""Directory of a run: output/<exp_name>/<run>/, with the link output/<exp_name>/latest.
 
-What is saved of it may be in a directory of the same name on another disk.
+Checkpoints and exports may be in a directory of the same name on another disk.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from roll_r3.errors import BusyError
 
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
-"""As of Lustre without its mount option `flock`."""
+"""Errors of file systems without locks, such as Lustre without its mount option `flock`."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Where a run keeps its files."""
+    """Directory of a run's files."""
 
     path: Path
     saved: Path
-    """Where its checkpoints are, and its weights for transformers: `path`, or the same on another disk."""
+    """Directory of checkpoints and exports: `path`, or one of the same name on another disk."""
 
     @classmethod
     def create(cls, output_dir: str, exp_name: str, now: datetime, *, saving_dir: str | None = None) -> RunDir:
-        """New directories named after the time; two runs that start in one second get different names.
+        """Make new directories named by the time; runs started in one second get different names.
 
         Args:
-            saving_dir: where what is saved goes, if not to `output_dir`.
+            saving_dir: parent of the directory of checkpoints, if not `output_dir`.
         """
         stem = now.strftime("%Y%m%d-%H%M%S")
         for attempt in range(1000):
             found = cls._named(output_dir, exp_name, stem if not attempt else f"{stem}-{attempt}", saving_dir)
-            if all(_made(folder) for folder in found._folders):
+            if all(_make(folder) for folder in found._folders):
                 break
         (found.path / "logs").mkdir()
-        _point_at(found.path)
+        _link_latest(found.path)
         return found
 
     @classmethod
     def reopen(cls, output_dir: str, exp_name: str, run: str, *, saving_dir: str | None = None) -> RunDir:
-        """The directory of a run that goes on, made if it is not there (its checkpoints may be on another disk)."""
+        """Open the directory of a resumed run. It is made if missing, as the checkpoints may be on another disk."""
         found = cls._named(output_dir, exp_name, run, saving_dir)
         (found.path / "logs").mkdir(parents=True, exist_ok=True)
-        _point_at(found.path)
+        _link_latest(found.path)
         return found
 
     @classmethod
@@ -60,18 +58,18 @@ class RunDir:
 
     @property
     def _folders(self) -> list[Path]:
-        """Each once."""
+        """Both directories, without repetition."""
         return list(dict.fromkeys((self.path, self.saved)))
 
     @contextmanager
     def locked(self, say: Callable[[str], None]) -> Iterator[None]:
-        """No other process runs in this directory meanwhile; the lock ends with the process.
+        """Lock the directory against other processes; the lock ends with the process.
 
         Args:
-            say: is told where a disk has no locks.
+            say: receives a message if a disk has no locks.
 
         Raises:
-            BusyError: one does.
+            BusyError: another process holds the lock.
         """
         with ExitStack() as stack:
             for folder in self._folders:
@@ -79,11 +77,11 @@ class RunDir:
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
-                    raise BusyError(f"another process runs in {folder}: end it, or wait for its end") from error
+                    raise BusyError(f"another process runs in {folder}: stop it, or wait until it ends") from error
                 except OSError as error:
                     if error.errno not in _NO_LOCKS:
                         raise
-                    say(f"the disk of {folder} has no locks ({error.strerror}): see that no other process runs there")
+                    say(f"the disk of {folder} has no locks ({error.strerror}): ensure no other process runs there")
             yield
 
     @property
@@ -105,12 +103,9 @@ class RunDir:
     def tensorboard_dir(self) -> Path:
         return self.path / "tensorboard"
 
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
 
-
-def _made(folder: Path) -> bool:
-    """False: there was one already."""
+def _make(folder: Path) -> bool:
+    """Make a directory; returns False if it exists."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.mkdir()
@@ -119,8 +114,8 @@ def _made(folder: Path) -> bool:
     return True
 
 
-def _point_at(path: Path) -> None:
-    """Have `latest` beside a run point at it."""
+def _link_latest(path: Path) -> None:
+    """Point the link `latest` at a run."""
     pointer = path.parent / f".latest-{os.getpid()}"
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(path.name)

@@ -1,4 +1,4 @@
-"""The driver's log, which may lie on a disk that fills up: that is said once, and no line of the log is worth a run."""
+"""Log of the driver. If its disk fills up, this is reported once, and the run continues."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog(logging.FileHandler):
-    """Appends to a file. Lines that the disk does not take are tried again with the next one."""
+    """Handler appending to a file. Lines rejected by the disk are retried with the next line."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         """
         Args:
-            say: is told of the first line that could not be written.
+            say: receives a message for the first line that cannot be written.
         """
         super().__init__(path)
         self._say = say
-        self._said = False
+        self._reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  as the base class has it
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self._said:
-            self._said = True
+        elif not self._reported:
+            self._reported = True
             error.filename = error.filename or self.baseFilename
             self._say(f"the log cannot be written: {explain(error).splitlines()[0]}")
 
 
 def log_threads() -> None:
-    """Log the error that ends a thread, instead of a traceback on the terminal.
+    """Log an error that ends a thread, instead of a traceback on the terminal.
 
-    TensorBoard's writer ends with an error of the disk. It raises the same error in the main thread, which names it.
+    TensorBoard's writer thread ends with errors of the disk, and raises them in the main thread too, where they are
+    reported.
     """
 
     def ended(args: threading.ExceptHookArgs) -> None:

@@ -13,7 +13,7 @@ from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.micro_batch import MicroBatch
-from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.trainers.finite import LossSum
 
 TokenValues = tuple[torch.Tensor, torch.Tensor]
@@ -37,7 +37,7 @@ def log_prob_objective(token_values: LabelValues, device: torch.device) -> Objec
 def policy_objective(
     token_values: LabelValues,
     device: torch.device,
-    config: RLVRConfig,
+    config: AlgorithmConfig,
     denominator: float,
     stats: TokenStats,
     total: LossSum,

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.faults import Faults
 from roll_r3.data.prompts import read_prompts
-from roll_r3.data.rows import look_at_rows, read_rows
+from roll_r3.data.rows import read_rows, validate_rows
 from roll_r3.errors import ConfigError
 from roll_r3.models.tiny import byte_tokenizer
 
@@ -253,7 +253,7 @@ class Rows:
         path.write_bytes(value.content)
         args = DataArgs(file_name=str(path), **value.columns)
         looked, read = Faults(), Faults()
-        look_at_rows(args, looked)
+        validate_rows(args, looked)
         list(read_rows(args, read))
         if value.form != "parquet" and list(looked.lines()) != list(read.lines()):
             raise Wrong(f"the look before the run says {list(looked.lines())}, the run {list(read.lines())}")

@@ -1,4 +1,4 @@
-"""Reward rules in their processes, for tests."""
+"""Helpers for tests of reward processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.pipeline import RewardConfig
 from roll_r3.rewards.calls import Response
 from roll_r3.rewards.scoring import Rewards
 
@@ -24,20 +24,12 @@ Open = Callable[..., Rewards]
 
 @pytest.fixture
 def rewards(tmp_path: Path) -> Iterator[Open]:
-    """Rules in their processes, which have to be gone at the end."""
+    """Start rules in their processes, and check at the end that no process is left."""
     with ExitStack() as stack:
 
         def opened(rule: str = MISBEHAVES, *, workers: int = 2, max_failed: float = 1.0, **fields: Any) -> Rewards:
-            config = RLVRConfig(
-                exp_name="x",
-                pretrain="p",
-                actor_train={},
-                actor_infer={},
-                rewards={"mine": {"reward": rule, "timeout": LIMIT, **fields}},
-                reward_workers=workers,
-                max_failed_rewards=max_failed,
-            )
-            found = stack.enter_context(Rewards(config, tmp_path))
+            rules = {"mine": RewardConfig(**{"reward": rule, "timeout": LIMIT} | fields)}
+            found = stack.enter_context(Rewards(rules, workers=workers, max_failed=max_failed, log_dir=tmp_path))
             found.wait_until_ready()
             return found
 
@@ -46,7 +38,7 @@ def rewards(tmp_path: Path) -> Iterator[Open]:
 
 
 def alive(log_dir: Path) -> list[str]:
-    """Children of this process that still run and write to the rules' logs."""
+    """Return the running processes with their output in the rules' logs."""
     left = []
     for process in psutil.process_iter():
         try:
@@ -59,7 +51,7 @@ def alive(log_dir: Path) -> list[str]:
 
 
 def asked(text: str, truth: str = "", domain: str = "default", **fields: Any) -> Response:
-    """A response of which no more is known."""
+    """Return a response with default values."""
     known: dict[str, Any] = {"prompt": "", "messages": (), "row": {}, "finish_reason": "stop", "num_response_tokens": 1}
     return Response(text, truth, domain, **known | fields)
 

@@ -1,4 +1,4 @@
-"""Reward rules that do what a user's may do."""
+"""Reward rules with the faults that a user's rule may have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 
 
 def misbehaves(response: str, ground_truth: str, folder: str = "") -> object:
-    """What the response says: a number is the score. Whatever it starts writes its id to `folder`."""
+    """Follow the response: a number is the score, words are faults. Children write their id to `folder`."""
     match response.split():
         case ["environment", name]:
             return float(os.environ[name])
@@ -67,11 +67,11 @@ def misbehaves(response: str, ground_truth: str, folder: str = "") -> object:
 
 
 PLAN = {5: "raise no such luck", 50: "loop", 95: "segfault", 200: "1e39"}
-"""What `falls_over` does at its n-th call; 1e39 is a float, but an advantage of it is none of 32 bits."""
+"""Faults of `falls_over` by call; 1e39 is a float, but its advantage overflows 32 bits."""
 
 
 def falls_over(response: str, ground_truth: str, folder: str) -> object:
-    """Whether it is the ground truth, except at the calls of `PLAN`."""
+    """Compare with the ground truth, except at the calls of `PLAN`."""
     with (Path(folder) / "calls").open("a") as calls:
         fcntl.flock(calls, fcntl.LOCK_EX)
         calls.write("x")
@@ -87,14 +87,14 @@ ACTORS = ("ray::ModelWorker", "ray::RolloutWorker")
 
 
 def _oom_scores() -> list[str]:
-    """The kernel's adjustment for each rank and rollout worker of this run: the higher, the sooner it is killed."""
+    """Return the kernel's oom_score_adj of each rank and rollout worker of this run; higher ones are killed first."""
     children = psutil.Process(os.getppid()).children(recursive=True)
     workers = [child for child in children if "".join(child.cmdline()).startswith(ACTORS)]
     return [Path(f"/proc/{worker.pid}/oom_score_adj").read_text().strip() for worker in workers]
 
 
 def forks(response: str, ground_truth: str, how: str) -> float:
-    """The number that the response is; a copy of the process comes back too, with another number or an error."""
+    """Return the response as a number; a fork returns too, with another number or an error."""
     copy = os.fork()
     if copy == 0:
         if how == "exits":
@@ -112,7 +112,7 @@ _imported = False
 
 
 def imports_late(response: str, ground_truth: str, seconds: float) -> float:
-    """A rule that imports much in its first call; a response "loop" never ends."""
+    """Import much in the first call; a response "loop" never ends."""
     global _imported
     if not _imported:
         time.sleep(seconds)
@@ -125,7 +125,7 @@ def imports_late(response: str, ground_truth: str, seconds: float) -> float:
 
 
 def passes_tests(response: str, row: dict[str, Any], *, messages: list[dict[str, str]], finish_reason: str) -> float:
-    """The share of a row's test cases that the response, a number, passes; 0 where it was cut off."""
+    """Return the share of the row's test cases passed by the response, a number; 0 if truncated."""
     assert [set(message) for message in messages] == [{"role", "content"}]
     if finish_reason == "length":
         return 0.0
@@ -134,5 +134,5 @@ def passes_tests(response: str, row: dict[str, Any], *, messages: list[dict[str,
 
 
 def needs_more(response: str, solution: str, letter: str, *, row: dict[str, Any]) -> float:
-    """A rule that cannot be called without `letter`."""
+    """Rule with the required parameter `letter`."""
     return 0.0

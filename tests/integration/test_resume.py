@@ -303,9 +303,9 @@ def edit(path: Path) -> None:
 
 DAMAGE = {
     STEPS: (lambda step: os.truncate(shard_of(step), shard_of(step).stat().st_size - 1), r"shard.* bytes, and had \d+"),
-    STEPS - 1: (lambda step: flip(shard_of(step)), r"shard.* holds something else than when it was saved"),
+    STEPS - 1: (lambda step: flip(shard_of(step)), r"shard.* does not match its checksum"),
     STEPS - 2: (lambda step: (step / "complete").unlink(), "it was not completed: it has no marker"),
-    STEPS - 3: (lambda step: edit(step / "manifest.json"), r"manifest\.json is not the one that the marker seals"),
+    STEPS - 3: (lambda step: edit(step / "manifest.json"), r"manifest\.json does not match the marker"),
     STEPS - 4: (lambda step: relink(step / "state.json"), r"state\.json is neither a file nor a directory"),
 }
 """Step -> what is done to its checkpoint, and what is said of it."""

@@ -1,4 +1,4 @@
-"""Reward rules that raise, hang, crash or answer nonsense, in the real processes that run them."""
+"""Reward rules that raise, hang, crash or answer nonsense, in real reward processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from faults import Fault, nothing_left
 from reward_processes import LIMIT, MISBEHAVES, Open, asked, ended, rewards, score
 from whole_run import START_TIMEOUT, Run, few_steps
 
-from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.pipeline import RewardConfig
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -42,25 +42,18 @@ def test_scores_come_in_order_and_are_those_of_the_function_itself(rewards: Open
 
 
 def test_a_rule_finds_the_environment_of_the_run(rewards: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a key is to be: what is in the configuration is printed and saved."""
+    """Keys belong into the environment: the configuration is printed and saved."""
     monkeypatch.setenv("REWARD_KEY", "0.25")
     assert score(rewards(workers=1), "environment REWARD_KEY") == [0.25]
 
 
 def test_every_domain_has_its_rule_and_kwargs(tmp_path: Path) -> None:
-    config = RLVRConfig(
-        exp_name="x",
-        pretrain="p",
-        actor_train={},
-        actor_infer={},
-        rewards={
-            "exact": {"reward": "exact_match"},
-            "letters": {"reward": f"{__name__}:count", "tag_included": ["abc"], "kwargs": {"letter": "b"}},
-            "math": {"reward": "math", "tag_included": ["math"]},
-        },
-        reward_workers=1,
-    )
-    with Rewards(config, tmp_path) as found:
+    rules = {
+        "exact": RewardConfig(reward="exact_match"),
+        "letters": RewardConfig(reward=f"{__name__}:count", tag_included=("abc",), kwargs={"letter": "b"}),
+        "math": RewardConfig(reward="math", tag_included=("math",)),
+    }
+    with Rewards(rules, workers=1, max_failed=0.1, log_dir=tmp_path) as found:
         found.wait_until_ready()
         texts = [(" 4\n", "4", "other"), ("abbb", "", "abc"), (r"$\frac{1}{2}$", "0.5", "math"), ("5", "4", "default")]
         assert found.score([asked(*each) for each in texts]).scores == [1.0, 3.0, 1.0, 0.0]
@@ -81,10 +74,10 @@ def count(response: str, ground_truth: str, letter: str = "a") -> float:
         ("exit 0", "ended its process (exit code 0)"),
         ("exit 7", "ended its process (exit code 7)"),
         ("segfault", "killed its process (SIGSEGV)"),
-        ("return None", "returned None, which is no number"),
-        ("return list", "returned a list, which is no number"),
-        ("return text", "returned a str, which is no number"),
-        ("return nan", "returned nan"),
+        ("return None", "must return a number, returned None"),
+        ("return list", "must return a number, returned a list"),
+        ("return text", "must return a number, returned a str"),
+        ("return nan", "must return a finite number, returned nan"),
     ],
 )
 def test_a_rule_that_fails_costs_its_own_response_only(rewards: Open, text: str, reason: str) -> None:
@@ -94,7 +87,7 @@ def test_a_rule_that_fails_costs_its_own_response_only(rewards: Open, text: str,
     assert scored.scores == [1.0, None, 2.0, 3.0]
     assert scored.why == f"rewards.mine ({MISBEHAVES}) {reason}"
     assert time.monotonic() - began < LIMIT + 15
-    assert score(found, "4", "5", "6") == [4.0, 5.0, 6.0], "whatever was killed was replaced"
+    assert score(found, "4", "5", "6") == [4.0, 5.0, 6.0], "killed processes were restarted"
 
 
 def test_each_failure_is_in_the_log_with_its_response(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +98,7 @@ def test_each_failure_is_in_the_log_with_its_response(rewards: Open, caplog: pyt
     assert len(said[1]) < 1000
 
 
-def test_what_a_rule_prints_goes_to_a_log(rewards: Open, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_rule_goes_to_a_log(rewards: Open, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert score(rewards(workers=1), "print 5000000", "raise seen") == [1.0, None]
     out, err = capfd.readouterr()
     assert len(out) + len(err) < 1000
@@ -114,7 +107,7 @@ def test_what_a_rule_prints_goes_to_a_log(rewards: Open, tmp_path: Path, capfd: 
     assert "ValueError: seen" in log
 
 
-def test_what_a_rule_started_is_killed_with_it(rewards: Open, tmp_path: Path) -> None:
+def test_children_of_a_rule_are_killed_with_it(rewards: Open, tmp_path: Path) -> None:
     assert score(rewards(kwargs={"folder": str(tmp_path)}), "child", "1") == [None, 1.0]
     assert ended(int((tmp_path / "child").read_text()))
 
@@ -139,14 +132,14 @@ def test_too_many_failures_stop_at_once_with_their_reasons(rewards: Open) -> Non
         score(found, "raise a", "raise a", "raise b", *["sleep"] * 5, *["1"] * 2)
     assert time.monotonic() - began < LIMIT + 1, "the other responses are not waited for"
     assert str(stopped.value).startswith(
-        "3 of the step's 10 responses have no reward, which is more than max_failed_rewards 0.25 allows: "
+        "3 of the step's 10 responses have no reward, more than max_failed_rewards 0.25 allows: "
         f"rewards.mine ({MISBEHAVES}) raised ValueError: a (2 times); rewards.mine ({MISBEHAVES}) raised ValueError: b"
     )
     assert score(found, "1", "2") == [1.0, 2.0], "nothing of what was abandoned is taken for an answer"
 
 
-def test_a_signal_that_breaks_off_leaves_no_answers_behind(rewards: Open) -> None:
-    """As SIGTERM does in a run."""
+def test_a_signal_leaves_no_answers_behind(rewards: Open) -> None:
+    """SIGTERM in a run raises such an exception."""
 
     def breaks_off(*_: object) -> None:
         raise KeyboardInterrupt
@@ -172,10 +165,10 @@ def test_no_failure_is_allowed_where_the_limit_is_0(rewards: Open) -> None:
     [
         ("no_such_module:f", "rewards.mine.reward: cannot import 'no_such_module:f'"),
         ("broken_at_import:f", "rewards: an import raised ZeroDivisionError: division by zero"),
-        ("dead_at_import:f", r"reward process \d ended its process \(exit code 5\) while it imported the rules"),
+        ("dead_at_import:f", r"reward process \d ended its process \(exit code 5\) while importing the rules"),
     ],
 )
-def test_a_rule_that_cannot_be_imported_stops_the_start(
+def test_a_failing_import_stops_the_start(
     rewards: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, said: str
 ) -> None:
     (tmp_path / "broken_at_import.py").write_text("1 / 0")
@@ -220,7 +213,7 @@ time.sleep(600)
 
 
 def test_at_most_one_response_is_with_each_process(tmp_path: Path) -> None:
-    """However many there are: what is handed over and not yet scored is bounded."""
+    """The number of responses sent and not yet scored is bounded."""
     found = RewardProcesses([Rule("mine", MISBEHAVES, {}, 60.0)], 2, tmp_path)
     found.start()
     try:
@@ -244,7 +237,7 @@ def test_at_most_one_response_is_with_each_process(tmp_path: Path) -> None:
 
 
 def test_a_step_of_cheap_rewards_stays_cheap(rewards: Open) -> None:
-    """128 responses through the processes; two orders below what a step takes."""
+    """128 responses through the processes take a hundredth of a step."""
     found = rewards("exact_match", workers=2)
     responses = [asked(f"{i} " * 200, f"{i}") for i in range(128)]
     found.score(responses)
@@ -259,7 +252,7 @@ def test_a_step_of_cheap_rewards_stays_cheap(rewards: Open) -> None:
 
 @pytest.fixture(scope="module")
 def fallen(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A whole run of three steps whose rule does all of `reward_rules.PLAN`, and of which nothing is left."""
+    """Whole run of three steps with all faults of `reward_rules.PLAN`; leaves no process behind."""
     path = tmp_path_factory.mktemp("fallen")
     checkpoint = make_tiny_checkpoint(path / "tiny", examples=addition_mod10(), warm_start_steps=60)
     with pytest.MonkeyPatch.context() as patch, nothing_left():

@@ -1,5 +1,4 @@
-"""Values and variables that reward processes get or lack, and the limits that hold them; rules that fail are in
-test_reward_faults.py."""
+"""Values, environment and limits of reward processes; test_reward_faults.py has failing rules."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import pytest
 from reward_processes import MISBEHAVES, Open, asked, ended, rewards, score
 from slow_answers import SLOW
 
-from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.pipeline import RewardConfig
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.rewards import process
 from roll_r3.rewards.scoring import Rewards
@@ -39,7 +38,7 @@ def test_a_rule_reads_test_cases_from_its_row(rewards: Open) -> None:
     assert scores == [0.5, 1.0, 0.0]
 
 
-def test_only_what_a_rule_asks_for_is_sent(rewards: Open) -> None:
+def test_only_requested_values_are_sent(rewards: Open) -> None:
     found = rewards("reward_rules:passes_tests", workers=1)
     sent = []
     (one,) = found._processes._processes
@@ -50,7 +49,7 @@ def test_only_what_a_rule_asks_for_is_sent(rewards: Open) -> None:
     assert set(values) == {"response", "row", "messages", "finish_reason"}
 
 
-def test_a_rule_that_cannot_be_called_stops_the_start_with_every_reason(rewards: Open) -> None:
+def test_an_impossible_call_stops_the_start_with_every_reason(rewards: Open) -> None:
     with pytest.raises(ConfigError) as refused:
         rewards("reward_rules:needs_more", kwargs={"prompt": "x", "lettre": "a"})
     lines = str(refused.value).splitlines()
@@ -64,13 +63,13 @@ def test_a_rule_that_cannot_be_called_stops_the_start_with_every_reason(rewards:
 
 
 @pytest.mark.parametrize("how", ["returns", "exits", "raises"])
-def test_a_copy_that_a_rule_makes_answers_nothing(rewards: Open, how: str) -> None:
+def test_a_fork_of_a_rule_answers_nothing(rewards: Open, how: str) -> None:
     found = rewards("reward_rules:forks", kwargs={"how": how})
     processes = {one._process.pid for one in found._processes._processes if one._process}
     numbers = [float(i) for i in range(60)]
     assert score(found, *map(str, numbers)) == numbers
     children = [child for pid in processes for child in psutil.Process(pid).children()]
-    assert all(ended(child.pid) for child in children), "no copy goes on serving"
+    assert all(ended(child.pid) for child in children), "no fork keeps serving"
     assert {one._process.pid for one in found._processes._processes if one._process} == processes
 
 
@@ -89,7 +88,7 @@ def test_math_gives_up_in_time_and_scores_0(rewards: Open) -> None:
     ("does", "said"),
     [
         ("sum(range(10**14))", "killed its process (SIGXCPU)"),  # C that looks at no signal
-        ("os.kill(os.getpid(), 9)", "killed its process (SIGKILL: the kernel does that where memory runs out)"),
+        ("os.kill(os.getpid(), 9)", "killed its process (SIGKILL: the kernel does this when memory runs out)"),
         ("os._exit(7)", "ended its process (exit code 7)"),
     ],
 )
@@ -109,27 +108,27 @@ def test_math_scores_0_where_its_process_is_killed(
     found = rewards("math", max_failed=0.0, timeout=0.2, workers=1)
     scored = found.score([asked("7", "7"), asked("odd", "7"), asked("7", "7")])
     assert (scored.scores, scored.undecided) == ([1.0, 0.0, 1.0], 1)
-    assert f"rewards.mine (math) {said} for the response 'odd' (ground truth '7'), which scores 0" in caplog.text
+    assert f"rewards.mine (math) {said} for the response 'odd' (ground truth '7'); it scores 0" in caplog.text
 
 
-def test_ground_truths_that_nothing_matches_stop_the_start(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
+def test_ground_truths_without_a_match_stop_the_start(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
     found = rewards("math")
     found.check_truths([Truth(f"rows-{i}", "default", str(i)) for i in range(40)] + [Truth("rows-40", "x", r"\$18")])
     lost = [Truth(f"rows-{i}", "default", "" if i % 2 else "\x1b[31m$ $") for i in range(7)]
     with pytest.raises(ConfigError) as refused:
         found.check_truths([Truth("rows-7", "default", "18"), *lost])
     assert str(refused.value).startswith(
-        "rewards.mine (math): 7 of 8 ground truths can never be matched, so that no response to their prompts gets a "
-        "reward: '\\\\x1b[31m$ $' of row rows-0 is nothing that math-verify can read; '' of row rows-1 is nothing"
+        "rewards.mine (math): 7 of 8 ground truths can never be matched, so no response to their prompts gets a "
+        "reward: '\\\\x1b[31m$ $' of row rows-0 cannot be parsed by math-verify; '' of row rows-1 cannot be parsed"
     )
-    assert "and 2 more, which are in logs/driver.log" in str(refused.value)
+    assert "and 2 more, listed in logs/driver.log" in str(refused.value)
     assert caplog.text.count("can never be matched") == 7
     assert score(found, "18") == [0.0]
 
 
 def test_rules_that_compare_text_take_any_ground_truth(tmp_path: Path) -> None:
-    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={}, reward_workers=1)
-    with Rewards(config, tmp_path) as found:
+    rules = {"default": RewardConfig(reward="exact_match")}
+    with Rewards(rules, workers=1, max_failed=0.1, log_dir=tmp_path) as found:
         found.wait_until_ready()
         found.check_truths([Truth("rows-0", "default", "")])
 
@@ -158,7 +157,7 @@ def test_the_first_call_of_a_rule_may_import(rewards: Open) -> None:
     assert time.monotonic() - began < 20, "no response is waited for as for a start"
 
 
-def test_what_a_rule_says_is_made_readable(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_of_a_rule_are_escaped(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
     scored = rewards(workers=1).score([asked("raise \x1b[31mred \u202e"), asked("1")])
     assert scored.why == f"rewards.mine ({MISBEHAVES}) raised ValueError: \\x1b[31mred \\u202e".rstrip()
     assert "\x1b" not in caplog.text
@@ -178,7 +177,7 @@ def score(response, ground_truth):
 """
 
 
-def test_a_process_that_is_killed_while_it_imports_is_replaced_again(
+def test_a_process_killed_during_its_import_is_restarted_again(
     rewards: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "killed_twice.py").write_text(COUNTS.format(deadly=(2, 3)))
@@ -186,13 +185,13 @@ def test_a_process_that_is_killed_while_it_imports_is_replaced_again(
     monkeypatch.syspath_prepend(tmp_path)
     assert score(rewards("killed_twice:score", workers=1), "1", "exit", "2") == [1.0, None, 2.0]
     found = rewards("killed_for_good:score", workers=1)
-    with pytest.raises(RollError, match="imported them before; 3 starts in a row failed") as stopped:
+    with pytest.raises(RollError, match="imported the rules before, but 3 starts in a row failed") as stopped:
         score(found, "1", "exit", "2")
     assert not isinstance(stopped.value, ConfigError), "the configuration is not what is wrong"
     assert (tmp_path / "others").read_text() == "xxxx"
 
 
-def test_a_process_that_takes_nothing_is_not_waited_for(
+def test_a_process_that_reads_nothing_is_restarted(
     rewards: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(process, "_PIPE_TIMEOUT_S", 1)
@@ -205,7 +204,7 @@ def test_a_process_that_takes_nothing_is_not_waited_for(
     began = time.monotonic()
     assert found.score([case, case]).scores == [1.0, 1.0]
     assert time.monotonic() - began < 15
-    assert "did not take a response within 1 s" in caplog.text
+    assert "did not accept a response within 1 s" in caplog.text
 
 
 def test_a_log_keeps_its_newest_part(rewards: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,12 +215,12 @@ def test_a_log_keeps_its_newest_part(rewards: Open, tmp_path: Path, monkeypatch:
     assert score(found, "raise the newest", "1") == [None, 1.0]
     log = tmp_path / "rewards-0.log"
     assert log.stat().st_size < 2 << 20
-    assert "[what was printed before was cut off]" in log.read_text()
+    assert "[earlier output was removed]" in log.read_text()
     assert re.search("ValueError: the newest", log.read_text())
 
 
-def test_an_answer_to_no_question_is_none(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever writes to the pipe, a score is taken with its own number only."""
+def test_an_unexpected_message_is_ignored(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
+    """A score is accepted with the number of its task only."""
     found = rewards(workers=1)
     (one,) = found._processes._processes
     give = one.give
@@ -233,4 +232,4 @@ def test_an_answer_to_no_question_is_none(rewards: Open, caplog: pytest.LogCaptu
 
     one.give = after_another  # type: ignore[method-assign]
     assert score(found, "1", "2") == [1.0, 2.0]
-    assert caplog.text.count("sent an answer to no question") == 2
+    assert caplog.text.count("sent an unexpected message") == 2

@@ -175,7 +175,7 @@ def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
     assert 0 < num < 180
     ids_RLK = read_npy(memoryview(choice["routed_experts"].encode()), 3 + num - 1, facts)
     t = Trajectory(
-        "x", np.array([1, 2, 3]), np.array(choice["token_ids"]), np.zeros(num, np.float32), "abort", (0,), None
+        "x", np.array([1, 2, 3]), np.array(choice["token_ids"]), np.zeros(num, np.float32), "length", (0,), None
     )
     np.testing.assert_array_equal(
         ids_RLK.transpose(1, 0, 2), Reference(old_weights, TEMPERATURE).log_probs_and_experts(t)[1]

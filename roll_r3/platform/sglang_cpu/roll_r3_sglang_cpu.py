@@ -1,8 +1,8 @@
-"""What SGLang lacks on a machine without a GPU, put in place while its modules are imported.
+"""Patches for SGLang on machines without a GPU, applied while its modules are imported.
 
-Importing this module installs an import hook; it imports nothing heavy itself. It runs in the server process and in
-each process that the server spawns, under the interpreter that has SGLang, so it needs nothing but that. Written for
-SGLang 0.5.23; a module that a release does not have is never hooked.
+Importing this module installs an import hook; it imports nothing heavy itself. It runs in the server and its child
+processes, under SGLang's interpreter, so it needs nothing else. Written for SGLang 0.5.23; missing modules of other
+releases are never hooked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def _plain_host_memory(module: Any) -> None:
-    """The buffer of routed experts is registered with CUDA whatever the device: on a CPU, allocate it plainly."""
+    """Allocate the buffer of routed experts plainly on a CPU: SGLang registers it with CUDA on every device."""
 
     def allocate(
         dims: Any, dtype: Any, device: str, pin_memory: bool, allocator: Any, registration_granularity_bytes: Any = None
@@ -28,12 +28,12 @@ def _plain_host_memory(module: Any) -> None:
 
 
 def _absorbed_mla(module: Any) -> None:
-    """Multi-head latent attention under `torch_native`: its other prefill path needs a Triton kernel."""
+    """Use absorbed multi-head latent attention under `torch_native`: the other prefill path needs Triton."""
     module.AttentionBackendRegistry.register("torch_native", lambda attention, batch: module.AttnForwardMethod.MLA)
 
 
 def _unscaled_rotary_mla(module: Any) -> None:
-    """On a CPU latent attention takes scaled rotary embeddings only: scaled by 1 they are the plain ones."""
+    """Pass rotary embeddings scaled by 1: latent attention on a CPU supports scaled ones only."""
     original = module.get_rope_cpu
 
     def get_rope_cpu(
@@ -58,13 +58,13 @@ def _unscaled_rotary_mla(module: Any) -> None:
 
 
 def _seeded_sampling(module: Any) -> None:
-    """`torch_native` attends one sequence at a time, so it may serve where seeds decide the samples."""
+    """Allow seeded sampling with `torch_native`, which attends one sequence at a time."""
     module.add_deterministic_attention_backend_choices(["torch_native"])
     module.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
 
 
 def _no_batch_invariant_kernels(module: Any) -> None:
-    """The batch-invariant kernels are Triton; without them seeds still decide the samples, up to rounding."""
+    """Disable the batch-invariant Triton kernels; seeds still decide the samples, up to rounding."""
 
     def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
         return None
@@ -82,7 +82,7 @@ _AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
 
 
 class _Hook:
-    """A meta path finder that runs a function of `_AFTER_IMPORT` once, right after its module was executed."""
+    """Meta path finder running each function of `_AFTER_IMPORT` once, right after its module was executed."""
 
     def __init__(self) -> None:
         self._finding: set[str] = set()
@@ -110,10 +110,10 @@ class _Hook:
 
 
 def _fork_children() -> None:
-    """Fork SGLang's scheduler and detokenizer from the server, which has imported what they need.
+    """Fork SGLang's scheduler and detokenizer from the server, which has their imports already.
 
-    SGLang asks for `spawn`, since a forked process cannot use CUDA. On a CPU each spawned process only imports the same
-    packages again, one after the other. Nothing has started a thread pool before they are forked.
+    SGLang requests `spawn`, since a forked process cannot use CUDA. On a CPU each spawned process would only import the
+    same packages again, one after the other. No thread pool is started before the fork.
     """
     set_start_method = multiprocessing.set_start_method
 

@@ -19,7 +19,7 @@ from roll_r3.batch.grouping import fixed_size
 from roll_r3.batch.micro_batch import MicroBatch
 from roll_r3.batch.route_pieces import ReadRoutes, read_held
 from roll_r3.batch.token_map import Layout
-from roll_r3.config.derived import checkpoint_of, infer_batch_size, infer_budget
+from roll_r3.config.derived import algorithm_of, checkpoint_of, infer_batch_size, infer_budget
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import Fsdp2Config
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
@@ -84,6 +84,7 @@ class Fsdp2Infer:
         if not isinstance(settings, Fsdp2Config):
             raise ConfigError(f"{role}.strategy_args.strategy_name is {section.strategy_args.strategy_name}, not fsdp2")
         self.config = config
+        self.algorithm = algorithm_of(config)
         self.role = role
         self.section = section
         self.settings = settings
@@ -269,7 +270,7 @@ class Fsdp2Train(Fsdp2Infer):
                 session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False, compares=on_policy)
                 audit = self._audit(len(micro_batches), step)
             here, loss = TokenStats(), LossSum()
-            objective = policy_objective(self._token_values, self.model.device, self.config, denominator, here, loss)
+            objective = policy_objective(self._token_values, self.model.device, self.algorithm, denominator, here, loss)
             self.optimizer.zero_grad()
             observers = [audit] if audit else []
             values = run_micro_batches(

@@ -24,7 +24,7 @@ from roll_r3.batch.grouping import fixed_size
 from roll_r3.batch.micro_batch import MicroBatch
 from roll_r3.batch.route_pieces import ReadRoutes, read_held
 from roll_r3.batch.token_map import Layout, round_up
-from roll_r3.config.derived import checkpoint_of, infer_batch_size, infer_budget
+from roll_r3.config.derived import algorithm_of, checkpoint_of, infer_batch_size, infer_budget
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import MegatronConfig
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig
@@ -92,6 +92,7 @@ class MegatronInfer:
         settings = section.strategy_args.strategy_config
         assert isinstance(settings, MegatronConfig), "the registry gives each strategy its own settings"
         self.config = config
+        self.algorithm = algorithm_of(config)
         self.role = role
         self.section = section
         self.settings = settings
@@ -336,7 +337,7 @@ class MegatronTrain(MegatronInfer):
                 session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False, compares=on_policy)
                 audit = self._audit(len(micro_batches), step)
             here, loss = TokenStats(), LossSum()
-            objective = policy_objective(self._token_values, self.model.device, self.config, denominator, here, loss)
+            objective = policy_objective(self._token_values, self.model.device, self.algorithm, denominator, here, loss)
             self.optimizer.zero_grad()
             real_tokens = self._real_token_counts()
             watching = [observer for observer in (real_tokens, audit) if observer]

@@ -1,8 +1,9 @@
-"""The gradient of every KL term in every place, by exact enumeration of a softmax of 6, against autograd of the KL."""
+"""Gradients of every KL term in every place: exact enumeration of a softmax of 6 against autograd of the KL."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +15,19 @@ from roll_r3.algorithms.kl import MAX_K3, kl_estimate
 from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
+from roll_r3.config.algorithm import AlgorithmConfig
+from roll_r3.config.derived import algorithm_of
 from roll_r3.config.pipeline import RLVRConfig
 
 SIZE = 6
 SEEDS = range(5)
 EXACT = 1e-12
 SINGLE = 1e-6
-"""Advantages are fp32."""
+"""Tolerance for advantages, which are fp32."""
 
 
-def config(**changes: object) -> RLVRConfig:
-    return RLVRConfig(exp_name="t", pretrain="x", actor_train={}, actor_infer={}, **changes)  # type: ignore[arg-type]
+def config(**changes: Any) -> AlgorithmConfig:
+    return algorithm_of(RLVRConfig(exp_name="t", pretrain="x", actor_train={}, actor_infer={}, **changes))
 
 
 def logits(seed: int, *shape: int) -> Tensor:
@@ -32,12 +35,12 @@ def logits(seed: int, *shape: int) -> Tensor:
 
 
 def near(base: Tensor, distance: float, seed: int) -> Tensor:
-    """Other logits, off by noise of this standard deviation."""
+    """Return the logits with noise of this standard deviation."""
     return base + distance * logits(1000 + seed, *base.shape)
 
 
 def kl_gradient(theta: Tensor, reference: Tensor, *, reverse: bool = False) -> Tensor:
-    """KL(policy || reference), or reversed KL(reference || policy), summed over the last dimension."""
+    """Return the gradient of KL(policy || reference), or of KL(reference || policy) if reversed."""
     theta = theta.detach().requires_grad_()
     p, q = theta.log_softmax(-1), reference.log_softmax(-1)
     kl = (q.exp() * (q - p)).sum() if reverse else (p.exp() * (p - q)).sum()
@@ -45,8 +48,10 @@ def kl_gradient(theta: Tensor, reference: Tensor, *, reverse: bool = False) -> T
 
 
 def gradient_in_loss(theta: Tensor, old: Tensor, reference: Tensor, **changes: object) -> Tensor:
-    """The expectation, over tokens that the old policy samples, of the KL loss's gradient: `policy_loss` on each token,
-    weighted by its probability."""
+    """Return the expected gradient of the KL loss under the old policy.
+
+    It is that of `policy_loss` on each token, weighted by its probability.
+    """
     theta = theta.detach().requires_grad_()
     log_old = old.log_softmax(-1)
     tokens = TokenInputs(
@@ -73,7 +78,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("distance", [0.01, 0.1, 1.0])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_k1_has_no_gradient_in_a_loss(seed: int, distance: float) -> None:
-    """The reason for refusing it there."""
+    """Reason for rejecting it there."""
     theta = logits(seed).requires_grad_()
     log_probs, reference = theta.log_softmax(-1), near(theta.detach(), distance, seed)
     estimate, _ = kl_estimate(log_probs, reference.log_softmax(-1), "k1")
@@ -98,7 +103,7 @@ def test_in_the_loss_on_policy_k2_pulls_one_way_and_k3_the_other(seed: int, dist
 @pytest.mark.parametrize("correction", ["disable", "token_tis"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_off_policy_only_the_unbiased_form_is_right(seed: int, correction: str, distance: float) -> None:
-    """Also under the weights of rollout_correction, which leave the term alone."""
+    """The weights of rollout_correction do not change the term."""
     theta = logits(seed)
     old, reference = near(theta, distance, seed), near(theta, 0.4, seed + 100)
     wanted = kl_gradient(theta, reference)
@@ -119,7 +124,7 @@ def test_the_ratio_times_k2_would_be_wrong(seed: int) -> None:
 
 
 def responses(tokens: int, log_probs: Tensor, ref_log_probs: Tensor) -> Batch:
-    """Every response of this many tokens, one sample each; log-probabilities of its tokens: [n, tokens]."""
+    """Return a batch of all responses with this number of tokens, and their log-probabilities: [n, tokens]."""
     n = len(log_probs)
     zeros = np.zeros(n * tokens, np.int64)
     return Batch(
@@ -134,8 +139,8 @@ def responses(tokens: int, log_probs: Tensor, ref_log_probs: Tensor) -> Batch:
     )
 
 
-def gradient_in_reward(theta: Tensor, reference: Tensor, settings: RLVRConfig) -> Tensor:
-    """Mean over all responses of 2 tokens, the second given the first, weighted by their probabilities.
+def gradient_in_reward(theta: Tensor, reference: Tensor, settings: AlgorithmConfig) -> Tensor:
+    """Average over all responses of 2 tokens, the second given the first, weighted by their probabilities.
 
     Args:
         theta: logits [1 + SIZE, SIZE] of the first token, and of the second after each first.
@@ -164,7 +169,7 @@ def gradient_in_reward(theta: Tensor, reference: Tensor, settings: RLVRConfig) -
 
 
 def sequence_kl_gradient(theta: Tensor, reference: Tensor) -> Tensor:
-    """KL(policy || reference) of whole responses: the first token's, and the second's weighted by the first."""
+    """Return KL(policy || reference) of responses: the first token's, plus the second's weighted by the first."""
     theta = theta.detach().requires_grad_()
     p, q = theta.log_softmax(-1), reference.log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
@@ -173,7 +178,7 @@ def sequence_kl_gradient(theta: Tensor, reference: Tensor) -> Tensor:
 
 def penalty(estimator: str, **changes: object) -> RLVRConfig:
     settings = config(add_token_level_kl=True, init_kl_coef=1.0, **changes)
-    return settings.model_copy(update={"kl_penalty": estimator})  # k3 too, which a file may not name
+    return replace(settings, kl_penalty=estimator)  # k3 too, which a file may not name
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "reinforce"])
@@ -192,7 +197,7 @@ def test_k1_in_the_reward_is_the_kl_of_whole_responses(seed: int, distance: floa
 def test_others_in_the_reward_pull_a_hundred_times_less(
     seed: int, distance: float, share: float, estimator: str
 ) -> None:
-    """Their value is of second order near the reference, and only their value acts in the reward."""
+    """Only the value acts in the reward, and it is of second order near the reference."""
     theta = logits(seed, 1 + SIZE, SIZE)
     reference = near(theta, distance, seed)
     found = gradient_in_reward(theta, reference, penalty(estimator))
@@ -208,7 +213,7 @@ def test_abs_in_the_reward_pulls_elsewhere(seed: int) -> None:
 
 
 def advantages_of(scores: list[float], kl: list[list[float]], **changes: object) -> tuple[Batch, TokenAdvantages]:
-    """Advantages of one group, whose tokens are this far above the reference (nats)."""
+    """Return the advantages of one group with tokens this far above the reference (nats)."""
     gaps = torch.tensor(kl, dtype=torch.float64)
     batch = responses(gaps.shape[1], torch.full_like(gaps, -1.0), -1.0 - gaps)
     settings = config(add_token_level_kl=True, **changes)
@@ -218,7 +223,7 @@ def advantages_of(scores: list[float], kl: list[list[float]], **changes: object)
 @pytest.mark.parametrize("estimator", ["grpo", "reinforce"])
 @pytest.mark.parametrize("coefficient", [0.001, 0.1])
 def test_a_group_that_is_all_right_learns_no_more_than_its_penalty(coefficient: float, estimator: str) -> None:
-    """Normalised together with the score, the penalty's noise was -0.94 to 2.00 here, whatever the coefficient."""
+    """Normalised together with the score, the penalty's noise would be -0.94 to 2.00 here for any coefficient."""
     kl = [[1.0, 1.3], [0.8, 0.9], [1.0, 2.0], [0.4, 0.6]]
     _, found = advantages_of([1.0] * 4, kl, init_kl_coef=coefficient, adv_estimator=estimator)
     wanted = -coefficient * np.array([[sum(row[t:]) for t in range(2)] for row in kl])
@@ -293,7 +298,7 @@ def test_one_token_far_from_the_reference_neither_spoils_the_loss_nor_goes_uncou
 
 
 def test_a_clamped_log_ratio_leaves_the_ratio_without_a_gradient_too() -> None:
-    """Else the constant of the clamp would act through it."""
+    """Otherwise the constant of the clamp would act through the ratio."""
     live = torch.tensor([-1.0, -1.0], requires_grad=True)
     ratio = (live - live.detach() - 3.0).exp()
     estimate, clamped = kl_estimate(live, live.detach() - torch.tensor([21.0, 2.0]), "k3", ratio)

@@ -16,15 +16,24 @@ from roll_r3.algorithms.mismatch import mismatch_metrics
 from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
+from roll_r3.config.algorithm import AlgorithmConfig
+from roll_r3.config.derived import algorithm_of
 from roll_r3.config.pipeline import RLVRConfig
 
 
-def config(**changes) -> RLVRConfig:
-    return RLVRConfig(exp_name="t", pretrain="x", actor_train={}, actor_infer={}, **changes)
+def config(**changes) -> AlgorithmConfig:
+    return algorithm_of(RLVRConfig(exp_name="t", pretrain="x", actor_train={}, actor_infer={}, **changes))
 
 
-def slow_loss(lp, ent, mask, adv, old, roll, ref, c: RLVRConfig) -> list[float]:
-    """One token at a time, by the formulas in the papers."""
+def test_derived_settings_come_from_their_fields():
+    assert config(pg_clip=0.3).clip_range == (0.3, 0.3)
+    assert config(pg_clip_low=0.1, pg_clip_high=0.4).clip_range == (0.1, 0.4)
+    assert config(response_length=7).loss_divisor == 7.0
+    assert config(response_length=7, loss_scale_factor=2.5).loss_divisor == 2.5
+
+
+def slow_loss(lp, ent, mask, adv, old, roll, ref, c: AlgorithmConfig) -> list[float]:
+    """Compute one token at a time, by the formulas in the papers."""
     low, high = c.clip_range
     out = []
     for i in range(len(lp)):
@@ -148,14 +157,14 @@ MODES = [
 
 
 def aggregated(samples: list[list[float]], c: RLVRConfig) -> float:
-    """The loss of a step from the token losses of its samples; one of which none is trained on does not count."""
+    """Aggregate the token losses of a step's samples; a sample without trained tokens does not count."""
     kept = [sample for sample in samples if sample]
     if c.loss_agg_mode == "token-mean":
         return sum(map(sum, kept)) / sum(map(len, kept))
     divisor = {
         "seq-mean-token-mean": None,
         "seq-mean-token-sum": 1,
-        "seq-mean-token-sum-norm": c.loss_scale_factor or c.response_length,
+        "seq-mean-token-sum-norm": c.loss_divisor,
     }[c.loss_agg_mode]
     return sum(sum(sample) / (divisor or len(sample)) for sample in kept) / len(kept)
 
@@ -178,7 +187,7 @@ def test_aggregation_equals_its_name(changes):
 
 
 def test_a_token_weighs_the_same_whatever_the_lengths_are():
-    """The constant of Dr. GRPO: neither the length of its response nor samples that were dropped change it."""
+    """The constant of Dr. GRPO is independent of the response's length and of dropped samples."""
     c = config(loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=8.0)
     for masks in ([[True]], [[True] * 5, [True]], [[True] * 3, [False] * 2]):
         weights = loss_weights(batch_of(masks), c)
@@ -247,7 +256,7 @@ def test_stats_add_up_over_micro_batches():
 
 
 def test_merged_stats_are_those_of_everything_together():
-    """Statistics of an optimizer step that is left out are not merged, and so leave no trace."""
+    """Statistics of a skipped optimizer step are not merged."""
     values = [torch.tensor(x) for x in ([1.0, 5.0], [2.0, -4.0], [3.0, torch.nan])]
     whole, merged, mask = TokenStats(), TokenStats(), torch.ones(2, dtype=torch.bool)
     for number, value in enumerate(values):
@@ -262,7 +271,7 @@ def test_merged_stats_are_those_of_everything_together():
 
 
 def test_a_sum_over_an_optimizer_step_is_its_mean_over_the_steps_that_were_made():
-    """Micro-batches and ranks add up within a step, and the steps do not."""
+    """Micro-batches and ranks add up within a step; steps are averaged."""
     ranks = []
     for rank in range(2):
         whole = TokenStats()

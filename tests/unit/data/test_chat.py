@@ -1,4 +1,4 @@
-"""Chat templates: arguments, system prompts, and messages that a template leaves out."""
+"""Chat templates: arguments, system prompts, and messages omitted by a template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QWEN = """\
 {%- if m.role in ['system', 'user', 'assistant'] %}{{ m.role[0] + ':' + c + ';' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ 'a:' }}{% if enable_thinking is defined and enable_thinking is false %}{{ '<none>' }}
 {%- endif %}{% endif %}"""
-"""Like Qwen3's: content that is not text vanishes, other roles vanish, thinking can be turned off."""
+"""Like Qwen3's: drops content other than text and unknown roles; thinking can be turned off."""
 
 
 @pytest.fixture
@@ -26,11 +26,11 @@ def tokenizer():
     return made
 
 
-def prompts_of(tmp_path, tokenizer, *conversations, said=lambda text: None, **args):
-    """The texts of the prompts that conversations become."""
+def prompts_of(tmp_path, tokenizer, *conversations, say=lambda text: None, **args):
+    """Return the texts of the prompts made from conversations, and the prompts."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": m, "ground_truth": ""}) + "\n" for m in conversations))
-    prompts = read_prompts(DataArgs(file_name=str(path), messages="messages", **args), tokenizer, 100, said)
+    prompts = read_prompts(DataArgs(file_name=str(path), messages="messages", **args), tokenizer, 100, say)
     return [tokenizer.decode(prompt.token_ids) for prompt in prompts], prompts
 
 
@@ -46,8 +46,8 @@ def test_arguments_of_the_template_are_passed_on(tmp_path, tokenizer):
     assert none[0] == ["u:1+1=;a:<none>"]
 
 
-def test_arguments_that_the_template_does_not_read_are_refused(tmp_path, tokenizer):
-    with pytest.raises(ConfigError, match="chat template does not read enable_thinkin, x: leave it out"):
+def test_arguments_unknown_to_the_template_are_rejected(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match="chat template does not read enable_thinkin, x: remove it"):
         prompts_of(tmp_path, tokenizer, USER, chat_template_kwargs={"enable_thinkin": False, "x": 1})
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="has no chat template"):
@@ -55,12 +55,12 @@ def test_arguments_that_the_template_does_not_read_are_refused(tmp_path, tokeniz
 
 
 def test_a_system_prompt_goes_before_rows_that_have_none(tmp_path, tokenizer):
-    said: list[str] = []
-    texts, prompts = prompts_of(tmp_path, tokenizer, USER, OWN, USER, said=said.append, system_prompt="be brief")
+    messages: list[str] = []
+    texts, prompts = prompts_of(tmp_path, tokenizer, USER, OWN, USER, say=messages.append, system_prompt="be brief")
     assert texts == ["s:be brief;u:1+1=;a:", "s:own;u:1+1=;a:", "s:be brief;u:1+1=;a:"]
     assert prompts[0].messages == ({"role": "system", "content": "be brief"}, *USER)
     assert prompts[0].row["messages"] == USER, "the row is as in the file"
-    assert said == ["1 of 3 rows keep their own system message, without data_args.system_prompt"]
+    assert messages == ["1 of 3 rows keep their own system message instead of data_args.system_prompt"]
 
 
 def test_a_system_prompt_goes_before_bundled_tasks_and_prompts_of_text(tokenizer):
@@ -70,21 +70,21 @@ def test_a_system_prompt_goes_before_bundled_tasks_and_prompts_of_text(tokenizer
     assert prompt.text == "0+0="
 
 
-def test_messages_that_the_template_leaves_out_are_refused(tmp_path, tokenizer):
-    """Qwen3's template drops a role that it does not know without a word."""
+def test_messages_omitted_by_the_template_are_rejected(tmp_path, tokenizer):
+    """Qwen3's template silently drops unknown roles."""
     strange = [{"role": "human", "content": "x"}, *USER]
     with pytest.raises(
-        ConfigError, match=r"line 2: the chat template leaves out .* role human.*\(2 rows: lines 2, 3\)"
+        ConfigError, match=r"line 2: the chat template omits messages with role human.*\(2 rows: lines 2, 3\)"
     ):
         prompts_of(tmp_path, tokenizer, USER, strange, strange)
 
 
-def test_what_the_template_raises_is_told_by_row(tmp_path, tokenizer):
+def test_errors_of_the_template_name_the_row(tmp_path, tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no system here') if messages[0].role == 'system' else messages }}"
-    with pytest.raises(ConfigError, match="line 2: it does not fit the chat template, TemplateError: no system here"):
+    with pytest.raises(ConfigError, match="line 2: the chat template rejects it, TemplateError: no system here"):
         prompts_of(tmp_path, tokenizer, USER, OWN)
 
 
-def test_an_empty_system_prompt_is_refused():
+def test_an_empty_system_prompt_is_rejected():
     with pytest.raises(ValueError, match="at least 1 character"):
         DataArgs(system_prompt="")

@@ -1,4 +1,4 @@
-"""Data files in, batches out."""
+"""Prompts read from data files, and batches drawn from them."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def test_messages_go_through_the_chat_template(tmp_path, tokenizer, written):
 
 
 @pytest.mark.parametrize("messages", ["hello", "{}", "[3]", '[{"role": "user"}]'])
-def test_messages_that_are_none_are_named(tmp_path, tokenizer, messages):
+def test_invalid_messages_name_the_line(tmp_path, tokenizer, messages):
     rows = [{"messages": messages, "ground_truth": "g"}]
     args = DataArgs(file_name=write_rows(tmp_path / "m.jsonl", rows), messages="messages")
     with pytest.raises(ConfigError, match=r"m\.jsonl line 1: (column \"messages\"|messages\[0\]) is "):
         read_prompts(args, tokenizer, 10)
 
 
-def test_long_prompts_are_left_out_and_said(tmp_path, tokenizer):
+def test_long_prompts_are_skipped_with_a_message(tmp_path, tokenizer):
     rows = [{"prompt": "x" * n, "ground_truth": ""} for n in (3, 30)]
     args = DataArgs(file_name=write_rows(tmp_path / "l.jsonl", rows))
-    said: list[str] = []
-    assert len(read_prompts(args, tokenizer, 10, said.append)) == 1
-    assert said == ["1 of 2 prompts are longer than prompt_length (10 tokens) and were left out"]
+    messages: list[str] = []
+    assert len(read_prompts(args, tokenizer, 10, messages.append)) == 1
+    assert messages == ["skipped 1 of 2 prompts longer than prompt_length (10 tokens)"]
     with pytest.raises(ConfigError, match=r"no prompt of at most prompt_length=2 tokens; the shortest of 2 has 3"):
         read_prompts(args, tokenizer, 2)
 
@@ -82,7 +82,7 @@ def test_long_prompts_are_left_out_and_said(tmp_path, tokenizer):
     [
         ({"file_name": "nowhere.jsonl"}, "No such file"),
         ({"file_name": "bundled:nothing"}, "there are bundled:addition_mod10"),
-        ({"file_name": "data.csv"}, "not a file of a known format. Instead, name a .jsonl"),
+        ({"file_name": "data.csv"}, "not a file of a known format. Instead, name a readable .jsonl"),
         ({"file_name": "x" * 300 + ".jsonl"}, "File name too long"),
         ({"file_name": "nul\0.jsonl"}, "null byte"),
     ],
@@ -92,11 +92,11 @@ def test_missing_sources_are_named(tokenizer, args, message):
         read_prompts(DataArgs(**args), tokenizer, 10)
 
 
-def test_blank_lines_are_passed_over(tmp_path, tokenizer):
+def test_blank_lines_are_skipped(tmp_path, tokenizer):
     (tmp_path / "b.jsonl").write_text('\n  \r\n{"prompt": "1", "ground_truth": "1"}\n\n')
     args = DataArgs(file_name=str(tmp_path / "b.jsonl"))
     assert len(read_prompts(args, tokenizer, 10)) == 1
-    assert not list(data_problems(args)), "what is checked beforehand agrees"
+    assert not list(data_problems(args)), "validation agrees"
 
 
 def test_a_missing_column_lists_those_that_exist(tmp_path, tokenizer):
@@ -111,11 +111,11 @@ def test_rows_that_do_not_fit_the_template_are_counted(tmp_path, tokenizer):
         read_prompts(DataArgs(file_name=write_rows(tmp_path / "e.jsonl", rows)), tokenizer, 10)
 
 
-def test_how_far_a_long_reading_is(tokenizer, monkeypatch):
-    monkeypatch.setattr("roll_r3.data.prompts._SAY_EVERY", -1.0)
-    said: list[str] = []
-    read_prompts(DataArgs(file_name="bundled:addition_mod10"), tokenizer, 10, said.append)
-    assert said[42] == "42 of 100 prompts are tokenized"
+def test_a_long_reading_reports_progress(tokenizer, monkeypatch):
+    monkeypatch.setattr("roll_r3.data.prompts._LOG_INTERVAL_S", -1.0)
+    messages: list[str] = []
+    read_prompts(DataArgs(file_name="bundled:addition_mod10"), tokenizer, 10, messages.append)
+    assert messages[42] == "tokenized 42 of 100 prompts"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_how_far_a_long_reading_is(tokenizer, monkeypatch):
         ("copy_digits", "9b71cc6c10e96365af36d1fd5e9f2d12f84768d5c9b6fb45d47be5e1f4f0816e"),
     ],
 )
-def test_runs_on_bundled_tasks_go_on_from_checkpoints_of_earlier_releases(tokenizer, task, sha256):
+def test_runs_on_bundled_tasks_resume_from_checkpoints_of_earlier_releases(tokenizer, task, sha256):
     assert data_of(read_prompts(DataArgs(file_name=f"bundled:{task}"), tokenizer, 100), 0).sha256 == sha256
 
 
@@ -159,8 +159,8 @@ def test_batches_pass_over_the_data_in_seeded_orders(tokenizer):
 
 
 @pytest.mark.parametrize("drawn", [[(7, 32)], [(2, 32), (5, 12), (1, 100)], [(1, 250)]])
-def test_what_was_drawn_is_passed_over(tokenizer, drawn):
-    """Whatever the sizes of the batches then and now."""
+def test_batches_continue_after_those_drawn(tokenizer, drawn):
+    """Batch sizes before and after may differ."""
     prompts = read_prompts(DataArgs(file_name="bundled:addition_mod10"), tokenizer, 10)
     before = [size for batches, size in drawn for _ in range(batches)]
     steps = 9
@@ -176,7 +176,7 @@ def test_what_was_drawn_is_passed_over(tokenizer, drawn):
 
 
 def drawn_one_by_one(prompts: int, seed: int, sizes: Iterable[int]) -> Iterator[list[int]]:
-    """The order by its description: every batch is drawn, one prompt after the other."""
+    """Draw every batch, one prompt after the other: the definition of the order."""
     queue: deque[int] = deque()
     epoch = 0
     for size in sizes:
@@ -198,8 +198,8 @@ def drawn_one_by_one(prompts: int, seed: int, sizes: Iterable[int]) -> Iterator[
     size=st.integers(1, 60),
 )
 @settings(max_examples=400, deadline=None)
-def test_what_follows_is_what_would_be_drawn_one_by_one(prompts, seed, drawn, size):
-    """Whole passes that are left out change nothing, sizes that exceed the data included."""
+def test_skipping_equals_drawing_one_by_one(prompts, seed, drawn, size):
+    """Skipped passes change nothing, also for batches larger than the data."""
     before = [earlier for batches, earlier in drawn for _ in range(batches)]
     sizes = [*before, *[size] * 6]
     wanted = list(drawn_one_by_one(prompts, seed, sizes))[len(before) :]
@@ -216,8 +216,8 @@ def test_a_place_far_on_is_found_at_once(drawn):
     assert len(next(prompt_batches(range(100), 8, 1, drawn=drawn))) == 8
 
 
-def test_a_place_that_only_going_through_all_passes_would_find_is_refused():
-    """Before anything is drawn: no batch of 8 begins with a pass once an odd number is drawn."""
+def test_a_place_behind_too_many_passes_is_rejected():
+    """After an odd number of prompts no batch of 8 is aligned with a pass."""
     with pytest.raises(ConfigError, match=r"1099511627776 batches of 8 prompts of 100 cannot be found: \d+ passes"):
         prompt_batches(range(100), 8, 1, drawn=[(1, 3), (1 << 40, 8)])
 

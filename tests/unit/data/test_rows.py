@@ -1,4 +1,4 @@
-"""Values of rows: they are kept as they are in the file, or refused."""
+"""Values of rows: exactly as in the file, or rejected."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import pytest
 
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.faults import Faults
-from roll_r3.data.rows import look_at_rows, read_rows
+from roll_r3.data.rows import read_rows, validate_rows
 
 USER = [{"role": "user", "content": "1+1="}]
 
 
 def read(path, **columns):
-    """(rows, faults) of a file."""
+    """Return (rows, faults) of a file."""
     faults = Faults()
     rows = list(read_rows(DataArgs(file_name=str(path), **columns), faults))
     return rows, list(faults.lines())
 
 
 def of_line(tmp_path, line, **columns):
-    """The same of one line of JSON, whose fault is said without the file's name."""
+    """Return (rows, faults) of one JSON line, without the file's name in the faults."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(line if isinstance(line, bytes) else line.encode())
     rows, faults = read(path, **columns)
@@ -35,7 +35,7 @@ def of_line(tmp_path, line, **columns):
 
 
 def test_text_is_kept_as_it_is(tmp_path):
-    """Blanks, line ends, letters in two forms, what looks like another kind of value."""
+    """Blanks, line ends, letters in two forms, text like other kinds of values."""
     for text in [
         " a\r\n\tb ",
         "é",
@@ -70,25 +70,25 @@ def test_numbers_keep_their_digits(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [
         ("1e-5", 'is 1e-5, a number with an exponent, not text. Instead, write text: "1e-5"'),
         ("1E5", "is 1E5, a number with an exponent"),
-        ("true", 'is true, true or false, not text. Instead, write text: "true"'),
-        ("null", "is null. Instead, write text, or leave the row out"),
-        ('{"inputs": ["1"]}', 'an object, not text. Instead, name a field of it, like "ground_truth.inputs"'),
+        ("true", 'is true, a boolean, not text. Instead, write text: "true"'),
+        ("null", "is null. Instead, write text, or remove the row"),
+        ('{"inputs": ["1"]}', 'an object, not text. Instead, name one of its fields, such as "ground_truth.inputs"'),
         ("[1]", "is [1], a list, not text. Instead, write text, or JSON text of the list"),
     ],
 )
-def test_a_ground_truth_that_is_not_text_is_refused(tmp_path, value, said):
+def test_a_ground_truth_other_than_text_is_rejected(tmp_path, value, expected):
     rows, [fault] = of_line(tmp_path, f'{{"prompt": "a", "ground_truth": {value}}}')
     assert not rows
     assert fault.startswith('line 1: column "ground_truth" ')
-    assert said in fault
+    assert expected in fault
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [
         (USER, 'a conversation, not text. Instead, name the column in data_args.messages: "prompt"'),
         (json.dumps(USER), 'Instead, name the column in data_args.messages: "prompt"'),
@@ -98,14 +98,14 @@ def test_a_ground_truth_that_is_not_text_is_refused(tmp_path, value, said):
         (None, "is null"),
         (3, "is 3, a number, not text"),
         (2.5, "is 2.5, a number, not text"),
-        (False, "is false, true or false, not text"),
+        (False, "is false, a boolean, not text"),
     ],
 )
-def test_a_prompt_that_is_not_text_is_refused(tmp_path, value, said):
+def test_a_prompt_other_than_text_is_rejected(tmp_path, value, expected):
     rows, [fault] = of_line(tmp_path, json.dumps({"prompt": value, "ground_truth": "2"}))
     assert not rows
     assert fault.startswith('line 1: column "prompt" is ')
-    assert said in fault
+    assert expected in fault
 
 
 @pytest.mark.parametrize("value", ["\u202e", "\x1b[2J", "\u2028", "x" * 5000])
@@ -131,13 +131,13 @@ def test_parts_of_text_are_joined(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "expected"),
     [
         ([{"role": "user", "content": None}], "the content of m[0] is null, not text"),
         ([{"role": "user", "content": []}], "the content of m[0] is [], not text"),
         ([{"role": "user", "content": 3}], "the content of m[0] is 3, not text"),
-        ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}], "images are not read"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a", "image": "x.png"}]}], "images are not read"),
+        ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}], "images are not supported"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a", "image": "x.png"}]}], "images are not supported"),
         ([{"role": "user", "content": ["a"]}], 'has the part "a", not text'),
         ([{"from": "human", "value": "a"}], "without role and content"),
         ([{"role": "user"}], "without role and content"),
@@ -150,10 +150,10 @@ def test_parts_of_text_are_joined(tmp_path):
         ([*USER, {"role": "gpt", "content": "2"}], "ends with a message of the gpt"),
     ],
 )
-def test_a_conversation_of_another_shape_is_refused(tmp_path, messages, said):
+def test_a_conversation_of_another_shape_is_rejected(tmp_path, messages, expected):
     rows, [fault] = of_line(tmp_path, json.dumps({"m": messages, "ground_truth": "2"}), messages="m")
     assert not rows
-    assert said in fault
+    assert expected in fault
 
 
 def test_missing_values_are_counted_by_column(tmp_path):
@@ -163,22 +163,22 @@ def test_missing_values_are_counted_by_column(tmp_path):
     rows, faults = read(path)
     assert [row.ground_truth for row in rows] == ["1"]
     assert [fault.removeprefix(f"{path} ") for fault in faults] == [
-        'line 2: column "ground_truth" is missing, there are "prompt". Instead, write it in each row, or correct '
+        'line 2: column "ground_truth" is missing, there are "prompt". Instead, add it to each row, or correct '
         "data_args.ground_truth (7 rows: lines 2, 5, 6, 7, 8, ...)",
-        'line 4: column "prompt" is missing, there are "question", "ground_truth". Instead, write it in each row, or '
+        'line 4: column "prompt" is missing, there are "question", "ground_truth". Instead, add it to each row, or '
         "correct data_args.prompt",
     ]
 
 
 @pytest.mark.parametrize("column", ["domain", "id"])
 def test_domains_and_ids_are_text_too(tmp_path, column):
-    for value, said in ((None, "is null"), ([], "a list"), ("", "is empty")):
+    for value, expected in ((None, "is null"), ([], "a list"), ("", "is empty")):
         rows, faults = of_line(tmp_path, json.dumps({"prompt": "a", "ground_truth": "", "x": value}), **{column: "x"})
         if (column, value) == ("domain", ""):
             assert rows[0].domain == ""
         else:
             assert not rows
-            assert said in faults[0]
+            assert expected in faults[0]
     [row], _ = of_line(tmp_path, '{"prompt": "a", "ground_truth": "", "x": 7}', **{column: "x"})
     assert getattr(row, column) == "7"
 
@@ -209,21 +209,24 @@ def test_a_dotted_name_is_a_field_within_a_column(tmp_path):
     [row], _ = read(tmp_path / "r.parquet", ground_truth="r.g")
     assert row.ground_truth == "1"
     assert row.columns == {"prompt": "a", "r.g": "1", "r": {"g": "2"}}
-    for value, said in (({"h": "1"}, 'there are "h"'), ({"g": None}, "is null"), ('{"g": "2"}', "has no fields")):
+    for value, expected in (({"h": "1"}, 'there are "h"'), ({"g": None}, "is null"), ('{"g": "2"}', "has no fields")):
         rows, [fault] = of_line(tmp_path, json.dumps({"prompt": "a", "r": value}), ground_truth="r.g")
         assert not rows
-        assert said in fault
+        assert expected in fault
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
-        (b'{"prompt": "b", "grou', "not JSON, Unterminated string starting at column 17 (it seems to be cut off)"),
-        (b'{"prompt": "b",', "(it seems to be cut off)"),
+        (
+            b'{"prompt": "b", "grou',
+            "not JSON, Unterminated string starting at column 17 (the text seems to be truncated)",
+        ),
+        (b'{"prompt": "b",', "(the text seems to be truncated)"),
         (b'{"prompt": "\xe9"}', "not UTF-8, byte 0xE9 at byte 13. Instead, save the file as UTF-8"),
         (b"\xff\xfe{\0}\0", "not UTF-8, byte 0xFF at byte 1"),
-        (b'{"prompt": "a", "ground_truth": "1", "prompt": "b"}', 'the key "prompt" is there twice'),
-        (b'{"prompt": "a", "ground_truth": "1", "more": [{"x": 1, "x": 2}]}', 'the key "x" is there twice'),
+        (b'{"prompt": "a", "ground_truth": "1", "prompt": "b"}', 'the key "prompt" occurs twice'),
+        (b'{"prompt": "a", "ground_truth": "1", "more": [{"x": 1, "x": 2}]}', 'the key "x" occurs twice'),
         (b'{"prompt": "a", "ground_truth": "1", "more": NaN}', "NaN is not a value of JSON"),
         (b'{"prompt": "a", "ground_truth": "1", "more": -Infinity}', "-Infinity is not a value of JSON"),
         (b'{"prompt": "a", "ground_truth": "1", "more": 1e999}', "the number 1e999 is too large"),
@@ -238,13 +241,13 @@ def test_a_dotted_name_is_a_field_within_a_column(tmp_path):
         (b"\x1b[2J", "not JSON"),
     ],
 )
-def test_a_line_that_cannot_be_read_is_named(tmp_path, line, said):
+def test_an_unreadable_line_is_named(tmp_path, line, expected):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "a", "ground_truth": "1"}\n' + line)
     rows, [fault] = read(path)
     assert len(rows) == 1
     assert fault.startswith(f"{path} line 2: ")
-    assert said in fault
+    assert expected in fault
     assert fault.isprintable()
     assert len(fault) < 400
 
@@ -279,14 +282,14 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "expected"),
     [
         ("a.jsonl", b"", "it is empty"),
         ("a.jsonl", b"\n \r\n", "it is empty"),
         ("a.json", b"", "it is empty"),
         ("a.json", b" [ ] ", "it is empty"),
-        ("a.json", b'{"data": [{"prompt": "a"}]}', 'no list, it begins with "{'),
-        ("a.json", b'[{"prompt": "a"}', "the list has no end (it seems to be cut off)"),
+        ("a.json", b'{"data": [{"prompt": "a"}]}', 'not a list, it begins with "{'),
+        ("a.json", b'[{"prompt": "a"}', "the list has no end (the file seems to be truncated)"),
         ("a.json", b'[{"prompt": "a"}\n,]', "not JSON"),
         ("a.json", b"[3]", "row 1: 3 is not an object"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "ground_truth": "1"}\n' * 9, mtime=0)[:-12], "cannot be read"),
@@ -294,14 +297,14 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
         ("a.parquet", b"PAR1" * 9, "cannot be read"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, said):
+def test_an_unreadable_file_is_named(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     faults = read(tmp_path / name)[1]
-    assert said in faults[-1]
+    assert expected in faults[-1]
     assert all(fault.startswith(str(tmp_path / name)) for fault in faults)
 
 
-def test_a_parquet_file_that_is_cut_is_named(tmp_path):
+def test_a_truncated_parquet_file_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"prompt": [str(i) for i in range(1000)], "ground_truth": ["1"] * 1000}), path)
     path.write_bytes(path.read_bytes()[:-20])
@@ -311,14 +314,14 @@ def test_a_parquet_file_that_is_cut_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "expected"),
     [
-        ({b"\x16\xd8\x04": b"\x16\xd6\x04"}, "there are 299 rows, and its groups have 300"),
+        ({b"\x16\xd8\x04": b"\x16\xd6\x04"}, "299 rows, but its groups have 300"),
         ({b"\x16\xd8\x04": b"\x16\x94\x05", b"\x16\xc8\x01": b"\x16\xdc\x01"}, "330 more rows after row 0"),
     ],
     ids=["in all", "in the groups"],
 )
-def test_a_parquet_file_that_miscounts_its_rows_is_named(tmp_path, changed, said):
+def test_a_parquet_file_with_wrong_row_counts_is_named(tmp_path, changed, expected):
     """The footer holds 300 and 100 as Thrift writes them."""
     path = tmp_path / "a.parquet"
     columns = {"prompt": [str(i) for i in range(300)], "ground_truth": ["1"] * 300}
@@ -327,29 +330,29 @@ def test_a_parquet_file_that_miscounts_its_rows_is_named(tmp_path, changed, said
     for old, new in changed.items():
         content = content.replace(old, new)
     path.write_bytes(content)
-    assert said in read(path)[1][0]
+    assert expected in read(path)[1][0]
 
 
 DAY = datetime.date(2024, 1, 5)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "expected"),
     [
         ([DAY], 'is "2024-01-05", date, not text'),
         ([datetime.datetime(2024, 1, 5, 12)], "datetime, not text"),
         ([decimal.Decimal("1.50")], "Decimal, not text"),
         ([b"1"], "binary, not text"),
-        ([0.5], "a float, whose digits are not in the file, not text"),
+        ([0.5], "a float without its written digits, not text"),
         ([None], "is null"),
     ],
 )
-def test_values_of_parquet_that_are_not_text_are_refused(tmp_path, values, said):
+def test_parquet_values_other_than_text_are_rejected(tmp_path, values, expected):
     pq.write_table(pa.table({"prompt": ["a"], "ground_truth": values}), tmp_path / "a.parquet")
     rows, [fault] = read(tmp_path / "a.parquet")
     assert not rows
     assert "row 1: " in fault
-    assert said in fault
+    assert expected in fault
 
 
 def test_columns_without_a_form_in_json_are_left_out_and_logged(tmp_path, caplog):
@@ -359,7 +362,7 @@ def test_columns_without_a_form_in_json_are_left_out_and_logged(tmp_path, caplog
     assert not faults
     assert row.ground_truth == "2"
     assert row.columns == {"prompt": "a", "ground_truth": "1", "n": 1}
-    assert 'do not get columns that JSON has no form for: "day", "deep"' in caplog.text
+    assert 'do not receive columns without a JSON form: "day", "deep"' in caplog.text
 
 
 @pytest.mark.parametrize("looked", [False, True])
@@ -368,14 +371,14 @@ def test_a_parquet_file_with_other_columns_alone_lists_them(tmp_path, looked):
     pq.write_table(pa.table({"day": [DAY] * 3}), tmp_path / "b.parquet")
     args, faults = DataArgs(file_name=str(tmp_path / "*.parquet")), Faults()
     if looked:
-        look_at_rows(args, faults)
+        validate_rows(args, faults)
     else:
         assert not list(read_rows(args, faults))
     assert len(faults) == 4
     assert all("is missing, there are" in fault and "(3 rows: rows 1, 2, 3)" in fault for fault in faults.lines())
 
 
-def test_text_of_parquet_that_is_not_utf_8_is_refused(tmp_path):
+def test_parquet_text_other_than_utf_8_is_rejected(tmp_path):
     words = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xe9"]).buffers())
     pq.write_table(pa.table({"prompt": words, "ground_truth": ["1"]}), tmp_path / "a.parquet")
     rows, [fault] = read(tmp_path / "a.parquet")
@@ -395,7 +398,7 @@ def test_patterns_name_files_in_order(tmp_path):
     assert "no file matches" in read("nul\0*.jsonl")[1][0]
 
 
-def test_the_faults_of_all_files_are_told_together(tmp_path):
+def test_the_faults_of_all_files_are_reported_together(tmp_path):
     for i in range(25):
         (tmp_path / f"{i:02}.jsonl").write_text('{"prompt": "a"}\n')
     faults = read(tmp_path / "*.jsonl")[1]

@@ -72,6 +72,6 @@ def test_the_terminal_is_told_of_prompts_that_are_left_out(tmp_path, caplog):
     caplog.set_level("INFO")
     _, prompts = _prepare(loaded.config, loaded.origins, rewards, Progress(1, terminal))
     assert len(prompts) == 1
-    said = "2 of 3 prompts are longer than prompt_length (10 tokens) and were left out"
+    said = "skipped 2 of 3 prompts longer than prompt_length (10 tokens)"
     assert said in terminal.getvalue()
     assert said in caplog.text

@@ -87,7 +87,7 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_not_damaged(tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", refused)
-        with pytest.raises(RollError, match=r"nothing can be said of .*step-00000004.*it is away") as stopped:
+        with pytest.raises(RollError, match=r"cannot check .*step-00000004.*it is away") as stopped:
             FakeRun(config)
     assert not isinstance(stopped.value, CheckpointError)
     assert run.checkpoints.steps() == [2, 4]

@@ -17,7 +17,7 @@ from roll_r3.config.pipeline import RewardConfig
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.workers import DataArgs
-from roll_r3.data.sources import Look
+from roll_r3.data.sources import ReadLimit
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import is_hub_name, resolve_checkpoint
 from roll_r3.preflight import files
@@ -228,7 +228,7 @@ def test_where_runs_are_written(tmp_path):
         ("response, truth", {"letter": "a"}, "kwargs.letter: the function has no parameter of this name"),
         ("response", {}, None),
         ("response, row, messages", {}, None),
-        ("response, row", {"row": 1}, "kwargs.row: rules are offered a value of this name"),
+        ("response, row", {"row": 1}, "kwargs.row: the name is reserved for an offered value"),
         ("response, truth, letter", {}, "its parameter 'letter' has no default"),
         ("response, truth, letter", {"letter": "a"}, None),
         ("response, truth, letter='a'", {}, None),
@@ -300,7 +300,7 @@ SOUND = b'{"prompt": "a", "ground_truth": "b"}\n'
 
 @pytest.mark.parametrize("at", [30, 900], ids=["beginning", "end"])
 def test_a_large_file_is_read_at_both_ends(tmp_path, monkeypatch, at):
-    monkeypatch.setattr("roll_r3.data.rows.LOOK", Look(200, 1 << 20))
+    monkeypatch.setattr("roll_r3.data.rows.VALIDATION_LIMIT", ReadLimit(200, 1 << 20))
     monkeypatch.setattr("roll_r3.data.json_files._TAIL", len(SOUND) * 150)
     lines = [SOUND] * 1000
     path = tmp_path / "large.jsonl"
@@ -318,7 +318,7 @@ def test_a_large_file_is_read_at_both_ends(tmp_path, monkeypatch, at):
 
 
 def test_row_groups_of_a_large_parquet_file_are_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr("roll_r3.data.rows.LOOK", Look(200, 1 << 20))
+    monkeypatch.setattr("roll_r3.data.rows.VALIDATION_LIMIT", ReadLimit(200, 1 << 20))
     path = tmp_path / "large.parquet"
     answers = ["1"] * 2000
     pq.write_table(pa.table({"prompt": answers, "ground_truth": answers}), path, row_group_size=250)
@@ -330,11 +330,11 @@ def test_row_groups_of_a_large_parquet_file_are_sampled(tmp_path, monkeypatch):
 
 
 def test_a_large_json_file_is_read_at_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("roll_r3.data.rows.LOOK", Look(200, 1000))
-    monkeypatch.setattr("roll_r3.data.rows._LEAST", Look(1, 1))
+    monkeypatch.setattr("roll_r3.data.rows.VALIDATION_LIMIT", ReadLimit(200, 1000))
+    monkeypatch.setattr("roll_r3.data.rows._FILE_MINIMUM", ReadLimit(1, 1))
     path = tmp_path / "large.json"
     rows = b"[" + b",".join([SOUND] * 1000) + b"]"
-    for content, expected in ((rows, None), (rows[:-1], "cut off"), (b"{" + rows, "no list")):
+    for content, expected in ((rows, None), (rows[:-1], "truncated"), (b"{" + rows, "not a list")):
         path.write_bytes(content)
         problems = list(data_problems(DataArgs(file_name=str(path))))
         assert len(problems) == (expected is not None)

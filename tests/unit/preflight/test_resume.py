@@ -33,7 +33,7 @@ def test_what_is_no_checkpoint_is_said_to_be_none(checkpoint, tmp_path):
     assert "has no file 'complete'" in resume_problem(str(tmp_path))
     assert resume_problem("a\0b")
     (checkpoint / STATE).write_text("{")
-    assert "does not say how far the run was" in resume_problem(str(checkpoint))
+    assert "is not a valid training state" in resume_problem(str(checkpoint))
     (checkpoint / "complete").unlink()
     assert "one that was not completed" in resume_problem(str(checkpoint))
 

@@ -1,4 +1,4 @@
-"""The values that a rule asks for, by name and by position, and the calls that cannot be made."""
+"""Values requested by a rule, by name and by position, and impossible calls."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ROW = {"tests": [1, 2]}
 
 
 def called(function: Callable[..., Any], **kwargs: Any) -> Any:
-    """The function's answer, given no more than what it asked for."""
+    """Call the function with its requested values only."""
     call = call_of(inspect.signature(function), kwargs)
-    return call(function, RESPONSE.values(call.asked))
+    return call(function, RESPONSE.values(call.requested))
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def called(function: Callable[..., Any], **kwargs: Any) -> Any:
         (lambda a, b, c=3, *, d=4, **e: (a, b, c, d, e), {"f": 1}, ("R", "T", 3, 4, {"f": 1})),
     ],
 )
-def test_a_parameter_gets_what_its_name_or_its_place_says(function: Any, kwargs: Any, got: Any) -> None:
+def test_a_parameter_is_filled_by_name_or_position(function: Any, kwargs: Any, got: Any) -> None:
     assert called(function, **kwargs) == got
 
 
 @pytest.mark.parametrize(
-    ("function", "asked"),
+    ("function", "requested"),
     [
         (lambda answer, truth, **kwargs: 0, {"response", "ground_truth"}),
         (lambda response, row: 0, {"response", "row"}),
@@ -71,8 +71,8 @@ def test_a_parameter_gets_what_its_name_or_its_place_says(function: Any, kwargs:
         (lambda domain: 0, {"domain"}),
     ],
 )
-def test_no_more_than_what_is_asked_for_is_sent(function: Any, asked: set[str]) -> None:
-    assert set(call_of(inspect.signature(function), {}).asked) == asked
+def test_only_requested_values_are_sent(function: Any, requested: set[str]) -> None:
+    assert set(call_of(inspect.signature(function), {}).requested) == requested
 
 
 @pytest.mark.parametrize(
@@ -84,16 +84,16 @@ def test_no_more_than_what_is_asked_for_is_sent(function: Any, asked: set[str]) 
         (
             lambda response, rows: 0,
             {},
-            [("reward", "its parameter 'rows' would get ground_truth by its place: write row")],
+            [("reward", "its parameter 'rows' would get ground_truth by position: rename it to row")],
         ),
         (lambda prompt, completion: 0, {}, [("reward", "its parameter 'completion' has no default")]),
-        (lambda response, row: 0, {"row": 1}, [("kwargs.row", "rules are offered a value of this name")]),
-        (lambda response, **kwargs: 0, {"prompt": 1}, [("kwargs.prompt", "rules are offered a value of this name")]),
+        (lambda response, row: 0, {"row": 1}, [("kwargs.row", "the name is reserved for an offered value")]),
+        (lambda response, **kwargs: 0, {"prompt": 1}, [("kwargs.prompt", "the name is reserved for an offered value")]),
         (
             lambda response, a, b, c: 0,
             {"d": 1, "row": 2},
             [
-                ("kwargs.row", "rules are"),
+                ("kwargs.row", "the name is reserved"),
                 ("reward", "its parameter 'b'"),
                 ("reward", "its parameter 'c'"),
                 ("kwargs.d", "the function has no"),
@@ -101,21 +101,24 @@ def test_no_more_than_what_is_asked_for_is_sent(function: Any, asked: set[str]) 
         ),
     ],
 )
-def test_a_call_that_cannot_be_made_is_refused_with_every_reason(function: Any, kwargs: Any, problems: Any) -> None:
+def test_an_impossible_call_is_rejected_with_every_reason(function: Any, kwargs: Any, problems: Any) -> None:
     with pytest.raises(CallError) as refused:
         call_of(inspect.signature(function), kwargs)
     assert [field for field, _ in refused.value.problems] == [field for field, _ in problems]
     assert all(why.startswith(start) for (_, why), (_, start) in zip(refused.value.problems, problems, strict=True))
-    told = str(refused.value)
-    assert all(name in told for name in OFFERED) or "offered are" not in told
+    text = str(refused.value)
+    assert all(name in text for name in OFFERED) or "offered are" not in text
 
 
-def test_a_function_without_a_signature_is_called_as_ever() -> None:
+def test_a_function_without_a_signature_gets_response_and_truth() -> None:
     call = call_of(None, {"letter": "b"})
-    assert call(lambda *args, **kwargs: (args, kwargs), RESPONSE.values(call.asked)) == (("R", "T"), {"letter": "b"})
+    assert call(lambda *args, **kwargs: (args, kwargs), RESPONSE.values(call.requested)) == (
+        ("R", "T"),
+        {"letter": "b"},
+    )
 
 
-def test_a_refusal_names_the_field_and_the_function() -> None:
+def test_an_error_names_the_field_and_the_function() -> None:
     rule = Rule("mine", "my.rules:score", {"row": 1, "other": 2}, 1.0)
     with pytest.raises(ConfigError) as refused:
         rule.call_of(lambda response, needed, more: 0)

@@ -1,4 +1,4 @@
-"""The rule `math`: answers that are right however they are written, and texts on which math-verify takes for ever."""
+"""Rule `math`: correct answers in many notations, and texts on which math-verify never ends."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_dollar_after_a_line_break_still_delimits() -> None:
         (r"\boxed{Monday}", r"\text{Monday}"),
     ],
 )
-def test_an_answer_counts_however_it_is_written(response: str, truth: str) -> None:
+def test_an_answer_counts_in_every_notation(response: str, truth: str) -> None:
     assert (math(response, truth), math(r"\boxed{17}", truth)) == (1, 0)
 
 
@@ -85,7 +85,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(bytearray(1 << 28)) == 1 << 28
 
 
-def test_what_math_verify_raises_is_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_math_verify_are_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError("no such luck")
 
@@ -95,7 +95,7 @@ def test_what_math_verify_raises_is_undecided(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_pair_that_cannot_be_compared_hides_no_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of math-verify itself: an expression is compared first, and then the text that it was made of."""
+    """math-verify compares an expression first, and then its text."""
 
     def fails_at_expressions(truth: object, answer: object, **settings: object) -> bool:
         if not isinstance(truth, str):
@@ -106,8 +106,8 @@ def test_a_pair_that_cannot_be_compared_hides_no_equal_one(monkeypatch: pytest.M
     assert math(r"\boxed{12:00}", "12:00") == 1
 
 
-def test_a_rule_that_judges_in_a_thread_is_told() -> None:
-    """A function that calls `math` beside the main thread is wrong; the response is not."""
+def test_math_in_a_thread_raises() -> None:
+    """Calling `math` outside the main thread is an error of the caller, not of the response."""
     with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="main thread"):
         pool.submit(math, "7", "7").result()
 
@@ -134,12 +134,12 @@ def test_the_signals_of_a_rule_are_its_own_again() -> None:
         *[(truth, 0) for truth in ("", "   ", "$", "$$", "''", r"\$")],
     ],
 )
-def test_a_ground_truth_that_nothing_matches_is_known(truth: str, can: int) -> None:
+def test_a_ground_truth_without_a_match_is_found(truth: str, can: int) -> None:
     assert can_be_matched(truth) == can
 
 
 def test_dates_and_times_are_read_as_sums_and_quotients() -> None:
-    """docs/rewards.md says so."""
+    """Described in docs/rewards.md."""
     assert math(r"\boxed{2024-01-05}", "2024-01-05") == 1
     assert math(r"\boxed{2018}", "2024-01-05") == 1, "2024 - 1 - 5"
     assert math(r"\boxed{1/6}", "5:30") == 1

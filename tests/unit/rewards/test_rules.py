@@ -1,4 +1,4 @@
-"""Which rule scores what, and what counts as a score; the processes are in tests/integration/test_reward_faults.py."""
+"""Choice of the rule, and valid scores; tests/integration/test_reward_faults.py tests the processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from roll_r3.config.pipeline import RewardConfig, RLVRConfig
+from roll_r3.config.pipeline import RewardConfig
 from roll_r3.config.rules.data import BUILT_IN_REWARDS
 from roll_r3.errors import ConfigError
 from roll_r3.rewards.rules import BUILT_IN, Rule, as_score
@@ -41,7 +41,7 @@ def test_built_in_rules() -> None:
         ("math:pi", "not a function"),
     ],
 )
-def test_a_function_that_cannot_be_had_is_named(reward: str, message: str) -> None:
+def test_a_missing_function_is_named(reward: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"rewards.mine.reward: .*{message}|rewards.mine.reward: {message}"):
         find(reward)
 
@@ -55,25 +55,24 @@ def test_a_number_of_any_kind_is_a_score(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
-        (None, "returned None, which is no number"),
-        ("1.0", "returned a str, which is no number"),
-        ([1.0], "returned a list, which is no number"),
-        (1j, "returned a complex, which is no number"),
-        (float("nan"), "returned nan"),
-        (np.float32("inf"), "returned inf"),
+        (None, "must return a number, returned None"),
+        ("1.0", "must return a number, returned a str"),
+        ([1.0], "must return a number, returned a list"),
+        (1j, "must return a number, returned a complex"),
+        (float("nan"), "must return a finite number, returned nan"),
+        (np.float32("inf"), "must return a finite number, returned inf"),
     ],
 )
-def test_what_is_no_finite_number_is_none(value: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_score_must_be_a_finite_number(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         as_score(value)
 
 
 def rewards_of(**rewards: Any) -> Rewards:
-    return Rewards(
-        RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={}, rewards=rewards), Path("no/such/place")
-    )
+    rules = {name: RewardConfig(**fields) for name, fields in rewards.items()}
+    return Rewards(rules, workers=4, max_failed=0.1, log_dir=Path("no/such/place"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def rewards_of(**rewards: Any) -> Rewards:
         ),
     ],
 )
-def test_rules_that_claim_the_same_are_named(rewards: Any, message: str) -> None:
+def test_two_rules_for_one_domain_are_named(rewards: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rewards_of(**rewards)
 
@@ -108,17 +107,18 @@ def test_time_limits() -> None:
     assert RewardConfig(reward="math", timeout=7).time_limit == 7
 
 
-def test_a_line_says_which_rule_scores_what() -> None:
-    """Domains that fall to a rule because no other names them are told apart."""
+def test_a_line_lists_the_domains_of_each_rule() -> None:
+    """Domains without a rule of their own are listed separately."""
     rewards = rewards_of(a={"reward": "exact_match", "tag_included": ("x", "y")}, rest={"reward": "math"})
     assert rewards.shares({"x": 3, "y": 1000, "code": 2}) == (
         "rewards: a (exact_match) scores 1,003 prompts [y 1,000, x 3], "
-        "rest (math) scores 2 prompts [named by no rule: code 2]"
+        "rest (math) scores 2 prompts [without a rule of their own: code 2]"
     )
     assert rewards.shares({"x": 1}).endswith("rest (math) scores 0 prompts")
     many = rewards.shares({f"d{i}": 20 - i for i in range(10)})
+    assert "scores 155 prompts [" in many
     assert many.endswith(
-        "scores 155 prompts [named by no rule: d0 20, d1 19, d2 18, d3 17, d4 16, d5 15, d6 14, d7 13, 2 more]"
+        " [without a rule of their own: d0 20, d1 19, d2 18, d3 17, d4 16, d5 15, d6 14, d7 13, 2 more]"
     )
     plain = rewards_of(default={"reward": "exact_match"})
     assert plain.shares({"default": 7}) == "rewards: default (exact_match) scores 7 prompts"

@@ -1,4 +1,4 @@
-"""Weights for transformers: what is in them, and what becomes of those that cannot be written."""
+"""Export for transformers: its content, and errors of writing."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from roll_r3.trainers.hf_checkpoint import save_hf
 
 @pytest.fixture
 def alone():
-    """A world of one process."""
+    """Process group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [10, 4096], ids=["config", "weights"])
-def test_a_full_disk_is_an_error_of_ours(alone, tmp_path, size):
-    """Not a lost worker, after which a run would start again, to find the disk as full."""
+def test_a_full_disk_is_a_checkpoint_error(alone, tmp_path, size):
+    """A full disk is not a lost worker: a restart would find it full again."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text("x" * 100)
     save_file({"weight": torch.zeros(1)}, tmp_path / "source" / "model.safetensors")
@@ -39,8 +39,8 @@ def test_a_full_disk_is_an_error_of_ours(alone, tmp_path, size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_what_the_trainer_does_not_hold_is_what_the_index_says(alone, tmp_path):
-    """Neither another form of the same weights, nor an output layer that the trainer has tied to the embedding."""
+def test_the_index_lists_the_weights_not_held_by_the_trainer(alone, tmp_path):
+    """The index lists no other form of the weights, and no output layer tied to the embedding."""
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     names = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.9.mtp.weight"]
@@ -56,8 +56,8 @@ def test_what_the_trainer_does_not_hold_is_what_the_index_says(alone, tmp_path):
     assert written == {path.name: path.stat().st_size for path in out.iterdir()}
 
 
-def test_what_links_lead_to_elsewhere_is_not_exported(alone, tmp_path, caplog):
-    """Somebody's key would be published with the model."""
+def test_links_to_other_directories_are_not_exported(alone, tmp_path, caplog):
+    """A link could publish a private file with the model."""
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     (tmp_path / "key").write_text("secret")
@@ -78,10 +78,10 @@ def test_what_links_lead_to_elsewhere_is_not_exported(alone, tmp_path, caplog):
     assert "two.safetensors is a link out of" in left and "its 1 tensors" in left
 
 
-@pytest.mark.parametrize(("text", "said"), [("[]", "has no weight_map"), (None, "No such file")])
-def test_a_source_that_cannot_be_read_is_an_error_of_ours(alone, tmp_path, text, said):
+@pytest.mark.parametrize(("text", "message"), [("[]", "has no weight_map"), (None, "No such file")])
+def test_an_unreadable_source_is_a_checkpoint_error(alone, tmp_path, text, message):
     (tmp_path / INDEX).write_text(text or json.dumps({"weight_map": {"b": "gone.safetensors"}}))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         save_hf(iter([("a", torch.ones(2))]), tmp_path, tmp_path / "out")
 
 
@@ -91,14 +91,14 @@ def test_nothing_is_written_into_a_checkpoint(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_said_in_words(tmp_path, capsys):
+def test_a_missing_gpu_is_reported(tmp_path, capsys):
     options = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--device", "cuda"]
     assert main(options) == 2
-    assert capsys.readouterr().err == "error: --device cuda: PyTorch sees no GPU here; write cpu, or leave it out\n"
+    assert capsys.readouterr().err == "error: --device cuda: PyTorch finds no GPU; write cpu, or omit the option\n"
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (MemoryError(), 1, "error: MemoryError\n"),
@@ -106,10 +106,10 @@ def test_a_gpu_that_is_not_there_is_said_in_words(tmp_path, capsys):
     ],
     ids=["Ctrl-C", "memory", "GPU memory"],
 )
-def test_what_ends_an_export_is_said_in_words(tmp_path, capsys, monkeypatch, error, status, said):
+def test_the_end_of_an_export_is_reported(tmp_path, capsys, monkeypatch, error, status, message):
     def stopped(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("roll_r3.export.export", stopped)
     assert main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]) == status
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message

@@ -1,4 +1,4 @@
-"""What tells a whole checkpoint from a damaged one, and what a checkpoint cannot talk its reader into."""
+"""Manifests: detection of damaged checkpoints, and safe reading of hostile ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sealed(tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
-    """A list of files by someone who knows how it is sealed."""
+    """Forge a manifest with a matching marker."""
     content = json.loads((folder / MANIFEST).read_text())
     change(content)
     text = json.dumps(content)
@@ -33,7 +33,7 @@ def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
     (folder / MARKER).write_text(hashlib.sha256(text.encode()).hexdigest())
 
 
-def test_what_was_sealed_is_whole(sealed):
+def test_a_sealed_directory_is_intact(sealed):
     verify(sealed)
     assert set(json.loads((sealed / MANIFEST).read_text())["files"]) == {"state.json", "trainer/a.safetensors"}
 
@@ -46,34 +46,34 @@ def flip(path: Path) -> None:
 
 DAMAGE = {
     "no marker": (lambda f: (f / MARKER).unlink(), "it was not completed"),
-    "empty marker": (lambda f: (f / MARKER).write_text(""), "not the one that the marker seals"),
+    "empty marker": (lambda f: (f / MARKER).write_text(""), "does not match the marker"),
     "no list": (lambda f: (f / MANIFEST).unlink(), f"it has no {MANIFEST}"),
-    "cut list": (lambda f: (f / MANIFEST).write_text("{"), "not the one that the marker seals"),
-    "a file gone": (lambda f: (f / "trainer" / "a.safetensors").unlink(), "a.safetensors is not there"),
-    "a directory gone": (lambda f: shutil.rmtree(f / "trainer"), "a.safetensors is not there"),
+    "cut list": (lambda f: (f / MANIFEST).write_text("{"), "does not match the marker"),
+    "a file gone": (lambda f: (f / "trainer" / "a.safetensors").unlink(), "a.safetensors is missing"),
+    "a directory gone": (lambda f: shutil.rmtree(f / "trainer"), "a.safetensors is missing"),
     "a file cut": (lambda f: (f / "state.json").write_text("{"), "state.json has 1 bytes, and had 2"),
-    "a bit": (lambda f: flip(f / "trainer" / "a.safetensors"), "a.safetensors holds something else"),
+    "a bit": (lambda f: flip(f / "trainer" / "a.safetensors"), "a.safetensors does not match its checksum"),
     "a file more": (lambda f: (f / "trainer" / "b.safetensors").touch(), "b.safetensors was not there"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_seen_and_named(name, sealed):
-    damage, said = DAMAGE[name]
+def test_damage_is_detected_and_named(name, sealed):
+    damage, message = DAMAGE[name]
     damage(sealed)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         verify(sealed)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "trainer/../../outside", "", ".", "a\\b", "trainer//a"])
-def test_no_list_names_a_file_outside(name, sealed):
+def test_a_path_outside_is_rejected(name, sealed):
     (sealed.parent / "outside").write_text("secret")
     rewrite(sealed, lambda content: content["files"].update({name: {"size": 6, "sha256": "0" * 64}}))
-    with pytest.raises(CheckpointError, match="no path within the checkpoint"):
+    with pytest.raises(CheckpointError, match="not a path within the checkpoint"):
         verify(sealed)
 
 
-def test_no_link_leads_outside(sealed):
+def test_a_link_is_rejected(sealed):
     outside = sealed.parent / "outside"
     outside.write_bytes((sealed / "state.json").read_bytes())
     (sealed / "state.json").unlink()
@@ -93,22 +93,22 @@ def test_no_link_leads_outside(sealed):
         lambda content: content.pop("files"),
     ],
 )
-def test_a_list_that_is_none_is_refused(change, sealed):
+def test_an_invalid_manifest_is_rejected(change, sealed):
     rewrite(sealed, change)
-    with pytest.raises(CheckpointError, match=f"{MANIFEST} is no list of files"):
+    with pytest.raises(CheckpointError, match=f"{MANIFEST} is not a list of files"):
         verify(sealed)
 
 
-def test_a_message_is_short_and_can_be_shown(sealed):
+def test_a_message_is_short_and_printable(sealed):
     names = [f"\x1b[2J{number}" for number in range(5000)]
     rewrite(sealed, lambda content: content["files"].update(dict.fromkeys(names, "x" * 50)))
-    with pytest.raises(CheckpointError, match="is no list of files") as refused:
+    with pytest.raises(CheckpointError, match="is not a list of files") as refused:
         verify(sealed)
     assert len(str(refused.value)) < 4000 and str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize("at", ["", "trainer"])
-def test_a_name_that_a_terminal_obeys_is_shown_as_it_is_written(at, sealed):
+def test_control_characters_in_names_are_escaped(at, sealed):
     (sealed / at / "\x1b[2J\n\udcff").touch()
     with pytest.raises(CheckpointError, match=r"\\x1b\[2J\\n\\udcff was not there") as refused:
         verify(sealed)
@@ -119,7 +119,7 @@ def test_a_name_that_a_terminal_obeys_is_shown_as_it_is_written(at, sealed):
         verify(sealed)
 
 
-def test_what_is_sealed_is_what_is_there(sealed):
+def test_sums_must_list_the_existing_files(sealed):
     (sealed / MANIFEST).unlink()
     (sealed / MARKER).unlink()
     with pytest.raises(CheckpointError, match=r"trainer/a\.safetensors is missing"):
@@ -127,12 +127,12 @@ def test_what_is_sealed_is_what_is_there(sealed):
     assert not (sealed / MARKER).exists()
 
 
-def test_nothing_there_is_no_checkpoint(tmp_path):
+def test_an_empty_directory_is_incomplete(tmp_path):
     with pytest.raises(CheckpointError, match="it was not completed"):
         verify(tmp_path / "nowhere")
 
 
-def test_directories_without_end_are_refused(sealed):
+def test_deep_directories_are_rejected(sealed):
     folder = sealed
     for _ in range(100):
         folder = folder / "d"
@@ -141,7 +141,7 @@ def test_directories_without_end_are_refused(sealed):
         verify(sealed)
 
 
-def test_of_a_marker_little_is_read(sealed):
+def test_a_large_marker_is_rejected(sealed):
     with (sealed / MARKER).open("r+b") as stream:
         stream.truncate(1 << 40)  # a hole: it takes no room on the disk
     with pytest.raises(CheckpointError, match="more than"):

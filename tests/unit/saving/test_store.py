@@ -1,4 +1,4 @@
-"""Directories of checkpoints: they appear whole, the newest are kept, and damaged ones are passed over aloud."""
+"""Directories of checkpoints: they appear complete, the newest are kept, damaged ones are skipped with a warning."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "run" / CHECKPOINTS)
 
 
-def test_a_checkpoint_has_its_name_when_it_is_whole(store):
+def test_a_checkpoint_gets_its_name_when_complete(store):
     folder = store.begin(3)
     assert store.steps() == []
     (folder / "weights").write_text("x")
-    assert store.newest_whole(print) is None
+    assert store.newest_intact(print) is None
     store.seal(3, {"weights": file_sum(folder / "weights")})
     assert store.steps() == []
     path = store.finish(3)
     assert path.name == "step-00000003"
     assert store.steps() == [3]
-    assert store.newest_whole(print) == path
-    with pytest.raises(CheckpointError, match="is there already"):
+    assert store.newest_intact(print) == path
+    with pytest.raises(CheckpointError, match="exists already"):
         store.begin(3)
 
 
-def test_what_a_dead_process_left_goes_with_the_next(store):
+def test_leftovers_of_a_dead_process_are_removed_by_the_next_save(store):
     (store.begin(3) / "half").write_text("x")
     (store.folder / ".step-00000001.removed").mkdir()
     save(store, 4)
     assert [entry.name for entry in store.folder.iterdir()] == ["step-00000004"]
 
 
-def test_what_failed_leaves_nothing(store):
+def test_a_failed_save_leaves_nothing(store):
     save(store, 1)
     (store.begin(2) / "half").write_text("x")
     store.abandon(2)
@@ -66,7 +66,7 @@ def test_the_newest_are_kept(store):
     assert len(list(store.folder.iterdir())) == 2
 
 
-def test_what_is_half_removed_is_no_checkpoint(store, monkeypatch):
+def test_a_partly_removed_directory_is_not_a_checkpoint(store, monkeypatch):
     for step in (1, 2):
         save(store, step)
 
@@ -78,7 +78,7 @@ def test_what_is_half_removed_is_no_checkpoint(store, monkeypatch):
         store.keep(1)
     monkeypatch.undo()
     assert store.steps() == [2]
-    assert store.newest_whole(print) == store.path(2)
+    assert store.newest_intact(print) == store.path(2)
     save(store, 3)
     assert sorted(entry.name for entry in store.folder.iterdir()) == ["step-00000002", "step-00000003"]
 
@@ -91,32 +91,32 @@ def test_steps_are_numbers_not_names(store):
     assert store.steps() == [5, 99_999_999, 100_000_000]
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(store):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(store):
     for step in (1, 2, 3):
         save(store, step)
     (store.path(3) / "weights").write_text("of step 7")
     (store.path(2) / "complete").unlink()
-    said: list[str] = []
-    assert store.newest_whole(said.append) == store.path(1)
-    assert "step-00000003 is DAMAGED: weights holds something else" in said[0]
-    assert "step-00000002 is DAMAGED: it was not completed" in said[1]
+    messages: list[str] = []
+    assert store.newest_intact(messages.append) == store.path(1)
+    assert "step-00000003 is DAMAGED: weights does not match its checksum" in messages[0]
+    assert "step-00000002 is DAMAGED: it was not completed" in messages[1]
     aside = store.set_aside_after(1, "damaged")
     assert [path.name for path in aside] == ["step-00000002.damaged", "step-00000003.damaged"]
     assert store.steps() == [1]
     save(store, 2)
     save(store, 3)
-    assert store.newest_whole(said.append) == store.path(3)
-    assert len(said) == 2
+    assert store.newest_intact(messages.append) == store.path(3)
+    assert len(messages) == 2
 
 
-def test_nothing_whole_is_an_error_and_no_new_start(store):
+def test_only_damaged_checkpoints_are_an_error(store):
     save(store, 1)
     (store.path(1) / "weights").unlink()
     with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
-        store.newest_whole(print)
+        store.newest_intact(print)
 
 
-def test_the_newest_run_that_has_a_checkpoint(tmp_path):
+def test_the_newest_run_with_a_checkpoint_is_found(tmp_path):
     assert newest_run(tmp_path / "nowhere") is None
     for run in ("20261121-120000", "20261121-120000-2", "20261121-120000-10", "20261121-130000", "20261120-235959"):
         (tmp_path / run).mkdir()
@@ -136,7 +136,7 @@ def test_the_newest_run_that_has_a_checkpoint(tmp_path):
     assert newest_run(tmp_path) == "20261121-120000-10", "no copy that somebody made"
 
 
-def test_what_is_set_aside_stays(store):
+def test_renamed_checkpoints_stay(store):
     for attempt in range(3):
         save(store, 4)
         (store.path(4) / "attempt").write_text(str(attempt))
@@ -146,8 +146,8 @@ def test_what_is_set_aside_stays(store):
     assert store.steps() == []
 
 
-def test_a_run_that_began_last_is_the_newest_whatever_the_clock_said(tmp_path):
-    """The case after a journey to another time zone, or a clock that was put right."""
+def test_the_run_started_last_is_the_newest_for_any_clock(tmp_path):
+    """Clocks and time zones may change between runs."""
     for run in ("20261121-210000", "20261121-120000", "20261121-120000-1"):
         save(Store(tmp_path / run / CHECKPOINTS), 1)
     assert newest_run(tmp_path) == "20261121-210000", "of an earlier release, by its name"
@@ -162,7 +162,7 @@ def test_a_run_that_began_last_is_the_newest_whatever_the_clock_said(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "x", "-3", "9" * 100, "\u0663", "1e3"])
-def test_a_number_that_is_none_is_as_if_there_were_none(tmp_path, text):
+def test_an_invalid_number_is_ignored(tmp_path, text):
     for run in ("20261121-210000", "20261121-120000"):
         save(Store(tmp_path / run / CHECKPOINTS), 1)
     (tmp_path / "20261121-120000" / ".order").write_text(text)

@@ -1,4 +1,4 @@
-"""What a run writes and shows."""
+"""Metrics, progress, summary and directory of a run."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_metrics_are_written_in_declared_order_and_kept(tmp_path):
     assert board.Scalars("critic/score/mean")[0].value == 0.5
 
 
-def test_a_run_that_goes_on_writes_behind_what_is_there(tmp_path):
-    """On the board too, where steps that are done anew take the place of those that were lost."""
+def test_a_resumed_run_appends_its_metrics(tmp_path):
+    """On the board too, repeated steps replace lost ones."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_dir = RunDir.create(str(tmp_path), "exp", NOW)
@@ -68,7 +68,7 @@ def test_a_run_that_goes_on_writes_behind_what_is_there(tmp_path):
     ]
 
 
-def test_a_run_that_begins_again_shows_the_new_steps_alone(tmp_path):
+def test_a_restarted_run_shows_the_new_steps_alone(tmp_path):
     """A worker was lost before anything was saved."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -97,16 +97,16 @@ def test_a_new_run_that_begins_with_metrics_shows_them(tmp_path):
 def test_one_process_at_a_time_runs_in_a_directory(tmp_path):
     run_dir = RunDir.create(str(tmp_path), "exp", NOW)
     again = RunDir.reopen(str(tmp_path), "exp", run_dir.path.name)
-    said: list[str] = []
+    messages: list[str] = []
     with run_dir.locked(print), pytest.raises(BusyError, match="another process runs in"), again.locked(print):
         pass
-    with again.locked(said.append):
+    with again.locked(messages.append):
         pass
-    assert said == []
+    assert messages == []
 
 
-def test_what_is_saved_on_another_disk_is_one_runs_too(tmp_path):
-    """Two that write to different places, and save to one."""
+def test_the_directory_on_another_disk_is_locked_too(tmp_path):
+    """Two runs with different directories may share the directory of checkpoints."""
     disk = str(tmp_path / "disk")
     first = RunDir.create(str(tmp_path / "a"), "exp", NOW, saving_dir=disk)
     second = RunDir.create(str(tmp_path / "b"), "exp", NOW, saving_dir=disk)
@@ -118,24 +118,24 @@ def test_what_is_saved_on_another_disk_is_one_runs_too(tmp_path):
         pass
 
 
-def test_a_disk_without_locks_is_said(tmp_path, monkeypatch):
+def test_a_disk_without_locks_is_reported(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    said: list[str] = []
-    with RunDir.create(str(tmp_path), "exp", NOW).locked(said.append):
+    messages: list[str] = []
+    with RunDir.create(str(tmp_path), "exp", NOW).locked(messages.append):
         pass
-    assert len(said) == 1 and "has no locks (Function not implemented)" in said[0]
+    assert len(messages) == 1 and "has no locks (Function not implemented)" in messages[0]
 
 
-def test_a_directory_that_is_gone_is_made_anew(tmp_path):
+def test_a_missing_directory_is_made_again(tmp_path):
     run_dir = RunDir.reopen(str(tmp_path), "exp", "20261121-120000")
     assert run_dir.log_file("driver").parent.is_dir()
     assert (tmp_path / "exp" / "latest").resolve() == run_dir.path.resolve()
 
 
-def test_plain_lines_where_there_is_no_terminal():
+def test_plain_lines_without_a_terminal():
     out = io.StringIO()
     with Progress(20, out) as progress:
         with progress.stage("starting Ray"):
@@ -152,7 +152,7 @@ def test_plain_lines_where_there_is_no_terminal():
 
 
 class Broken(io.StringIO):
-    """What the reader of left after some lines."""
+    """Stream of a reader that left after some lines."""
 
     def __init__(self, lines: int, error: OSError) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")], ids=repr)
-def test_a_terminal_that_goes_away_takes_nothing_with_it(caplog, error):
+def test_progress_is_logged_after_the_loss_of_the_terminal(caplog, error):
     caplog.set_level("INFO")
     out = Broken(1, error)
     with Progress(20, out) as progress:
@@ -174,14 +174,14 @@ def test_a_terminal_that_goes_away_takes_nothing_with_it(caplog, error):
             progress.say(text)
     assert out.getvalue() == "read\n"
     assert [record.getMessage() for record in caplog.records] == [
-        f"nobody reads any more what the run says ({error}): it is said here",
+        f"terminal lost ({error}); progress continues in this log",
         "lost",
         "logged",
     ]
 
 
-def test_what_is_left_is_counted_from_the_last_step_by_the_last_ten():
-    """A run that goes on after step 80 has made the steps before it too, and has not timed them."""
+def test_remaining_time_uses_the_last_ten_steps():
+    """A run resumed after step 80 has not timed the steps before it."""
     progress = Progress(100, io.StringIO())
     for step in range(81, 96):
         progress.step_done(step, {"time/step_total": 60.0 if step < 86 else 2.0, "system/tps": 1.0})
@@ -204,7 +204,7 @@ def test_seconds_for_people():
     assert [format_seconds(s) for s in (5, 95, 3700)] == ["0:05", "1:35", "1:01:40"]
 
 
-def test_of_a_step_only_what_the_summary_shows_is_kept(tmp_path):
+def test_only_metrics_of_the_summary_are_kept(tmp_path):
     run_dir = RunDir.create(str(tmp_path), "exp", NOW)
     row = dict.fromkeys(METRICS, 0.5)
     with MetricLog(run_dir, []) as log:
@@ -219,7 +219,7 @@ def test_of_a_step_only_what_the_summary_shows_is_kept(tmp_path):
         assert log.history == kept
 
 
-def test_the_summary_says_where_what_and_how():
+def test_the_summary_has_directory_rewards_and_replay():
     history = [{"critic/score/mean": i / 10, "router_replay/coverage": 1.0} for i in range(11)]
     sample = SimpleNamespace(prompt="1+1=", response="2", ground_truth="2", score=1.0)
     text = run_summary(Path("/runs/x"), history, [sample], [sample], replay_mode="R3", seconds=61)
@@ -236,25 +236,25 @@ def test_docs_of_metrics_are_fresh():
 
 
 FULL = Path("/dev/full")
-"""A device that takes nothing: every write to it fails as on a full disk."""
+"""Device on which every write fails as on a full disk."""
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has none")
 
 
 @needs_full
-def test_a_log_on_a_full_disk_is_said_once_and_shows_no_traceback(capsys):
-    said: list[str] = []
-    log, logger = RunLog(FULL, said.append), logging.getLogger("of a test")
+def test_a_log_on_a_full_disk_is_reported_once_without_traceback(capsys):
+    messages: list[str] = []
+    log, logger = RunLog(FULL, messages.append), logging.getLogger("of a test")
     logger.addHandler(log)
     try:
         for _ in range(3):
             logger.warning("a line")
     finally:
         logger.removeHandler(log)
-    assert said == ["the log cannot be written: [Errno 28] No space left on device: '/dev/full'"]
+    assert messages == ["the log cannot be written: [Errno 28] No space left on device: '/dev/full'"]
     assert capsys.readouterr().err == ""
 
 
-def test_the_error_of_a_thread_is_logged_and_not_shown(monkeypatch, capsys, caplog):
+def test_the_error_of_a_thread_is_logged_only(monkeypatch, capsys, caplog):
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back afterwards
     log_threads()
     thread = threading.Thread(target=open, args=("/nowhere/events",), name="writer")
@@ -267,7 +267,7 @@ def test_the_error_of_a_thread_is_logged_and_not_shown(monkeypatch, capsys, capl
 
 
 @needs_full
-def test_metrics_that_the_disk_does_not_take_are_named(tmp_path):
+def test_a_full_disk_names_the_metrics_file(tmp_path):
     run_dir = RunDir.create(str(tmp_path), "exp", NOW)
     run_dir.metrics_file.symlink_to(FULL)
     with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'"), MetricLog(run_dir, []) as log:

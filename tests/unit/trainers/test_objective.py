@@ -14,6 +14,7 @@ from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.data_parallel import DataParallel
 from roll_r3.batch.token_map import Layout
+from roll_r3.config.derived import algorithm_of
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.tracking.names import METRICS
 from roll_r3.trainers.cutting import cut
@@ -118,7 +119,7 @@ def test_loss_figures_are_those_of_the_loss_that_was_minimised(
         sums = [LossSum() for _ in shards]
         for shard, whole, total in zip(shards, stats, sums, strict=True):
             here = TokenStats()
-            objective = policy_objective(token_values, CPU, c, denominator, here, total)
+            objective = policy_objective(token_values, CPU, algorithm_of(c), denominator, here, total)
             groups = np.array_split(np.arange(shard.num_samples), -(-shard.num_samples // micro_batch))
             for part in cut(shard, groups, Layout(packed=packed)):
                 rows_BS = part.tensor(part.batch.input_ids_N, 0, CPU)

@@ -1,8 +1,8 @@
-"""Stands in for SGLang's kernel package in a server without a GPU.
+"""Substitute for SGLang's kernel package in a server without a GPU.
 
-SGLang imports the names below on a CPU whatever the model; all of them serve speculative decoding only. The one
-operator that ordinary generation needs, the hash behind seeded sampling, is written out in PyTorch. Every model
-operation takes SGLang's own PyTorch path. This folder is last on the server's path: a real package wins.
+SGLang imports the names below on a CPU for every model; all serve speculative decoding only. Ordinary generation needs
+one operator, the hash of seeded sampling; it is written in PyTorch here. Model operations use SGLang's own PyTorch
+paths. This folder is last on the server's path: a real package wins.
 """
 
 from __future__ import annotations

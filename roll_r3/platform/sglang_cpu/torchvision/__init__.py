@@ -1,4 +1,4 @@
-"""Stands in for torchvision in an SGLang server without a GPU.
+"""Substitute for torchvision in an SGLang server without a GPU.
 
 The registry's torchvision wheels are CUDA builds: on a CPU build of torch their import fails, and then transformers'
 fails too. SGLang imports a few names for image models at start-up; a language model never calls them. Only a server

@@ -1,4 +1,4 @@
-"""The two names that transformers' image utilities import."""
+"""Names imported by transformers' image utilities."""
 
 from enum import Enum
 

@@ -1,10 +1,9 @@
-"""What vLLM lacks on a machine without a GPU. Written for exactly one release, whose inner parts it reaches into.
+"""Patches for vLLM on machines without a GPU. Written for exactly one release, as they use its internals.
 
-1. Routed experts. vLLM feeds the connector that records them from its newer model runner only, which needs a Triton
-   for CPUs. `roll_r3_vllm_cpu.runner` feeds the same connector from the runner that a CPU has; the check that would
-   refuse this is told so.
-2. New expert weights. A CPU's kernel reads experts in a packed layout of its own, and vLLM packs them at the first
-   load only: after an update the kernel would take plain rows for packed ones, and nothing would say so.
+1. Routed experts. vLLM feeds its recording connector from the newer model runner only, which needs Triton on a CPU.
+   `roll_r3_vllm_cpu.runner` feeds the same connector from the CPU's runner, and vLLM's check is patched to accept it.
+2. New expert weights. The CPU kernel reads experts in a packed layout, and vLLM packs them at the first load only.
+   After an update the kernel would silently read plain rows as packed ones.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ RELEASE = "0.32.0"
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes, in some more than once.
+    """Install the patches. vLLM calls this in each of its processes, in some more than once.
 
     Raises:
-        RuntimeError: another release of vLLM.
+        RuntimeError: another release of vLLM, or a build for another platform.
     """
     installed = version("vllm").partition("+")[0]
     if installed != RELEASE:
-        raise RuntimeError(f"on a CPU roll_r3 runs vLLM {RELEASE} and no other release; {installed} is installed")
+        raise RuntimeError(f"on a CPU roll_r3 supports vLLM {RELEASE} only, got {installed}")
     from vllm.config import VllmConfig
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        raise RuntimeError("this vLLM was built for another platform than a CPU: `make vllm-env` installs one that is")
+        raise RuntimeError("this vLLM was not built for CPUs: run `make vllm-env` to install one")
     if not hasattr(VllmConfig, "_roll_r3_cpu"):
         VllmConfig._roll_r3_cpu = True
         _record_routes_on_a_cpu()
@@ -35,7 +34,7 @@ def register() -> None:
 
 
 def _record_routes_on_a_cpu() -> None:
-    """Let vLLM check everything about recording but the model runner, and name the worker that brings ours."""
+    """Skip vLLM's check of the model runner, keep its other checks of recording, and select our worker."""
     from vllm.config import VllmConfig
     from vllm.platforms import current_platform
 
@@ -47,7 +46,7 @@ def _record_routes_on_a_cpu() -> None:
             return
         if self.speculative_config is not None:
             raise ValueError("routed experts are not recorded under speculative decoding on a CPU")
-        # Platforms of others "bring their own model runner" and are not asked for the newer one.
+        # The check skips the model runner of platforms out of tree.
         platform.is_out_of_tree = lambda self: True
         try:
             check(self)
@@ -60,7 +59,7 @@ def _record_routes_on_a_cpu() -> None:
 
 
 def _pack_experts_on_every_update() -> None:
-    """Have the kernel take new weights in as it took the first ones."""
+    """Pack new weights like the first ones."""
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     set_up = UnquantizedFusedMoEMethod._setup_kernel

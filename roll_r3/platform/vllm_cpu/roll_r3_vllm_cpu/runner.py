@@ -1,4 +1,4 @@
-"""The model runner of a CPU worker, which feeds vLLM's own recorder of routed experts at every step."""
+"""Model runner of a CPU worker, feeding vLLM's recorder of routed experts at every step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# First: importing it adapts torch to vLLM's CPU build.
+# First: the import adapts torch to vLLM's CPU build.
 import vllm.v1.worker.cpu_worker as cpu_worker
 from vllm.distributed.aux_output_connector.worker import (
     AuxOutputWorkerConnector,
@@ -17,7 +17,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 
 class RecordingModelRunner(CPUModelRunner):
-    """Does at each step what vLLM's newer runner does: opens it, takes the step's routes, hands them out."""
+    """CPU runner recording routes like vLLM's newer runner: opens each step, takes its routes, hands them out."""
 
     _recorder: AuxOutputWorkerConnector | None = None
 
@@ -39,7 +39,7 @@ class RecordingModelRunner(CPUModelRunner):
         finally:
             self.input_batch.generators.update(held)
         if pending is not None:
-            assert list(output.req_ids) == pending.request_ids, "a step's routes and tokens are of the same requests"
+            assert list(output.req_ids) == pending.request_ids, "routes and tokens of other requests"
             sampled = np.array([len(tokens) for tokens in output.sampled_token_ids], dtype=np.int32)
             pending.enqueue_cpu_copy(num_sampled=sampled, num_rejected=np.zeros_like(sampled))
             output.aux_output_connector_output = pending.process_output()
@@ -51,9 +51,9 @@ class RecordingModelRunner(CPUModelRunner):
         return super().shutdown(*args, **named)
 
     def _routes_of_this_step(self) -> PendingAuxOutput | None:
-        """The rows of the step that was just computed, in the runner's own order of requests.
+        """Return the rows of the step just computed, in the runner's order of requests.
 
-        None on ranks that hand nothing out, and for steps without tokens.
+        None on ranks without output, and for steps without tokens.
         """
         recorder = self._recorder
         if recorder is None or recorder._buffer is None or recorder._step_metadata is None:
@@ -76,10 +76,10 @@ class RecordingModelRunner(CPUModelRunner):
         return pending
 
     def _hold_back_generators(self) -> dict[int, Any]:
-        """Seeded generators of requests whose prompt is not through yet, by place in the batch.
+        """Take out the seeded generators of requests with an unfinished prompt, by place in the batch.
 
-        The token that is sampled for such a request is thrown away. vLLM then sets the generator back to its offset,
-        which a CPU's generator has not; one that takes no part in the step needs no setting back.
+        The token sampled for such a request is discarded. vLLM then resets the generator to its offset, unsupported by
+        CPU generators; a generator outside the step needs no reset.
         """
         unfinished = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
         generators = self.input_batch.generators
@@ -87,7 +87,7 @@ class RecordingModelRunner(CPUModelRunner):
 
 
 class RecordingWorker(cpu_worker.CPUWorker):
-    """vLLM's CPU worker with that runner."""
+    """CPU worker of vLLM with the recording runner."""
 
     def init_device(self) -> None:
         own, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, RecordingModelRunner

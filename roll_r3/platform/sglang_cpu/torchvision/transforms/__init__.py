@@ -1,4 +1,4 @@
-"""The names that SGLang's image code imports when the server starts."""
+"""Names imported by SGLang's image code when the server starts."""
 
 from enum import Enum
 

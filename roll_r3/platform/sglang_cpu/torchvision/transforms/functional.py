@@ -1,4 +1,4 @@
-"""Whatever is imported from here exists and raises when it is called."""
+"""Substitute module: every name can be imported, and raises when called."""
 
 from collections.abc import Callable
 

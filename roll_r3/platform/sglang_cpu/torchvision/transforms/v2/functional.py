@@ -1,4 +1,4 @@
-"""As `torchvision.transforms.functional`."""
+"""Copy of `torchvision.transforms.functional`."""
 
 from torchvision.transforms.functional import InterpolationMode as InterpolationMode
 from torchvision.transforms.functional import __getattr__ as __getattr__

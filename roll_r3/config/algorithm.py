@@ -1,0 +1,35 @@
+"""View of the configuration for the algorithms: the settings that advantages, aggregation and the loss read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from roll_r3.config.pipeline import RolloutCorrectionConfig
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Settings of the algorithms, under their names in `RLVRConfig`, which describes them.
+
+    Made by `roll_r3.config.derived.algorithm_of`. Defaults live in `RLVRConfig` alone.
+    """
+
+    adv_estimator: Literal["grpo", "reinforce"]
+    norm_adv_by_std_in_grpo: bool
+    advantage_clip: float | None
+    add_token_level_kl: bool
+    kl_penalty: Literal["k1", "k2", "abs"]
+    init_kl_coef: float
+
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+    loss_divisor: float
+
+    clip_range: tuple[float, float]
+    dual_clip_loss: float | None
+    entropy_loss_coef: float
+    use_kl_loss: bool
+    kl_loss_coef: float
+    kl_estimator: Literal["k2", "k3"]
+    use_unbiased_kl: bool
+    rollout_correction: RolloutCorrectionConfig
