@@ -9,20 +9,20 @@ VLLM_VENV ?= .venv-vllm
 VLLM_KIND ?= cpu
 PYTHON := $(VENV)/bin/python
 TINY := output/tiny/qwen3_moe
-# Overrides for the quickstart, as in: make quickstart ARGS="seed=7 max_steps=5"; which benchmarks, and --write
+# Arguments: overrides of the quickstart (make quickstart ARGS="seed=7 max_steps=5"), names of benchmarks, --write
 ARGS ?=
-# Most tests wait for processes more than they compute; a file's tests share what they start. In the order of their
-# names the long files come before the short ones, and nobody waits for the last of them
+# Most tests wait for processes more than they compute. The tests of a file share processes, so a file stays on one
+# worker. Files run in the order of their names: the long ones come before the short ones
 TEST_PROCESSES ?= 2
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-help: ## show the targets
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: ## make or update .venv (CPU)
+install: ## create or update .venv (CPU)
 	@docker/install.sh cpu $(VENV)
 
-vllm-env: ## make or update .venv-vllm, the environment of the vLLM rollout (on GPUs VLLM_KIND=gpu; minutes)
+vllm-env: ## create or update .venv-vllm, the environment of the vLLM rollout (GPUs: VLLM_KIND=gpu; minutes)
 	@docker/install-vllm.sh $(VLLM_KIND) $(VLLM_VENV)
 
 quickstart: install ## train a tiny MoE model with router replay on this machine
@@ -33,10 +33,10 @@ quickstart: install ## train a tiny MoE model with router replay on this machine
 	@echo "== training: python -m roll_r3.run --config configs/quickstart.yaml $(ARGS)"
 	@$(PYTHON) -m roll_r3.run --config configs/quickstart.yaml $(ARGS)
 
-test: install ## run the tests, those with real engines too, but for vLLM's and the long ones of faults
+test: install ## run the tests, also with real engines, except vLLM and long tests
 	@echo "== tests, $(TEST_PROCESSES) files at a time"
 	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not vllm and not long" --ignore tests/benchmarks
-	@echo "== what replay may cost, with nothing beside it"
+	@echo "== budgets of replay, run alone"
 	@$(PYTHON) -m pytest tests/benchmarks
 
 test-vllm: install vllm-env ## run the tests against a real vLLM server (minutes)
@@ -66,7 +66,7 @@ unit: install
 	@echo "== unit tests"
 	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) tests/unit
 
-docs: install ## write the generated pages, the picture of the packages, and the schema for editors
+docs: install ## write the generated pages, the diagram of the packages, and the schema for editors
 	@$(PYTHON) -m roll_r3.config.docs
 	@$(PYTHON) -m roll_r3.config.schema
 	@$(PYTHON) -m roll_r3.preflight.docs
@@ -74,26 +74,26 @@ docs: install ## write the generated pages, the picture of the packages, and the
 	@$(PYTHON) -m roll_r3.tracking.names
 	@$(PYTHON) -m docs.packages
 
-fuzz: install ## give what reads from outside hostile inputs; ARGS="--inputs 10000" (a quarter of an hour)
+fuzz: install ## test all readers of external data with hostile inputs; ARGS="--inputs 10000" (a quarter of an hour)
 	@$(PYTHON) tests/fuzz $(ARGS)
 
-compatibility: install ## run the matrix of layouts and write docs/compatibility.md from it (minutes)
+compatibility: install ## run the matrix of layouts and write docs/compatibility.md (minutes)
 	@$(PYTHON) -m pytest tests/integration/test_megatron_matrix.py --write-compatibility
 
-engines: install vllm-env ## run every rollout with every trainer and write docs/engines.md from it (an hour)
+engines: install vllm-env ## run every rollout with every trainer and write docs/engines.md (an hour)
 	@VLLM_PYTHON=$(VLLM_VENV)/bin/python $(PYTHON) -m pytest -s -k for_the_page tests/integration/test_pairs.py --write-engines
 
-reliability: install ## run the tests that break something, the long ones too, and write docs/reliability.md from them (an hour; vLLM's where its environment is)
+reliability: install ## run the fault tests, also the long ones, and write docs/reliability.md (an hour; vLLM if its environment exists)
 	@$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "fault or long" --write-reliability
 
-benchmarks: install ## measure what replay costs; ARGS=--write writes docs/performance.md (half an hour)
+benchmarks: install ## measure the cost of replay; ARGS=--write writes docs/performance.md (half an hour)
 	@$(PYTHON) -m examples.benchmarks $(ARGS)
 
-format: install ## format the code and mend what ruff can
+format: install ## format the code and apply ruff's fixes
 	@$(PYTHON) -m ruff check --fix --exit-zero .
 	@$(PYTHON) -m ruff format .
 
-clean: ## remove caches and build leftovers; .venv and output stay
+clean: ## remove caches and build leftovers; keep .venv and output
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find roll_r3 tests -name __pycache__ -prune -exec rm -rf {} +
 	@echo "removed caches; .venv and output are still there"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs the environment of the vLLM rollout, beside roll_r3's own: vLLM's pins clash with SGLang's. The server's
-# processes take what roll_r3 adds to vLLM from roll_r3's source tree, so nothing of it is installed here.
+# Install the environment of the vLLM rollout, separate from roll_r3's own: vLLM's pins conflict with SGLang's. The
+# server's processes load roll_r3's additions to vLLM from its source tree, so roll_r3 is not installed here.
 #
 #   docker/install-vllm.sh cpu|gpu VENV_DIR
 #
-# Environment: PYTHON and TORCH_PIP_ARGS, as of docker/install.sh. Runs again only when something here has changed.
+# Environment: PYTHON and TORCH_PIP_ARGS, as for docker/install.sh. Does nothing if its inputs have not changed.
 set -euo pipefail
 
 usage="usage: docker/install-vllm.sh cpu|gpu VENV_DIR"
@@ -24,7 +24,7 @@ if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
 fi
 
-# pip takes one build for the other where the release is the same
+# pip does not distinguish builds of one release
 if [[ -f $venv/.roll_r3-kind && $(<"$venv/.roll_r3-kind") != "$kind" ]]; then
     echo "[install-vllm] $venv is of the kind $(<"$venv/.roll_r3-kind"), not $kind: remove it, or name another folder" >&2
     exit 1
@@ -55,7 +55,7 @@ install_cpu() {
     "${pip[@]}" "${quiet[@]}" --no-deps --no-build-isolation docker/vllm-metadata
 }
 
-# Not run by the project so far: it needs GPUs.
+# Not yet run by the project: it needs GPUs.
 install_gpu() {
     "${pip[@]}" "${quiet[@]}" "$(sed -n 's/^vllm = \["\([^"]*\)"\].*$/\1/p' pyproject.toml)"
 }

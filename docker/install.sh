@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Installs roll_r3 and everything it needs into a virtual environment. The Makefile, CI and the Dockerfiles run this.
+# Install roll_r3 and its dependencies into a virtual environment. Used by the Makefile, CI and the Dockerfiles.
 #
 #   docker/install.sh cpu|gpu VENV_DIR
 #
 # Environment:
-#   PYTHON          interpreter that makes the environment, 3.11 or later (default: python3)
-#   TORCH_PIP_ARGS  pip options for torch alone, say "--index-url https://download.pytorch.org/whl/cpu". Default on a
-#                   CPU: the +cpu build of the configured package index, else of download.pytorch.org. A plain
-#                   `pip install torch` would bring several GB of CUDA packages.
+#   PYTHON          interpreter for the new environment, 3.11 or later (default: python3)
+#   TORCH_PIP_ARGS  pip options for torch only, e.g. "--index-url https://download.pytorch.org/whl/cpu". Default on a
+#                   CPU: the +cpu build from the configured package index, else from download.pytorch.org. A plain
+#                   `pip install torch` would install several GB of CUDA packages.
 #
-# Runs again only when this script, the constraints or pyproject.toml have changed.
+# Does nothing if this script, the constraints and pyproject.toml have not changed.
 set -euo pipefail
 
 usage="usage: docker/install.sh cpu|gpu VENV_DIR"
@@ -52,12 +52,12 @@ install_cpu() {
         say "the configured package index has no torch $torch_version+cpu: trying download.pytorch.org"
         "${pip[@]}" "${quiet[@]}" --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$torch_version+cpu"
     fi
-    # The list is complete, so nothing is resolved: sglang's metadata would bring another torch and a CUDA stack.
+    # The list is complete and installed without a resolver: sglang's metadata requires another torch and a CUDA stack.
     say "$(grep -c == "$constraints") packages of $constraints (a few minutes the first time)"
     "${pip[@]}" "${quiet[@]}" --no-deps -r "$constraints"
 }
 
-# Not run by the project so far: it needs GPUs, CUDA 13 with nvcc (transformer-engine compiles its extension), and cuDNN.
+# Not yet run by the project: it needs GPUs, CUDA 13 with nvcc (transformer-engine compiles its extension), and cuDNN.
 install_gpu() {
     say "torch $torch_version"
     # shellcheck disable=SC2086

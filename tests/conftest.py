@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Settings shared by all tests."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Read when torch is imported, here and in every process a test starts: many processes share few cores.
+# Read when torch is imported, here and in every process started by a test: many processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A property is judged by its result; on a busy machine an example's time says nothing. The same examples every time:
-# a change is judged by what it changed. `pytest --hypothesis-profile=explore` looks for new ones.
+# A property is judged by its result: on a busy machine an example's time says nothing. The examples are the same every
+# time, so a change is judged by its own effect. `pytest --hypothesis-profile=explore` looks for new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("repeatable")
@@ -21,14 +21,14 @@ INTEGRATION = Path(__file__).parent / "integration"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything under integration/ carries the marker, also where a test forgot it."""
+    """Mark every test under integration/, also those without the marker."""
     for item in items:
         if item.path.is_relative_to(INTEGRATION):
             item.add_marker(pytest.mark.integration)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Here, because pytest reads options only from the top."""
+    """Add options here, because pytest reads them only from the top."""
     parser.addoption(
         "--write-compatibility", action="store_true", help="write docs/compatibility.md from what the matrix ran"
     )

@@ -1,7 +1,7 @@
-"""What replay may cost: bounds that a loss of tenfold breaks, and a busy machine does not.
+"""Bounds on the cost of replay, broken by a loss of tenfold, and not by a busy machine.
 
-Each figure is the median of several ratios to a floor that is measured in turn with it, in the processor's time. The
-bounds are in examples/benchmarks/budgets.py, what was measured in docs/performance.md.
+Each figure is the median of several ratios to a floor, measured in turn with it, in processor time. The bounds are in
+examples/benchmarks/budgets.py, the measurements in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ def test_the_wire_form_is_its_ids_and_no_more(wire: Report, sizes: list[Report])
     for size in sizes:
         ids = size["moe_layers"] * size["top_k"]
         assert ids <= size["bytes_per_token"] < 1.002 * ids
-        # of 4,096 rows a quarter is the prompt, which the group of 8 holds once
+        # of 4,096 rows a quarter is the prompt, stored once for the group of 8
         assert size["bytes_per_token_of_a_group"] == pytest.approx(ids * (3 / 4 + 1 / 4 / 8), rel=0.002)
     by_model = {size["model"]: size for size in sizes}
-    # an id in 7 bits, or 8, of the 8 that it takes; log2(128!/120!)/8 = 6.96 bits, log2(256!/248!)/8 = 7.98 bits
+    # an id stored in 8 bits needs 7 or 8; log2(128!/120!)/8 = 6.96 bits, log2(256!/248!)/8 = 7.98 bits
     assert by_model["Qwen/Qwen3-30B-A3B"]["over_least_ordered"] == pytest.approx(8 / 6.96, rel=0.002)
     assert by_model["deepseek-ai/DeepSeek-V3"]["over_least_ordered"] == pytest.approx(8 / 7.98, rel=0.002)
 
@@ -129,7 +129,7 @@ def test_preparation_is_no_dearer_on_many_ranks(split: str) -> None:
 
 
 def test_preparation_grows_with_the_tokens_and_no_faster(preparation: Report) -> None:
-    """Four times the tokens: what grows with their square is then four times as dear over its floor."""
+    """Use four times the tokens: a quadratic cost would be four times as high over its floor."""
     more = route_preparation.cost(replace(RANK, tokens=4 * RANK.tokens), ROUNDS)
     assert more["routed_over_widened"]["median"] < 2 * preparation["routed_over_widened"]["median"], (preparation, more)
 
@@ -166,7 +166,7 @@ def test_the_page_has_every_figure(
                 "memory": [memory],
             },
             "replay_step_time": {"machine": machine(), "cases": [step]},
-            "rollout_routes": {  # its servers take minutes; here is only its form
+            "rollout_routes": {  # its servers take minutes; only its form is checked
                 "shape": asdict(Shape(rounds=1)),
                 "bytes_per_sample": {"none": 1, "each": 3, "shared": 2},
                 "over": {

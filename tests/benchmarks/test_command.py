@@ -1,4 +1,4 @@
-"""The command that runs the benchmarks, with benchmarks that take no time."""
+"""Command of the benchmarks, with benchmarks that take no time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_each_that_has_a_name_can_be_run(name: str) -> None:
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
-    """A machine that turns ten times slower half-way leaves it as it was."""
+    """Slow the machine down tenfold half-way: the ratio stays."""
     assert ratio([2.0, 2.2, 20.0, 22.0], [1.0, 1.1, 10.0, 11.0]) == {
         "median": 2.0,
         "quartiles": [2.0, 2.0],

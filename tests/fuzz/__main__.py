@@ -1,4 +1,4 @@
-"""Thousands of hostile inputs, and a table of what became of them: `make fuzz ARGS="--inputs 10000"`.
+"""Run thousands of hostile inputs and print a table of their verdicts: `make fuzz ARGS="--inputs 10000"`.
 
 Exit status: 0 none failed, 1 some did.
 """
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="other inputs for another number (default: 1)")
     parser.add_argument("--family", choices=sorted(FAMILIES), help="one alone")
     options = parser.parse_args()
-    logging.disable(logging.ERROR)  # what is refused is logged, thousands of times
+    logging.disable(logging.ERROR)  # refused inputs are logged, thousands of times
     chosen = [options.family] if options.family else list(FAMILIES)
     share = sum(FAMILIES[name].share for name in chosen)
     total = Tally("all")

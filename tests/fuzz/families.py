@@ -20,7 +20,7 @@ from fuzz_yaml import Yaml
 class Entry:
     kind: Callable[[], Family]
     share: int
-    """Of the inputs, in relation to the others': as many as time allows."""
+    """Share of the inputs, relative to the other families; chosen by the time of an input."""
 
 
 FAMILIES: dict[str, Entry] = {

@@ -1,5 +1,7 @@
-"""Hostile bodies in the place of a server's answer, to a sample or to what is asked besides. What is right is checked
-again with the standard library alone."""
+"""Hostile bodies in the place of a server's answers, to samples and to other questions.
+
+Accepted answers are checked again with the standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,7 @@ VLLM = {
 
 
 class NotRight(Exception):
-    """The answer breaks the contract."""
+    """Error of an answer that breaks the contract."""
 
 
 def need(condition: object, what: str) -> None:
@@ -107,11 +109,11 @@ def _common(ids: Any, entries: list[tuple[Any, Any]], reason: Any, end: Any, ver
 
 
 def _ids(flat: list[int], count: int) -> list[list[list[int]]]:
-    """[rows][layers][k], checked."""
+    """Return checked ids as [rows][layers][k]."""
     rows = len(PROMPT) + count - 1
     need(len(flat) == rows * LAYERS * TOP_K, "as many ids as there are to be")
     shaped = [[flat[(r * LAYERS + m) * TOP_K :][:TOP_K] for m in range(LAYERS)] for r in range(rows)]
-    routed = [ids for row in shaped for ids in row[1:]]  # what a dense layer's place holds is never used
+    routed = [ids for row in shaped for ids in row[1:]]  # a dense layer's ids are never used
     need(all(0 <= i < EXPERTS for ids in routed for i in ids), "an expert")
     need(all(len(set(ids)) == TOP_K for ids in routed), "an expert twice")
     return shaped
@@ -159,7 +161,7 @@ class Engine:
     read: Callable[..., Sample]
     says: Callable[[bytes], tuple[list[int], list[float], list[list[list[int]]]]]
     holder: tuple[Any, ...]
-    """Where routes are."""
+    """Path to the routes in the answer."""
 
 
 ENGINES = {
@@ -209,7 +211,7 @@ SIDES: dict[str, tuple[bytes, Callable[[bytes], Any], Callable[[bytes], Any]]] =
     "vllm's preemptions": (METRICS, vllm.read_preemptions, _preemptions_of_vllm),
     "vllm's cache": (METRICS, vllm.read_cache_page, _page_of_vllm),
 }
-"""A good answer to what is asked besides samples, what reads it, and what it says."""
+"""Question besides samples -> a good answer, its reader, and the expected value."""
 LITERALS = [
     b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"9" * 5000, b"0x1", b"01", b"1_0", b'"1"', b"true",
     b"[" * 3000 + b"]" * 3000, b'{"a":' * 3000 + b"1" + b"}" * 3000, b"1.0", b"1e0", b"-0", b"5e-324",

@@ -1,5 +1,7 @@
-"""Hostile checkpoints: of a run, byte by byte; sealed anew, as by somebody who wants them to be believed; and a
-trainer's tensors. Through what a user runs, as far as no engine is needed for it."""
+"""Hostile checkpoints of a run, also with forged seals, and hostile tensors of a trainer.
+
+They are read through the user's entry points, as far as possible without an engine.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ CONFIG_LINES = [
 
 
 def files() -> dict[str, bytes]:
-    """What is in a good one."""
+    """Return the files of a good checkpoint."""
     config = RLVRConfig.model_validate(yaml.safe_load(MINIMAL) | {"pretrain": "/nowhere/at/all"})
     state = RunState(
         step=STEP,
@@ -106,8 +108,8 @@ LARGE = [1, 2, 3, 7, 8, 99, 100, 101, 1000, 1 << 20, 1 << 27, 1 << 31, 1 << 40, 
 
 
 @st.composite
-def _far(draw: st.DrawFn) -> Any:
-    """A state whose numbers go together and are far from any run's."""
+def _extreme_state(draw: st.DrawFn) -> Any:
+    """Draw a consistent state with numbers far from any run's."""
     drawn = draw(st.lists(st.tuples(st.sampled_from(LARGE), st.sampled_from(LARGE)), min_size=1, max_size=3))
     state = json.loads(GOOD[STATE])
     step = sum(batches for batches, _ in drawn) if draw(st.integers(0, 9)) else draw(st.sampled_from(LARGE))
@@ -122,14 +124,14 @@ _TENSORS = next(name for name in GOOD if name.endswith(".safetensors"))
 
 @st.composite
 def _checkpoints(draw: st.DrawFn) -> dict[str, Any]:
-    """kind; the files that differ (None: gone); what else stands there; whether the list of sums is made anew."""
+    """Draw the kind, the changed files (None: deleted), other entries, and the flag for a new list of checksums."""
     kind = draw(st.sampled_from(["good", "damaged", "damaged", "state", "config", "metrics", "manifest", "special"]))
     value: dict[str, Any] = {"kind": kind, "files": {}, "special": None, "sealed": kind not in ("damaged", "manifest")}
     if kind == "damaged":
         name = draw(st.sampled_from(sorted([*GOOD, "manifest.json", "complete"])))
         value["files"][name] = draw(st.none() | mutated(GOOD.get(name, b"a" * 64)).map(lambda d: (d, name)))
     elif kind == "state":
-        changed = draw(replanted(json.loads(GOOD[STATE])) | _far())
+        changed = draw(replanted(json.loads(GOOD[STATE])) | _extreme_state())
         text = json.dumps(changed, default=lambda _: None).encode()
         value["files"][STATE] = draw(st.sampled_from([text, b"[" * 100_000, b"\xff" + text, text[:-9], b""]))
     elif kind == "config":
@@ -183,7 +185,7 @@ class Checkpoints:
         folder = self._root / "step-00000004"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self._good, folder)
-        same = self._make(folder, value)
+        same = self._change(folder, value)
         said = [
             call(run.main, ["--config", str(self._file), "--validate-only", "--", f"resume_from_checkpoint={folder}"]),
             call(export.main, ["--checkpoint", str(folder), "--output", str(self._root / "exported")]),
@@ -197,7 +199,7 @@ class Checkpoints:
         if "secret" in said[0][2] + said[1][2]:
             raise Wrong("a file outside was read")
         try:
-            self._go_on(folder)
+            self._resume(folder)
         except (ConfigError, CheckpointError) as error:
             if not str(error).isprintable() or len(str(error)) > 20_000:
                 raise Wrong(f"a message that cannot be shown: {str(error)[:200]!r}") from error
@@ -210,8 +212,8 @@ class Checkpoints:
             raise Wrong(f"taken with {value['special']}")
         return "taken"
 
-    def _make(self, folder: Path, value: dict[str, Any]) -> bool:
-        """Change a good one; whether its files are as they were sealed."""
+    def _change(self, folder: Path, value: dict[str, Any]) -> bool:
+        """Change a good checkpoint; return True if its files are as they were sealed."""
         for name, data in value["files"].items():
             if data is None:
                 (folder / name).unlink()
@@ -234,7 +236,7 @@ class Checkpoints:
         )
 
     def _damaged(self, path: Path, data: tuple[bytes, str]) -> bytes:
-        """Those of the list and the marker are not known before: they are cut short, or what was drawn."""
+        """Return drawn data for known files; list and marker are not known in advance and are cut short."""
         return data[0] if data[1] in GOOD else path.read_bytes()[: len(data[0])] + data[0][:1]
 
     def _forge(self, folder: Path, value: dict[str, Any]) -> None:
@@ -276,8 +278,8 @@ class Checkpoints:
             path.mkdir()
         return False
 
-    def _go_on(self, folder: Path) -> None:
-        """What a run does before it starts anything."""
+    def _resume(self, folder: Path) -> None:
+        """Do the first part of a resume, before anything starts."""
         config = self._config.model_copy(update={"resume_from_checkpoint": str(folder)})
         try:
             with resume.opened(config, datetime.now(), self._progress) as (run_dir, point):
@@ -320,7 +322,7 @@ def _tensor_files(draw: st.DrawFn) -> list[bytes]:
 
 
 class Tensors:
-    """A trainer's tensors, read by the collective that reads them in a run; a world of one."""
+    """Trainer's tensors, read by the same collective as in a run, in a world of one."""
 
     name = "tensors"
 
@@ -345,7 +347,7 @@ class Tensors:
                 raise Wrong(f"refused, and is right: {error}") from error
             return "refused"
         for name, tensor in state.items():
-            if not any(_same_numbers(tensor, _slowly(data, name)) for data in value):
+            if not any(_same_numbers(tensor, _read_tensor(data, name)) for data in value):
                 raise Wrong(f"{name} is {tensor.tolist()}")
         return "taken"
 
@@ -358,8 +360,8 @@ def _same_numbers(tensor: torch.Tensor, wanted: np.ndarray | None) -> bool:
     return wanted is not None and np.array_equal(tensor.numpy(), wanted.astype(np.float32), equal_nan=True)
 
 
-def _slowly(data: bytes, name: str) -> np.ndarray | None:
-    """A tensor of a file, by the description of the format alone."""
+def _read_tensor(data: bytes, name: str) -> np.ndarray | None:
+    """Return a tensor of a file, read by the description of the format alone."""
     try:
         (length,) = struct.unpack_from("<Q", data)
         entry = json.loads(data[8 : 8 + length])[name]

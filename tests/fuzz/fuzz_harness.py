@@ -1,8 +1,8 @@
-"""What the families of hostile inputs share: how inputs are made, limited, judged and counted.
+"""Harness for families of hostile inputs: drawing, limits, verdicts and counts.
 
-A family draws inputs and judges what the product makes of each. An input ends in one of three ways: it was taken, and
-something independent of the code under test agrees that it was right to; it was refused in the words that are promised;
-or it is a failure: another exception, too much time, too much memory, or something taken that is not right.
+A family draws inputs and judges the product's reaction to each. An input ends in one of three ways. It is taken, and a
+check independent of the tested code agrees. It is refused in the promised words. Or it is a failure: another exception,
+too much time, too much memory, or a wrong input taken.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 
 SECONDS = 10.0
-"""Limit of one input, of a processor's time: what others do on the machine does not count."""
+"""Limit of one input in seconds of processor time, independent of other load on the machine."""
 ASLEEP = 120.0
-"""The same by the clock, for what waits and computes nothing."""
+"""Limit of one input in seconds of the clock, for code that waits and computes nothing."""
 MEMORY = 1 << 30
-"""Bytes that may be mapped beyond what is mapped before the first input."""
+"""Limit of the mapped bytes beyond those before the first input."""
 
 Verdict = Literal["taken", "refused"]
 
 
 class Wrong(AssertionError):
-    """The product did with an input what it must not."""
+    """Forbidden reaction of the product to an input."""
 
 
 class TooSlow(BaseException):
-    """No Exception: nothing may catch it on the way."""
+    """Time limit exceeded; not an Exception, so that no handler on the way catches it."""
 
 
 class Family(Protocol):
@@ -45,11 +45,11 @@ class Family(Protocol):
     name: str
 
     def inputs(self) -> st.SearchStrategy[Any]:
-        """What is drawn."""
+        """Return the strategy of the inputs."""
         ...
 
     def judge(self, value: Any) -> Verdict:
-        """What became of one. Raises Wrong, or whatever escaped."""
+        """Return the verdict of one input; raise Wrong, or any escaped exception."""
         ...
 
     def close(self) -> None: ...
@@ -57,16 +57,16 @@ class Family(Protocol):
 
 @dataclass
 class Tally:
-    """What became of a family's inputs."""
+    """Counts of a family's verdicts."""
 
     name: str
     taken: int = 0
     refused: int = 0
     failures: list[str] = field(default_factory=list)
     slowest: float = 0.0
-    """Seconds of a processor."""
+    """Largest processor time of an input, in seconds."""
     seconds: float = 0.0
-    """By the clock."""
+    """Clock time of all inputs, in seconds."""
 
     @property
     def inputs(self) -> int:
@@ -83,7 +83,7 @@ HEADING = f"{'family':<12}{'inputs':>8}{'taken':>10}{'refused':>10}{'failures':>
 
 
 def tally(family: Family, count: int, number: int) -> Tally:
-    """Draw and judge `count` inputs; `number` seeds them."""
+    """Draw and judge `count` inputs; `number` is the seed."""
     found = Tally(family.name)
     started = time.monotonic()
 
@@ -103,7 +103,7 @@ def tally(family: Family, count: int, number: int) -> Tally:
         try:
             with limited():
                 verdict = family.judge(value)
-        except (Exception, TooSlow) as error:  # noqa: BLE001  whatever escapes is what is looked for
+        except (Exception, TooSlow) as error:  # noqa: BLE001  every escaped exception is a finding
             last = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {str(error)[:300]} (at {last.filename}:{last.lineno}) of {value!r}"
             found.failures.append(text[:1500])
@@ -123,7 +123,7 @@ def tally(family: Family, count: int, number: int) -> Tally:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Raise TooSlow in this block when it takes too long."""
+    """Raise TooSlow when this block takes too long."""
 
     def stop(signum: int, frame: object) -> None:
         raise TooSlow(f"more than {SECONDS:g} s of a processor, or {ASLEEP:g} s")
@@ -143,7 +143,7 @@ def limited() -> Iterator[None]:
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Whoever asks for more gets a MemoryError."""
+    """Limit memory in this block: a larger allocation raises MemoryError."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY, before[1]))
     try:
@@ -154,7 +154,7 @@ def little_memory() -> Iterator[None]:
 
 @st.composite
 def mutated(draw: st.DrawFn, original: bytes, *, most: int = 4) -> bytes:
-    """Bytes with a few pieces changed, cut out, doubled, or put in."""
+    """Draw bytes with a few pieces changed, cut out, doubled, or inserted."""
     data = bytearray(original)
     for _ in range(draw(st.integers(1, most))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
@@ -188,12 +188,12 @@ HOSTILE = st.sampled_from(
     [None, True, False, 0, 1, -1, 3, 1.0, 2.5, -0.5, 1e308, float("nan"), float("inf"), 10**25, -(10**25), 10**4000, "",
      "0", "4", "-0.5", "x" * 3000, "\ud800", "\x1b[2J", "NaN", [], {}, [None], [[]], {"": None}, "..", "/etc/passwd"]
 )  # fmt: skip
-"""Values of the wrong kind, or size, for a place in a JSON document."""
+"""Values of a wrong kind or size for a place in a JSON document."""
 
 
 @st.composite
 def replanted(draw: st.DrawFn, original: Any, *, most: int = 3) -> Any:
-    """A JSON value in which a few places hold something else, are gone, or hold what another place holds."""
+    """Draw a JSON value with a few places replaced, removed, or filled from another place."""
     value = original
     for _ in range(draw(st.integers(1, most))):
         places = list(paths(value))
@@ -207,7 +207,7 @@ def replanted(draw: st.DrawFn, original: Any, *, most: int = 3) -> Any:
         elif kind == "wrap":
             new = draw(st.sampled_from([[found], {"a": found}, str(found)[:50]]))
         elif kind == "number":
-            small = type(found) in (int, float) and abs(found) < 1 << 1000  # beyond is no float
+            small = type(found) in (int, float) and abs(found) < 1 << 1000  # larger numbers are not floats
             new = found + draw(st.sampled_from([1, -1, 0.5])) if small else draw(st.integers())
         else:
             new = REMOVED
@@ -219,7 +219,7 @@ REMOVED = object()
 
 
 def paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where there is something in a JSON value."""
+    """Yield the path of every place in a JSON value."""
     yield above
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield from paths(value[key], (*above, key))

@@ -1,4 +1,4 @@
-"""Hostile answers on the line, below the JSON: what the rollout's client makes of a server that lies."""
+"""Hostile HTTP answers, below the JSON: reactions of the rollout's client to a lying server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STATUS = [
 
 @st.composite
 def _answers(draw: st.DrawFn) -> bytes:
-    """What the server sends."""
+    """Draw the bytes sent by the server."""
     body = draw(st.sampled_from([b"", b"{}", b"hello", b"x" * 5000]))
     kind = draw(
         st.sampled_from(["good", "mutated", "length", "bomb", "encoding", "chunks", "headers", "status", "cut"])

@@ -1,4 +1,4 @@
-"""Hostile descriptions in the directory of a pretrained model: config.json and the index of its files; and links."""
+"""Hostile directories of a pretrained model: config.json, the index of its files, and links."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TENSORS = {"a": torch.ones(2), "b": torch.full((2,), 2.0)}
 
 @st.composite
 def _directories(draw: st.DrawFn) -> dict[str, Any]:
-    """The files of a directory; text: a kind of thing that is no file."""
+    """Draw the files of a directory; a text is a special kind, not a file."""
     name = draw(st.sampled_from(sorted(MODELS)))
     config: Any = {"model_type": name, **_SIZES, **MODELS[name]}
     index: Any = {"metadata": {"total_size": 1}, "weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}
@@ -127,7 +127,7 @@ class Pretrain:
         return "taken"
 
     def _read_index(self, folder: Path, kind: str) -> None:
-        """As a trainer does."""
+        """Read the index as a trainer does."""
         try:
             found = tensor_files(folder)
         except ConfigError as error:
@@ -140,7 +140,7 @@ class Pretrain:
                 raise Wrong(f"a tensor is looked for in {name!r}")
 
     def _export(self, folder: Path) -> None:
-        """What is written holds nothing from elsewhere."""
+        """Export, and check for content from outside the directory."""
         out = self._root / "exported"
         shutil.rmtree(out, ignore_errors=True)
         try:
@@ -156,7 +156,7 @@ class Pretrain:
                 raise Wrong(f"weights from elsewhere: {held}")
 
     def _check(self, facts: Any, said: dict[str, Any]) -> None:
-        """Against config.json's own words."""
+        """Compare the facts with config.json itself."""
         experts = next(said[n] for n in ("num_experts", "num_local_experts", "n_routed_experts") if n in said)
         for value, most in (
             (said["num_hidden_layers"], 10_000),

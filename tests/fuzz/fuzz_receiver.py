@@ -1,5 +1,7 @@
-"""Hostile requests to the receiver of weights, over real connections. The model must stay as it was, or become what a
-request says that keeps to the contract."""
+"""Hostile requests to the receiver of weights, over real connections.
+
+The model must stay unchanged, or follow a request that keeps to the contract.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +61,10 @@ class Receiver:
     name = "receiver"
 
     def __init__(self) -> None:
-        logging.getLogger(receiver.__name__).setLevel(logging.CRITICAL)  # it logs each refusal with its stack
+        logging.getLogger(receiver.__name__).setLevel(logging.CRITICAL)  # each refusal is logged with its stack
         self._tensors = {name: torch.full(shape, 7.0) for name, shape in SHAPES.items()}
         self._receiver = WeightReceiver(self._tensors, threading.Lock(), "127.0.0.1")
-        # a group of one: what it broadcasts to itself is what the memory held
+        # a group of one broadcasts the memory's own content to itself
         self._store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
         join = _JOIN | {"master_port": self._store.port, "group_name": "g"}
         assert self._receiver.answer("/init_weights_update_group", join)[0] == 200
@@ -107,7 +109,7 @@ class Receiver:
         )
 
     def _call(self, value: dict[str, Any]) -> tuple[int, bytes]:
-        """(status, answer); 0: the connection was closed instead."""
+        """Return (status, answer); 0: the connection was closed instead."""
         key = self._receiver.key
         given = {"right": f"Bearer {key}", "wrong": f"Bearer {key}x", "none": None, "empty": "", "other": key,
                  "bytes": "Bearer \xff\xfe", "long": "Bearer " + "x" * 50_000}[value["key"]]  # fmt: skip
@@ -121,7 +123,7 @@ class Receiver:
                 while (piece := connection.recv(1 << 16)) and len(answer) <= ANSWER:
                     answer += piece
             except OSError:
-                pass  # it answered and left before all was sent
+                pass  # the server answered and closed before everything was sent
         if len(answer) > ANSWER:
             raise Wrong("an answer without end")
         return (int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/") else 0), answer
@@ -129,6 +131,6 @@ class Receiver:
     def close(self) -> None:
         self._receiver.close()
         for thread in threading.enumerate():
-            if thread.name == "weight-group":  # it takes the group down
+            if thread.name == "weight-group":  # shuts down the group
                 thread.join(20)
         del self._store

@@ -1,6 +1,6 @@
-"""Hostile files of rows in every form, through the reader of a run and through the look before it.
+"""Hostile files of rows in every form, through a run's reader and through the check before it.
 
-What is taken is compared with a second reading of the file, by the plain parsers of Python and Arrow.
+Accepted rows are compared with a second reading of the file, by the plain parsers of Python and Arrow.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ KINDS = [
 ]  # fmt: skip
 NUMBERS = ["0", "-0", "7", "0.10", "-2.50", "1e5", "1E-5", "1e999", "9" * 30, "9" * 4500, "0.1234567890123456789", "-"]
 PLACE = "@"
-"""Text in whose place numbers are written."""
+"""Text replaced by numbers, as written."""
 TWICE = [b'"k": "v",', b'"q": "x",', b'"g": "1",', b'"a": "1",', b'"l": "1",']
 LINES = [
     b"", b" \r", b"\xef\xbb\xbf", b"3", b"null", b"[]", b"{}", b'"x"', b'{"q": "a", "a": 1, "q": "b"}', b"[" * 30_000,
@@ -88,7 +88,7 @@ class Drawn:
     content: bytes
     columns: dict[str, str]
     sound: bool
-    """Nothing is wrong with it."""
+    """True if nothing is wrong with the input."""
 
 
 def _row(shape: str, i: int, text: str) -> dict[str, Any]:
@@ -170,17 +170,17 @@ def _parquet(rows: Any, draw: st.DrawFn, *, planted: bool) -> bytes:
 
 
 class _Literal:
-    """A number as it is written."""
+    """A number as written in the file."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 def _second_reading(form: str, path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(row, the same with numbers as they are written) by plain parsers.
+    """Yield (row, the same row with numbers as written) by plain parsers.
 
     Raises:
-        Exception: these cannot read the file.
+        Exception: the parsers cannot read the file.
     """
     if form == "parquet":
         for row in pq.read_table(path, use_threads=False).to_pylist():
@@ -209,11 +209,11 @@ def _at(row: dict[str, Any], column: str) -> Any:
     return row
 
 
-def _said(value: Any) -> str:
-    """The text that a value is."""
+def _as_text(value: Any) -> str:
+    """Return the text of a value."""
     if isinstance(value, _Literal):
         return value.text
-    if type(value) is int:  # of Arrow
+    if type(value) is int:  # from Arrow
         return str(value)
     if not isinstance(value, str):
         raise Wrong(f"{value!r} is taken as text")
@@ -289,10 +289,10 @@ class Rows:
             raise Wrong(f"the messages are {found}")
         texts = {"ground_truth": prompt.ground_truth, "domain": prompt.domain, "id": prompt.prompt_id}
         for name, text in texts.items():
-            if name in columns and text != _said(_at(written, columns[name])):
+            if name in columns and text != _as_text(_at(written, columns[name])):
                 raise Wrong(f"{name} is {text!r}")
         for name, inner in prompt.row.items():
-            if repr(inner) != repr(row[name]):  # which tells 1 from True, and NaN equals itself
+            if repr(inner) != repr(row[name]):  # repr distinguishes 1 from True, and NaN equals itself
                 raise Wrong(f"column {name} is {inner!r}")
         json.dumps(prompt.row)
 

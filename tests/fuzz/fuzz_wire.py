@@ -1,4 +1,4 @@
-"""Hostile bytes in the place of encoded routes. What is right is decided by docs/wire_format.md, read slowly."""
+"""Hostile bytes in the place of encoded routes, checked by a slow reading of docs/wire_format.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roll_r3.batch.routes import RoutedExperts, route_dtype
 from roll_r3.errors import RouteError
 
 DECODED = 1 << 24
-"""Bytes of arrays that are let out."""
+"""Limit of decoded arrays in bytes."""
 Rows = list[list[list[int]]]
 """[M][R][K]"""
 
@@ -47,7 +47,7 @@ def _buffers(draw: st.DrawFn) -> bytes:
 
 
 def sealed(data: bytes, *, honest_length: bool = False) -> bytes:
-    """The same with the check sums that somebody would give it who wants it to be believed."""
+    """Return the data with the right checksums, as an attacker would write them."""
     out = bytearray(data)
     if len(out) < 40:
         return data
@@ -76,7 +76,7 @@ def sealed(data: bytes, *, honest_length: bool = False) -> bytes:
 
 
 def read_slowly(data: bytes) -> list[tuple[Rows, list[bool]]] | None:
-    """Each sample's ids and which of its rows are known, line by line of the format's description; None: no such."""
+    """Return each sample's ids and known rows, read line by line as the format says; None if malformed."""
     if len(data) < 40 or data[:8] != b"R3ROUTES":
         return None
     number = lambda at, size: int.from_bytes(data[at : at + size], "little")  # noqa: E731

@@ -23,7 +23,7 @@ from roll_r3.run import main
 
 QUICKSTART = (Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_bytes()
 MESSAGE = 200_000
-"""Characters of the longest report: a finding a line, and a line may be wrong in every field."""
+"""Largest length of a report: one finding per line, and every field may be wrong."""
 
 
 def _fields(path: str = "") -> list[str]:
@@ -92,13 +92,13 @@ class Drawn:
     overrides: tuple[str, ...]
     action: Action
     said: tuple[tuple[str, object], ...] = ()
-    """Dotted path -> the value that must stand there if it is taken."""
+    """Dotted path -> its required value if the file is accepted."""
 
 
 @st.composite
 def _files(draw: st.DrawFn) -> Drawn:
     action: Action = draw(st.sampled_from(list(get_args(Action))))
-    # what is large takes a second or two
+    # a large file takes a second or two
     kind = draw(st.sampled_from(["hostile"] * 72 + ["aimed"] * 18 + ["aliased"] * 9 + ["large"]))
     if kind == "aimed":
         return Drawn(MINIMAL.encode(), draw(_aimed()), action)
@@ -112,7 +112,7 @@ def _files(draw: st.DrawFn) -> Drawn:
 
 @st.composite
 def _aimed(draw: st.DrawFn) -> tuple[str, ...]:
-    """What names devices and layers, where it is read."""
+    """Draw overrides of devices and layers."""
     role = draw(st.sampled_from(["actor_train", "actor_infer"]))
     overrides = [f"{role}.device_mapping={draw(st.sampled_from(DEVICES))}"]
     if draw(st.booleans()):
@@ -123,7 +123,7 @@ def _aimed(draw: st.DrawFn) -> tuple[str, ...]:
 
 @st.composite
 def _aliased(draw: st.DrawFn) -> Drawn:
-    """An override of what an anchor or an alias stands for changes that one alone."""
+    """Draw a file with an alias, and an override of only one of its uses."""
     changed, other = draw(st.permutations(["a", "b"]))
     number = draw(st.integers(2, 9))
     tagged = ("actor_train.data_args.file_name=x.jsonl", "actor_train.data_args.domain=tag")
@@ -167,7 +167,7 @@ def _as_lines(path: str, value: str) -> bytes:
 
 
 def call(function: Any, arguments: list[str]) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of a command line's main()."""
+    """Return (exit status, stdout, stderr) of a command line's main()."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -178,7 +178,7 @@ def call(function: Any, arguments: list[str]) -> tuple[int, str, str]:
 
 
 def check_said(status: int, err: str) -> None:
-    """A refusal has a message, which a terminal shows as it is, and no stack."""
+    """Require a message with every rejection, printable and without a traceback."""
     if "Traceback" in err:
         raise Wrong(f"a stack: {err[-500:]}")
     if status not in (0, 1, 2):
@@ -207,7 +207,7 @@ class Yaml:
         self._file.write_bytes(value.text)
         arguments = ["--config", str(self._file), "--elsewhere", *value.action.split(), "--", *value.overrides]
         status, out, err = call(main, arguments)
-        # values are whole in JSON, which people do not read
+        # JSON has uncut values
         check_said(status, out[:MESSAGE] if status and value.action.endswith("json") else err)
         (out + err).encode()
         if os.listdir(self._folder.name) != [self._file.name]:
@@ -239,7 +239,7 @@ class Yaml:
             self._compare(value.text, printed)
 
     def _check_plan(self, plan: dict[str, Any]) -> None:
-        """Every device is within the plan, and every layer of the model on one stage."""
+        """Require every device within the plan, and every layer on one stage."""
         used = [device for part in (*plan["roles"], *plan["engines"]) for device in part["devices"]]
         if min(used) < 0 or plan["devices"] != max(used) + 1:
             raise Wrong(f"a plan of {plan['devices']} devices uses {min(used)} to {max(used)}")
@@ -248,7 +248,7 @@ class Yaml:
             raise Wrong(f"a plan places layers {layers}")
 
     def _compare(self, text: bytes, printed: dict[str, Any]) -> None:
-        """Plain values that PyYAML alone reads in the file are those of the configuration."""
+        """Compare plain values with those read by PyYAML alone."""
         said = yaml.safe_load(text.decode("utf-8-sig"))
         for name in ("exp_name", "seed", "max_steps", "rollout_batch_size", "prompt_length"):
             value = said.get(name, printed[name])

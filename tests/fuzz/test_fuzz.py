@@ -1,4 +1,4 @@
-"""Each family of hostile inputs, a few hundred of them, the same every time. `make fuzz` draws thousands."""
+"""Each family with a few hundred hostile inputs, the same every time. `make fuzz` draws thousands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fuzz_harness import Family, Wrong, tally
 from hypothesis import strategies as st
 
 INPUTS = 25
-"""For each unit of a family's share."""
+"""Inputs for each unit of a family's share."""
 
 
 @pytest.mark.timeout(300)
@@ -30,7 +30,7 @@ def test_what_is_hostile_is_refused_or_harmless(name: str, monkeypatch: pytest.M
 
 
 class _Broken(Family):
-    """What the harness itself has to notice."""
+    """Family of failures for the harness itself."""
 
     name = "broken"
 

@@ -1,4 +1,4 @@
-"""docs/compatibility.md, written from what the matrix ran and what was refused; nothing in it is typed by hand."""
+"""Writer of docs/compatibility.md: results of the matrix and refusals, none of them typed by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from roll_r3.preflight.docs import MARK
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 ACROSS = ("replay", "model")
-"""Dimensions that are columns of the first table."""
+"""Dimensions in the columns of the first table."""
 _HEADER = """\
 # Compatibility
 
@@ -27,30 +27,30 @@ meets that the program accepts and that up to four processes can run.
 
 
 def layouts_on_the_page() -> str:
-    """What the page says now of layouts."""
+    """Return the part of the page about layouts, as it is now."""
     return PAGE.read_text().partition(MARK)[0]
 
 
 def write_page(layouts: str) -> None:
-    """Replace what the page says of layouts; the rules below it stay."""
+    """Replace the part of the page about layouts; the rules below it stay."""
     rules = "".join(PAGE.read_text().partition(MARK)[1:])
     PAGE.write_text(layouts + rules)
 
 
 class Compatibility:
-    """What this session has seen."""
+    """Results of this test session."""
 
     def __init__(self) -> None:
         self.mixes: list[Mix] = []
         self.refused: dict[str, str] = {}
-        """What was tried -> why the program refused it."""
+        """Tried configuration -> reason of its refusal."""
 
     def ran(self, mix: Mix) -> None:
-        """A mix passed every check."""
+        """Record a mix after it passed every check."""
         self.mixes.append(mix)
 
     def render(self) -> str:
-        """The page."""
+        """Return the part of the page about layouts."""
         mixes = sorted(self.mixes, key=name_of)
         met: Counter[frozenset[tuple[str, str]]] = Counter()
         for mix in mixes:

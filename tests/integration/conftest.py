@@ -1,4 +1,4 @@
-"""What integration tests share: gangs of processes that stay up for a module's tests, and tiny checkpoints."""
+"""Fixtures of the integration tests: gangs of processes kept for one module's tests, and tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def fault(request: pytest.FixtureRequest) -> Fault:
-    """Takes down what the test sees of the fault that its marker names; see faults.py."""
+    """Record the outcome of the fault named by the test's marker; see faults.py."""
     marker = request.node.get_closest_marker("fault")
     assert marker is not None, "the fixture `fault` is for tests with the marker @pytest.mark.fault(name)"
     return Fault(marker.args[0])
@@ -28,9 +28,9 @@ def fault(request: pytest.FixtureRequest) -> Fault:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """A test of a fault passes only if it has said everything of it.
+    """Pass a fault test only if it recorded the whole outcome of its fault.
 
-    What passed is written at once, whatever becomes of the tests after it.
+    The outcome of a passed test is written at once, independent of the tests after it.
     """
     result = yield
     if pyfuncitem.get_closest_marker("fault"):
@@ -43,9 +43,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 @pytest.fixture(scope="module")
 def gang() -> Iterator[Callable[[int], Gang]]:
-    """`gang(size)`: the module's one gang of that many processes.
+    """Return `gang(size)`, the module's only gang of this size.
 
-    Not the session's: what a module's worlds leave behind in their processes ends with it.
+    The scope is the module, not the session: leftovers of a module's worlds end with its processes.
     """
     gangs: dict[int, Gang] = {}
 
@@ -59,9 +59,9 @@ def gang() -> Iterator[Callable[[int], Gang]]:
 
 @pytest.fixture(scope="session")
 def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3-MoE checkpoint of half a million parameters, fp32.
+    """Qwen3-MoE checkpoint of half a million parameters, fp32.
 
-    Its norms are ones, which no product rounds: gradients of many layouts are compared within 1e-6.
+    Its norms are ones, so multiplying by them rounds nothing: gradients of many layouts are compared within 1e-6.
     """
     from roll_r3.models.tiny import make_tiny_checkpoint
 
@@ -70,7 +70,7 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of each tiny model, fp32, as `make_model` makes it."""
+    """Checkpoint of each tiny model, fp32, made by `make_model`."""
     from megatron_cases import make_model
 
     from roll_r3.models.tiny import TINY_MODELS
@@ -80,5 +80,5 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def compatibility() -> Compatibility:
-    """What the matrix has run and what was refused, for docs/compatibility.md."""
+    """Collector of matrix runs and refusals, for docs/compatibility.md."""
     return Compatibility()

@@ -1,8 +1,8 @@
-"""Real processes for tests: a gang of ranks that stays up, runs one function after another, and never hangs a test.
+"""Real processes for tests: a gang of ranks stays up, runs one function after another, and never hangs a test.
 
-A function that a test hands over is a module-level one; it is called on every rank with that rank's `ProcessInfo`
-(a fresh port each time, so it may make its own process group) and its results come back in rank order. A rank that
-raises, dies or does not answer in time ends the gang, and the next call starts a new one.
+A test gives a module-level function. Every rank calls it with its own `ProcessInfo`; results come back in rank order.
+Each call has a new store, so the function may join a world. A rank's exception, death or late answer ends the gang,
+and the next call starts a new one.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 from roll_r3.strategies.base import ProcessInfo
 
 GRACE = 5.0
-"""Seconds that the other ranks have once one has failed: they may be waiting for it in a collective."""
+"""Seconds for the other ranks after a failure of one: they may wait for it in a collective call."""
 
 
 class RankFailed(AssertionError):
-    """One or more ranks did not return; the text holds their tracebacks."""
+    """Failure of one or more ranks; the text holds their tracebacks."""
 
 
 class Gang:
-    """`size` processes on this machine, forked with the first call from one process per test session.
+    """`size` processes on this machine, forked at the first call from one process per test session.
 
-    That process has imported the trainers already (see `warm`): a rank is there in milliseconds instead of 5 to 15 s.
+    That process has already imported the trainers (see `warm`): a rank starts in milliseconds instead of 5 to 15 s.
     """
 
     def __init__(self, size: int) -> None:
@@ -40,7 +40,7 @@ class Gang:
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-        """`function(process, *args)` on every rank.
+        """Run `function(process, *args)` on every rank.
 
         Raises:
             RankFailed: a rank raised, died, or did not return within `timeout` seconds.
@@ -100,7 +100,7 @@ class Gang:
 
 
 def _serve(pipe: Connection) -> None:
-    """What each process does: call, answer, until the pipe closes."""
+    """Call functions and answer, until the pipe closes."""
     import torch
 
     torch.set_num_threads(1)
@@ -111,7 +111,7 @@ def _serve(pipe: Connection) -> None:
             return
         try:
             answer = (True, function(process, *args))
-        except BaseException:  # noqa: BLE001  what pytest raises is no Exception
+        except BaseException:  # noqa: BLE001  pytest's own errors are not Exceptions
             answer = (False, traceback.format_exc())
         pipe.send(answer)
         del function, process, args, answer

@@ -1,4 +1,4 @@
-"""Engines as the pipeline drives them, without Ray and Megatron, so that a fault can come at the moment it is about."""
+"""Engines driven as the pipeline drives them, without Ray and Megatron, to choose a fault's moment."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ ASKED = requests(16, 4)
 
 @dataclass(frozen=True)
 class Kind:
-    """Of engine."""
+    """Engine under test."""
 
     engine: Callable[..., Rollout[Any]]
     channel: type[ServerWeightChannel]
     generates: str
-    """In the title or the command of the process that generates; another one speaks HTTP."""
+    """Text in the title or command of the generating process; another process speaks HTTP."""
 
 
 class Rollouts:
-    """Two engines, each in a thread with a loop of its own, behind the methods of `cluster.groups.RolloutGroup`."""
+    """Two engines, each in a thread with a loop of its own, behind the methods that the pool calls."""
 
     def __init__(self, kind: Kind, config: RLVRConfig, log_dir: Path) -> None:
         self.engines = [kind.engine(config, log_dir / f"server{i}.log", engine_index=i) for i in (0, 1)]
@@ -83,7 +83,7 @@ class Rollouts:
 
 
 class Trainer:
-    """Sends a checkpoint's weights as `cluster.workers.ModelWorker` does; `half_way` is called in between."""
+    """Sender of a checkpoint's weights, as in `cluster.workers.ModelWorker`; `half_way` is called in the middle."""
 
     def __init__(self, kind: Kind, weights: dict[str, torch.Tensor]) -> None:
         self._kind = kind
@@ -116,7 +116,7 @@ class Trainer:
 
 
 class World:
-    """Engines that were given weights other than those they started with."""
+    """Engines with weights other than their initial ones."""
 
     def __init__(self, kind: Kind, config: RLVRConfig, trained: Path, log_dir: Path) -> None:
         self.kind = kind
@@ -135,7 +135,7 @@ class World:
             self.said_at = time.monotonic()
 
     def assert_undisturbed(self, results: Sequence[GenerateResult], version: int) -> None:
-        """Every sample once, in the order asked for, and sampled from the trainer's weights, not the checkpoint's."""
+        """Check that every sample came once, in order, sampled from the trainer's weights, not the checkpoint's."""
         for request, result in zip(ASKED, results, strict=True):
             assert (tuple(t.sample_id for t in result.trajectories), result.dropped, result.lost) == (
                 request.sample_ids,
@@ -152,16 +152,16 @@ class World:
         return self.rollouts.engines[engine].rollout._process
 
     def scheduler(self, engine: int) -> psutil.Process:
-        """The process that generates."""
+        """Return the generating process."""
         members = group_members(self.server(engine))
         (found,) = [p for p in members if self.kind.generates in f"{p.name()} {' '.join(p.cmdline())}"]
         return found
 
     @contextmanager
     def answered(self, engine: int, count: int, strike: Callable[[], object]) -> Iterator[Counter[str]]:
-        """Strike once that many answers of an engine came; how often each path of it was asked in all.
+        """Call `strike` after `count` answers of an engine; yield the number of answers by path.
 
-        The next server of the engine has a client of its own, which this does not see.
+        The next server of the engine has its own client and is not counted.
         """
         client = self.rollouts.engines[engine].rollout._client
         assert client is not None
@@ -183,7 +183,7 @@ class World:
 
 
 def killed_under_its_requests(fault: Fault, world: World) -> None:
-    """The generating process of the first engine is killed after ten of its answers."""
+    """Kill the generating process of the first engine after ten of its answers."""
     struck = 0.0
     victims = group_members(world.server(0))
     port, key = (getattr(world.rollouts.weight_targets()[0], name) for name in ("port", "api_key"))

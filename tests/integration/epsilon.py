@@ -6,7 +6,7 @@ from typing import Any
 
 
 def with_one_epsilon(model: Any) -> Any:
-    """The model, each of its norms with the epsilon of its configuration: transformers leaves latent ones at 1e-6."""
+    """Set every norm's epsilon to the configured one; transformers leaves those of latent attention at 1e-6."""
     norms = [module for module in model.modules() if hasattr(module, "variance_epsilon")]
     assert len(norms) > 2 * len(model.model.layers)
     for norm in norms:

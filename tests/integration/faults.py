@@ -1,4 +1,4 @@
-"""What tests that break something on purpose share: what a person sees of it, how soon the run goes on, what was lost.
+"""Helpers of tests of faults: the visible message, the time to recover, the lost work.
 
     @pytest.mark.fault("a training rank is killed")
     def test_...(fault):
@@ -7,8 +7,8 @@
         fault.recovered(seconds)
         fault.lost("the step that was being made")
 
-A test with the marker passes only if it has said all three. `make reliability` runs them and writes
-docs/reliability.md from what they said (see reliability.py). `nothing_left` looks for what a fault left behind.
+A test with the marker passes only if it has recorded all three. `make reliability` runs these tests and writes
+docs/reliability.md from their records (see reliability.py). `nothing_left` looks for leftovers of a fault.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["Fault", "Outcome", "nothing_left"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was seen of a fault."""
+    """Outcome of a fault."""
 
     sees: str
-    """What a person reads."""
+    """Message shown to a person."""
     seconds: float
-    """Until it is said, where there is nothing to recover; else until the run does what it did before."""
+    """Seconds until the run does its work again; if nothing recovers, seconds until the message."""
     lost: str
 
 
 class Fault:
-    """What a test has to say of its fault."""
+    """Recorder of one fault's outcome."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -41,20 +41,20 @@ class Fault:
         self._lost: str | None = None
 
     def user_sees(self, text: str) -> None:
-        """What a person reads: a message, or where to look. One line, without what differs from run to run."""
+        """Record the message, or where to find it: one line, without parts that differ between runs."""
         self._sees = text
 
     def recovered(self, seconds: float) -> None:
-        """From the fault, or from the start of the run that goes on, until things are as they were before."""
+        """Record the seconds from the fault, or from the start of the resumed run, until normal work."""
         self._seconds = seconds
 
     def lost(self, text: str) -> None:
-        """What has to be done again or is gone; "nothing" where that is so."""
+        """Record the work lost or to be repeated; "nothing" if none."""
         self._lost = text
 
     @property
     def outcome(self) -> Outcome:
-        """Raises AssertionError: something was not said."""
+        """Return the outcome; raise AssertionError if a part was not recorded."""
         assert self._sees is not None, f"{self.name}: fault.user_sees(...) was not called"
         assert self._seconds is not None, f"{self.name}: fault.recovered(...) was not called"
         assert self._lost is not None, f"{self.name}: fault.lost(...) was not called"

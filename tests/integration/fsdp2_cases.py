@@ -1,4 +1,4 @@
-"""What the tests of the FSDP2 trainer share."""
+"""Helpers of the FSDP2 trainer's tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Gangs = Callable[[int], Gang]
 RECOMPUTE = {"recompute": True}
 
 BUDGET = {"use_dynamic_batching_in_train": True, "max_tokens_per_microbatch_in_train": 30}
-"""Of two ranks one then needs a micro-batch more than the other, which runs one that does not count."""
+"""Budget under which one of two ranks needs one more micro-batch; the other repeats one without counting it."""
 
 
 def fsdp2(checkpoint: Path, **fields: Any) -> Case:
@@ -31,7 +31,7 @@ def fsdp2(checkpoint: Path, **fields: Any) -> Case:
 
 
 def raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.ndarray]:
-    """This rank's part of what the optimizer would step on."""
+    """Return this rank's part of the gradients under the optimizer's step."""
     strategy = open_strategy(process, case)
     part = shard(batch, process.rank, process.world_size)
     if case.mode == "R2":

@@ -1,10 +1,10 @@
-"""What a run leaves behind: processes, the ports they listen on, shared memory. Read from /proc; Linux only.
+"""Leftovers of a run: processes, their listening ports, shared memory. Read from /proc; Linux only.
 
-Everything that is started within a block carries a token in its environment, and its children inherit it. Ray's and
-SGLang's processes give themselves a title, which overwrites what /proc shows of their environment, and they may lose
-their parent, so the processes are also looked for while the block runs: who was seen with the token once, or as the
-child of one who was, belongs to it for good. So does the shared memory that they were seen to have: others on the
-machine have theirs.
+Every process started within a block carries a token in its environment, and its children inherit the token. Ray's and
+SGLang's processes set a title, which overwrites their environment in /proc, and they may lose their parent. Therefore
+the processes are also polled while the block runs: a process seen once with the token, or as the child of such a
+process, belongs to the block for good. The same holds for shared memory seen in these processes; other segments belong
+to other programs on the machine.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Self
 from uuid import uuid4
 
 TOKEN = "ROLL_R3_TEST_TOKEN"
-"""The environment's variable. Its value names the blocks from the outermost to the innermost."""
-LOOK_EVERY = 0.5
-"""Seconds."""
-LOOKS_A_LOOK_AT_MEMORY = 4
-"""It costs more, and whose memory is left has had it for long."""
+"""Environment variable. Its value names the blocks from the outermost to the innermost."""
+POLL_SECONDS = 0.5
+"""Seconds between two polls of the processes."""
+POLLS_PER_MEMORY_POLL = 4
+"""Polls of the processes for each poll of their memory, which costs more; leftover memory has been held for long."""
 GRACE = 60.0
-"""Seconds that what was started has to be gone, from the block's end on; on a busy machine too."""
+"""Seconds allowed for everything to disappear after the end of the block, sufficient on a busy machine."""
 _PROC, _SHM = Path("/proc"), Path("/dev/shm")
 _LISTENS = "0A"
 _MAPPED = re.compile(rb" (\d+) +/dev/shm/")
@@ -37,28 +37,28 @@ _MAPPED = re.compile(rb" (\d+) +/dev/shm/")
 
 @dataclass(frozen=True)
 class _Stat:
-    """Of a process, as /proc/<pid>/stat has it."""
+    """Fields of a process from /proc/<pid>/stat."""
 
     pid: int
     parent: int
     started: int
-    """With the process id it names one process for ever."""
+    """Start time; together with the process id it identifies one process for ever."""
 
 
 class Descendants:
-    """Every process that is started with `token` in its environment, and their children.
+    """Processes started with `token` in their environment, and their children.
 
-    It looks for them until it is closed, or until its block ends.
+    Polls until it is closed, or until its block ends.
     """
 
     def __init__(self) -> None:
         self.token = "/".join(filter(None, [os.environ.get(TOKEN), uuid4().hex]))
         self._mark = f"{TOKEN}={self.token}".encode()
         self._seen: dict[int, int] = {}
-        """Process id -> when it started."""
+        """Process id -> start time."""
         self._before = _segments()
         self._held: set[int] = set()
-        """Inodes of the shared memory that they were seen to have."""
+        """Inodes of shared memory seen in these processes."""
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look_on, daemon=True)
@@ -71,24 +71,24 @@ class Descendants:
         self.close()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop polling."""
         self._stop.set()
         self._thread.join()
 
     def _look_on(self) -> None:
         looks = 0
-        while not self._stop.wait(LOOK_EVERY):
+        while not self._stop.wait(POLL_SECONDS):
             pids, looks = self.alive(), looks + 1
-            if looks % LOOKS_A_LOOK_AT_MEMORY == 0:
+            if looks % POLLS_PER_MEMORY_POLL == 0:
                 self._held |= _memory_of(pids)
 
     def alive(self) -> list[int]:
-        """The process ids of those that run; a zombie has nothing any more."""
+        """Return the ids of running processes; a zombie holds nothing any more."""
         running = {stat.pid: stat for path in _PROC.iterdir() if path.name.isdigit() and (stat := _stat(path))}
         with self._lock:
             known = {pid for pid, started in self._seen.items() if pid in running and running[pid].started == started}
             new = {pid for pid in running if pid not in known and self._has_token(pid)}
-            # a child of theirs may have a title already; the oldest come first, so that its own children follow
+            # a child may already have a title; the oldest come first, so its own children follow
             for stat in sorted(running.values(), key=lambda stat: stat.started):
                 if stat.parent in known | new:
                     new.add(stat.pid)
@@ -101,7 +101,7 @@ class Descendants:
         return False
 
     def kill(self) -> None:
-        """End all of them."""
+        """Kill all of them."""
         while pids := self.alive():
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -109,10 +109,10 @@ class Descendants:
             time.sleep(0.05)
 
     def left(self, grace: float = GRACE, *, may_stay: tuple[str, ...] = ()) -> list[str]:
-        """What is still there after `grace` seconds, each in words; returns as soon as there is nothing.
+        """Return a description of each leftover after `grace` seconds; return at once when nothing is left.
 
         Args:
-            may_stay: beginnings of the commands of processes that are not waited for.
+            may_stay: beginnings of commands of processes not waited for.
         """
         deadline = time.monotonic() + grace
         while (left := self._left(may_stay)) and time.monotonic() < deadline:
@@ -136,11 +136,11 @@ class Descendants:
 
 @contextmanager
 def nothing_left(grace: float = GRACE) -> Iterator[Descendants]:
-    """Fail unless everything that the block starts is gone, `grace` seconds after its end at the latest.
+    """Fail unless everything started by the block is gone within `grace` seconds after its end.
 
-    When the block itself fails, what it has started is ended and its own error is the one that is seen.
+    If the block itself fails, its processes are killed and its own error is shown.
     """
-    resource_tracker.ensure_running()  # this process's own, which stays; it is not to be started within the block
+    resource_tracker.ensure_running()  # this process's own tracker stays; start it before the block
     with Descendants() as descendants:
         outer = os.environ.get(TOKEN)
         os.environ[TOKEN] = descendants.token
@@ -157,9 +157,9 @@ def nothing_left(grace: float = GRACE) -> Iterator[Descendants]:
 
 
 def _stat(process: Path) -> _Stat | None:
-    """None: it is gone, or a zombie."""
+    """Return None for a zombie or a missing process."""
     with suppress(OSError):
-        # the name in brackets may hold anything
+        # the name in brackets may contain any character
         fields = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
         if fields[0] not in "ZX":
             return _Stat(int(process.name), int(fields[1]), int(fields[19]))
@@ -173,7 +173,7 @@ def _command(pid: int) -> str:
 
 
 def _links(pid: int) -> set[str]:
-    """What the open files of a process are."""
+    """Return the targets of a process's open files."""
     links = set()
     with suppress(OSError):
         for file in (_PROC / str(pid) / "fd").iterdir():
@@ -195,7 +195,7 @@ def _ports(pid: int) -> list[int]:
 
 
 def _segments() -> dict[str, int]:
-    """Path -> inode: a semaphore is mapped under another name than the one that it gets."""
+    """Return path -> inode: a semaphore is mapped under another name than its final one."""
     segments = {}
     for entry in os.scandir(_SHM) if _SHM.is_dir() else ():
         with suppress(OSError):
@@ -204,7 +204,7 @@ def _segments() -> dict[str, int]:
 
 
 def _memory_of(pids: Iterable[int]) -> set[int]:
-    """Inodes of the shared memory that these processes have open or mapped."""
+    """Return the inodes of shared memory opened or mapped by these processes."""
     inodes = set()
     for pid in pids:
         process = _PROC / str(pid)

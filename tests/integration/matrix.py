@@ -1,7 +1,7 @@
-"""Mixes of everything that a training layout can be, drawn so that every pair of choices meets; and what is refused.
+"""Mixes of training-layout choices, drawn so that every pair of choices meets, and refused configurations.
 
-Each dimension is a name and its choices; a mix takes one choice of each. `possible` says which mixes the program
-accepts and four processes can run.
+Each dimension is a name with its choices; a mix takes one choice of each. `possible` accepts the mixes allowed by the
+program and runnable on four processes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "model": MODELS,
 }
 LARGEST = 4
-"""Processes."""
+"""Largest number of processes."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class Sizes:
 
 
 def possible(mix: Mix) -> bool:
-    """Whether the mix is one that four processes can run."""
+    """Return True if the mix is allowed and four processes can run it."""
     size = Sizes.of(mix)
     stage = size.tp * size.cp * size.dp
     return (
         size.processes <= LARGEST
         and stage % (size.ep * size.etp) == 0
         and size.etp <= size.tp
-        # without expert parallelism experts are split as everything else is
+        # without expert parallelism experts are split like everything else
         and (size.ep > 1 or size.etp == size.tp)
         and (mix["dispatcher"] == "alltoall" or size.pp == 1)
         and not (
@@ -108,15 +108,15 @@ def possible(mix: Mix) -> bool:
 
 
 def pairs(mix: Mix) -> set[Pair]:
-    """The pairs of choices that meet in a mix."""
+    """Return the pairs of choices in a mix."""
     return set(combinations(sorted(mix.items()), 2))
 
 
 @cache
 def draw(seed: int = 0, tries: int = 3000) -> tuple[Mix, ...]:
-    """Few mixes in which every possible pair of choices meets, the same for the same seed.
+    """Return a small set of mixes in which every possible pair of choices meets; one seed always gives the same set.
 
-    Greedy: of many random mixes the one that brings most pairs that have not met.
+    Greedy: from many random mixes, take the one with the most new pairs.
     """
     random = Random(seed)
 
@@ -136,7 +136,7 @@ def draw(seed: int = 0, tries: int = 3000) -> tuple[Mix, ...]:
 
 
 def name_of(mix: Mix) -> str:
-    """The choices that differ from a dimension's first, which is the plain one."""
+    """Return the choices different from the first, plain one of their dimension."""
     return ", ".join(
         [mix["model"], mix["replay"]]
         + [choice for name, choice in mix.items() if name not in ("model", "replay") and choice != DIMENSIONS[name][0]]
@@ -144,7 +144,7 @@ def name_of(mix: Mix) -> str:
 
 
 def case_of(mix: Mix, checkpoint: Path) -> Case:
-    """The mix as a case to run; EP and ETP are written only where they are not the default."""
+    """Return the mix as a case to run; EP and ETP are written only if they are not the default."""
     size = Sizes.of(mix)
     layout: dict[str, Any] = {
         "tensor_model_parallel_size": size.tp,
@@ -201,7 +201,7 @@ REFUSED: dict[str, list[str]] = {
         "{train}.expert_tensor_parallel_size=1",
     ],
 }
-"""What a user may write and the program refuses: overrides of a sound configuration."""
+"""Refused configurations: overrides of a sound configuration."""
 
 REFUSED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoid gates that are not renormalised": ("deepseek_v3", {"norm_topk_prob": False}),
@@ -219,4 +219,4 @@ REFUSED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "one expert with gates that are renormalised": ("mixtral", {"num_experts_per_tok": 1}),
     "quantized weights": ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}),
 }
-"""Checkpoints that are refused: a tiny model, and the fields of its config.json that differ."""
+"""Refused checkpoints: a tiny model, and changed fields of its config.json."""

@@ -1,4 +1,4 @@
-"""Batches, settings and the slow reference that the tests of all trainers share.
+"""Batches, settings and the slow reference for the tests of all trainers.
 
 The reference is transformers' model, one sample at a time, without padding, with its routers forced to the given
 rows; its loss and its optimizer are written out here in plain PyTorch.
@@ -31,7 +31,7 @@ from roll_r3.strategies.base import ProcessInfo
 LAYERS, EXPERTS, TOP_K, VOCAB = 4, 16, 2, 260
 SAMPLES = 8
 LONGEST = 20
-"""Tokens of the longest sample that `make_batch` draws."""
+"""Tokens of the longest sample of `make_batch`."""
 
 Weights = dict[str, npt.NDArray[np.float32]]
 
@@ -43,8 +43,8 @@ GRADIENT = {
     "adam_beta2": 0.0,
     "max_grad_norm": 0.0,
 }
-"""Training arguments under which one Adam step moves every weight by -g / (1 + |g| / STEEP): with them the exported
-weights show the gradients, whatever optimizer, sharding and layout made them."""
+"""Training arguments under which one Adam step moves every weight by -g / (1 + |g| / STEEP). The exported weights then
+show the gradients, for every optimizer, sharding and layout."""
 
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
@@ -63,19 +63,19 @@ class Case:
     mini_batches: int = 1
     """Optimizer steps of the training step."""
     infer_batch_size: int | None = 3
-    """None: the default, as where a token budget cuts the passes without gradients."""
+    """Samples in a pass without gradients; None is the default, used where a token budget cuts these passes."""
     training: dict[str, Any] = field(default_factory=lambda: dict(GRADIENT))
     role: dict[str, Any] = field(default_factory=dict)
     """Further fields of `actor_train`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further fields of the root of the configuration."""
     log_probs_first: bool = False
-    """Run the pass that computes log-probabilities before the training step."""
+    """Compute log-probabilities before the training step."""
     engine: str = "megatron"
-    """Or "fsdp2", whose `layout` holds its own settings."""
+    """"megatron", or "fsdp2" with its own settings in `layout`."""
 
     def config(self, dp_size: int = 1) -> RLVRConfig:
-        """A whole configuration, as the rules want it; its reference is there for a KL loss only."""
+        """Return a complete, valid configuration; it has a reference only for a KL loss."""
         accumulation = SAMPLES // (self.micro_batch_size * dp_size * self.mini_batches)
         role = {
             "model_args": {"dtype": self.dtype},
@@ -119,10 +119,10 @@ class Case:
 
 
 def make_model(path: Path, name: str, **overrides: Any) -> Path:
-    """A tiny checkpoint whose norms and biases are not all alike, and whose embeddings are of unit size.
+    """Make a tiny checkpoint with varied norms and biases, and with embeddings of unit size.
 
-    At their initial size the first norm would multiply the embeddings' gradients, and their rounding, by ten; by a
-    thousand for the padding token, whose embedding transformers sets to zero.
+    At the initial size, the first norm would multiply the embeddings' gradients and their rounding by ten. For the
+    padding token, with an embedding of zeros, it would be a thousand.
     """
     from safetensors.torch import load_file, save_file
 
@@ -153,7 +153,7 @@ def make_batch(
 
     Args:
         checkpoint: routes fit this one; None: the tiny Qwen3-MoE.
-        unknown: share of rows that the engine is said never to have seen.
+        unknown: share of rows marked as unknown to the engine.
         length: inputs of every sample; None: ragged.
     """
     rng = np.random.default_rng(seed)
@@ -190,12 +190,12 @@ def shard(batch: Batch, rank: int, size: int) -> Batch:
 
 @dataclass
 class Outcome:
-    """What one rank of a case returns."""
+    """Results of one rank of a case."""
 
     weights: Weights | None
-    """After the step; rank 0 only."""
+    """Weights after the step; rank 0 only."""
     held: dict[tuple[Any, ...], str]
-    """(place among model-parallel ranks, parameter) -> digest of this rank's copy of it."""
+    """(place among model-parallel ranks, parameter) -> digest of this rank's copy."""
     metrics: dict[str, float]
     train_counts: ReplayCounts | None
     log_prob_counts: ReplayCounts | None = None
@@ -204,7 +204,7 @@ class Outcome:
     dp_rank: int = 0
     seconds_in_routes: float = 0.0
     at_rest: bool = True
-    """No router holds anything after the step."""
+    """True if no router holds anything after the step."""
 
 
 def open_strategy(process: ProcessInfo, case: Case, role: str = "actor_train") -> Any:
@@ -230,7 +230,7 @@ def at_rest(strategy: Any) -> bool:
 
 
 def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
-    """Build the strategy, run its step on this rank's shard, return what is to be checked."""
+    """Build the strategy, run its step on this rank's shard, return the results to check."""
     strategy = open_strategy(process, case)
     part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
     before = strategy.compute_log_probs(part) if case.log_probs_first or case.mode == "R2" else None
@@ -272,7 +272,7 @@ def held_copies(strategy: Any) -> dict[tuple[Any, ...], str]:
 
 
 def assert_copies_agree(outcomes: Sequence[Outcome]) -> None:
-    """Data-parallel ranks have made the same update of what they hold copies of; an export reads one of them."""
+    """Assert equal updates of all copies on data-parallel ranks; an export reads one of them."""
     seen: dict[tuple[Any, ...], str] = {}
     for outcome in outcomes:
         for key, digest in outcome.held.items():
@@ -280,8 +280,10 @@ def assert_copies_agree(outcomes: Sequence[Outcome]) -> None:
 
 
 def written_while_it_trains(strategy: Any, path: Path, train: Callable[[], Any]) -> Any:
-    """What `train` returns. A snapshot is taken before it, and written once at once, once beside it and once after it,
-    to `path` and others beside that; all three hold the same tensors to the bit."""
+    """Return the result of `train`, and write three snapshots taken before it: one before, one during, one after it.
+
+    The first goes to `path`, the others next to it. All three hold the same tensors to the bit.
+    """
     now, beside, after = strategy.snapshot(), strategy.snapshot(), strategy.snapshot()
     now.write(path)
     with ThreadPoolExecutor(1) as writer:
@@ -295,7 +297,7 @@ def written_while_it_trains(strategy: Any, path: Path, train: Callable[[], Any])
 
 
 def assert_same_tensors(found: Path, wanted: Path) -> None:
-    """The same files, with the same tensors to the bit; in which order a file describes itself is nobody's choice."""
+    """Assert the same files with the same tensors to the bit; the order of a file's header is arbitrary."""
     from safetensors.torch import load_file
 
     assert sorted(file.name for file in found.iterdir()) == sorted(file.name for file in wanted.iterdir())
@@ -318,7 +320,7 @@ def read_weights(checkpoint: str | Path) -> Weights:
 
 
 def gradients(before: Weights, after: Weights) -> Weights:
-    """What moved the weights, see `GRADIENT`."""
+    """Return the gradients behind a step of the weights, see `GRADIENT`."""
     assert set(before) == set(after)
     steps = {name: before[name].astype(np.float64) - after[name] for name in before}
     return {name: (step / (1 - np.abs(step) / STEEP)).astype(np.float32) for name, step in steps.items()}
@@ -341,7 +343,7 @@ def _load_reference(checkpoint: str) -> Any:
 
 
 class Reference:
-    """transformers' model with routers that can be forced."""
+    """Transformers' model with forced routers."""
 
     def __init__(self, checkpoint: str, temperature: float = 0.7) -> None:
         self.model = copy.deepcopy(_load_reference(checkpoint))
@@ -376,7 +378,7 @@ class Reference:
         return forward
 
     def tokens(self, batch: Batch, *, replay: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of the labels and entropies, sample by sample. [N], [N]"""
+        """Return log-probabilities of the labels [N] and entropies [N], sample by sample."""
         log_probs, entropies = [], []
         offsets = batch.offsets
         for i in range(batch.num_samples):
@@ -391,7 +393,7 @@ class Reference:
 
     @torch.no_grad()
     def live_routes(self, batch: Batch, *, replay: bool = False) -> tuple[RoutedExperts, ...]:
-        """What the routers would choose by themselves at each input, while the given routes are replayed or not."""
+        """Return the routers' own choice at each input, with the given routes replayed or not."""
         self._live = []
         layers = len(self.moe_layers)
         self.tokens(batch, replay=replay)
@@ -401,7 +403,7 @@ class Reference:
         )
 
     def loss(self, batch: Batch, config: RLVRConfig, *, replay: bool) -> torch.Tensor:
-        """The clipped loss with a clamped k3 KL term and an entropy bonus, in the configured mode."""
+        """Return the clipped loss with a clamped k3 KL term and an entropy bonus, in the configured mode."""
         log_probs, entropies = self.tokens(batch, replay=replay)
         old, advantages = torch.from_numpy(batch.old_log_probs_N), torch.from_numpy(batch.advantages_N)
         ratio = (log_probs - old).exp()
@@ -425,7 +427,7 @@ class Reference:
         return self._file_names({name: p.grad for name, p in self.model.named_parameters()})
 
     def train(self, batches: Sequence[Batch], config: RLVRConfig, *, replay: bool = True) -> Weights:
-        """Clipped AdamW steps."""
+        """Make clipped AdamW steps."""
         args = config.actor_train.training_args
         optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -442,7 +444,7 @@ class Reference:
         return self._file_names({name: p.data for name, p in self.model.named_parameters()})
 
     def _file_names(self, tensors: dict[str, Any]) -> Weights:
-        """transformers' fused experts under the names of the checkpoint's file."""
+        """Return transformers' fused experts under the names of the checkpoint's file."""
         out: Weights = {}
         for name, tensor in tensors.items():
             array = np.zeros(0) if tensor is None else tensor.detach().numpy().copy()

@@ -1,4 +1,4 @@
-"""Checkpoints that bring code, to see who runs it."""
+"""Checkpoints with their own code, to detect its execution."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def with_code_of_its_own(checkpoint: Path) -> Path:
-    """Make a checkpoint one that brings code; the file that this code writes when it is imported."""
+    """Add code to a checkpoint; return the file written by this code when it is imported."""
     ran = checkpoint / "ran"
     (checkpoint / "own_code.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Config: ...\nclass Model: ...\n")
     fields = json.loads((checkpoint / "config.json").read_text())

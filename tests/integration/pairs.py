@@ -1,4 +1,4 @@
-"""Whole runs of every rollout with every trainer, and docs/engines.md, which is written from what they measured."""
+"""Whole runs of every rollout with every trainer, and the writer of their figures to docs/engines.md."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MODES = ("disable", "R2", "R3")
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 SAME_POLICY = 1e-4
-"""Nats: the largest difference between log-probabilities of a rollout and a trainer that compute one policy in fp32."""
+"""Largest allowed difference, in nats, between log-probabilities of a rollout and a trainer with one policy in fp32."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What a run is made of: two lines of YAML, and the replay."""
+    """Parts of a run: two lines of YAML, and the replay mode."""
 
     rollout: str
     trainer: str
@@ -45,7 +45,7 @@ BF16 = ("actor_train.model_args.dtype=bf16", "actor_infer.strategy_args.strategy
 
 
 def metrics_of(pair: Pair, where: Path, checkpoint: Path, *overrides: str) -> list[dict[str, float]]:
-    """What each step of a run of configs/quickstart_engines.yaml measured."""
+    """Run configs/quickstart_engines.yaml with the pair; return the metrics of each step."""
     if pair.rollout == "vllm":
         require_environment()
         overrides += (f"actor_infer.strategy_args.strategy_config.python={PYTHON}",)
@@ -63,14 +63,14 @@ LARGEST = "actor/rollout_train_logprobs_abs_diff_max"
 
 
 def moved_by(step: Mapping[str, float]) -> float:
-    """Nats: how far a step's own optimizer steps moved a token's log-probability, at least, before the last of them."""
+    """Return a lower bound, in nats, of a token's change of log-probability before the last optimizer step."""
     return max(log(step["actor/ratio_max"]), -log(step["actor/ratio_min"]))
 
 
 def check_new_weights_arrive(metrics: Sequence[Mapping[str, float]]) -> None:
-    """In fp32 an engine samples each step from the policy that the trainer holds, to rounding.
+    """Check in fp32 that an engine samples each step from the trainer's current policy, up to rounding.
 
-    An engine with the weights of the step before would be off by about what an update changes.
+    With the weights of the previous step, an engine would be off by about the size of an update.
     """
     first, second = metrics
     assert moved_by(first) > 100 * SAME_POLICY, "the policy moved within the first step already"
@@ -79,7 +79,7 @@ def check_new_weights_arrive(metrics: Sequence[Mapping[str, float]]) -> None:
 
 
 def check_replay(pair: Pair, metrics: Sequence[Mapping[str, float]]) -> None:
-    """Every trained token was replayed, or none where nothing asks for it."""
+    """Check that every trained token was replayed, or none if replay is disabled."""
     assert len(metrics) == 2
     for step in metrics:
         assert step["rollout/dropped_samples"] == 0
@@ -89,7 +89,7 @@ def check_replay(pair: Pair, metrics: Sequence[Mapping[str, float]]) -> None:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """How far a trainer's log-probabilities are from the rollout's that sampled the tokens."""
+    """Distance between log-probabilities of a trainer and of the sampling rollout."""
 
     mean: float
     largest: float

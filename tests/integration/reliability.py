@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md, written from what the tests with the marker `fault` saw; see faults.py."""
+"""Writer of the table in docs/reliability.md, from the records of tests with the marker `fault`; see faults.py."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _HEAD = """\
 
 
 def declared_faults() -> dict[str, str]:
-    """Every fault that a test of the tree declares, in the order of files and lines -> "file::function".
+    """Return every declared fault of the tests -> "file::function", in the order of files and lines.
 
     Raises:
-        ValueError: two tests declare one fault, or its name is not written out.
+        ValueError: two tests declare one fault, or a name is not a literal.
     """
     found: dict[str, str] = {}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
@@ -39,7 +39,7 @@ def declared_faults() -> dict[str, str]:
 
 
 def _names(decorator: ast.expr, test: str) -> list[str]:
-    """Of the faults that a decorator declares, that of a parameter too."""
+    """Return the faults named in a decorator, also in a parameter's marks."""
     names = []
     for node in ast.walk(decorator):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
@@ -52,24 +52,24 @@ def _names(decorator: ast.expr, test: str) -> list[str]:
 
 
 def rows_on(page: str) -> dict[str, str]:
-    """Fault -> its row, as the page has them."""
+    """Return fault -> its row on the page."""
     table = page.partition(_BEGIN)[2].partition(_END)[0]
     rows = table.removeprefix(_HEAD).splitlines()
     return {_read(row.removeprefix("| ").partition(" | ")[0]): row for row in rows}
 
 
 def named_on(page: str) -> dict[str, str]:
-    """Fault -> the test that its row names."""
+    """Return fault -> the test named in its row."""
     return {name: row.removesuffix(" |").rpartition("`")[0].rpartition("`")[2] for name, row in rows_on(page).items()}
 
 
 def render(page: str, outcomes: Mapping[str, Outcome], declared: Mapping[str, str]) -> str:
-    """The page with the rows of what ran now; what is around the table stays.
+    """Return the page with the rows of the tested faults; the text around the table stays.
 
     Args:
-        page: as it is; the rows of faults that did not run stay, unless no test declares them any more. One that has
-            no row says so.
-        outcomes: of the faults that ran.
+        page: current page. The row of an untested fault stays, unless no test declares it any more. A declared
+            fault without a row gets the row "not run for this page yet".
+        outcomes: outcomes of the tested faults.
     """
     before, begin, rest = page.partition(_BEGIN)
     _, end, after = rest.partition(_END)
@@ -85,7 +85,7 @@ def render(page: str, outcomes: Mapping[str, Outcome], declared: Mapping[str, st
 
 
 def write_page(outcomes: Mapping[str, Outcome]) -> None:
-    """Put these rows on docs/reliability.md, which another process of tests may write as well."""
+    """Write these rows to docs/reliability.md under a lock: other test processes may write it too."""
     with PAGE.open("r+") as page:
         fcntl.flock(page, fcntl.LOCK_EX)
         text = render(page.read(), outcomes, declared_faults())

@@ -43,7 +43,7 @@ def misbehaves(response: str, ground_truth: str, folder: str = "") -> object:
             sys.exit("enough")
         case ["segfault"]:
             ctypes.string_at(0)
-        case ["late", "death"]:  # and a copy that holds every open file
+        case ["late", "death"]:  # with a copy that holds every open file
             if os.fork() == 0:
                 time.sleep(3600)
             threading.Timer(0.2, os._exit, (9,)).start()

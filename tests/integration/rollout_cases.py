@@ -1,4 +1,4 @@
-"""What the tests of all rollouts share: a configuration, an event loop, requests, and transformers as the reference."""
+"""Helpers of all rollouts' tests: a configuration, an event loop, requests, and transformers as the reference."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def rollout_config(
 
 
 STOPS = {"stop_token_ids": (3, 200), "stop_strings": ("a", "b", "c", "d", "e", "f", "g", "h", "AB")}
-"""Over the byte vocabulary, about every second response of 12 tokens meets one of them."""
+"""Stop tokens and strings over the byte vocabulary; about every second response of 12 tokens meets one."""
 
 
 def assert_stopped_where_asked(results: Sequence[GenerateResult], checkpoint: Path) -> None:
-    """Each response ends with the first token that is a stop token or completes a stop string, and keeps it."""
+    """Check that each response ends with the first stop token or completed stop string, and keeps it."""
     tokenizer = read_tokenizer(checkpoint, trust_remote_code=False)
     ends = read_end_tokens(checkpoint, tokenizer)
     seen = set()
@@ -81,11 +81,11 @@ def assert_stopped_where_asked(results: Sequence[GenerateResult], checkpoint: Pa
 
 
 SMALL_SERVER = {"max_total_tokens": 8192, "max_running_requests": 64, "startup_timeout": 400}
-"""Settings that both servers have."""
+"""Settings common to both servers."""
 
 
 class Rollout(Generic[RolloutT]):
-    """A strategy and the event loop that it lives in."""
+    """A strategy and its event loop."""
 
     def __init__(self, rollout: RolloutT) -> None:
         self.rollout = rollout
@@ -103,7 +103,7 @@ class Rollout(Generic[RolloutT]):
 
 
 def group_members(server: ServerProcess) -> list[psutil.Process]:
-    """Live processes of the server's group; a zombie is dead and only waits for its parent."""
+    """Return live processes of the server's group; a zombie is dead and only waits for its parent."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -115,7 +115,7 @@ def group_members(server: ServerProcess) -> list[psutil.Process]:
 
 
 def requests(num_prompts: int, samples: int, *, first_seed: int = 100) -> list[GenerateRequest]:
-    """Prompts of different lengths over the byte vocabulary; every sample has a seed of its own."""
+    """Return requests with prompts of different lengths over the byte vocabulary; every sample has its own seed."""
     draw = np.random.default_rng(0)
     made = []
     for prompt in range(num_prompts):
@@ -128,7 +128,7 @@ def requests(num_prompts: int, samples: int, *, first_seed: int = 100) -> list[G
 def long_requests(
     num: int, samples: int = 1, length: int = 150, first_seed: int = 1, common: int = 0
 ) -> list[GenerateRequest]:
-    """Prompts of one length, alike in their first `common` tokens."""
+    """Return requests with prompts of one length; their first `common` tokens are equal."""
     draw = np.random.default_rng(length)
     begin = tuple(int(token) for token in draw.integers(0, 256, size=common))
     return [
@@ -142,7 +142,7 @@ def long_requests(
 
 
 def one_by_one(requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
-    """The same samples, each as if it were its prompt's only one."""
+    """Split requests: each sample becomes its prompt's only one."""
     return [
         GenerateRequest(request.prompt_ids, (sample_id,), (seed,))
         for request in requests
@@ -151,7 +151,7 @@ def one_by_one(requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
 
 
 class Sent:
-    """What a rollout sends to its server, and how many bytes come back."""
+    """Recorder of a rollout's requests to its server, and of the answers' sizes in bytes."""
 
     def __init__(self, rollout: ServerRollout[Any]) -> None:
         client = rollout._client
@@ -175,7 +175,7 @@ class Sent:
 
 
 class Evicting(PromptSharing):
-    """After a prompt got into the cache, the engine answers other requests until the cache has lost it."""
+    """Prompt sharing with eviction: after each cached prompt, other requests push it out of the cache."""
 
     def __init__(self, rollout: ServerRollout[Any], others: Sequence[GenerateRequest]) -> None:
         super().__init__(rollout._ask_or_wait, self._prime_and_evict, rollout._recomputed, Slots(64), at_once=64)
@@ -195,7 +195,7 @@ def trajectories(results: Sequence[GenerateResult]) -> dict[str, Trajectory]:
 
 
 class Reference:
-    """One transformers forward in fp32 over a whole sequence: no cache, no batching, no code of ours."""
+    """transformers' forward in fp32 over a whole sequence: no cache, no batching, no project code."""
 
     def __init__(self, checkpoint: Path, temperature: float = 1.0) -> None:
         self._model = with_one_epsilon(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
@@ -206,13 +206,13 @@ class Reference:
             gate.register_forward_hook(lambda module, args, output: self._chosen.append(output[2]))
 
     def log_probs(self, trajectory: Trajectory) -> np.ndarray:
-        """Of the response tokens. [R]"""
+        """Return log-probabilities of the response tokens. [R]"""
         return self._of_response(trajectory, self._forward(trajectory).logits)
 
     def log_probs_and_routes(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
-        """([R] of the response tokens, top-k ids [layers, T - 1, k] of the logits, in the router's order).
+        """Return ([R] of the response tokens, top-k ids [layers, T - 1, k] of the logits, in the router's order).
 
-        Where routers choose by their logits alone, and nothing that a hook sees is asked.
+        For routers that choose by their logits alone; no hook is used.
         """
         output = self._forward(trajectory, output_router_logits=True)
         top_k = self._model.config.num_experts_per_tok
@@ -220,7 +220,7 @@ class Reference:
         return self._of_response(trajectory, output.logits), routes[:, :-1].numpy()
 
     def log_probs_and_experts(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
-        """As `log_probs_and_routes`, for any architecture: what the router of each MoE layer says."""
+        """Same as `log_probs_and_routes`, for any architecture: reads the output of each MoE layer's router."""
         self._chosen.clear()
         log_probs_R = self.log_probs(trajectory)
         return log_probs_R, torch.stack(self._chosen)[:, :-1].numpy()

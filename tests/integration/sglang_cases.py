@@ -1,4 +1,4 @@
-"""What the SGLang tests share: a configuration, and a strategy on a loop of its own."""
+"""Helpers of the SGLang tests: a configuration, and a strategy on its own loop."""
 
 from __future__ import annotations
 

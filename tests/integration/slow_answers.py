@@ -1,4 +1,4 @@
-"""Responses that keep math-verify busy: what models write when they degenerate, and what costs little to write."""
+"""Responses expensive for math-verify: typical output of degenerate models, and cheap attacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reward that takes its time, so that a run can be found at it."""
+"""Slow reward, for tests of a run in its reward stage."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from roll_r3.rewards.rules import exact_match
 
 
 def exact_match_slowly(response: str, ground_truth: str) -> float:
-    """As `exact_match`, in 10 ms."""
+    """Same as `exact_match`, in 10 ms."""
     time.sleep(0.01)
     return exact_match(response, ground_truth)

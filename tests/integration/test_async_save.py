@@ -1,4 +1,4 @@
-"""Whole runs that write checkpoints beside their steps: to the bit what a run that waits writes, whatever ends them."""
+"""Whole runs with checkpoints written beside their steps: equal to the bit to runs that wait for them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def start(where: Path, checkpoint: Path, trainer: str, *more: str) -> Run:
 
 @pytest.fixture(scope="module")
 def waiting(tmp_path_factory, checkpoint) -> Callable[[str], Run]:
-    """A run of a trainer that waits for its checkpoints."""
+    """Run of a trainer that waits for its checkpoints."""
     runs: dict[str, Run] = {}
 
     def of(trainer: str) -> Run:
@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
     try:
         run.wait_for_step(1)
         folder = run.path.resolve() / "checkpoints"
-        processes = run.descendants()  # that they end by themselves is seen where a run that waits is killed
+        processes = run.descendants()  # their own end is tested where a run that waits is killed
         wait_for(lambda: any(folder.glob(".step-0000000[23].partial/trainer.partial")), run)
         os.kill(run.process.pid, signal.SIGKILL)
         run.process.wait()
@@ -122,7 +122,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
     began = time.monotonic()
     again = start(tmp_path, checkpoint, trainer, BESIDE, "resume_from_checkpoint=auto")
     try:
-        # the rows of steps that are done again are there until it goes on
+        # the rows of repeated steps are there until the run resumes
         wait_for(lambda: "going on after step" in again.stderr.read_text() and len(again.metrics()) > last, again)
         fault.recovered(time.monotonic() - began)
     finally:
@@ -137,7 +137,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
 @pytest.mark.long
 @pytest.mark.fault("a disk fills up while a checkpoint is written beside a step")
 def test_a_full_disk_ends_a_run_that_does_not_wait(fault: Fault, tmp_path, checkpoint):
-    """One rank's files may not grow beyond a limit, as where its disk is full."""
+    """Limit the size of one rank's files, as on a full disk."""
     with nothing_left():
         run = start(tmp_path, checkpoint, "megatron_train", BESIDE, "max_steps=50")
         try:

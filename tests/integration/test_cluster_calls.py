@@ -1,4 +1,4 @@
-"""Workers that die or raise, in real Ray actors: who is named, and how soon."""
+"""Failing workers in real Ray actors: the error names the right worker, and comes in time."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ def test_a_worker_that_is_stopped_for_good_is_killed_and_lost_and_a_busy_one_is_
     said: list[str] = []
     waiting = waiting_for(peers, said, stopped=4.0, silent=60.0)
     waiting.meet()
-    waiting.wait_for({actors[0].sleep.remote(7): ("rank-0", logs[0])}, "sleep")  # it answers beside what it does
+    waiting.wait_for({actors[0].sleep.remote(7): ("rank-0", logs[0])}, "sleep")  # answers while it works
     assert said == []
     calls = {actors[i].sleep.remote(60): (f"rank-{i}", logs[i]) for i in (0, 1)}
-    os.kill(pids[1], signal.SIGSTOP)  # before it is asked for a sign of life in this wait
+    os.kill(pids[1], signal.SIGSTOP)  # before its first sign of life is requested in this wait
     start = time.monotonic()
     with pytest.raises(LostWorkerError, match=rf"rank-1 gave no sign of life .* process {pids[1]} is stopped"):
         waiting.wait_for(calls, "sleep")

@@ -1,7 +1,7 @@
-"""Real engines that die, hang or answer garbage: a step gets all of its samples, of its own weights, each once.
+"""Dying, hanging and lying real engines: a step gets each of its samples once, from the right weights.
 
-Most tests drive the engines as the pipeline does, without Ray and Megatron, so that each fault comes at the moment that
-it is about; the whole program is in the last one.
+Most tests drive the engines as the pipeline does, without Ray and Megatron, to choose the moment of each fault. The
+last tests run the whole program.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_a_server_that_hangs_is_killed_and_started_again(fault: Fault, world: Wo
 @pytest.mark.long
 @pytest.mark.fault("a rollout server answers garbage")
 def test_an_engine_that_answers_garbage_is_started_again(fault: Fault, world: World) -> None:
-    """A real server's answers, spoilt on the way: no real one spoils them on demand."""
+    """Corrupt a real server's answers in transit: no real server corrupts them on demand."""
     client = world.rollouts.engines[0].rollout._client
     assert client is not None
     post = client.post
@@ -143,7 +143,7 @@ def test_a_server_that_died_between_two_steps_is_found_by_the_update(world: Worl
 
 @pytest.mark.long
 def test_a_server_started_again_answers_nothing_before_its_weights_are_back(world: World) -> None:
-    """The last test of these engines."""
+    """Last test of these engines."""
     rollout = world.rollouts.engines[0].rollout
     world.rollouts.each(lambda engine, _: engine.rollout.restart(), [0])
     with pytest.raises(EngineError, match="has the checkpoint's weights: an update comes first"):
@@ -152,12 +152,12 @@ def test_a_server_started_again_answers_nothing_before_its_weights_are_back(worl
 
 
 def servers(run: Run) -> list[psutil.Process]:
-    """The engine's processes."""
+    """Return the engine's processes."""
     return [p for p in run.descendants() if "sglang" in p.name().lower() or "launcher.py" in " ".join(p.cmdline())]
 
 
 def wait_for_requests(run: Run) -> None:
-    """Until the engine has begun more of them than when this was called."""
+    """Wait until the engine has begun new requests since the call."""
     log = run.path / "logs" / "actor_infer-0-server.log"
     begun, deadline = log.read_text().count("Prefill batch"), time.monotonic() + START_TIMEOUT
     while log.read_text().count("Prefill batch") < begun + 2:
@@ -202,7 +202,7 @@ def test_a_run_whose_engine_is_killed_goes_on(fault: Fault, tmp_path: Path) -> N
 
 
 def generating(where: Path) -> Run:
-    """A run whose server generates, after its first step."""
+    """Return a run after its first step, with its server generating."""
     checkpoint = make_tiny_checkpoint(where / "tiny", examples=addition_mod10(), warm_start_steps=20)
     settings = "{max_running_requests: 8, max_total_tokens: 2048}"
     more = ("response_length=24", "save_steps=50", f"actor_infer.strategy_args.strategy_config={settings}")
@@ -217,7 +217,7 @@ def generating(where: Path) -> Run:
 
 
 def folders(run: Run) -> list[Path]:
-    """Directories of servers that the run's newest worker launched."""
+    """Return directories of servers launched by the run's newest worker."""
     log = (run.path / "logs" / "actor_infer-0.log").read_text()
     worker = re.findall(r"is process (\d+)", log)[-1]
     return list(Path(tempfile.gettempdir()).glob(f"roll_r3-server-*-{worker}-*"))
@@ -258,7 +258,7 @@ def test_a_server_whose_driver_is_killed_ends_by_itself(fault: Fault, tmp_path: 
         _, alive = psutil.wait_procs(victims, timeout=60)
         assert alive == []
         fault.recovered(time.monotonic() - struck)
-        # The next server that is launched on this machine removes what its directory names, and the directory.
+        # The next server launched on this machine removes the files named in its directory, and the directory.
         named = [path for folder in folders(run) for path in (folder / "shared_memory").read_text().splitlines()]
         left = set(run.started.left(RAYS_LAST_WORD)) - {f"shared memory {path}" for path in named}
         assert not left, "left behind:\n" + "\n".join(left)

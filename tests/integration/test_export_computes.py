@@ -1,4 +1,4 @@
-"""What an exported checkpoint computes: the trainer's logits, in transformers and in a real SGLang server."""
+"""Logits of an exported checkpoint in transformers and in a real SGLang server, against the trainer's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 PROMPTS, LENGTH = 3, 16
 TOLERANCE = 1e-4
-"""Of a log-probability in fp32. Every side routes by itself; a tie that falls otherwise would be far above it."""
+"""Largest difference of a log-probability in fp32.
+
+Every side routes by itself; a tie broken differently would exceed it by far.
+"""
 TRAINING = {"learning_rate": 1e-2, "warmup_steps": 0}
 CASES = {
     "qwen3_moe": {"layout": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}},
@@ -34,7 +37,7 @@ CASES = {
 
 
 def prompts() -> np.ndarray:
-    """Bytes. [PROMPTS, LENGTH]"""
+    """Return prompts of bytes. [PROMPTS, LENGTH]"""
     return np.random.default_rng(7).integers(0, 256, (PROMPTS, LENGTH))
 
 
@@ -64,8 +67,10 @@ def test_what_is_exported_computes_what_was_trained(
 
 
 def _train_and_save(process: ProcessInfo, case: Case, batch: Batch, path: Path) -> np.ndarray | None:
-    """Three steps; what the trainer computes after them: log-probabilities of every token of the vocabulary at every
-    position, without temperature. float64 [PROMPTS, LENGTH, V]; None on a rank that returns no results."""
+    """Train three steps and save; return the trainer's log-probabilities of the whole vocabulary at every position.
+
+    Without temperature; float64 [PROMPTS, LENGTH, V]. Return None on a rank without results.
+    """
     strategy = open_strategy(process, case)
     part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
     for step in (1, 2, 3):
@@ -82,7 +87,7 @@ def _train_and_save(process: ProcessInfo, case: Case, batch: Batch, path: Path) 
 
 
 def _every_label(vocab: int) -> Batch:
-    """Each prompt once for every token of the vocabulary, which is then the label of all its inputs."""
+    """Return each prompt once for every token of the vocabulary, as the label of all its inputs."""
     samples = PROMPTS * vocab
     inputs_nS = prompts().repeat(vocab, axis=0)
     labels_nS = np.tile(np.arange(vocab), PROMPTS)[:, None].repeat(LENGTH, axis=1)
@@ -98,7 +103,7 @@ def _every_label(vocab: int) -> Batch:
 
 
 def in_transformers(checkpoint: Path) -> np.ndarray:
-    """As `_train_and_save`."""
+    """Return the same log-probabilities as `_train_and_save`, by transformers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -107,7 +112,7 @@ def in_transformers(checkpoint: Path) -> np.ndarray:
 
 
 def in_sglang(checkpoint: Path, log: Path) -> np.ndarray:
-    """As `_train_and_save`. The server reads the directory, and is asked for the whole vocabulary at every position."""
+    """Return the same log-probabilities as `_train_and_save`, by a server asked for the whole vocabulary."""
     from transformers import AutoTokenizer
 
     vocab = len(AutoTokenizer.from_pretrained(checkpoint))

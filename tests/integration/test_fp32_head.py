@@ -1,4 +1,4 @@
-"""`fp32_lm_head`: logits of a bf16 model in fp32, on both trainers, and the gradients that come back."""
+"""`fp32_lm_head`: logits of a bf16 model in fp32 on both trainers, and the gradients of the backward pass."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_logits_of_a_bf16_model_are_not_rounded(
     engine: str, size: int, layout: dict[str, Any], tie: bool, gang: Gangs, tiny_moe: Path, tied: Path
 ) -> None:
-    """They are the exact product of what enters the output layer and its weight, within fp32; the weight's gradient is
-    the exact one within a rounding to bf16."""
+    """Compare logits with the exact product of hidden states and weight, and the weight's gradient with the exact one.
+
+    Logits are equal within fp32, the gradient within a rounding to bf16.
+    """
     micro = 4 if engine == "fsdp2" else 8
     case = Case(str(tied if tie else tiny_moe), layout, "disable", True, "bf16", micro, engine=engine, options=HEAD)
     for found in gang(size).run(_around_the_head, case, make_batch()):
@@ -56,7 +58,7 @@ def test_logits_of_a_bf16_model_are_not_rounded(
 
 
 def _around_the_head(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, Any]:
-    """Distances of logits from the exact product, as they are and rounded to bf16; of the gradient, relative to it."""
+    """Return the logits' distance from the exact product, as they are and rounded, and the gradient's relative one."""
     strategy = open_strategy(process, case)
     model = strategy.model.module if case.engine == "fsdp2" else unwrapped(strategy.model.chunks[-1])
     layer = model.lm_head if case.engine == "fsdp2" else model.output_layer
@@ -68,7 +70,7 @@ def _around_the_head(process: ProcessInfo, case: Case, batch: Batch) -> dict[str
         logits.register_hook(lambda grad: seen.update(grad=grad.detach().double()))
 
     layer.register_forward_hook(keep)
-    # a tied layer of megatron's has no weight of its own
+    # a tied layer of megatron has no weight of its own
     weight = layer.weight if layer.weight is not None else model.shared_embedding_or_output_weight()
     sharded = case.engine == "fsdp2"
     weight_VH = (weight.full_tensor().bfloat16() if sharded else weight).detach().double()
@@ -116,7 +118,7 @@ def unwrapped(chunk: Any) -> Any:
 def test_every_weight_has_its_gradient(
     engine: str, layout: dict[str, Any], tie: bool, gang: Gangs, tiny_moe: Path, tied: Path
 ) -> None:
-    """In fp32, where the switch changes no number."""
+    """Run in fp32, where the setting changes no number."""
     checkpoint, batch = tied if tie else tiny_moe, make_batch()
     case = Case(str(checkpoint), layout, engine=engine, options=HEAD)
     outcome = gang(2).run(run_case, case, batch)[0]
@@ -125,7 +127,7 @@ def test_every_weight_has_its_gradient(
 
 
 def test_the_reference_has_the_same_head(gang: Gangs, tiny_moe: Path) -> None:
-    """A frozen copy of a bf16 policy gives the policy's log-probabilities to the bit."""
+    """Check that a frozen copy of a bf16 policy gives the policy's log-probabilities to the bit."""
     for engine in ("fsdp2", "megatron"):
         case = Case(str(tiny_moe), mode="disable", dtype="bf16", engine=engine, options=HEAD | {"use_kl_loss": True})
         actor, frozen = (gang(1).run(_log_probs, case, make_batch(), role)[0] for role in ("actor_train", "reference"))

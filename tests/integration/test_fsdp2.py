@@ -1,4 +1,4 @@
-"""The FSDP2 trainer: against transformers one sample at a time, and against Megatron."""
+"""FSDP2 trainer against transformers, one sample at a time, and against Megatron."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_megatron_gives_the_same_loss_and_gradients(name: str, size: int, gang: 
 
 
 def test_clipped_and_decayed_steps_are_megatrons(gang: Gangs, tiny_moe: Path) -> None:
-    """Two optimizer steps under warm-up: schedule, clipping, weight decay and its exceptions."""
+    """Make two optimizer steps under warm-up: schedule, clipping, weight decay and its exceptions."""
     training = {"learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.1, "warmup_steps": 1}
     training |= {"adam_epsilon": 1e-3, "lr_scheduler_type": "cosine"}
     case = fsdp2(tiny_moe, mini_batches=2, training=training, options={"ppo_epochs": 2})
@@ -134,7 +134,7 @@ def test_clipped_and_decayed_steps_are_megatrons(gang: Gangs, tiny_moe: Path) ->
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_log_probs_of_samples_that_are_packed_or_padded(size: int, gang: Gangs, tiny_moe: Path) -> None:
-    """Samples of one token among them: each is computed as if it were alone, and ranks may have other numbers."""
+    """Include samples of one token: each is computed as if alone, and the ranks' numbers of samples differ."""
     batch = _with_lengths(make_batch(), [1, 7, 1, 1, 12, 2, 5, 3])
     reference = Reference(str(tiny_moe))
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_log_probs_of_samples_that_are_packed_or_padded(size: int, gang: Gangs, 
 
 
 def _with_lengths(batch: Batch, lengths: list[int]) -> Batch:
-    """The first tokens of each sample, no more than it has."""
+    """Return the batch with each sample cut to at most the given length."""
     short = np.minimum(batch.lengths_n, lengths)
     keep = np.concatenate([start + np.arange(n) for start, n in zip(batch.offsets, short, strict=False)])
     arrays = {name: values[keep] for name, values in vars(batch).items() if name.endswith("_N")}
@@ -198,7 +198,7 @@ def _reference_beside_actor(process: ProcessInfo, case: Case, batch: Batch) -> n
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_exported_weights_are_the_checkpoints(name: str, gang: Gangs, models: dict[str, Path], tmp_path: Path) -> None:
-    """Same names and bits as on disk, and transformers reads what is saved back to what it read before."""
+    """Compare names and bits with the file; transformers reads the saved checkpoint back to the original tensors."""
     from transformers import AutoModelForCausalLM
 
     for dtype in ("fp32", "bf16"):
@@ -226,7 +226,7 @@ def test_exported_weights_are_the_checkpoints(name: str, gang: Gangs, models: di
 
 def _export_and_save(process: ProcessInfo, case: Case, batch: Batch, path: Path) -> dict[str, torch.dtype]:
     strategy = open_strategy(process, case)
-    strategy.compute_log_probs(shard(batch, process.rank, process.world_size))  # gathers weights, and lets them go
+    strategy.compute_log_probs(shard(batch, process.rank, process.world_size))  # gathers weights, and frees them
     found = {name: tensor.dtype for name, tensor in strategy.export_weights()}
     strategy.save_hf(path)
     strategy.close()
@@ -234,7 +234,7 @@ def _export_and_save(process: ProcessInfo, case: Case, batch: Batch, path: Path)
 
 
 def test_bf16_steps_on_fp32_masters(gang: Gangs, tiny_moe: Path) -> None:
-    """A step too small for bf16 moves the masters and, repeated, what is exported."""
+    """Make steps too small for bf16: each moves the masters; repeated, they move the exported weights."""
     case = fsdp2(tiny_moe, dtype="bf16", layout=RECOMPUTE, training={"learning_rate": 2e-5, "max_grad_norm": 0.0})
     single = fsdp2(tiny_moe, layout=RECOMPUTE)
     batch = make_batch()
@@ -246,7 +246,7 @@ def test_bf16_steps_on_fp32_masters(gang: Gangs, tiny_moe: Path) -> None:
 
 
 def test_bf16_gradients_are_summed_over_ranks_in_fp32(gang: Gangs, tiny_moe: Path) -> None:
-    """Of one micro-batch each: sums of two bf16 numbers, of which bf16 could not hold all."""
+    """Sum one micro-batch of each rank: sums of two bf16 numbers, not all of them representable in bf16."""
     case = fsdp2(tiny_moe, dtype="bf16", micro_batch_size=4)
     for found in gang(2).run(raw_gradients, case, make_batch()):
         head = torch.from_numpy(found["lm_head.weight"])
@@ -254,7 +254,7 @@ def test_bf16_gradients_are_summed_over_ranks_in_fp32(gang: Gangs, tiny_moe: Pat
 
 
 def _bf16_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[torch.dtype, list[float], float]:
-    """dtype of the masters; share of lm_head's exported entries that have moved after one and after eight steps."""
+    """Return the masters' dtype, shares of moved lm_head entries after one and eight steps, and the first loss."""
     strategy = open_strategy(process, case)
     part = shard(batch, process.rank, process.world_size)
     seen = []

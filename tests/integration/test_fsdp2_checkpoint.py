@@ -1,4 +1,4 @@
-"""FSDP2: checkpoints to go on from."""
+"""FSDP2: checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ MOMENTUM = {
     "weight_decay": 0.1,
     "adam_epsilon": 1e-3,
 }
-"""A step that depends on Adam's moments and on the number of steps before it, and multiplies no rounding."""
+"""Step dependent on Adam's moments and the number of previous steps, without amplified rounding."""
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_training_goes_on_from_a_checkpoint(name: str, gang: Gangs, models: dict[str, Path], tmp_path: Path) -> None:
-    """To the bit on as many ranks, and on another number of them up to the order of sums."""
+    """Resume on the same number of ranks to the bit; on another number, up to the order of sums."""
     case = fsdp2(models[name], layout=RECOMPUTE, training=MOMENTUM)
     batch = make_batch(checkpoint=models[name])
     path = tmp_path / "saved" / "step2"
@@ -63,7 +63,7 @@ def test_training_goes_on_from_a_checkpoint(name: str, gang: Gangs, models: dict
 
 
 def _step_of(strategy: Any, process: ProcessInfo, batch: Batch, step: int) -> tuple[float, Any, Any]:
-    """Learning rate, exported weights, and digests of this rank's parts after a step."""
+    """Return learning rate, exported weights, and digests of this rank's parts after a step."""
     metrics = strategy.train_step(shard(batch, process.rank, process.world_size), step=step).metrics
     digests = {
         name: sha256((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numpy().tobytes()).hexdigest()
@@ -76,7 +76,7 @@ def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch
     strategy = open_strategy(process, case)
     for name, buffer in strategy.model.module.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            buffer.add_(1.0)  # not what the model's own checkpoint holds
+            buffer.add_(1.0)  # differs from the model's own checkpoint
     for step in (1, 2):
         _step_of(strategy, process, batch, step)
     found = written_while_it_trains(strategy, path, lambda: _step_of(strategy, process, batch, 3))
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_cannot_be_loaded_says_so(gang: Gangs, models: dict[st
 def test_a_checkpoint_of_another_model_is_not_written_into_this_one(
     change: str, gang: Gangs, tiny_moe: Path, tmp_path: Path
 ) -> None:
-    """In one tensor, and every rank learns of it, also of what one rank alone has met."""
+    """Change one tensor. Every rank reports it, even if only one rank met the error."""
     first, second = gang(2).run(_changed_checkpoint, fsdp2(tiny_moe), tmp_path / "saved", change)
     assert first == second
     said = {
@@ -163,7 +163,7 @@ def _changed_checkpoint(process: ProcessInfo, case: Case, path: Path, change: st
 
 
 def test_a_checkpoint_that_cannot_be_written_says_so_on_every_rank(gang: Gangs, tiny_moe: Path, tmp_path: Path) -> None:
-    """Making the directory and giving it its name are rank 0's alone."""
+    """Fail in two tasks of rank 0 alone: making the directory, and giving it its name."""
     (tmp_path / "file").touch()
     for said in gang(2).run(_unwritten, fsdp2(tiny_moe), tmp_path):
         assert re.search(r"checkpoint .*/file/saved was not written: rank 0: NotADirectoryError: ", said[0]), said[0]

@@ -1,4 +1,4 @@
-"""FSDP2: what is refused, and what is left after it."""
+"""FSDP2: refused input, and the state after a refusal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_nothing_is_left_after_a_failure(gang: Gangs, tiny_moe: Path) -> None:
 
 
 def _failures(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.ndarray]:
-    """Weights after a step that follows every failure."""
+    """Return the weights of a good step after all failures."""
     from roll_r3.replay.session import ReplaySession
     from roll_r3.trainers.fsdp2 import strategy as module
 
@@ -89,7 +89,7 @@ def _failures(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.nd
         for router in routers:
             patch.setattr(router, "recomputed", False)
         fails("the router of layer 3 ran outside a micro-batch")
-    fails("a backward of this model failed", RollError)  # FSDP2 cannot go on from there, and would not say so
+    fails("a backward of this model failed", RollError)  # FSDP2 cannot continue after this, and gives no error
     strategy.close()
     return weights
 

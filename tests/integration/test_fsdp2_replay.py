@@ -1,4 +1,4 @@
-"""FSDP2: what its routers replay and record, and the audit of it."""
+"""FSDP2: rows replayed and recorded by its routers, and their audit."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_rows_that_the_engine_never_saw_fall_back_to_the_live_router(size: int, 
 @pytest.mark.parametrize("mode", ["R3", "R2"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_recomputation_changes_no_bit(packed: bool, mode: str, gang: Gangs, models: dict[str, Path]) -> None:
-    """Gradients with recomputation are those without, to the last bit; rows of the live router among them."""
+    """Compare gradients with and without recomputation to the last bit, with some rows from the live router."""
     name = "deepseek_v3" if packed else "qwen3_moe"
     batch = make_batch(unknown=0.3, checkpoint=models[name])
     case = fsdp2(models[name], mode=mode, packed=packed, dtype="bf16" if packed else "fp32")
@@ -91,7 +91,7 @@ def test_r2_replays_what_the_pass_before_recorded(packed: bool, size: int, gang:
 def test_the_first_ratio_under_r2_is_exactly_one(
     packed: bool, name: str, dtype: str, gang: Gangs, models: dict[str, Path]
 ) -> None:
-    """Where both passes are cut alike: the pass without gradients computes every bit as the one with them does."""
+    """Cut both passes alike: the pass with gradients then repeats every bit of the pass without."""
     batch = replace(make_batch(checkpoint=models[name]), routes=None)
     case = fsdp2(models[name], mode="R2", packed=packed, dtype=dtype, layout=RECOMPUTE)
     case = replace(case, infer_batch_size=case.micro_batch_size, role={"sequence_length_round": 3})
@@ -99,11 +99,11 @@ def test_the_first_ratio_under_r2_is_exactly_one(
 
 
 def _first_ratios(process: ProcessInfo, case: Case, batch: Batch) -> tuple[float, float]:
-    """(Smallest, largest) ratio of a first step whose two passes are cut alike."""
+    """Return (smallest, largest) ratio of a first step with both passes cut alike."""
     strategy = open_strategy(process, case)
     part = shard(batch, process.rank, process.world_size)
     part = replace(part, old_log_probs_N=strategy.compute_log_probs(part).log_probs_N)
-    # weights that replay must not ask: what they would choose is another thing
+    # replay must not use these weights: their own choices would differ
     metrics = strategy.train_step(part, step=1).metrics
     with pytest.raises(ReplayError, match="were not in it"):
         strategy.train_step(replace(part, sample_ids=tuple(f"other{i}" for i in range(part.num_samples))), step=2)
@@ -144,7 +144,7 @@ def _recorded_then_trained(process: ProcessInfo, case: Case, batch: Batch, moved
 def test_every_token_went_where_its_row_says(
     size: int, mode: str, name: str, fields: dict[str, Any], passes: int, gang: Gangs, models: dict[str, Path]
 ) -> None:
-    """Steps 1 and 3, two mini-batches each, and rows that the engine never saw left out."""
+    """Audit steps 1 and 3, two mini-batches each; rows unknown to the engine are left out."""
     batch = make_batch(unknown=0.3 if mode == "R3" else 0, checkpoint=models[name])
     role = {**fields.pop("role", {}), "router_replay": {"mode": mode, "audit": True, "audit_every": 2}}
     case = fsdp2(models[name], mode=mode, micro_batch_size=1, mini_batches=2, role=role, **fields)

@@ -35,11 +35,11 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 TEMPERATURE, LONGEST = 0.8, 12
 END = 258
-"""The end-of-sequence token of the tiny tokenizer."""
+"""End-of-sequence token of the tiny tokenizer."""
 
 
 class Engine(Rollout[HfRollout]):
-    """A strategy on a loop of its own."""
+    """A strategy on its own event loop."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ def start() -> Iterator[Callable[..., Engine]]:
 
 
 def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpoint: Path, version: int = 0) -> float:
-    """The largest difference of a log-probability."""
+    """Return the largest difference of a log-probability."""
     reference, differences = Reference(checkpoint, TEMPERATURE), []
     for t in trajectories(results).values():
         log_probs_R, ids_MRK = reference.log_probs_and_experts(t)
@@ -97,7 +97,7 @@ def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpo
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_routes_and_log_probs_are_those_of_a_plain_forward(tmp_path, start, name):
-    """Prompts of 3 to 9 tokens share a batch, so most are padded."""
+    """Share a batch between prompts of 3 to 9 tokens, so most are padded."""
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny", name, seed=1)
     asked = requests(8, 8)
     results = start(checkpoint).generate(asked)
@@ -139,7 +139,7 @@ def test_a_sample_follows_from_its_seed_whatever_shares_its_batch(tiny_moe, star
 
 
 def test_short_prompts_long_prompts_and_samples_that_stop(tiny_moe, tmp_path, start):
-    """A model that was taught to stop: some samples of a batch end early, others go on."""
+    """Use a model trained to stop: some samples of a batch end early, others continue."""
     learned = make_tiny_checkpoint(tmp_path / "tiny", examples=addition_mod10(), warm_start_steps=30)
     engine = start(learned)
     one, none, long = (GenerateRequest(ids, (f"{len(ids)}",), (5,)) for ids in ((7,), (), (7,) * 4090))
@@ -183,16 +183,16 @@ def test_the_actors_loop_lives_while_the_model_runs(tiny_moe, start):
 
 
 CHANNELS: list[Any] = []
-"""In the process of the trainer: groups have names that are one process's own."""
+"""Channels in the trainer's process: group names are known only in their own process."""
 
 
 def connect(process: ProcessInfo, target: WeightTarget) -> None:
-    """The sending end that the registry names for this strategy."""
+    """Open the sending end registered for this strategy."""
     CHANNELS.append(STRATEGIES["hf_infer"].load_channel()([target], device="cpu", timeout_s=20.0))
 
 
 def send(process: ProcessInfo, weights: dict[str, torch.Tensor], version: int, *, end: bool = True) -> str:
-    """What went wrong; empty when nothing did."""
+    """Return the error; empty if there was none."""
     channel = CHANNELS[-1]
     try:
         channel.begin(version)
@@ -211,7 +211,7 @@ def disconnect(process: ProcessInfo) -> None:
 
 @pytest.fixture
 def update(gang, start) -> Iterator[Callable[..., str]]:
-    """`update(engine, weights, version)` from another process, by one channel."""
+    """Give `update(engine, weights, version)`: send from another process through one channel."""
     connected: list[Engine] = []
 
     def run(engine: Engine, *args: Any) -> str:

@@ -1,4 +1,4 @@
-"""What `nothing_left` finds: processes, also those that hide or lose their parent, ports, shared memory."""
+"""`nothing_left` finds hidden and orphaned processes, ports, and shared memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from faults import nothing_left
-from leftovers import LOOK_EVERY, LOOKS_A_LOOK_AT_MEMORY, Descendants
+from leftovers import POLL_SECONDS, POLLS_PER_MEMORY_POLL, Descendants
 
 TITLED = "from ray._raylet import setproctitle; setproctitle('ray::hidden'); print(flush=True); "
 LISTENS = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(flush=True); "
@@ -24,7 +24,7 @@ def start(program: str, *prefix: str) -> subprocess.Popen[str]:
 
 
 def started(program: str, *prefix: str) -> subprocess.Popen[str]:
-    """Once it has written a line."""
+    """Return the process after it has written a line."""
     process = start(program, *prefix)
     assert process.stdout is not None
     assert process.stdout.readline() == "\n"
@@ -32,7 +32,7 @@ def started(program: str, *prefix: str) -> subprocess.Popen[str]:
 
 
 def within(body: Callable[[Descendants], object], grace: float = 0) -> Descendants:
-    """Of a block that has ended."""
+    """Return the descendants of an ended block."""
     with nothing_left(grace) as descendants:
         body(descendants)
     return descendants
@@ -74,7 +74,7 @@ def test_shared_memory_is_left_when_nobody_has_it(kind):
 
     def body(_: Descendants) -> None:
         process = started(hold + SLEEPS)
-        time.sleep(2 * LOOK_EVERY * LOOKS_A_LOOK_AT_MEMORY)
+        time.sleep(2 * POLL_SECONDS * POLLS_PER_MEMORY_POLL)
         process.kill()
         process.wait()
 
@@ -93,7 +93,7 @@ def test_memory_that_somebody_has_is_not_left():
     with nothing_left(0):
         held = SharedMemory(name, create=True, size=64)
         process = started(f"import mmap; f = open('/dev/shm/{name}', 'r+b'); print(flush=True); " + SLEEPS)
-        time.sleep(2 * LOOK_EVERY * LOOKS_A_LOOK_AT_MEMORY)
+        time.sleep(2 * POLL_SECONDS * POLLS_PER_MEMORY_POLL)
         process.kill()
         process.wait()
     held.close()

@@ -1,4 +1,4 @@
-"""Whole runs that lose a worker or its node, or are told to leave, and end as if nothing had happened."""
+"""Whole runs with a lost worker, a lost node or a signal end with undisturbed results."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def start(where: Path, checkpoint: Path, *more: str) -> Run:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, checkpoint) -> Run:
-    """A run that nothing disturbed."""
+    """Undisturbed run."""
     return finished(start(tmp_path_factory.mktemp("whole"), checkpoint))
 
 
 def process_of(run: Run, worker: str) -> int:
-    """Process id of the newest of a worker, as its log says."""
+    """Return the process id of a worker's newest process, from its log."""
     log = (run.path / "logs" / f"{worker}.log").read_text()
     return int(re.findall(r"is process (\d+)", log)[-1])
 
@@ -64,22 +64,22 @@ def wait_for_stage(run: Run, stage: str) -> None:
 
 
 def kill(run: Run, worker: str, stage: str) -> None:
-    """Kill a worker; in a stage of the fourth step, if one is given, before the ranks have done anything in it."""
+    """Kill a worker; with a stage, in that stage of the fourth step, before the ranks have done any work of it."""
     held = [process_of(run, f"actor_train-{rank}") for rank in (0, 1)] if stage else []
     if stage:
         wait_for_stage(run, "step 4: rollout")
-        for rank in held:  # they have nothing to do yet
+        for rank in held:  # they have no work yet
             os.kill(rank, signal.SIGSTOP)
         wait_for_stage(run, f"step 4: {stage}")
     os.kill(process_of(run, worker), signal.SIGKILL)
     if stage:
-        time.sleep(1)  # Ray takes note
+        time.sleep(1)  # Ray notices the death
     for rank in held:
         os.kill(rank, signal.SIGCONT)
 
 
-def loses(run: Run, strike: Callable[[], object]) -> float:
-    """Break something after the third step; seconds until the run has made a step more than it had."""
+def seconds_to_recover(run: Run, strike: Callable[[], object]) -> float:
+    """Break something after the third step; return the seconds until the run has made one more step."""
     run.wait_for_step(3)
     struck = time.monotonic()
     strike()
@@ -98,7 +98,7 @@ def assert_as_undisturbed(run: Run, whole: Run) -> None:
 @pytest.mark.parametrize(
     ("worker", "stage", "lost", "save_steps", "goes_on"),
     [
-        # its peer may be named beside it
+        # another rank may be named with it
         pytest.param(
             "actor_train-1",
             "",
@@ -129,11 +129,11 @@ def test_a_killed_worker_is_started_anew(
     fault: Fault, whole, tmp_path, checkpoint, monkeypatch, worker, stage, lost, save_steps, goes_on
 ):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    slow = "rewards.default.reward=slow_reward:exact_match_slowly"  # so that a stage is not missed
+    slow = "rewards.default.reward=slow_reward:exact_match_slowly"  # makes the stage long enough to be hit
     with nothing_left():
         run = start(tmp_path, checkpoint, f"save_steps={save_steps}", slow)
         try:
-            fault.recovered(loses(run, lambda: kill(run, worker, stage)))
+            fault.recovered(seconds_to_recover(run, lambda: kill(run, worker, stage)))
             assert_as_undisturbed(run, whole)
         finally:
             run.end()
@@ -149,7 +149,7 @@ def test_a_killed_worker_is_started_anew(
 
 @pytest.mark.fault("a training rank is stopped (SIGSTOP), for good")
 def test_a_stopped_worker_is_waited_for_and_then_started_anew(fault: Fault, whole, tmp_path, checkpoint):
-    """A terminal that goes away, and a worker that is stopped for a while, change nothing."""
+    """Also close the terminal, and stop a worker for a short time: neither changes anything."""
     with nothing_left():
         run = start(tmp_path, checkpoint, "save_steps=1", "worker_timeouts.stopped=10")
         try:
@@ -169,7 +169,7 @@ def test_a_stopped_worker_is_waited_for_and_then_started_anew(fault: Fault, whol
                 wait_until_it_says(run, "LOST: ")
                 assert time.monotonic() - began < 10 + 15, "the limit, and what it takes to ask and to look"
 
-            fault.recovered(loses(run, strike))
+            fault.recovered(seconds_to_recover(run, strike))
             assert_as_undisturbed(run, whole)
         finally:
             run.end()
@@ -212,7 +212,7 @@ def test_ray_itself_is_started_anew(fault: Fault, whole, tmp_path, checkpoint, d
                 next(p for p in run.descendants() if p.name() == daemon).send_signal(number)
                 wait_until_it_says(run, "LOST: ")
 
-            fault.recovered(loses(run, strike))
+            fault.recovered(seconds_to_recover(run, strike))
             assert_as_undisturbed(run, whole)
         finally:
             run.end()
@@ -282,7 +282,7 @@ def test_sigterm_saves_the_newest_step_and_leaves(fault: Fault, whole, tmp_path,
 
 @pytest.fixture
 def cluster(monkeypatch) -> Iterator[Cluster]:
-    """Two nodes; a run that is started meanwhile joins them."""
+    """Two nodes; a run started meanwhile joins them."""
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
     monkeypatch.setenv("RAY_ADDRESS", nodes.address)
@@ -293,7 +293,7 @@ def cluster(monkeypatch) -> Iterator[Cluster]:
 @pytest.mark.long
 @pytest.mark.fault("a node of the Ray cluster is lost")
 def test_a_lost_node_is_waited_for(fault: Fault, whole, tmp_path, checkpoint, cluster):
-    """The engine's, all of it at once; another one joins after a while."""
+    """Lose the engine's node at once; another node joins later."""
     run = start(tmp_path, checkpoint, "save_steps=1", "actor_infer.device_mapping=[2]")
     try:
 
@@ -304,7 +304,7 @@ def test_a_lost_node_is_waited_for(fault: Fault, whole, tmp_path, checkpoint, cl
             assert run.process.poll() is None, "it waits"
             cluster.add_node(num_cpus=1)
 
-        fault.recovered(loses(run, strike))
+        fault.recovered(seconds_to_recover(run, strike))
         assert_as_undisturbed(run, whole)
     finally:
         run.end()

@@ -1,4 +1,4 @@
-"""The audit in real schedules: it agrees with a right session, and names the place where a wrong one differs."""
+"""Audit in real schedules: it accepts a correct session, and names the first place of a difference in a wrong one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _at_rest(strategy: Any) -> bool:
 def test_every_token_went_where_its_row_says(
     size: int, layout: dict, mode: str, packed: bool, passes: float, gang: Gangs, tiny_moe: Path
 ) -> None:
-    """Steps 1 and 3, two mini-batches each, and rows that the engine never saw left out."""
+    """Audit steps 1 and 3, two mini-batches each; rows unknown to the engine are left out."""
     batch = make_batch(unknown=0.3 if mode == "R3" else 0)
     case = Case(str(tiny_moe), layout, mode, packed, micro_batch_size=1, mini_batches=2)
     audited, at_rest = gang(size).run(_audited_steps, case, batch)[0]
@@ -90,11 +90,11 @@ def _audited_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[list
     return audited, at_rest
 
 
-# Mistakes that it is there to find
+# Mistakes that the audit must find
 
 
 def rolled(laid_out, axis):
-    """Tokens or layers shifted by one."""
+    """Shift tokens or layers by one."""
     ids_LtK, known_t = laid_out
     return ids_LtK.roll(-1, axis), known_t
 
@@ -209,7 +209,7 @@ def _other_faults(process: ProcessInfo, case: Case, batch: Batch) -> None:
             strategy.train_step(batch, step=1)
     assert _at_rest(strategy)
 
-    with pytest.MonkeyPatch.context() as patch:  # nothing is replayed at all, and no session complains
+    with pytest.MonkeyPatch.context() as patch:  # nothing is replayed, and no session complains
         patch.setattr("roll_r3.replay.session.LayerReplay.choose", _route_natively)
         patch.setattr("roll_r3.replay.session.ReplaySession.__exit__", _leave_unchecked)
         patch.setattr("roll_r3.trainers.megatron.routers.RoutedLayer.end_forward", lambda layer: None)
@@ -240,7 +240,7 @@ def _leave_unchecked(session: Any, *error: Any) -> None:
 
 
 def _lost_on_the_way(process: ProcessInfo, case: Case, batch: Batch) -> None:
-    """The decision is right, but an expert gets another number of tokens than it should."""
+    """Choose correctly, but give one expert a wrong number of tokens."""
     strategy = _strategy(process, case)
     part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
     dispatcher = _dispatchers(strategy)[1]
@@ -263,7 +263,7 @@ def _lost_on_the_way(process: ProcessInfo, case: Case, batch: Batch) -> None:
 
 
 def test_a_row_left_from_a_log_prob_pass_is_found(gang: Gangs, tiny_moe: Path) -> None:
-    """Layers that survive their session hand backward the rows of the pass before."""
+    """Let layers outlive their session, so that backward gets the rows of the previous pass."""
     gang(2).run(_stale_rows, Case(str(tiny_moe), TWO_STAGES, infer_batch_size=2), make_batch(length=12))
 
 
@@ -278,7 +278,7 @@ def _stale_rows(process: ProcessInfo, case: Case, batch: Batch) -> None:
         return layer
 
     strategy = _strategy(process, case)
-    backwards = batch.select(np.arange(batch.num_samples)[::-1])  # a pass of the same order would leave the right rows
+    backwards = batch.select(np.arange(batch.num_samples)[::-1])  # a pass in the same order would leave the right rows
     close = ReplaySession.close
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReplaySession, "make_layer", surviving)
@@ -288,7 +288,7 @@ def _stale_rows(process: ProcessInfo, case: Case, batch: Batch) -> None:
             strategy.train_step(batch, step=1)
         survivors.clear()
         strategy.compute_log_probs(backwards)
-        patch.setattr(ReplaySession, "close", close)  # the session's own check sees it as well
+        patch.setattr(ReplaySession, "close", close)  # the session's own check finds it too
         with pytest.raises(ReplayError, match="backward did not recompute the router of layer"):
             strategy.train_step(batch, step=1)
     strategy.close()

@@ -1,4 +1,4 @@
-"""Megatron: checkpoints to go on from, in the same layout and in others."""
+"""Megatron: checkpoints to resume from, in the same layout and in others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MOMENTUM = {
     "weight_decay": 0.1,
     "adam_epsilon": 1e-3,
 }
-"""A step that depends on Adam's moments and on the number of steps before it, and multiplies no rounding."""
+"""Step dependent on Adam's moments and the number of previous steps, without amplified rounding."""
 
 DISTRIBUTED = {"use_distributed_optimizer": True}
 TP2 = {"tensor_model_parallel_size": 2}
@@ -47,7 +47,7 @@ CP2 = {"context_parallel_size": 2}
 
 
 def case_of(checkpoint: Path, layout: dict[str, Any], **changes: Any) -> Case:
-    """Micro-batches of one size in every layout, so that sums differ in their order alone."""
+    """Return a case with micro-batches of one size in every layout: sums differ only in their order."""
     return Case(str(checkpoint), layout=layout, training=MOMENTUM, **{"micro_batch_size": 2, **changes})
 
 
@@ -64,7 +64,7 @@ SAME = {
 
 @pytest.mark.parametrize("name", SAME)
 def test_training_goes_on_to_the_bit(name: str, gang: Any, models: dict[str, Path], tmp_path: Path) -> None:
-    """The step after a checkpoint is the step of a run that never stopped, and so is all that the next one takes."""
+    """Compare the step after a checkpoint with the one of an unbroken run, and all inputs of the next step."""
     model, layout, changes = SAME[name]
     case, batch = case_of(models[model], layout, **changes), make_batch(checkpoint=models[model])
     path = tmp_path / "saved" / "step2"
@@ -90,7 +90,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_training_goes_on_in_another_layout(name: str, gang: Any, models: dict[str, Path], tmp_path: Path) -> None:
-    """On two ranks and on one, up to the order of sums."""
+    """Resume on two ranks and on one, equal up to the order of sums."""
     first, second = (case_of(models["qwen3_moe"], layout) for layout in OTHERS[name])
     batch = make_batch(checkpoint=models["qwen3_moe"])
     path = tmp_path / "step2"
@@ -107,7 +107,7 @@ def test_training_goes_on_in_another_layout(name: str, gang: Any, models: dict[s
 def test_a_vocabulary_that_fills_up_to_the_ranks_is_saved_without_what_fills_it(
     gang: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """261 words are 262 rows on two ranks and 261 on one."""
+    """Use 261 words: 262 rows on two ranks, 261 on one."""
     from megatron_cases import make_model
 
     checkpoint = make_model(tmp_path_factory.mktemp("odd"), "qwen3_moe", vocab_size=261)
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_cannot_be_loaded_says_so(gang: Any, models: dict[str,
 def test_a_checkpoint_that_cannot_be_written_says_so_on_every_rank(
     gang: Any, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """One rank's files may not grow beyond a limit, as where its disk is full."""
+    """Limit the size of one rank's files, as on a full disk."""
     for said in gang(2).run(_unwritten, case_of(models["qwen3_moe"], PP2), tmp_path / "saved"):
         assert re.search(r"checkpoint .*/saved was not written: rank 1: .*File too large", said), said
     assert not (tmp_path / "saved").exists()
@@ -192,7 +192,7 @@ def _outcome(strategy: Any, metrics: dict[str, float]) -> dict[str, Any]:
 
 
 def _memory(strategy: Any) -> dict[str, str]:
-    """Digest of everything that the next step depends on, as this rank holds it."""
+    """Return digests of this rank's inputs of the next step."""
     tensors = {
         f"{number} {name}": tensor
         for number, chunk in enumerate(strategy.model.chunks)

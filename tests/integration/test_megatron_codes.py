@@ -1,9 +1,9 @@
-"""Routes that spell (layer, sample, position), read where they are used, in the real layouts.
+"""Routes spelling (layer, sample, position), checked at their point of use in the real layouts.
 
 The model's attention and experts add nothing (their last projections are zero), so at every layer the hidden state is
-still the token's embedding; token ids spell (sample, position). At each router the tests read which token it is from
-the hidden state, and which row it got from the experts that the dispatcher is told to use. Our own token map and
-layer map have no part in that: a shift of a token or of a layer shows as a wrong code.
+still the token's embedding; token ids spell (sample, position). At each router the tests read the token from the hidden
+state, and its row from the experts given to the dispatcher. The project's token map and layer map have no part in the
+check: a shift of a token or of a layer shows as a wrong code.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Gangs = Callable[[int], Gang]
 
 EXPERTS, LONGEST = 64, 20
 CODES = list(combinations(range(EXPERTS), 2))
-"""Sets of two experts: there are more of them than (layer, sample, position) triples."""
+"""Sets of two experts; there are more of them than (layer, sample, position) triples."""
 
 
 @pytest.fixture(scope="session")
 def silent_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models that add nothing to the embedding; by name, the dense layers of each."""
+    """Models adding nothing to the embedding, named by their dense layers."""
     from safetensors.torch import load_file, save_file
 
     found = {}
@@ -53,7 +53,7 @@ def silent_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def coded_batch(checkpoint: Path) -> Batch:
-    """Token ids and routes that say where they belong."""
+    """Return a batch with places encoded in its token ids and routes."""
     batch = make_batch()
     moe_layers = read_facts(checkpoint).moe_layers
     ids, routes = [], []
@@ -70,15 +70,15 @@ def code_of(layer: int, sample: int, position: int) -> int:
 
 @dataclass
 class Seen:
-    """What one rank's routers did in a training step."""
+    """Observations at one rank's routers in a training step."""
 
     calls: dict[int, int]
-    """Of each layer, forward and recompute."""
+    """Layer -> number of forward and recompute calls."""
     rows: int
-    """Of real tokens."""
+    """Number of rows of real tokens."""
     wrong: list[str]
     tokens: set[tuple[int, int, int]]
-    """(layer, sample, position) that came by."""
+    """Observed (layer, sample, position) triples."""
     outside: int = 0
     """Calls of routers outside the decoder."""
 
@@ -180,7 +180,7 @@ def test_every_router_gets_the_row_of_its_layer_and_token(
 
 
 def _prediction_layers(patch: pytest.MonkeyPatch, layers: int) -> None:
-    """A multi-token-prediction block behind the decoder."""
+    """Add a multi-token-prediction block behind the decoder."""
     from mbridge.core import llm_bridge
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
     from megatron.core.transformer.moe.router import TopKRouter
@@ -257,7 +257,7 @@ def _rolled(patch: pytest.MonkeyPatch, axis: int) -> None:
 
 
 def _cp_order_not_applied(patch: pytest.MonkeyPatch, layers: int) -> None:
-    """Each rank takes one run of rows, where attention holds two pieces."""
+    """Give each rank one run of rows, while attention holds two pieces."""
     _routes_laid_out(patch, lambda layout: replace(layout, cp_size=1, cp_rank=0, sp_size=2, sp_rank=layout.cp_rank))
 
 

@@ -1,6 +1,6 @@
-"""DeepSeek's expert bias through real schedules: its loads are of real tokens, summed over every rank that splits them.
+"""DeepSeek's expert bias in real schedules: loads count real tokens, summed over all ranks.
 
-The batches are routed by recorded rows, so what the loads must be is counted there.
+The batches are routed by recorded rows; the expected loads are counts of these rows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def moving(checkpoint: Path, layout: dict[str, Any], rate: float = RATE) -> Case
         (2, {"context_parallel_size": 2}, True, "fp32", None),
         (2, {**INTERLEAVED, **FULL_RECOMPUTE}, False, "fp32", None),
         (2, {"expert_model_parallel_size": 2, **FULL_RECOMPUTE}, False, "fp32", None),
-        # enough tokens that bf16 could not count them
+        # too many tokens for an exact count in bf16
         (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, False, "bf16", 401),
     ],
 )
@@ -71,7 +71,7 @@ def test_the_bias_follows_the_recorded_loads(
 
 @pytest.mark.parametrize("mode", ["disable", "R2"])
 def test_without_recorded_rows_padding_stays_out_too(mode: str, gang: Gangs, deepseek: Path) -> None:
-    """The loads that megatron sums do not depend on how much padding the cut of the micro-batches brought."""
+    """Compare loads summed by megatron for two amounts of padding in the micro-batches."""
     batch, facts = make_batch(checkpoint=deepseek), read_facts(deepseek)
     few, many = (
         gang(1).run(
@@ -105,7 +105,7 @@ def _step(strategy: Any, batch: Batch) -> None:
 
 
 def _biases(process: ProcessInfo, case: Case, batch: Batch) -> tuple[Weights, dict[int, npt.NDArray[np.float32]]]:
-    """After a step: what is exported, under names in a checkpoint, and what this rank's layers hold."""
+    """Return the biases after a step: the exported ones by checkpoint name, and those in this rank's layers."""
     strategy = _trainer(process, case)
     _step(strategy, batch)
     routers = [router for chunk in strategy.model.routers for router in chunk]
@@ -117,7 +117,7 @@ def _biases(process: ProcessInfo, case: Case, batch: Batch) -> tuple[Weights, di
 
 
 def _loads(process: ProcessInfo, case: Case, batch: Batch) -> npt.NDArray[np.float32]:
-    """What megatron moves the bias by. [layers, E]"""
+    """Return megatron's loads for the update of the bias. [layers, E]"""
     strategy = _trainer(process, case)
     finalize = import_module("megatron.core.distributed.finalize_model_grads")  # a function hides it
     update = finalize.get_updated_expert_bias

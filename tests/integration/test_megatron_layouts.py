@@ -121,7 +121,7 @@ def test_the_pipeline_equals_one_process(gang: Gangs, tiny_moe: Path) -> None:
     ],
 )
 def test_layers_that_are_not_dealt_evenly(layers: int, layout: dict, gang: Gangs, tmp_path: Path) -> None:
-    """The embedding or the loss takes the place of a layer; an uneven stage is interleaved."""
+    """Let the embedding or the loss take the place of a layer; interleave an uneven stage."""
     checkpoint = make_model(tmp_path, "qwen3_moe_mixed", num_hidden_layers=layers, mlp_only_layers=[0, 3])
     batch = make_batch(checkpoint=checkpoint)
     case = Case(str(checkpoint), layout)
@@ -191,7 +191,7 @@ def test_clipped_adam_steps_equal_the_reference(
 
 
 def test_the_learning_rate_ends_with_the_run(gang: Gangs, tiny_moe: Path) -> None:
-    """10 steps x 2 epochs x 2 optimizer steps; the fourth is the last of the first step."""
+    """Make 10 steps x 2 epochs x 2 optimizer steps; the fourth is the last of the first step."""
     training = {"learning_rate": 1e-3, "lr_scheduler_type": "linear"}
     case = Case(str(tiny_moe), mini_batches=2, training=training, options={"ppo_epochs": 2})
     outcome = gang(1).run(run_case, case, make_batch())[0]
@@ -199,7 +199,7 @@ def test_the_learning_rate_ends_with_the_run(gang: Gangs, tiny_moe: Path) -> Non
 
 
 def test_padded_vocabulary_gets_no_probability(gang: Gangs, tmp_path: Path) -> None:
-    """261 tokens over two tensor-parallel ranks: one column is padding."""
+    """Split 261 tokens over two tensor-parallel ranks: one column is padding."""
     checkpoint = make_model(tmp_path, "qwen3_moe", vocab_size=261)
     batch = make_batch(vocab=261)
     case = Case(str(checkpoint), TP2, options=EVERY_TERM, log_probs_first=True)
@@ -215,7 +215,7 @@ def test_padded_vocabulary_gets_no_probability(gang: Gangs, tmp_path: Path) -> N
 
 
 def test_bf16_trains_close_to_fp32(gang: Gangs, tiny_moe: Path) -> None:
-    """bf16 weights with fp32 masters: the same step as fp32 within bf16's rounding, in the pipeline too."""
+    """Compare a step of bf16 weights with fp32 masters to an fp32 step, within bf16's rounding, also in a pipeline."""
     batch = make_batch()
     case = Case(str(tiny_moe), training={"learning_rate": 1e-4}, log_probs_first=True)
 

@@ -1,7 +1,7 @@
-"""Every pair of choices of a training layout, met in real processes: gradients, loss and routing against the reference.
+"""Every pair of training-layout choices in real processes: gradients, loss and routing against the reference.
 
-The mixes are drawn by `matrix.draw`. Each runs a pass for log-probabilities and a training step with its audit on, and
-is compared with transformers' model, one sample at a time, in one process, with its routers forced.
+The mixes are drawn by `matrix.draw`. Each runs a pass for log-probabilities and an audited training step. The reference
+is transformers' model in one process, one sample at a time, with its routers forced.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_refused(what: str, tmp_path: Path, compatibility: Compa
 
 
 def test_the_page_says_what_ran(compatibility: Compatibility, request: pytest.FixtureRequest) -> None:
-    """docs/compatibility.md is what this session saw; `make compatibility` writes it."""
+    """Compare docs/compatibility.md with this session's results; `make compatibility` writes it."""
     if len(compatibility.mixes) < len(draw()) or len(compatibility.refused) < len(REFUSED) + len(REFUSED_MODELS):
         pytest.skip("needs the whole file to run, and to pass")
     if request.config.getoption("--write-compatibility"):
@@ -131,7 +131,7 @@ def test_the_page_says_what_ran(compatibility: Compatibility, request: pytest.Fi
 
 
 def test_every_possible_pair_meets() -> None:
-    """A pair that no mix holds is one that `possible` excludes, whatever the rest is."""
+    """Check that `possible` excludes every pair without a mix, in any combination with other choices."""
     met = set().union(*(pairs(mix) for mix in draw()))
     for one, other in combinations(DIMENSIONS, 2):
         for first in DIMENSIONS[one]:

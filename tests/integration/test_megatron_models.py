@@ -72,7 +72,7 @@ def test_gradients_equal_the_reference(name: str, layout_name: str, gang: Gangs,
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_native_log_probs_equal_transformers(name: str, gang: Gangs, models: dict[str, Path]) -> None:
-    """Expert groups, expert bias and gate normalisation choose and weigh the same experts."""
+    """Compare effects of expert groups, expert bias and gate normalisation."""
     checkpoint = models[name]
     batch = make_batch(checkpoint=checkpoint)
 
@@ -107,8 +107,10 @@ FOURS = {
     "CP4 packed": ("qwen2_moe", {"context_parallel_size": 4, **UNIFORM}, True),
     "CP4 EP4": ("mixtral", {"context_parallel_size": 4, "expert_model_parallel_size": 4, **UNIFORM}, False),
 }
-"""Four ranks in one dimension, for which the matrix has no room, since it mixes dimensions; and what it does not
-recompute."""
+"""Cases outside the matrix: four ranks in one dimension, and recompute settings not in the matrix.
+
+The matrix mixes dimensions, so it has no room for four ranks in one.
+"""
 
 
 @pytest.mark.parametrize("name", FOURS)
@@ -153,7 +155,7 @@ READ: dict[str, dict[str, Any]] = {
     },
     "moonlight": {"q_lora_rank": 24, "routed_scaling_factor": 1.5, "n_shared_experts": 2},
 }
-"""Fields of config.json with another value than the tiny models have, none of which may be taken for its default."""
+"""Fields of config.json with values different from the tiny models' ones; none may be replaced by a default."""
 
 
 @pytest.mark.parametrize("engine", ["megatron", "fsdp2"])
@@ -176,7 +178,7 @@ def test_fields_of_config_json_are_built_as_they_say(name: str, engine: str, gan
 
 
 SEEN = {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "routed_scaling_factor": 2.5}
-"""Values that these fields have otherwise, of those with which the weights still fit."""
+"""Other values of some of these fields, without a change of the weights' shapes."""
 
 
 @pytest.mark.parametrize("name", READ)
@@ -214,7 +216,7 @@ def test_the_comparison_would_see_a_field_that_is_not_read(name: str, tmp_path: 
 def test_export_is_bit_exact(
     name: str, size: int, layout: dict[str, Any], dtype: str, gang: Gangs, tmp_path: Path
 ) -> None:
-    """In every layout the first rank gets the file's weights, names and precisions too (expert bias stays fp32)."""
+    """Export in every layout: the first rank gets the file's weights, names and dtypes (the expert bias stays fp32)."""
     checkpoint = make_model(tmp_path, name, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     wanted = load_file(checkpoint / "model.safetensors")
     (first, again), *others = gang(size).run(_export_twice, Case(str(checkpoint), layout, dtype=dtype))
@@ -237,7 +239,7 @@ def _export_twice(process: ProcessInfo, case: Case) -> tuple[dict[str, tuple[str
 
 
 def test_a_saved_checkpoint_keeps_what_the_trainer_does_not_hold(gang: Gangs, tmp_path: Path) -> None:
-    """Layers that predict further tokens: not built, not trained, not lost."""
+    """Save a checkpoint with layers for further tokens: not built, not trained, not lost."""
     checkpoint = make_model(tmp_path / "source", "deepseek_v3")
     extra = {f"model.layers.4.{name}": torch.randn(3, 3) for name in ("eh_proj.weight", "mlp.experts.0.up_proj.weight")}
     save_file(extra, checkpoint / "model-mtp.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""R2 when a sample is trained on another data-parallel rank than recorded it: its rows follow it."""
+"""R2 for a sample trained on another data-parallel rank than the recording one: its rows follow it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_rows_follow_their_samples(size: int, layout: dict, trained: Shards, gan
 def _record_and_train(
     process: ProcessInfo, case: Case, batch: Batch, recorded_on: Shards, trained_on: Shards
 ) -> tuple[Weights, list[int], int]:
-    """Weights after two steps on one recording, bytes of rows that each exchange sent, data-parallel rank."""
+    """Return weights after two steps on one recording, bytes of rows in each exchange, and the data-parallel rank."""
     import torch.distributed as dist
 
     from roll_r3.replay import recorded

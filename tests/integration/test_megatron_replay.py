@@ -1,4 +1,4 @@
-"""The routing session inside real schedules: exact, complete, and without residue."""
+"""Routing session in real schedules: exact, complete, and without residue."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_wrong_routes_change_the_loss(gang: Gangs, tiny_moe: Path) -> None:
 
 @pytest.mark.parametrize("layout", [PIPELINE, TWO_STAGES, {**TWO_STAGES, "recompute_method": "block"}])
 def test_a_log_prob_pass_before_leaves_nothing_for_backward(layout: dict, gang: Gangs, tiny_moe: Path) -> None:
-    """A row queued in the pass before would be the first that backward takes: a wrong gradient, and no error."""
+    """Guard against a row left by the previous pass: backward would take it first and give a wrong gradient."""
     batch = make_batch()
     case = Case(str(tiny_moe), layout)
 
@@ -97,7 +97,7 @@ RECOMPUTE = {
     ],
 )
 def test_recomputation_changes_no_bit(size: int, layout: dict, mode: str, gang: Gangs, tiny_moe: Path) -> None:
-    """Gradients with recomputation are those without, to the last bit; rows of the live router among them."""
+    """Compare gradients with and without recomputation to the last bit, with some rows from the live router."""
     batch = make_batch(unknown=0.3)
     case = Case(str(tiny_moe), layout, mode, packed=bool(layout))
 
@@ -111,7 +111,7 @@ def test_recomputation_changes_no_bit(size: int, layout: dict, mode: str, gang: 
 
 
 def _raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, np.ndarray]:
-    """What the optimizer would step on: fp32, after all reductions."""
+    """Return the gradients seen by the optimizer: fp32, after all reductions."""
     strategy = _strategy(process, case)
     part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
     if case.mode == "R2":
@@ -145,7 +145,7 @@ def _raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, 
     ],
 )
 def test_r2_replays_the_recording_pass(size: int, layout: dict, packed: bool, gang: Gangs, tiny_moe: Path) -> None:
-    """Two epochs; the second one's weights would route differently, but must not."""
+    """Run two epochs; the second one's weights would route differently, but must not."""
     reference = Reference(str(tiny_moe))
     batch = replace(make_batch(), routes=None)
     recorded = replace(batch, routes=reference.live_routes(batch))
@@ -165,7 +165,7 @@ def test_r2_replays_the_recording_pass(size: int, layout: dict, packed: bool, ga
 
 
 ALIKE = {"infer_batch_size": 2, "micro_batch_size": 2}
-"""Micro-batches of the recording pass and of the update are composed alike: then their arithmetic is the same."""
+"""Equal composition of micro-batches in the recording pass and the update, for equal arithmetic."""
 DYNAMIC = {
     "infer_batch_size": None,
     "role": {
@@ -222,7 +222,7 @@ def _refuses_unrecorded(process: ProcessInfo, case: Case, batch: Batch) -> None:
     strategy.close()
 
 
-# What goes wrong says so, and leaves nothing behind
+# Failures: each has a message, and leaves nothing behind
 
 
 def test_r3_without_routes_is_refused(gang: Gangs, tiny_moe: Path) -> None:
@@ -238,7 +238,7 @@ def _refuses_without_routes(process: ProcessInfo, case: Case, batch: Batch) -> N
 
 
 def test_a_failing_schedule_leaves_no_residue(gang: Gangs, tiny_moe: Path) -> None:
-    """Five ways to fail in the middle of a step; afterwards a good step is as if nothing had happened."""
+    """Fail in five ways in the middle of a step; a good step afterwards is unaffected."""
     case = Case(str(tiny_moe), FULL_RECOMPUTE)
     wanted = gang(1).run(run_case, case, make_batch())[0].weights
     found = gang(1).run(_fail_then_train, case, make_batch())[0]
@@ -291,7 +291,7 @@ def _fail_then_train(process: ProcessInfo, case: Case, batch: Batch) -> dict:
         patch.setattr(replay.ReplaySession, "stage", skip_layer_2)
         fails("the router of layer 2 did not consume its rows")
 
-    with pytest.MonkeyPatch.context() as patch:  # rows for fewer tokens than the router sees
+    with pytest.MonkeyPatch.context() as patch:  # rows for fewer tokens than seen by the router
 
         def two_rows_short(session, chunk, micro):
             stage(session, chunk, micro)
@@ -319,7 +319,7 @@ def _fail_then_train(process: ProcessInfo, case: Case, batch: Batch) -> dict:
 @pytest.mark.parametrize("layout", [PIPELINE, TWO_STAGES])
 @pytest.mark.parametrize("mistake", ["newest first", "the forward's own"])
 def test_a_wrong_queue_shows_in_a_pipeline(mistake: str, layout: dict, gang: Gangs, tiny_moe: Path) -> None:
-    """Negative control: with two stages these tests can tell the right row from the wrong one."""
+    """Negative control: with two stages these tests distinguish the right row from the wrong one."""
     batch = make_batch(length=12)
     case = Case(str(tiny_moe), layout)
 

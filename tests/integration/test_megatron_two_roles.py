@@ -1,4 +1,4 @@
-"""An actor that replays and a reference that routes by itself, in one process: neither sees the other."""
+"""A replaying actor and a natively routing reference in one process do not influence each other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _both(process: ProcessInfo, case: Case, batch: Batch) -> None:
     reference = MegatronInfer(case.config(), "reference", process)
     actor.initialize()
     reference.initialize()
-    # not before the first strategy has made megatron importable here
+    # the first strategy must have made megatron importable here
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.router_replay import RouterReplay
 
@@ -75,7 +75,7 @@ LAYOUT = {"context_parallel_size": 2, "use_distributed_optimizer": True, **FULL_
 
 
 def test_a_world_that_is_left_takes_its_threads_with_it(tiny_moe: Path) -> None:
-    """Worlds follow each other in a process of the tests, and threads that stay take time from all that come later."""
+    """Check closed worlds for threads: they would slow down all later tests in the same process."""
     gang = Gang(2)
     try:
         found = gang.run(_threads_left, Case(str(tiny_moe), LAYOUT), make_batch())

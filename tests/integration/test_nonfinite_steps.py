@@ -1,6 +1,6 @@
-"""Optimizer steps whose gradient or loss is not finite: no rank makes them, and nothing remembers them.
+"""Optimizer steps with a gradient or loss that is not finite: every rank skips them, and no state changes.
 
-The batches themselves are bad, on one data-parallel rank only where there are several.
+The batches themselves are bad; with several data-parallel ranks, on one of them only.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ pytestmark = pytest.mark.integration
 Gangs = Callable[[int], Gang]
 
 TRAINING = {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 5, "max_grad_norm": 0.5}
-"""Every step has another learning rate."""
+"""Training arguments with another learning rate at every step."""
 EXPERTS = {"expert_model_parallel_size": 2}
 MOVING = {"moe_router_bias_update_rate": 0.25}
 SAMPLE = 1
-"""Of a batch: the second data-parallel rank's, where there are two."""
+"""Index of the bad sample in a batch; with two data-parallel ranks it belongs to the second."""
 
 
 def spoiled(batch: Batch, field: str, value: float) -> Batch:
-    """A batch with `value` at one trained token of `SAMPLE`."""
+    """Return a batch with `value` at one trained token of `SAMPLE`."""
     begin, end = batch.offsets[SAMPLE : SAMPLE + 2]
     values = getattr(batch, field).copy()
     values[begin + np.flatnonzero(batch.loss_mask_N[begin:end])[0]] = value
@@ -45,7 +45,7 @@ BAD = {
     "old log-probability": ("old_log_probs_N", math.nan),
     "reference": ("ref_log_probs_N", math.nan),
 }
-"""The last two make the loss NaN, but no gradient, which is clamped away."""
+"""Ways to make a batch bad. The last two make the loss NaN; the gradient is clamped away."""
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(
     gang: Gangs,
     models: dict[str, Path],
 ) -> None:
-    """To the bit: what comes after it is as if it had never been."""
+    """Compare later steps to the bit with those of a run without the skipped step."""
     case = Case(
         str(models[model]),
         layout,
@@ -124,7 +124,7 @@ def take_step(strategy: Any, batch: Batch, step: int) -> Any:
 
 
 def remembered(strategy: Any) -> Remembered:
-    """Copies of everything on this rank that a later step depends on: weights, masters, moments, biases, counts."""
+    """Return copies of this rank's state: weights, masters, moments, biases, counts."""
     found: dict[str, Any] = {}
     if hasattr(strategy.model, "chunks"):
         for index, chunk in enumerate(strategy.model.chunks):
@@ -153,7 +153,7 @@ def differing(a: Remembered, b: Remembered) -> list[str]:
 
 @pytest.mark.parametrize("engine", ["megatron", "fsdp2"])
 def test_figures_are_those_of_the_steps_that_were_made(engine: str, gang: Gangs, tiny_moe: Path) -> None:
-    """Of two optimizer steps one is bad."""
+    """Make two optimizer steps, one of them bad."""
     case = Case(str(tiny_moe), engine=engine, micro_batch_size=1, mini_batches=2, training=TRAINING)
     spoilt = spoiled(make_batch(), "advantages_N", math.nan)
     bad, good = (gang(2).run(_figures, case, make_batch(), batch)[0] for batch in (spoilt, make_batch()))
@@ -161,7 +161,7 @@ def test_figures_are_those_of_the_steps_that_were_made(engine: str, gang: Gangs,
     assert (bad["actor_train/optimizer_steps"], bad["actor_train/skipped_steps"]) == (1, 1)
     assert (good["actor_train/optimizer_steps"], good["actor_train/skipped_steps"]) == (2, 0)
     assert set(bad) == set(good)
-    # two steps were made before; the learning rate rises with each that is made
+    # two steps were made before; the learning rate rises with each step
     assert bad["actor/lr"] == pytest.approx(TRAINING["learning_rate"] * 3 / TRAINING["warmup_steps"])
     assert good["actor/lr"] == pytest.approx(TRAINING["learning_rate"] * 4 / TRAINING["warmup_steps"])
 
@@ -187,7 +187,7 @@ def test_too_many_in_a_row_stop_every_rank(engine: str, gang: Gangs, tiny_moe: P
 
 def _stopped(process: ProcessInfo, case: Case, good: Batch, bad: Batch) -> str:
     strategy = open_strategy(process, case)
-    for step, batch in enumerate((bad, good, bad), 1):  # a step that is made ends the row
+    for step, batch in enumerate((bad, good, bad), 1):  # a good step ends the row
         take_step(strategy, batch, step)
     state = remembered(strategy)
     with pytest.raises(RollError) as stopped:
@@ -198,7 +198,7 @@ def _stopped(process: ProcessInfo, case: Case, good: Batch, bad: Batch) -> str:
 
 
 def test_the_first_one_stops_the_run_where_none_is_allowed(gang: Gangs, models: dict[str, Path]) -> None:
-    """And an expert bias that moves has not moved either."""
+    """Include a moving expert bias: it must not move."""
     checkpoint = models["deepseek_v3"]
     case = Case(str(checkpoint), dict(MOVING), training=TRAINING | {"max_skipped_steps": 0})
     bad = spoiled(make_batch(checkpoint=checkpoint), "advantages_N", math.inf)
@@ -217,7 +217,7 @@ def _stopped_at_once(process: ProcessInfo, case: Case, bad: Batch) -> str:
 
 
 def test_weights_that_are_not_finite_end_the_run_after_a_few_steps(gang: Gangs, tiny_moe: Path) -> None:
-    """On one rank: no batch can mend it."""
+    """Break a weight on one rank: no batch can repair it."""
     case = Case(str(tiny_moe), {"tensor_model_parallel_size": 2}, training=TRAINING | {"max_skipped_steps": 2})
     gang(2).run(_broken_weight, case, make_batch())
 

@@ -38,7 +38,7 @@ TIS = {"rollout_correction": {"mode": "token_tis", "cap": 1.5}}
 def test_the_update_finds_what_a_pass_before_it_would(
     mode: str, engine: str, layout: dict[str, Any], packed: bool, gang: Gangs, tiny_moe: Path
 ) -> None:
-    """In bf16, to the last bit: log-probabilities, entropies, the new weights, and what replay counts."""
+    """Compare in bf16, to the last bit: log-probabilities, entropies, the new weights, and replay counts."""
     batch = make_batch(unknown=0.1)
     batch = batch if mode == "R3" else replace(batch, routes=None)
     case = Case(str(tiny_moe), layout, mode, packed, "bf16", infer_batch_size=2, engine=engine, options=TIS)
@@ -59,12 +59,12 @@ def test_the_update_finds_what_a_pass_before_it_would(
 
 
 def _step(process: ProcessInfo, case: Case, batch: Batch, with_pass: bool) -> dict[str, Any]:
-    """Results of a training step, with a pass before the update that brings old log-probabilities, or without."""
+    """Return results of a training step, with or without a previous pass for old log-probabilities."""
     strategy = open_strategy(process, case)
     part = replace(shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size), old_log_probs_N=None)
     before = strategy.compute_log_probs(part) if with_pass or case.mode == "R2" else None
     if with_pass:
-        part = replace(part, old_log_probs_N=_told(strategy, before.log_probs_N))
+        part = replace(part, old_log_probs_N=_shared_in_shard(strategy, before.log_probs_N))
     result = strategy.train_step(part, step=1)
     source = before if with_pass else result
     assert (source.log_probs_N is not None) == (source.entropy_N is not None) == strategy.returns_results
@@ -79,8 +79,8 @@ def _step(process: ProcessInfo, case: Case, batch: Batch, with_pass: bool) -> di
     return found
 
 
-def _told(strategy: Any, log_probs_N: np.ndarray | None) -> np.ndarray:
-    """Results of one rank for every rank of its shard, as the driver hands them on."""
+def _shared_in_shard(strategy: Any, log_probs_N: np.ndarray | None) -> np.ndarray:
+    """Return one rank's results on every rank of its shard, as distributed by the driver."""
     import torch.distributed as dist
 
     ranks: list[Any] = [None] * dist.get_world_size()
@@ -90,7 +90,7 @@ def _told(strategy: Any, log_probs_N: np.ndarray | None) -> np.ndarray:
 
 @pytest.mark.parametrize("engine", ["fsdp2", "megatron"])
 def test_by_default_both_passes_round_alike(engine: str, gang: Gangs, models: dict[str, Path]) -> None:
-    """In bf16 a micro-batch of another size rounds otherwise, which ratios then show."""
+    """Contrast with a micro-batch of another size: it rounds differently in bf16 and moves the ratios."""
     batch = replace(make_batch(checkpoint=models["qwen3_moe"]), routes=None)
     case = Case(str(models["qwen3_moe"]), mode="disable", dtype="bf16", engine=engine, infer_batch_size=None)
     alike, other = (gang(1).run(_ratios, c, batch)[0] for c in (case, replace(case, infer_batch_size=8)))
@@ -99,7 +99,7 @@ def test_by_default_both_passes_round_alike(engine: str, gang: Gangs, models: di
 
 
 def _ratios(process: ProcessInfo, case: Case, batch: Batch) -> tuple[float, float]:
-    """(Smallest, largest) ratio to the log-probabilities of a pass before the update."""
+    """Return (smallest, largest) ratio to the log-probabilities of a pass before the update."""
     strategy = open_strategy(process, case)
     metrics = strategy.train_step(
         replace(batch, old_log_probs_N=strategy.compute_log_probs(batch).log_probs_N), step=1

@@ -40,13 +40,13 @@ def random_weights(tmp_path_factory) -> Path:
 
 
 def marked(pair: Pair) -> object:
-    """SGLang with Megatron under R3 is what most other whole runs are."""
+    """Mark a pair; SGLang with Megatron under R3 is covered by most other whole runs."""
     vllm, usual = pair.rollout == "vllm", pair == Pair("sglang", "megatron_train", "R3")
     marks = [pytest.mark.vllm] if vllm else [pytest.mark.long] if usual else []
     return pytest.param(pair, marks=marks, id=str(pair))
 
 
-# Both replays with both trainers; every pair under every mode is what `make engines` runs.
+# Both replay modes with both trainers; `make engines` runs every pair under every mode.
 EACH_PAIR = [
     Pair("sglang", "megatron_train", "R3"),
     Pair("sglang", "fsdp2_train", "R2"),
@@ -76,7 +76,7 @@ LONG = (
 )
 
 
-@pytest.mark.vllm  # SGLang's too: minutes, and what either shows the page shows of every pair
+@pytest.mark.vllm  # SGLang too: it takes minutes, and docs/engines.md shows the same for every pair
 @pytest.mark.parametrize("rollout", ["vllm", "sglang"])
 def test_replay_takes_most_of_the_mismatch_away(rollout, tmp_path, random_weights):
     figures = {}

@@ -1,4 +1,4 @@
-"""What a plan says of a rank, against the rank itself: megatron's real models in four processes."""
+"""Planned contents of a rank, against megatron's real models in four processes."""
 
 from __future__ import annotations
 
@@ -53,27 +53,27 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @dataclass
 class Measured:
-    """What one rank really holds."""
+    """Actual contents of one rank."""
 
     place: tuple[int, ...]
-    """(tp, cp, dp, pp, etp, ep, edp), as megatron's groups say."""
+    """(tp, cp, dp, pp, etp, ep, edp) from megatron's groups."""
     layers: list[tuple[int, ...]]
     moe_layers: list[tuple[int, ...]]
     parameters: list[int]
-    """Of each chunk."""
+    """Number of parameters of each chunk."""
     expert_parameters: list[int]
     weights: int
-    """Bytes."""
+    """Bytes of the weights."""
     gradients: int
     optimizer: int
     most_under_way: int
-    """Forward passes of chunks that no backward had followed yet, at the most."""
+    """Maximum number of forward passes still waiting for their backward."""
     gathered: Counter[tuple[int, int]]
-    """(devices of a node, node) -> bytes that entered it from this rank when the weights were exported."""
+    """(devices of a node, node) -> bytes sent into it by this rank in the export of weights."""
 
 
 def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
-    """Build the strategy, run a training step, look at what is there."""
+    """Build the strategy, run a training step, measure the result."""
     import torch
 
     megatron_cpu.install()
@@ -129,7 +129,7 @@ def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
 
 
 def gathered_bytes(strategy: TrainStrategy) -> Counter[tuple[int, int]]:
-    """What an export brings from this rank into each node, were nodes of each of `NODE_SIZES`."""
+    """Count the bytes that an export moves from this rank into each node, for each of `NODE_SIZES`."""
     import torch
     import torch.distributed as dist
 
@@ -160,7 +160,7 @@ def gathered_bytes(strategy: TrainStrategy) -> Counter[tuple[int, int]]:
 
 
 def _optimizer_bytes(optimizer: Any, weights: list[Any]) -> int:
-    """Adam's moments, and masters that are no views of the weights."""
+    """Count Adam's moments, and masters that are not views of the weights."""
     held = {weight.untyped_storage().data_ptr() for weight in weights}
     total = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -199,7 +199,7 @@ def test_a_plan_says_what_every_rank_holds(name: str, gang: Gangs, models: dict[
     gathered: Counter[tuple[int, int]] = sum((real.gathered for real in ranks), Counter())
     for size, planned in plans.items():
         into = [gathered[size, node] for node in range(4 // size)]
-        # an expert bias, of a few numbers, is no parameter
+        # an expert bias has few numbers and is not a parameter
         assert (max(into), sum(into)) == pytest.approx(
             (planned.weight_sync.gathered_node, planned.weight_sync.gathered), rel=0.001
         )

@@ -1,4 +1,4 @@
-"""Ray that would listen to others than this machine is not used."""
+"""Ray is refused if it would listen to other machines."""
 
 from __future__ import annotations
 

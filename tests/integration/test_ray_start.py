@@ -1,4 +1,4 @@
-"""Ray that does not start."""
+"""Failing start of Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from roll_r3.models.tiny import make_tiny_checkpoint
 
 @pytest.mark.fault("Ray cannot start")
 def test_it_is_said_in_words(fault: Fault, tmp_path, monkeypatch):
-    """Its directory is a file."""
+    """Put a file in the place of Ray's directory."""
     (tmp_path / "ray").touch()
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "ray"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -1,4 +1,4 @@
-"""Whole runs that end before they are done, by kill -9 too, and go on as if they had not."""
+"""Whole runs, ended early, also by kill -9, resume with the results of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ STEPS = 10
 STARTING = "starting hf_infer and 2 training ranks"
 STAGES = ("rollout", "rewards", "old log-probs", "update", "weights to the engines", "saving")
 RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""When Ray's daemon is gone they try to tell the driver."""
+"""Processes of Ray with a last report to the driver, after the end of Ray's daemon."""
 DISK_KB = 9 << 10
-"""Of the small disk."""
+"""Size of the small disk in KiB."""
 IN_PROCESS = (
     *few_steps(STEPS),
     *SAMPLED_TO_THE_BIT,
@@ -51,14 +51,14 @@ def start(where: Path, checkpoint: Path, trainer: str, *more: str) -> Run:
 
 @pytest.fixture(scope="module", params=["megatron_train", pytest.param("fsdp2_train", marks=pytest.mark.long)])
 def whole(request, tmp_path_factory, checkpoint) -> tuple[str, Run]:
-    """A run that nothing stopped."""
+    """Undisturbed run."""
     return request.param, finished(
         start(tmp_path_factory.mktemp("whole"), checkpoint, request.param, "save_hf_steps=100")
     )
 
 
 def driver_log(run: Run) -> str:
-    """Of the run's directory: also what the processes wrote that the run goes on from."""
+    """Return the driver's log in the run's directory, including text from the processes before a resume."""
     logs = sorted(run.output.glob("*/latest/logs/driver.log"))
     return logs[-1].read_text() if logs else ""
 
@@ -72,11 +72,11 @@ def wait_until(run: Run, true: Callable[[], bool], every: float = 0.1) -> None:
 
 
 def kill_in(run: Run, step: int, stage: str, seen: int) -> bool:
-    """Kill the driver, and nothing else, when it begins a stage; whether it was still in it.
+    """Kill only the driver, at the beginning of a stage; return True if it died in this stage.
 
     Args:
         step: 0 for a stage of the start.
-        seen: characters of the driver's log that earlier processes wrote.
+        seen: length of the driver's log written by earlier processes, in characters.
     """
     name = f": step {step}: {stage}" if step else f": {stage}"
     wait_until(run, lambda: name in driver_log(run)[seen:], every=0.003)
@@ -87,8 +87,8 @@ def kill_in(run: Run, step: int, stage: str, seen: int) -> bool:
     return driver_log(run).splitlines()[-1].endswith(name) or not step
 
 
-def goes_on(run: Run, *, after: int) -> float:
-    """Seconds until it has made a step after the one that it goes on from."""
+def seconds_to_resume(run: Run, *, after: int) -> float:
+    """Return the seconds until the resumed run has made its first step."""
     began = time.monotonic()
     wait_until(run, lambda: "sending the first weights" in run.stderr.read_text())
     wait_until(run, lambda: len(run.metrics()) > after)
@@ -108,7 +108,7 @@ def saved_steps(run: Run) -> list[int]:
 @pytest.mark.long
 @pytest.mark.fault("the driver is killed with kill -9, while it starts and in each stage of a step")
 def test_a_driver_that_is_killed_in_any_stage_goes_on(fault: Fault, whole, tmp_path, checkpoint, monkeypatch):
-    """One run: each process of it makes the step that was lost and one more, and is killed in the one after that."""
+    """Kill every process of one run: each makes the lost step and one more, and is killed in the next."""
     trainer, wanted = whole
     if trainer != "megatron_train":
         pytest.skip("the driver is the same")
@@ -130,14 +130,14 @@ def test_a_driver_that_is_killed_in_any_stage_goes_on(fault: Fault, whole, tmp_p
             reported = [int(step) for step in re.findall(r"saved .*/step-(\d+) in", said)]
             assert set(reported) <= set(saved_steps(run)), "what was reported as saved is there"
             assert len(run.metrics()) - done <= 2, "that which is being saved, and the one after it"
-            seen = len(driver_log(run)) if done else 0  # without a checkpoint another directory is begun
-            if not stages and done > 1:  # besides, what it saved last is damaged
+            seen = len(driver_log(run)) if done else 0  # without a checkpoint the next run has a new directory
+            if not stages and done > 1:  # damage the newest checkpoint too
                 os.truncate(shard := shard_of(run.path / "checkpoints" / f"step-{done:08d}"), shard.stat().st_size - 1)
                 done -= 1
             assert len(runs) < 2 * len(STAGES), "a stage is too short to be hit"
             runs.append(process())
             if done:
-                seconds.append(goes_on(runs[-1], after=done))
+                seconds.append(seconds_to_resume(runs[-1], after=done))
         run = runs[-1]
         assert run.finish(2 * START_TIMEOUT) == 0, run.stderr.read_text()
         print(f"{len(runs) - 1} kills; {max(seconds):.1f} s at most until the lost step was done")
@@ -176,8 +176,8 @@ def test_nothing_outlives_a_process_group_that_is_killed(fault: Fault, tmp_path,
 
 @pytest.mark.fault("Ctrl-C, and once more before the run has left")
 def test_an_impatient_ctrl_c_leaves_nothing(fault: Fault, tmp_path, checkpoint):
-    """A terminal sends it to every process of the group."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
+    """Send the signal to every process of the group, as a terminal does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have ignored it for the tests
     run = start(tmp_path, checkpoint, "megatron_train")
     try:
         run.wait_for_step(1)
@@ -198,7 +198,7 @@ def test_an_impatient_ctrl_c_leaves_nothing(fault: Fault, tmp_path, checkpoint):
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk for one checkpoint and a half."""
+    """Disk with space for one and a half checkpoints."""
     folder = tmp_path / "disk"
     folder.mkdir()
     size = f"size={DISK_KB}k"
@@ -211,7 +211,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 @pytest.mark.long
 @pytest.mark.fault("the disk is full while a checkpoint is written")
 def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(fault: Fault, whole, tmp_path, checkpoint, small_disk):
-    """A disk that is full where this may mount one; else files of the second rank cannot grow any more."""
+    """Fill a mounted disk; without the right to mount one, limit the size of the second rank's files."""
     trainer, wanted = whole
     where = f"checkpoint_config.output_dir={small_disk}"
     run = start(tmp_path, checkpoint, trainer, where)
@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_in_a_step_is_named(fault: Fault, whole, tmp_path, 
         struck = time.monotonic()
         with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
             while True:
-                filler.write(bytes(1 << 20))  # as much of it as there is space for
+                filler.write(bytes(1 << 20))  # until the disk is full
         assert run.finish(START_TIMEOUT) == 1, run.stderr.read_text()
         fault.recovered(time.monotonic() - struck)
     finally:
@@ -308,18 +308,20 @@ DAMAGE = {
     STEPS - 3: (lambda step: edit(step / "manifest.json"), r"manifest\.json does not match the marker"),
     STEPS - 4: (lambda step: relink(step / "state.json"), r"state\.json is neither a file nor a directory"),
 }
-"""Step -> what is done to its checkpoint, and what is said of it."""
+"""Step -> (damage of its checkpoint, expected message)."""
 
 
 def shard_of(step: Path) -> Path:
-    """A file of tensors of a checkpoint."""
+    """Return a file of tensors of a checkpoint."""
     return next((step / "trainer").glob("shard-*.safetensors"))
 
 
 @pytest.fixture(scope="module")
 def damaged(whole, tmp_path_factory, checkpoint) -> tuple[Run, float]:
-    """A run whose five newest checkpoints are damaged, each in its own way, started again; and seconds until it had
-    found one to go on from."""
+    """Run restarted with its five newest checkpoints damaged in five ways, and the seconds until it ended.
+
+    The run must resume from the checkpoint before them.
+    """
     trainer, wanted = whole
     if trainer != "megatron_train":
         pytest.skip("the driver is the same")
@@ -358,7 +360,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(fault: Fault, damaged, step):
 
 
 def test_a_new_run_goes_on_from_a_path(whole, tmp_path, checkpoint):
-    """As the run that it came from: FSDP2's to the bit; Megatron's, on one rank in the place of two, to rounding."""
+    """Compare with the original run: FSDP2 to the bit; Megatron, on one rank in the place of two, to rounding."""
     trainer, wanted = whole
     done = STEPS - 2
     step = wanted.path.resolve() / "checkpoints" / f"step-{done:08d}"
@@ -374,7 +376,7 @@ def test_a_new_run_goes_on_from_a_path(whole, tmp_path, checkpoint):
         assert found == known
     for name, value in known[done].items():
         if name == "router_replay/padded_rows":
-            continue  # one rank's micro-batches are filled up otherwise than two's
+            continue  # one rank's micro-batches have other padding than two ranks' ones
         assert found[done][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
     assert found[done + 1]["actor/lr"] == known[done + 1]["actor/lr"]
 

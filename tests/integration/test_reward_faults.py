@@ -36,7 +36,7 @@ __all__ = ["rewards"]
 def test_scores_come_in_order_and_are_those_of_the_function_itself(rewards: Open) -> None:
     rng = np.random.default_rng(0)
     texts = [repr(x) for x in rng.standard_normal(50).tolist()]
-    texts[::7] = [f"seconds {x:.3f}" for x in rng.random(len(texts[::7])) / 20]  # so that they end in another order
+    texts[::7] = [f"seconds {x:.3f}" for x in rng.random(len(texts[::7])) / 20]  # ends them in another order
     wanted = [float(text.removeprefix("seconds ")) for text in texts]
     assert score(rewards(workers=4), *texts) == wanted
 

@@ -1,4 +1,4 @@
-"""The whole program as a user starts it: SGLang, Megatron on two ranks, Ray; and what is seen when a part is killed."""
+"""Whole program as started by a user: SGLang, Megatron on two ranks, Ray; and the messages after a part is killed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_replay_covers_every_trained_token_through_pipeline_and_recomputation(fi
 
 
 def assert_compact(step, ids, layers, samples=8):
-    """What docs/wire_format.md says of a group: its head, and of its samples' rows one's at least, all at most."""
+    """Check sizes by docs/wire_format.md: a group has its head, and between one and all of its samples' rows."""
     rows = step["tokens/prompt_length/mean"] + step["tokens/response_length/mean"] - 1
     head = round_up(40 + 4 * (samples + 1) * (1 + layers), 64) / samples
     stored = step["router_replay/bytes_per_token"] * rows
@@ -93,7 +93,7 @@ def test_no_process_is_left(finished):
     ],
 )
 def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path, model, layout, bytes_per_token):
-    """From the engine to the trainer and back, in other layouts, with the audit on; one layer of four is dense."""
+    """Run from the engine to the trainer and back, in other layouts, with the audit on; one layer of four is dense."""
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny", model, examples=addition_mod10(), warm_start_steps=20)
     run = Run(
         tmp_path,
@@ -114,7 +114,7 @@ def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path, mod
     assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0, 1.0]
     assert [m.get("router_replay/audit_equal") for m in metrics] == [1.0, None, 1.0]
     assert_compact(metrics[0], bytes_per_token, layers=3)
-    # the bias that moved reaches the engine: it still samples from the trainer's policy
+    # the moved bias reaches the engine: it still samples from the trainer's policy
     assert max(m["actor/rollout_train_logprobs_abs_diff_mean"] for m in metrics) < 0.1
     assert min(m["router_replay/agreement_native"] for m in metrics) > 0.9
 
@@ -126,7 +126,7 @@ def test_r2_replays_the_trainers_own_pass_and_a_seed_samples_the_same_again(tmp_
         assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
         metrics = run.metrics()
         assert [m["router_replay/coverage"] for m in metrics] == [1.0, 1.0]
-        # another mode changes the update, not what the first weights sample
+        # another mode changes the update, not the samples of the first weights
         for name in ("critic/score/mean", "tokens/response_length/mean"):
             assert metrics[0][name] == finished.metrics()[0][name]
     finally:
@@ -134,12 +134,12 @@ def test_r2_replays_the_trainers_own_pass_and_a_seed_samples_the_same_again(tmp_
 
 
 def engine_server(run: Run) -> int:
-    """Process id of the SGLang server."""
+    """Return the process id of the SGLang server."""
     return next(p.pid for p in run.descendants() if any("launcher.py" in part for part in p.cmdline()))
 
 
 def assert_the_key_shows_nowhere(run: Run) -> None:
-    """Neither in a file of the run nor on a command line; the server's own environment holds it."""
+    """Check the run's files and all command lines for the key; only the server's environment holds it."""
     key = psutil.Process(engine_server(run)).environ()[KEY_VARIABLE]
     assert len(key) > 20
     files = [p for p in run.path.resolve().rglob("*") if p.is_file()]
@@ -149,13 +149,13 @@ def assert_the_key_shows_nowhere(run: Run) -> None:
 
 
 def second_rank(run: Run) -> int:
-    """Process id of the second training rank, as its log says."""
+    """Return the process id of the second training rank, from its log."""
     log = (run.path / "logs" / "actor_train-1.log").read_text()
     return int(re.search(r"actor_train rank 1 is process (\d+)", log)[1])
 
 
 def kill_in_step(run: Run, find: Callable[[Run], int]) -> float:
-    """Kill a process in the second step; seconds until the run ended."""
+    """Kill a process in the second step; return the seconds until the run ended."""
     run.wait_for_step(1)
     os.kill(find(run), signal.SIGKILL)
     start = time.monotonic()

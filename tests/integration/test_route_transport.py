@@ -1,4 +1,4 @@
-"""Routes through Ray's object store, on two real nodes: read in place, cut where they lie, never held by the driver."""
+"""Routes through Ray's object store on two real nodes: read in place, cut on their node, never held by the driver."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def trajectories() -> list[Trajectory]:
 
 
 class Engine:
-    """Stores routes where it runs, as the rollout's worker does."""
+    """Actor storing routes on its own node, like a rollout worker."""
 
     def store(self) -> Any:
         return store_routes(trajectories(), EXPERTS)
@@ -65,10 +65,10 @@ class Engine:
 
 
 class Rank:
-    """Reads a stage's layers and a slice of each sample, as a trainer's rank does."""
+    """Actor reading a stage's layers and a slice of each sample, like a rank of a trainer."""
 
     def read(self, batch: Batch, layers: range, runs: Any) -> Any:
-        """The answers, and the bytes of each parcel that came."""
+        """Return the answers, and the size of each received parcel in bytes."""
         sizes = []
         unpack = transport.unpack
 
@@ -126,7 +126,7 @@ def test_routes_travel_between_nodes_as_what_was_asked_for(nodes):
     batch = Batch.from_trajectories(stored)
     held = [vars(h).copy() for h in handles]
     for fields in held:
-        del fields["ref"]  # a reference counts as an identifier: its bytes are Ray's
+        del fields["ref"]  # a reference is counted as an identifier; its bytes belong to Ray
     assert len(pickle.dumps(held)) < 1000 * len(held), "the driver passes handles on"
 
     rank = on(first, Rank)

@@ -1,4 +1,4 @@
-"""New weights of latent attention, sent in the smallest buckets there can be, into a real SGLang server at fp32."""
+"""New weights of latent attention, sent in the smallest possible buckets, into a real SGLang server at fp32."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def assert_equals_transformers(engine: Engine, checkpoint: Path) -> None:
 
 
 def test_weights_arrive_whole_one_bucket_per_tensor(engine: Engine, checkpoints: tuple[Path, Path]) -> None:
-    """Whichever of the two down-projections that SGLang fuses comes first."""
+    """Send the two down-projections fused by SGLang in both orders."""
     old, new = checkpoints
     channel = SglangWeightChannel([engine.rollout.weight_target()], device="cpu", timeout_s=60.0)
     try:

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Norms of ones round nothing. With others the last bit of SGLang's bf16 on a CPU depends on what shares a batch,
+    # Norms of ones round nothing. With others, the last bit of SGLang's bf16 on a CPU depends on the rest of the batch,
     # and some samples on that bit: see test_seeds_and_weights_decide_the_tokens.
     return make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), seed=0, norm_noise=0.0)
 
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
     config = configuration(checkpoint, "bfloat16", response_length=40)
     pair = [Engine(config, tmp_path_factory.mktemp("log") / f"server{i}.log", engine_index=i) for i in (0, 1)]
-    with nothing_left():  # of the attempt that gets no port neither
+    with nothing_left():  # also nothing of the attempt without a port
         try:
             pair[0].run(pair[0].rollout.start())
             taken = [pair[0].rollout.weight_target().port]
@@ -64,7 +64,7 @@ def test_a_taken_port_is_given_up_for_another(engines: tuple[Engine, Engine]) ->
 
 
 def test_seeds_and_weights_decide_the_tokens(engines: tuple[Engine, Engine]) -> None:
-    """In bf16, in another server, in another order, and in batches of another size."""
+    """Sample in bf16 in another server, in another order, and in batches of another size."""
     one, other = engines
     asked = requests(16, 4)
     expected = trajectories(one.generate(asked))
@@ -103,7 +103,7 @@ def test_one_channel_updates_both_engines(engines: tuple[Engine, Engine], tmp_pa
 
 
 def kill_scheduler(engine: Engine) -> None:
-    """The process that generates dies, as when the system is out of memory; the one that speaks HTTP is still there."""
+    """Kill the generating process, as if memory ran out; the HTTP process stays."""
     (scheduler,) = [p for p in group_members(engine.rollout._process) if "scheduler" in " ".join(p.cmdline())]
     os.kill(scheduler.pid, signal.SIGKILL)
 
@@ -180,7 +180,7 @@ def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Pa
 
 
 def test_the_servers_main_program_dies_with_its_parent(tmp_path: Path) -> None:
-    """The launchers' own watch, with a sleep in the place of an engine."""
+    """Test the launchers' own watch, with a sleep in the place of an engine."""
     child = (
         f"import runpy, sys, time; shared = runpy.run_path({processes.__file__!r}); "
         "shared['die_with_parent'](int(sys.argv[1])); print('ready', flush=True); time.sleep(600)"

@@ -1,4 +1,4 @@
-"""A real SGLang server at fp32: what it says of log-probabilities and routes is what transformers computes."""
+"""Real SGLang server at fp32: its log-probabilities and routes equal those of transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 TEMPERATURE = 0.8
 END = 258
-"""The end-of-sequence token of the tiny tokenizer."""
+"""End-of-sequence token of the tiny tokenizer."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def new_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     config = configuration(
         old_weights, "float32", temperature=TEMPERATURE, prompt_length=160, max_total_tokens=2048, max_retries=1
-    ).model_copy(update={"fp32_lm_head": True})  # changes no number in fp32, but SGLang's way to them
+    ).model_copy(update={"fp32_lm_head": True})  # no number changes in fp32, but SGLang computes logits by another path
     engine = Engine(config, tmp_path_factory.mktemp("log") / "server.log")
     try:
         engine.run(engine.rollout.start())
@@ -111,7 +111,7 @@ def test_samples_of_a_prompt_differ_and_a_prefix_hit_changes_nothing(engine: Eng
 
 
 def test_a_prompts_rows_are_fetched_once_and_are_those_of_every_sample(engine: Engine, old_weights: Path) -> None:
-    """Two of the prompts begin alike; samples and rows are as if each had been asked for alone."""
+    """Use two prompts with a common beginning; samples and rows are as if each were requested alone."""
     asked = [*long_requests(1, 4), *long_requests(2, 4, length=151, common=100)]
     with Sent(engine.rollout) as sent:
         results = engine.generate(asked)
@@ -156,7 +156,7 @@ def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engin
 
 
 def test_with_nothing_to_do_it_leaves_the_cores_to_others(engine: Engine) -> None:
-    """While the trainer trains, that is."""
+    """Check an idle server: the trainer needs the cores."""
     engine.generate(requests(1, 2))
     members = group_members(engine.rollout._process)
 
@@ -197,7 +197,7 @@ def test_the_key_shows_nowhere(engine: Engine) -> None:
 
 
 def test_new_weights_arrive_and_stale_answers_are_refused(engine: Engine, old_weights: Path, new_weights: Path) -> None:
-    """In a process that has a default group, as a trainer has."""
+    """Send from a process with a default group, like a trainer."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     channel = SglangWeightChannel([engine.rollout.weight_target()], device="cpu", timeout_s=60.0)
     try:
@@ -215,7 +215,7 @@ def test_new_weights_arrive_and_stale_answers_are_refused(engine: Engine, old_we
 
 
 def test_answers_from_half_written_weights_are_refused(engine: Engine, new_weights: Path) -> None:
-    """Nothing can be sampled from this engine afterwards."""
+    """Run late: nothing can be sampled from this engine afterwards."""
     channel = SglangWeightChannel([engine.rollout.weight_target()], device="cpu", timeout_s=60.0)
     tensors = load_file(new_weights / "model.safetensors")
     try:
@@ -232,7 +232,7 @@ def test_answers_from_half_written_weights_are_refused(engine: Engine, new_weigh
 
 
 def test_stop_leaves_nothing(engine: Engine) -> None:
-    """The last test that uses this engine."""
+    """Last test of this engine."""
     assert len(group_members(engine.rollout._process)) >= 3
     engine.run(engine.rollout.stop())
     assert group_members(engine.rollout._process) == []

@@ -1,4 +1,4 @@
-"""What a stranger on the network, and another user of the machine, find of a run: no open port, no key."""
+"""View of a run from the network and from another user of the machine: no open port, no key."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["sglang", "hf_infer"])
 def run(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
-    """In its second step or later, with a checkpoint."""
+    """Run in its second step or later, with a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", HUB_TOKEN)
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", TOKEN_VARIABLE):
@@ -58,23 +58,23 @@ def processes(run: Run) -> list[psutil.Process]:
 
 
 def servers(run: Run) -> list[psutil.Process]:
-    """Of SGLang; none where the engine is in the actor's own process."""
+    """Return SGLang's processes; none if the engine is in the actor's own process."""
     return [p for p in run.descendants() if any("launcher.py" in part for part in p.cmdline())]
 
 
 def token(run: Run) -> str:
-    """Ray's, which its processes have."""
+    """Return Ray's token, from the environment of its processes."""
     return next(p for p in run.descendants() if p.name() == "raylet").environ()[TOKEN_VARIABLE]
 
 
 def session(run: Run) -> Path:
-    """Where Ray writes."""
+    """Return Ray's session directory."""
     line = next(p for p in run.descendants() if p.name() == "gcs_server").cmdline()
     return Path(next(part.removeprefix("--session-dir=") for part in line if part.startswith("--session-dir=")))
 
 
 def test_everything_listens_on_loopback_alone(run: Run) -> None:
-    """SGLang and its scheduler, the receiver of weights, gloo, the stores where ranks meet, and all of Ray."""
+    """Check SGLang and its scheduler, the receiver of weights, gloo, the stores where ranks meet, and all of Ray."""
     found = []
     for process in processes(run):
         with_name = process.name()
@@ -134,7 +134,7 @@ def test_no_key_is_in_a_file_or_on_a_command_line(run: Run) -> None:
 
 
 def test_where_the_ranks_of_an_engine_met_is_removed(run: Run) -> None:
-    """The last test: it ends the run."""
+    """Last test: it ends the run."""
     places = {Path(server.environ()[FOLDER_VARIABLE]) for server in servers(run)}
     assert len(places) == len(servers(run))
     for place in places:

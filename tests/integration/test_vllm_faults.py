@@ -1,4 +1,4 @@
-"""A real vLLM engine that dies under its requests, as SGLang's in test_engine_faults.py."""
+"""Death of a real vLLM engine during its requests; see test_engine_faults.py for SGLang."""
 
 from __future__ import annotations
 

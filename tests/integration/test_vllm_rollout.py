@@ -1,5 +1,7 @@
-"""A real vLLM server: what it says of log-probabilities and routes is what transformers computes, however it came
-about; and its weights are those of the trainer."""
+"""Real vLLM server: its log-probabilities and routes equal those of transformers, its weights those of the trainer.
+
+This holds for every way of computing a row: chunked prefill, prefix cache, preemption, abort.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.vllm, pytest.mark.timeout(900
 
 TEMPERATURE = 0.8
 END = 258
-"""The end-of-sequence token of the tiny tokenizer."""
+"""End-of-sequence token of the tiny tokenizer."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +72,7 @@ def new_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """With prefill in chunks of 64 tokens, and a cache of 40 blocks, less than 64 samples need."""
+    """Engine with prefill in chunks of 64 tokens, and a cache of 40 blocks, too few for 64 samples."""
     config = configuration(
         old_weights,
         generating={"temperature": TEMPERATURE},
@@ -88,7 +90,7 @@ def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpoint: Path, version: int = 0) -> float:
-    """The largest difference of a log-probability."""
+    """Return the largest difference of a log-probability."""
     reference, differences = Reference(checkpoint, TEMPERATURE), []
     for t in trajectories(results).values():
         log_probs_R, ids_MRK = reference.log_probs_and_experts(t)
@@ -104,7 +106,7 @@ def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpo
 
 
 def assert_nothing_is_left(engine: Engine) -> None:
-    """A process that is killed is gone a little later, on a busy machine."""
+    """Wait until the server's processes are gone; on a busy machine this takes a moment."""
     deadline = time.monotonic() + 20.0
     while left := group_members(engine.rollout._process):
         assert time.monotonic() < deadline, left
@@ -132,7 +134,7 @@ def test_routes_and_log_probs_are_those_of_a_plain_forward(engine, old_weights):
 
 
 def test_chunked_prefill_and_a_prefix_hit_lose_no_row(engine, old_weights):
-    """The second time 4 blocks of 32 tokens come from the cache, the rows with them."""
+    """Generate twice: the second time 4 blocks of 32 tokens come from the cache, the rows with them."""
     assert_is_what_the_model_computes(engine.generate(long_requests(1, length=192)), old_weights)  # no room is left
     first = engine.generate(long_requests(1))
     before = engine.metric("vllm:prefix_cache_hits_total")
@@ -153,7 +155,7 @@ def test_samples_of_a_prompt_differ_and_preemption_loses_no_row(engine, old_weig
 
 
 def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
-    """The strategy refuses such an answer; what vLLM says in it is exact all the same."""
+    """Check vLLM's partial answer: it is exact, although the strategy refuses it."""
     client, facts = engine.rollout._client, read_facts(old_weights)
     request = engine.rollout.request(Asked(SampleRequest((1, 2, 3), "x", 1), 180, 0, record_routes=True))
     request["sampling_params"]["ignore_eos"] = True
@@ -165,7 +167,7 @@ def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
         (choice,) = json.loads(await asking)["choices"]
         return choice
 
-    for attempt in range(20):  # how soon depends on how busy the machine is
+    for attempt in range(20):  # the right moment depends on the machine's load
         choice = engine.run(aborted(0.1 + 0.1 * attempt))
         if choice["finish_reason"] == "abort" and choice["token_ids"]:
             break
@@ -183,9 +185,8 @@ def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
 
 
 def test_a_prompts_rows_are_fetched_once_and_are_those_of_every_sample(engine, old_weights):
-    """Whole blocks of them, 128 rows of 149. Two of the prompts begin alike; samples and rows are as if each had been
-    asked for alone."""
-    # few enough for the cache: after a preemption vLLM could not say whose rows are whose
+    """Fetch whole blocks, 128 of 149 rows. Two prompts have a common beginning; results are as if each were alone."""
+    # few enough for the cache: after a preemption vLLM could not assign rows to their samples
     asked = [*long_requests(1, 2), *long_requests(2, 2, length=151, common=100)]
     with Sent(engine.rollout) as sent:
         results = engine.generate(asked)
@@ -264,7 +265,7 @@ def test_new_weights_arrive_and_stale_answers_are_refused(engine, old_weights, n
 
 
 def test_a_request_in_flight_over_an_update_is_refused_and_asked_for_again(engine, new_weights):
-    """vLLM aborts it, holds the second attempt until the update is over, and answers it from the new weights."""
+    """Update during a request: vLLM aborts it, holds the second attempt, and answers it from the new weights."""
     version = engine.rollout._weight_version + 1
     channel = channel_to(engine)
 
@@ -309,7 +310,7 @@ def test_an_update_that_brings_a_tensor_twice_is_refused(old_weights, tmp_path):
 
 
 def test_an_update_that_is_not_whole_leaves_an_engine_that_answers_nothing(engine, new_weights):
-    """Nothing can be sampled from this engine afterwards."""
+    """Run late: nothing can be sampled from this engine afterwards."""
     version = engine.rollout._weight_version + 1
     weights = load_file(new_weights / "model.safetensors")
     del weights["model.layers.2.mlp.experts.3.up_proj.weight"]
@@ -335,7 +336,7 @@ def test_an_update_that_is_not_whole_leaves_an_engine_that_answers_nothing(engin
 
 
 def test_stop_leaves_nothing(engine):
-    """The last test that uses this engine."""
+    """Last test of this engine."""
     assert len(group_members(engine.rollout._process)) >= 3
     engine.run(engine.rollout.stop())
     assert_nothing_is_left(engine)
@@ -345,8 +346,10 @@ def test_stop_leaves_nothing(engine):
 
 
 def test_bf16_two_ranks_and_the_death_of_the_server(old_weights, new_weights, tmp_path):
-    """In bf16 routes differ from fp32 transformers' here and there; replayed they are what was sampled with. A server
-    that is killed takes its processes with it, and the rollout says so at once."""
+    """Compare bf16 routes and log-probabilities with fp32 transformers': few routes differ.
+
+    A killed server takes its processes with it, and the rollout reports its death at once.
+    """
     engine = Engine(configuration(old_weights, "bfloat16", tp_size=2), tmp_path / "server.log")
     try:
         engine.run(engine.rollout.start())
@@ -373,7 +376,7 @@ def test_bf16_two_ranks_and_the_death_of_the_server(old_weights, new_weights, tm
 
 
 def test_a_tied_model_is_updated_and_lacks_nothing_by_being_tied(tmp_path):
-    """The embedding is the output layer too: an update without it is not whole, whatever else came."""
+    """Omit the embedding, also the output layer of a tied model: such an update is not whole."""
     old, new = (
         make_tiny_checkpoint(tmp_path / str(seed), seed=seed, head_dim=HEAD_DIM, tie_word_embeddings=True)
         for seed in (0, 1)
@@ -388,7 +391,7 @@ def test_a_tied_model_is_updated_and_lacks_nothing_by_being_tied(tmp_path):
         whole.close()
         engine.run(engine.rollout.on_weights_updated(1))
         assert_is_what_the_model_computes(engine.generate(requests(4, 2)), new, 1)
-        first = channel_to(engine)  # of a trainer that has sent nothing whole yet
+        first = channel_to(engine)  # a trainer that has not yet sent a whole update
         first.begin(2)
         del weights["model.embed_tokens.weight"]
         for bucket in first.buckets(weights.items(), 1 << 20):
@@ -402,7 +405,7 @@ def test_a_tied_model_is_updated_and_lacks_nothing_by_being_tied(tmp_path):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_mixed", "olmoe", "qwen2_moe"])
 def test_other_architectures_before_and_after_an_update(tmp_path, name):
-    """`qwen3_moe_mixed` has a dense layer among those that route: it is left out of the routes."""
+    """Include `qwen3_moe_mixed`: its dense layer among the MoE layers is left out of the routes."""
     old, new = tiny(tmp_path / "old", name), tiny(tmp_path / "new", name, seed=1)
     engine = Engine(configuration(old, generating={"temperature": TEMPERATURE}), tmp_path / "server.log")
     try:

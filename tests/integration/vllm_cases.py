@@ -1,4 +1,4 @@
-"""What the vLLM tests share: where its environment is, and a strategy on a loop of its own."""
+"""Helpers of the vLLM tests: its environment, and a strategy on its own loop."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.engines.vllm.strategy import VllmRollout
 
 HEAD_DIM = 32
-"""The smallest attention head that vLLM's kernel for CPUs takes; the tiny models' own are of 16."""
+"""Smallest attention head of vLLM's CPU kernel; the tiny models' default is 16."""
 PYTHON = Path(os.environ.get("VLLM_PYTHON", ".venv-vllm/bin/python")).absolute()
 
 
 def require_environment() -> None:
-    """`make test-vllm` sets VLLM_PYTHON: a missing environment is a failure there, elsewhere a reason to skip."""
+    """Without the environment, fail if VLLM_PYTHON is set (by `make test-vllm`), else skip."""
     if not PYTHON.exists():
         say = pytest.fail if "VLLM_PYTHON" in os.environ else pytest.skip
         say(f"vLLM's environment is not there ({PYTHON}): run make vllm-env")
@@ -52,7 +52,7 @@ class Engine(Rollout[VllmRollout]):
         )
 
     def metric(self, name: str) -> float:
-        """The sum of a counter of vLLM's own over its labels."""
+        """Return the sum of one of vLLM's counters over its labels."""
         assert self.rollout._client is not None
         text = self.run(self.rollout._client.get("/metrics", 60.0)).decode()
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + "{"))

@@ -1,7 +1,7 @@
-"""Imported once by the process that gangs are forked from: everything slow that a rank imports.
+"""All slow imports of a rank, made once by the parent process of all gangs.
 
-Megatron is imported in a thread, because the CPU platform's mode belongs to the thread that enters it. A rank that runs
-megatron enters it again by its own `install`; a rank of FSDP2 never does.
+Megatron is imported in a thread, because the CPU platform's mode belongs to the thread that enters it. A rank with
+megatron enters it again by its own `install`; a rank with FSDP2 never does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A whole run as a user starts it: the program in a process of its own, and what it writes."""
+"""Whole run as started by a user: the program in its own process, and its output."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from leftovers import TOKEN, Descendants
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT = 500
 RAYS_LAST_WORD = 90.0
-"""Seconds until the last of Ray's processes is gone after a driver that was killed: two of them try to tell it that Ray
-has ended, and give up after a minute. On a busy machine too."""
+"""Seconds until the last of Ray's processes is gone after the driver was killed.
+
+Two of them try to report Ray's end to the driver and give up after a minute. Sufficient on a busy machine.
+"""
 
 
 class Run:
-    """A run in a process of its own."""
+    """A run in its own process."""
 
     def __init__(self, tmp_path: Path, checkpoint: Path, *overrides: str, config: str = "quickstart") -> None:
-        """
+        """Start the run.
+
         Args:
-            tmp_path: where its output goes.
+            tmp_path: directory for its output.
             config: file under configs/.
         """
         tmp_path.mkdir(parents=True, exist_ok=True)
@@ -35,7 +38,7 @@ class Run:
         command += [f"pretrain={checkpoint}", f"output_dir={self.output}", *overrides]
         with self.stdout.open("w") as out, self.stderr.open("w") as err:
             self.started = Descendants()
-            """Every process of it, also those that have lost their parent."""
+            """All processes of the run, including orphans."""
             env = os.environ | {TOKEN: self.started.token}
             self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True)
 
@@ -58,7 +61,7 @@ class Run:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def finish(self, timeout: float) -> int:
-        """The exit status of a run that ends by itself; then nothing of it is there any more."""
+        """Wait for the run's own end, check for leftovers, and return its exit status."""
         status = self.process.wait(timeout)
         left = self.started.left()
         assert left == [], "left behind:\n" + "\n".join(left)
@@ -80,12 +83,14 @@ SAMPLED_TO_THE_BIT = (
     "actor_infer.strategy_args.strategy_config.dtype=float32",
     "force_on_policy_ratio=false",
 )
-"""A rollout that samples again, on a CPU, to the bit what it sampled before. A step is one optimizer step, and still
-has every stage, the pass for old log-probabilities too."""
+"""Overrides for a CPU rollout with samples repeatable to the bit.
+
+A step is one optimizer step with all stages, including the pass for old log-probabilities.
+"""
 
 
 def finished(run: Run) -> Run:
-    """The run once it has ended by itself, and well."""
+    """Return the run after it has ended by itself, with status 0."""
     try:
         assert run.finish(2 * START_TIMEOUT) == 0, run.stderr.read_text()
     finally:
@@ -94,6 +99,6 @@ def finished(run: Run) -> Run:
 
 
 def learned(run: Run) -> list[dict[str, float]]:
-    """What the steps measured, but for how long they took."""
+    """Return the metrics of all steps, without times."""
     timed = ("time/", "system/tps", "router_replay/time_share")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in run.metrics()]

@@ -1,4 +1,4 @@
-"""Trajectories to training form and back apart again."""
+"""Trajectories to training form and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches by token budget, against an obvious checker and, for few samples, against every possible cut."""
+"""Micro-batches by token budget, against a simple checker and, for few samples, against every possible cut."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ alignments = st.sampled_from([1, 2, 8, 12])
 
 @st.composite
 def cases(draw, largest: int = 60) -> tuple[list[int], int, int]:
-    """(lengths, budget that every sample fits in, alignment)."""
+    """Draw (lengths, sufficient budget for every sample, alignment)."""
     lens = draw(st.lists(st.integers(1, 40), min_size=1, max_size=largest))
     alignment = draw(alignments)
     widest = max(rounded(n, alignment) for n in lens)
@@ -31,13 +31,13 @@ def rounded(length: int, alignment: int) -> int:
 
 
 def tokens_of(group, lens: list[int], alignment: int, packed: bool) -> int:
-    """What a micro-batch takes, as the token map lays it out."""
+    """Return a micro-batch's tokens, as laid out by the token map."""
     layout = Layout(packed=packed, multiple=alignment)
     return build_token_map([lens[i] for i in group], layout).slots_BS.size
 
 
 def cuts(samples: list[int]) -> Iterator[list[list[int]]]:
-    """Every way to cut samples into groups."""
+    """Return every way to cut samples into groups."""
     if not samples:
         yield []
         return

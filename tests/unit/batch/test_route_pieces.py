@@ -1,4 +1,4 @@
-"""Routes asked for by layers and runs of rows, wherever they lie: always the rows of the arrays they came from."""
+"""Routes requested by layers and runs of rows, on any node, equal the rows of their arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Case:
     group: tuple[RoutedExperts, ...]
     num_experts: int
     asked: tuple[tuple[int, range, tuple[tuple[int, int], ...]], ...]
-    """(sample, layers, runs of rows)."""
+    """(sample, layers, runs of rows) of each request."""
 
     @property
     def requests(self) -> list[RouteRequest]:
@@ -60,7 +60,7 @@ def cases(draw: Any) -> Case:
 
 
 def rows_of(case: Case, answers: Any) -> None:
-    """Every answer is exactly the rows of the arrays."""
+    """Compare every answer with the rows of the arrays."""
     assert len(answers) == len(case.asked)
     for (sample, layers, runs), pieces in zip(case.asked, answers, strict=True):
         routes = case.group[sample]

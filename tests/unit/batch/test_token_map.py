@@ -1,4 +1,4 @@
-"""The token map against a slow, obvious simulation of what Megatron does with tensors."""
+"""Token map against a slow, simple simulation of Megatron's operations on tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sizes = st.sampled_from([1, 2, 4])
 def brute_force(lens: list[int], packed: bool, cp: int, sp: int, pad_to: int = 0, multiple: int = 1):
     """Lay (sample, position) pairs out token by token, cut the zig-zag piece by piece, chunk over SP by slicing.
 
-    Returns per cp rank: rows of cells [B][S]; and per (cp rank, sp rank): the cells that a router sees.
+    Returns per cp rank: rows of cells [B][S]; and per (cp rank, sp rank): the cells seen by a router.
     """
     align = sp * (2 * cp if cp > 1 else 1) * multiple
 

@@ -1,6 +1,6 @@
-"""A thousand random layouts against what megatron does with whole tensors, attention included, in one process.
+"""A thousand random layouts against megatron's operations on whole tensors, with attention, in one process.
 
-An input id is 100 * (sample + 1) + position, so that a token in a wrong place is a wrong value.
+An input id is 100 * (sample + 1) + position, so a token in a wrong place is a wrong value.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Case:
 
 
 def whole_tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """input_ids and position_ids as a trainer would pad or pack them, [B, S], and cu_seqlens if packed."""
+    """Return input_ids and position_ids padded or packed by a trainer, [B, S], and cu_seqlens if packed."""
     if not case.packed:
         width = case.up(max([*case.lens, case.pad_to]))
         input_ids = torch.full((len(case.lens), width), PAD)
@@ -70,10 +70,9 @@ def whole_tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
 
 
 def thd_indices(cu_seqlens: torch.Tensor, cp: int, cp_rank: int) -> torch.Tensor:
-    """TransformerEngine's thd_get_partitioned_indices, token by token.
+    """Return TransformerEngine's thd_get_partitioned_indices, token by token.
 
-    A rank's token j of a sequence lies in piece `rank` if j is in the first half of what the rank holds of it, else in
-    piece 2 * cp - 1 - rank.
+    The first half of a rank's tokens of a sequence lies in piece `rank`, the second in piece 2 * cp - 1 - rank.
     """
     if cp == 1:
         return torch.arange(int(cu_seqlens[-1]))
@@ -88,7 +87,7 @@ def thd_indices(cu_seqlens: torch.Tensor, cp: int, cp_rank: int) -> torch.Tensor
 
 
 def simulated(case: Case, cp_rank: int, parallel_state, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and position_ids of a context-parallel rank, [B, S]."""
+    """Return input_ids and position_ids of a context-parallel rank, [B, S]."""
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     input_ids, position_ids, cu_seqlens = whole_tensors(case)
@@ -102,7 +101,7 @@ def simulated(case: Case, cp_rank: int, parallel_state, monkeypatch) -> tuple[to
 
 
 def queries_keys_values(ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers that tell tokens and positions apart, [..., 2] each."""
+    """Return numbers distinct for each token and position, [..., 2] each."""
     phase = torch.stack([torch.sin(ids * 0.7 + positions * 0.3), torch.cos(ids * 0.2 - positions * 0.9)], -1)
     return phase, phase.flip(-1) * 1.5, torch.stack([ids / 100, positions * 0.1 + ids % 7], -1)
 
@@ -113,7 +112,7 @@ def attend(query, key, value, allowed) -> torch.Tensor:
 
 
 def alone(case: Case) -> torch.Tensor:
-    """Causal attention of each sample by itself, without any padding. [N, 2]"""
+    """Return causal attention of each sample by itself, without padding. [N, 2]"""
     outputs = []
     for ids in case.ids:
         positions = torch.arange(len(ids))
@@ -123,7 +122,7 @@ def alone(case: Case) -> torch.Tensor:
 
 
 def over_ranks(case: Case, maps: list[TokenMap]) -> np.ndarray:
-    """The same from what the ranks hold: keys gathered over them, packed sequences kept apart by cu_seqlens. [N, 2]"""
+    """Return the same from the ranks' parts: keys gathered, packed sequences separated by cu_seqlens. [N, 2]"""
     ids_N = torch.cat(case.ids).numpy()
     ids = [torch.from_numpy(m.gather(ids_N, PAD)) for m in maps]
     positions = [torch.from_numpy(m.positions_BS) for m in maps]
@@ -131,7 +130,7 @@ def over_ranks(case: Case, maps: list[TokenMap]) -> np.ndarray:
     for token_map, local in zip(maps, ids, strict=True):
         if token_map.cu_seqlens is None:
             sequences.append(torch.zeros_like(local))
-        else:  # a rank holds as large a share of every sequence
+        else:  # a rank holds an equal share of every sequence
             ends = torch.from_numpy(token_map.cu_seqlens[1:] // case.cp).long()
             sequences.append(torch.searchsorted(ends, torch.arange(local.shape[1]), right=True)[None])
     _, keys, values = queries_keys_values(torch.cat(ids, 1).double(), torch.cat(positions, 1).double())

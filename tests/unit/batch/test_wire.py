@@ -1,4 +1,4 @@
-"""The wire form of routes: what goes in comes out, what is shared is stored once, and nothing broken is believed."""
+"""Wire form of routes: an exact round trip, shared rows stored once, and every broken form rejected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def group(
     unknown: float = 0.0,
     seed: int = 0,
 ) -> list[RoutedExperts]:
-    """Samples whose first rows are equal and whose next row is not."""
+    """Return samples with equal first rows and a different next row."""
     rng = np.random.default_rng(seed)
     dtype = route_dtype(experts)
     prompt = rng.integers(0, experts, (layers, shared, top_k)).astype(dtype)
@@ -89,7 +89,7 @@ def test_a_mask_that_knows_every_row_is_none() -> None:
 
 
 def test_the_bytes_are_those_of_the_description() -> None:
-    """docs/wire_format.md, byte for byte, and its example: whoever changes this raises the version."""
+    """Compare with docs/wire_format.md, byte for byte, and its example; a change here needs a new version."""
     ids = np.arange(10, dtype=np.uint8)
     first = RoutedExperts(np.array([[[0], [1], [2]], [[3], [4], [5]]], np.uint8), np.array([True, True, False]))
     second = RoutedExperts(np.array([[[0], [6]], [[3], [7]]], np.uint8))
@@ -154,7 +154,7 @@ def test_a_view_is_the_asked_layers_and_samples_without_a_copy() -> None:
 
 
 def test_a_view_of_many_samples_takes_little_memory() -> None:
-    """The mask of the shared rows is there once, however many samples have them."""
+    """Hold the mask of the shared rows once, for any number of samples."""
     samples = [RoutedExperts(np.zeros((1, 20_000, 1), np.uint8), np.arange(20_000) != 5)] * 2_000
     opened = wire.EncodedGroup(wire.encode(samples, EXPERTS))
     tracemalloc.start()
@@ -219,7 +219,7 @@ def test_no_samples_are_no_views() -> None:
     assert wire.EncodedGroup(wire.encode(group([1, 1]), EXPERTS)).view(range(3), []) == ()
 
 
-# What cannot be encoded
+# Values that cannot be encoded
 
 
 def other(**changes: int) -> list[RoutedExperts]:
@@ -246,7 +246,7 @@ def test_what_cannot_be_encoded(samples: list[RoutedExperts], experts: int, said
         wire.encode(samples, experts)
 
 
-# What is broken
+# Broken encodings
 
 
 def broken(data: bytes | bytearray, said: str | None = None) -> None:
@@ -286,7 +286,7 @@ def test_damage_anywhere_is_noticed(samples: list[RoutedExperts], data: st.DataO
 
 
 def sealed(fixed: tuple[int, ...], rest: bytes, body: bytes = b"") -> bytes:
-    """A head made up of any numbers, with the checksum that belongs to it."""
+    """Return a head of arbitrary numbers with its right checksum."""
     version, flags, layers, top_k, samples, experts, length = fixed
     front = wire.MAGIC + struct.pack("<HHHHH2xIQ", version, flags, layers, top_k, samples, experts, length)
     back = bytes(4) + rest
@@ -347,7 +347,7 @@ def test_a_hostile_head_says_what_is_wrong() -> None:
 
 @pytest.mark.parametrize(("place", "value"), [(18, 1), (19, 1), (36, 1), (39, 1), (56, 0b10), (57, 1), (63, 1)])
 def test_what_is_to_be_zero_is(place: int, value: int) -> None:
-    """Reserved bytes, bits of the mask beyond the last row, and the gap before the ids."""
+    """Check reserved bytes, bits of the mask beyond the last row, and the gap before the ids."""
     rest = struct.pack("<2I", 0, 1) + struct.pack("<2I", 0, zlib.crc32(b"\0"))
     data = bytearray(sealed((1, 1, 1, 1, 1, 2, 65), rest, b"\0"))
     assert wire.decode(data)[0].known_R.tolist() == [False]

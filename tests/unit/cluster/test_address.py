@@ -1,4 +1,4 @@
-"""The cluster of RAY_ADDRESS, where there is none: said in time, and how."""
+"""RAY_ADDRESS without a cluster: a message in time, with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from roll_r3.errors import ConfigError, LostWorkerError
 
 @pytest.fixture
 def silent() -> Iterator[int]:
-    """A port that accepts connections and says nothing."""
+    """Port that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -54,7 +54,7 @@ def test_a_name_server_that_does_not_answer_has_a_limit(monkeypatch: pytest.Monk
 
 
 def test_who_accepts_and_is_no_ray_has_a_limit(monkeypatch: pytest.MonkeyPatch, silent: int) -> None:
-    """Ray's own limit, in a client of its server, is a multiple of this one."""
+    """Check the limit for a server other than Ray; Ray's own limit, in its client, is a multiple of it."""
     monkeypatch.setattr(address, "GcsClient", lambda address: time.sleep(5))
     monkeypatch.setattr(address, "ANSWER_TIMEOUT", 0.2)
     with pytest.raises(LostWorkerError, match=f"no answer.*\ntried: a question to Ray's head at 127.0.0.1:{silent}"):

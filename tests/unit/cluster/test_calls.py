@@ -1,4 +1,4 @@
-"""Which of several failures is shown, and as what; and who is named while nothing comes. Without a cluster."""
+"""Choice of the reported failure among several, its form, and reports during silence, without a cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from roll_r3.errors import EngineError, LostWorkerError, RouteError, WorkerError
 
 
 def raised(cause: Exception) -> RayTaskError:
-    """As the driver sees what a worker raised."""
+    """Return a worker's exception as seen by the driver."""
     return RayTaskError("train_step", "...", cause)
 
 
@@ -49,12 +49,13 @@ NOTHING = Path("/dev/null")
 
 
 class Clock:
-    """A driver's time, which passes while it waits; `jump` is one in which it does not run."""
+    """Driver's clock; it advances during waits; `jump` is time in which the driver does not run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, results: Mapping[str, float]) -> None:
-        """
+        """Start the clock.
+
         Args:
-            results: call -> when it is done.
+            results: call -> seconds until it is done.
         """
         self.now = 1000.0
         self._done = {ref: self.now + seconds for ref, seconds in results.items()}
@@ -74,7 +75,7 @@ class Clock:
 
 
 class Worker:
-    """In the place of `Watched`: silent from a second on, with what a look sees."""
+    """Stand-in for `Watched`, silent from a given second on, with a given process state."""
 
     def __init__(self, name: str, *, silent_from: float = 1e9, until: float = 1e9, state: str = "stopped") -> None:
         self.name, self.identity = name, Identity("node", 123, 1)
@@ -158,7 +159,7 @@ def test_a_worker_that_only_was_stopped_is_not_lost(monkeypatch: pytest.MonkeyPa
 def test_a_worker_whose_process_runs_has_longer(
     monkeypatch: pytest.MonkeyPatch, silent: float | None, state: str, seconds: int
 ) -> None:
-    """A call of a library may keep Python from running."""
+    """Give it longer: a library call may keep Python from running."""
     said: list[str] = []
     waiting = waiting_for(said, Worker("rank-1", silent_from=0, state=state), silent=silent)
     Clock(monkeypatch, {"a": 3000.0})

@@ -1,4 +1,4 @@
-"""How the roles of a run are ended, without a cluster."""
+"""End of a run's roles, without a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from roll_r3.strategies.base import TrainResult
 def test_after_a_failure_engines_are_ended_at_once(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None, at_once: bool, limit: float
 ) -> None:
-    """Else they are killed before their workers have removed what they leave."""
+    """Shut the engines down first: otherwise they are killed before their workers have cleaned up."""
     limits: list[float] = []
 
     def wait(calls: list[object], *, num_returns: int, timeout: float) -> tuple[list[object], list[object]]:
@@ -55,7 +55,7 @@ def test_who_is_impatient_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_call_goes_out_to_every_rank_or_to_none() -> None:
-    """What ranks do together hangs where one was not asked."""
+    """Send the call to all: ranks of a collective hang if one was not called."""
     happened: list[str] = []
 
     @contextmanager
@@ -75,7 +75,7 @@ def test_a_call_goes_out_to_every_rank_or_to_none() -> None:
 
 
 def test_what_an_update_finds_is_in_the_order_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two shards, of which two ranks each return one; none where the batch brings old log-probabilities."""
+    """Return results from two shards, one of two ranks each; none if the batch has old log-probabilities."""
     monkeypatch.setattr(ray, "put", lambda value: value)
     one = np.ones(1, np.float32)
     batch = Batch.from_trajectories(
@@ -108,7 +108,7 @@ def test_what_an_update_finds_is_in_the_order_of_the_batch(monkeypatch: pytest.M
 
 
 def test_every_worker_is_met_once_all_have_started() -> None:
-    """Else one that is stopped before it was ever asked could not be found."""
+    """Meet all workers, so that a worker stopped before its first question is found."""
     happened: list[str] = []
     roles = Roles.__new__(Roles)
     roles.rollout, roles.trainer, roles.reference, roles._waiting = MagicMock(), MagicMock(), None, MagicMock()

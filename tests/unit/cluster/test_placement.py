@@ -1,4 +1,4 @@
-"""The devices of a run, without a cluster: what is asked of Ray is answered here."""
+"""Devices of a run, without a cluster: the test answers in place of Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker says of an engine that does not start again, without a cluster."""
+"""Report of a worker about an engine that does not restart, without a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from roll_r3.errors import ConfigError, EngineError
 
 
 class Strategy:
-    """Starts again once it has failed."""
+    """Strategy that starts again after one failure."""
 
     def __init__(self, failure: Exception) -> None:
         self._failures = [failure]

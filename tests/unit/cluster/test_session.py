@@ -1,4 +1,4 @@
-"""Ray's start and end, without a cluster: what is asked of Ray is answered here."""
+"""Start and end of Ray, without a cluster: the test answers in place of Ray."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = RLVRConfig(exp_name="x", pretrain="p", max_steps=1, actor_train={}, act
 
 
 class ToldError(BaseException):
-    """Raised by the run's own handler."""
+    """Exception of the run's own handler."""
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_sigterm_while_ray_starts_is_the_runs_own(handler: Any, monkeypatch: pyt
 
 
 def test_no_call_starts_another_ray(handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A late thread, or a library at the end, would start one by itself."""
+    """Call Ray after its end, as a late thread or a library does; Ray would start by itself."""
     started: list[object] = []
     monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
     monkeypatch.setattr(session, "_check_is_closed", lambda address: None)
@@ -86,7 +86,7 @@ def test_no_call_starts_another_ray(handler: Any, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def started(handler: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """Options that Ray was started with; its directory is made as by Ray."""
+    """Options of Ray's start; its directory is made as by Ray."""
     started: list[dict[str, Any]] = []
 
     def init(**options: Any) -> None:
@@ -126,7 +126,7 @@ def test_a_long_temporary_directory_is_not_used_for_sockets(monkeypatch: pytest.
 def test_a_directory_whose_maker_was_killed_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     dead, alive, kept, strange = (folder.RayFolder().path for _ in range(4))
-    (dead / "maker").write_text(f"{folder.here()} 4194305\n")  # beyond the largest there can be
+    (dead / "maker").write_text(f"{folder.here()} 4194305\n")  # above the largest process id
     (strange / "maker").write_text("elsewhere 4194305\n")
     (kept / "maker").unlink()
     folder.remove_orphaned()
@@ -134,7 +134,7 @@ def test_a_directory_whose_maker_was_killed_is_removed(monkeypatch: pytest.Monke
 
 
 def failing(times: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Ray fails so many times before it starts."""
+    """Let Ray fail this number of times before it starts."""
     tries: list[int] = []
 
     def init(**options: Any) -> None:
@@ -178,7 +178,7 @@ def test_a_ray_that_starts_late_is_tried_once_more(
 
 
 def stopped_daemon(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A process that takes no signal but SIGKILL, in the place of a raylet."""
+    """Process that ignores every signal but SIGKILL, in the place of a raylet."""
     process = psutil.Popen(["sleep", "60"])
     os.kill(process.pid, signal.SIGSTOP)
     node = MagicMock(all_processes={"raylet": [MagicMock(process=process)]})

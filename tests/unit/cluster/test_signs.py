@@ -1,4 +1,4 @@
-"""Signs of life, without a cluster: which processes are looked at, and what is seen of real ones."""
+"""Signs of life, without a cluster: choice of observed processes, and observations of real ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_what_a_look_sees_of_a_process_and_no_other_is_killed() -> None:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Reference -> its result, of those that have one; every look sees a stopped process."""
+    """Reference -> its result, if it has one; every look sees a stopped process."""
     results: dict[str, Any] = {}
     monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []) if refs[0] in results else ([], refs))
     monkeypatch.setattr(ray, "get", lambda ref: results[ref])

@@ -1,4 +1,4 @@
-"""What a server answers is read no further than what was asked for can take."""
+"""A server's answer is read up to the largest possible size of a valid answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNK = b"x" * 65536
 
 
 def answered(handler: Callable[[web.Request], Awaitable[web.StreamResponse]], most_bytes: int) -> bytes:
-    """What the client makes of a server's answer."""
+    """Return the client's result for a server's answer."""
 
     async def scenario() -> bytes:
         app = web.Application()

@@ -1,4 +1,4 @@
-"""What the rollout's client refuses of a server, below the JSON."""
+"""Server answers refused by the rollout's client, below the JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 def ask(answer: bytes) -> bytes:
-    """What a client makes of what a server sends to each who asks."""
+    """Return the client's result for a fixed answer of the server."""
     return asked(answer, lambda client: client.get("/x", 20.0))
 
 
 def asked(answer: bytes, question: Callable[[ServerClient], Awaitable[T]], *, keep: float = 0.0) -> T:
-    """What a client's question is answered with.
+    """Return the result of a client's question.
 
     Args:
         keep: seconds that the server waits before it answers.

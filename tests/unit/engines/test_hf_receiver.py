@@ -1,4 +1,4 @@
-"""What the receiving end of a weight update answers to calls that are not a trainer's."""
+"""Answers of a weight update's receiving end to calls from others than a trainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def receiver() -> Iterator[WeightReceiver]:
 def call(
     receiver: WeightReceiver, body: bytes, *, path: str = "/flush_cache", key: str | None = None, length: object = None
 ) -> tuple[int, str]:
-    """(Status, message) of a call that sends `body` and says that it is `length` long, and then waits."""
+    """Return (status, message) of a call with `body`, declared as `length` long, then silence."""
     lines = [f"POST {path} HTTP/1.0", f"Content-Length: {len(body) if length is None else length}"]
     if key is not None:
         lines.append(f"Authorization: Bearer {key}")
@@ -107,7 +107,7 @@ def test_nesting_without_end_is_refused(receiver: WeightReceiver) -> None:
 
 @pytest.fixture
 def joined(receiver: WeightReceiver) -> Iterator[WeightReceiver]:
-    """In a group of one: what it broadcasts to itself is what the memory held."""
+    """Receiver in a group of one: it broadcasts the memory's own content to itself."""
     store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
     request = {"master_address": "127.0.0.1", "master_port": store.port, "rank_offset": 0, "world_size": 1}
     assert receiver.answer("/init_weights_update_group", request | {"backend": "gloo", "group_name": "g"})[0] == 200

@@ -1,4 +1,4 @@
-"""Choosing tokens, and recording routes, without a model of transformers."""
+"""Choice of tokens and recording of routes, without a model of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROBS = (0.1, 0.4, 0.0, 0.3, 0.2)
 
 
 def shares(*, top_p: float = 1.0, top_k: int = -1) -> list[float]:
-    """How often each token is chosen, over evenly spread draws."""
+    """Return the share of each token over evenly spread draws."""
     draws_B = torch.arange(10_000, dtype=torch.float64) / 10_000
     log_probs_BV = torch.tensor(PROBS).log().expand(len(draws_B), -1)
     tokens_B = choose(log_probs_BV, draws_B, top_p=top_p, top_k=top_k)

@@ -1,4 +1,4 @@
-"""A server that does nothing is found out in bounded time; one that is only busy never is. Time is told, not waited."""
+"""A hung server is found in bounded time, a busy one is left alone. A simulated clock replaces waiting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS = 30.0
 
 
 class Clock:
-    """Time that passes only where something waits for it."""
+    """Simulated clock; it advances only during waits."""
 
     def __init__(self) -> None:
         self.time = 1000.0
@@ -27,7 +27,7 @@ class Clock:
 
 
 class Server:
-    """Answers a question with `outcome(number)` after that many seconds; None: it never does."""
+    """Server with answer and seconds of each question from `outcome(number)`; None: no answer."""
 
     def __init__(self, clock: Clock, outcome: Callable[[int], tuple[bool, float] | None]) -> None:
         self.clock, self.outcome, self.asked = clock, outcome, 0
@@ -43,7 +43,7 @@ class Server:
 
 
 def found_silent(outcome: Callable[[int], tuple[bool, float] | None]) -> tuple[float, int]:
-    """Seconds until a server was taken for hung, and how often it was asked."""
+    """Return the seconds until a server was taken for hung, and the number of questions."""
     clock = Clock()
     server = Server(clock, outcome)
     asyncio.run(until_silent(server.probe, SECONDS, now=clock.now, sleep=clock.sleep))
@@ -51,7 +51,7 @@ def found_silent(outcome: Callable[[int], tuple[bool, float] | None]) -> tuple[f
 
 
 def asked_until(work: Awaitable[object], server: Server, questions: int) -> bool:
-    """Whether `work` still goes on after so many questions."""
+    """Return True if `work` still runs after this number of questions."""
 
     async def scenario() -> bool:
         task = asyncio.ensure_future(work)
@@ -79,14 +79,14 @@ def test_refusals_that_come_at_once_are_no_sign_of_life_and_take_as_long() -> No
 
 
 def test_a_busy_server_that_refuses_now_and_then_is_alive() -> None:
-    """As SGLang does while a batch takes longer than the 20 s that it waits for one."""
+    """Simulate SGLang, which refuses while a batch takes longer than its wait of 20 s."""
     clock = Clock()
     server = Server(clock, lambda number: (number % 2 == 0, 8.0))
     assert asked_until(until_silent(server.probe, SECONDS, now=clock.now, sleep=clock.sleep), server, 1000)
 
 
 def test_who_was_stopped_itself_asks_again_before_it_says_so() -> None:
-    """The question that was under way then has timed out, whatever the server did."""
+    """Let the pending question time out during the stop, with a healthy server."""
     clock = Clock()
 
     async def probe(timeout_s: float) -> bool:

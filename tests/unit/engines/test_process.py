@@ -1,4 +1,4 @@
-"""What a killed server held in shared memory and its directory go with it, and nothing else."""
+"""A killed server's shared memory and directory go with it, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ time.sleep(600)
 
 @pytest.fixture
 def paths() -> Iterator[tuple[Path, Path]]:
-    """The server's own segment, and one that was there before it."""
+    """Paths of the server's own segment, and of an older one."""
     own, older = (Path(f"/dev/shm/roll_r3_test_{os.getpid()}_{name}") for name in ("own", "older"))
     older.write_bytes(bytes(4096))
     yield own, older
@@ -132,7 +132,7 @@ def test_what_a_server_holds_whose_maker_is_killed_while_it_starts_is_removed_by
         while not (folder / "shared_memory").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         maker.kill()
-    os.killpg(server, signal.SIGKILL)  # as the kernel does with one whose parent is gone
+    os.killpg(server, signal.SIGKILL)  # as the kernel does after the parent's death
     assert own.exists()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folders.remove_orphaned()
@@ -140,7 +140,7 @@ def test_what_a_server_holds_whose_maker_is_killed_while_it_starts_is_removed_by
 
 
 def test_a_server_that_has_started_is_not_looked_at_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its many mappings are long to read, and whoever reads them holds them."""
+    """Skip the look after the start: reading many mappings takes long and locks them."""
 
     async def scenario() -> None:
         process = ServerProcess("server", tmp_path / "log")
@@ -171,7 +171,7 @@ def test_a_semaphore_that_the_kernel_shows_under_another_name_is_removed(tmp_pat
             await asyncio.sleep(0.05)
         name = Path(f"/dev/shm/sem.{process.log_tail().split()[1].lstrip('/')}")
         assert name.exists()
-        await process.stop(grace_s=0.0)  # its own tracker of resources is killed with it
+        await process.stop(grace_s=0.0)  # its own resource tracker is killed with it
         assert not name.exists()
 
     asyncio.run(scenario())
@@ -248,7 +248,7 @@ def test_what_is_left_is_removed_whose_makers_were_killed_before_they_could(
 def test_what_was_made_elsewhere_or_perhaps_elsewhere_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: tuple[Path, Path], elsewhere: str
 ) -> None:
-    """Several machines may share a disk, and on all of them the first namespace of processes has the same number."""
+    """Imitate machines with a shared disk: their first process namespace has the same number on all of them."""
     _, older = paths
     boot = tmp_path / "boot_id"
     boot.write_text("0e2c8b1f-73b5-4a69-9d06-5cf8f3e4a7d2\n" if elsewhere == "another boot" else "\n")
@@ -268,13 +268,13 @@ def test_what_was_made_elsewhere_or_perhaps_elsewhere_stays(
             made = folders.make()
         folders.note(made, {str(older)})
         if elsewhere.startswith("no "):
-            folders.remove_orphaned()  # it may be of any machine where this cannot be told either
+            folders.remove_orphaned()  # unknown origin: possibly made on another machine
     folders.remove_orphaned()
     assert made.exists() and older.exists()
 
 
 def test_a_folders_name_is_short() -> None:
-    """Some engines put sockets into it, and the path of one has 107 characters at most."""
+    """Keep socket paths within 107 characters: some engines put sockets into the folder."""
     made = folders.make()
     folders.remove(made)
     assert len(made.name) <= len("roll_r3-server-0123456789ab-4194304-abcdefgh")
@@ -327,7 +327,7 @@ def test_without_a_grace_it_is_killed_and_its_number_is_let_be_afterwards(
 
 
 def test_what_it_left_is_removed_although_it_takes_long_to_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever ends the run kills the process that waits for the server."""
+    """Cancel the wait for the server, as at the end of a run."""
 
     async def scenario() -> None:
         process = ServerProcess("server", tmp_path / "log")

@@ -1,4 +1,4 @@
-"""Groups are assembled in order, failures are asked again under the same id, and nothing appears twice."""
+"""Groups are assembled in order, failures are retried under the same id, and nothing appears twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUESTS = [
 
 
 class Engine:
-    """Answers with the seed as the only token; fails as often as told."""
+    """Engine with the seed as the only token of an answer, and a given number of failures."""
 
     def __init__(self, failures: dict[str, list[Exception]] | None = None) -> None:
         self.failures = failures or {}
@@ -48,7 +48,7 @@ def trajectory(prompt_ids: tuple[int, ...], sample_id: str, seed: int) -> Trajec
 
 
 class Sharing:
-    """Shares the second prompt's rows, with what is told here coming back; by default no prompt's."""
+    """Sharing of the second prompt's rows with a given result; by default no rows are shared."""
 
     def __init__(self, back: tuple[str, ...] | SampleError | EngineError | None = None) -> None:
         self.back = back

@@ -1,4 +1,4 @@
-"""When a server's answers are taken for its end: a program that sleeps stands in for it, and is killed."""
+"""Detection of a dead server from its answers; a sleeping program stands in for the server, and is killed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Ask = Callable[[SampleRequest], Awaitable[Sample]]
 
 
 class Client:
-    """Gives signs of life, or none."""
+    """Client with or without signs of life."""
 
     breathes = True
 
@@ -79,7 +79,7 @@ def run(
 
 
 def answering(engine: ServerRollout[Any], answer: Callable[[SampleRequest], Sample]) -> list[str]:
-    """Have the engine answer like this; what it is asked for."""
+    """Let the engine answer like this; return the ids of requested samples."""
     asked: list[str] = []
 
     async def ask(wanted: SampleRequest, *, max_new_tokens: int) -> Sample:
@@ -131,7 +131,7 @@ def test_samples_that_fail_beside_or_alone_are_dropped(
 
 @pytest.mark.parametrize("error", [SampleError("HTTP 500"), UnreachableError("reset")], ids=["refused", "unreachable"])
 def test_what_a_dying_server_refuses_is_lost_not_dropped(tmp_path: Path, error: SampleError) -> None:
-    """Its exit is seen a moment later."""
+    """Notice its exit a moment later."""
 
     async def scenario(engine: ServerRollout[Any]) -> None:
         def answer(wanted: SampleRequest) -> Sample:
@@ -214,7 +214,7 @@ def test_a_server_started_again_is_a_new_one_and_not_asked_before_its_weights(tm
 
 @pytest.fixture
 def startable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start of any checkpoint comes as far as the launch."""
+    """Let a start of any checkpoint reach the launch."""
     monkeypatch.setattr(server, "resolve_checkpoint", lambda _: Path("/models/tiny"))
     monkeypatch.setattr(server, "read_facts", lambda _: None)
     monkeypatch.setattr(SglangRollout, "problems", lambda *_: [])

@@ -16,7 +16,7 @@ WORD = 0xFFFFFFFF
 
 
 def murmur3_32(words: list[int]) -> int:
-    """MurmurHash3 x86 32-bit of little-endian 32-bit words, seed 0, written from its public description."""
+    """Return MurmurHash3 x86 32-bit of little-endian 32-bit words, seed 0, from its public description."""
     state = 0
     for word in words:
         word = word * 0xCC9E2D51 & WORD
@@ -59,7 +59,7 @@ def test_the_stand_in_computes_the_same() -> None:
 
 
 def test_children_are_forked_where_sglang_asks_for_spawn() -> None:
-    """A spawned child imports what its parent has already; that was two thirds of a server's start."""
+    """Fork, because a spawned child repeats its parent's imports: two thirds of a server's start."""
     code = (
         "import multiprocessing, roll_r3_sglang_cpu\n"
         "multiprocessing.set_start_method('spawn', force=True)\n"

@@ -1,4 +1,4 @@
-"""A good answer is read; each way in which an answer can break its contract is refused with a reason."""
+"""A good answer is read; each violation of its contract is refused with a reason."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FACTS: ModelFacts = facts_of(
 
 
 def routes() -> np.ndarray:
-    """Layer 0 zeros; layer l, row r: experts (r + l, r + l + 1) modulo 16, so every row and layer differs."""
+    """Layer 0 zeros; layer l, row r: experts (r + l, r + l + 1) modulo 16; all rows and layers differ."""
     ids_RLK = np.zeros((ROWS, LAYERS, TOP_K), np.int32)
     for row in range(ROWS):
         for layer in range(1, LAYERS):
@@ -122,7 +122,7 @@ def test_what_came_from_the_cache(meta: dict[str, Any], expected: bool) -> None:
 
 
 def test_an_answer_says_nothing_in_the_place_of_its_routes() -> None:
-    """What is cut out of the text before it is parsed is the field and nothing else."""
+    """Check that exactly the field is cut out of the text before it is parsed."""
     value = answer()
     value["text"] = '"routed_experts": "AAAA" \\" ' * 3
     np.testing.assert_array_equal(read(value).routes.ids_MRK, routes()[:, 1:].transpose(1, 0, 2))

@@ -1,4 +1,4 @@
-"""The command line and environment of the server, and what users may not put into `server_args`."""
+"""Command line and environment of the server, and entries refused in `server_args`."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_on_a_gpu_the_runner_is_one_that_records(
 
 
 def test_the_runners_are_sglangs() -> None:
-    """Names of the release that this strategy was tested with."""
+    """Compare with names in the tested release."""
     source = Path(find_spec("sglang").submodule_search_locations[0], "srt/arg_groups/choices.py").read_text()
     values = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign) and _names_runners(node)]
     (choices,) = [ast.literal_eval(value) for value in values]

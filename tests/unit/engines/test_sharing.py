@@ -1,4 +1,4 @@
-"""The prompt's rows are fetched once and used by all only when each answer proves that they are its own."""
+"""Rows of a prompt are fetched once and shared, but only with proof from each answer that they are its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GROUP = GenerateRequest(PROMPT, ("a", "b", "c", "d"), (10, 11, 12, 13))
 
 
 def all_rows(seed: int, response: int) -> np.ndarray:
-    """[2 layers, prompt + response - 1 rows, 2]: rows of the prompt alike for all, the others the sample's own."""
+    """Return [2 layers, prompt + response - 1 rows, 2]: prompt rows equal for all, the others the sample's own."""
     rows = ROWS + response
     ids_MRK = np.stack([np.arange(rows) % 64, 64 + np.arange(rows) % 64], -1)[None].repeat(2, 0)
     ids_MRK[:, ROWS:] += seed
@@ -45,13 +45,13 @@ def whole(sample_id: str, seed: int, first_row: int = 0) -> Trajectory:
 
 
 async def turns(count: int) -> None:
-    """Of the event loop: time that goes on alike on a busy machine."""
+    """Wait for turns of the event loop: a measure of time independent of the machine's load."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 class Engine:
-    """Answers after as many turns of the loop as the seed says; what is in `answers` comes in place of a sample."""
+    """Engine with answers after a number of turns equal to the seed; an entry of `answers` replaces a sample."""
 
     def __init__(self, slots: int = 8) -> None:
         self.log: list[tuple[str, str]] = []
@@ -145,7 +145,7 @@ def test_of_a_group_in_doubt_only_the_leader_is_kept(answers: dict[str, bool | E
 
 
 def test_a_group_among_which_the_engine_computed_anything_again_is_in_doubt() -> None:
-    """Though every answer says that its prompt was in the cache."""
+    """Doubt the group even if every answer reports its prompt in the cache."""
     engine = Engine()
     engine.preempted = {"d"}
     assert [set(came) for came in engine.share(GROUP)] == [{"a"}]
@@ -218,7 +218,7 @@ def test_a_prompt_that_does_not_get_into_the_cache_is_asked_for_by_nobody(error:
 
 @pytest.mark.parametrize(("dies", "kept"), [("a", set()), ("b", {"a"}), ("d", {"a"})])
 def test_of_a_group_whose_engine_died_only_the_leader_is_kept(dies: str, kept: set[str]) -> None:
-    """The others' first rows are the leader's only once all of them have answered."""
+    """Keep only the leader: the others' first rows equal its rows only after all of them have answered."""
     engine = Engine()
     engine.answers = {dies: EngineError("died")}
     (came,) = engine.share(GROUP)
@@ -237,7 +237,7 @@ def test_a_prompt_that_met_a_dead_engine_is_asked_for_by_nobody() -> None:
 
 
 def test_samples_of_a_prompt_in_the_cache_go_before_other_prompts() -> None:
-    """Else every prompt would be computed first, and the cache would have to hold them all."""
+    """Prevent a computation of all prompts first: the cache would have to hold them all."""
     engine = Engine(slots=2)
     groups = [GenerateRequest(PROMPT, (f"{n}0", f"{n}1", f"{n}2"), (10, 11, 12)) for n in range(4)]
     for request, came in zip(groups, engine.share(*groups), strict=True):

@@ -1,4 +1,4 @@
-"""Never more than there are slots, in the order of arrival, the urgent first."""
+"""Number of slots as the limit, order of arrival, urgent requests first."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_who_gives_up_leaves_nothing_taken_and_nobody_waiting_behind_it():
         granted = asyncio.create_task(slots.acquire(2))
         await settle()
         slots.release(2)
-        granted.cancel()  # when it has its slots, but does not know yet
+        granted.cancel()  # after the grant, before the task knows of it
         assert slots.free == 0
         with pytest.raises(asyncio.CancelledError):
             await granted

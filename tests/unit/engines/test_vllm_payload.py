@@ -1,4 +1,4 @@
-"""A good answer is read; each way in which an answer can break its contract is refused with a reason."""
+"""A good answer is read; each violation of its contract is refused with a reason."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FACTS = facts()
 
 
 def routes(dtype: Any = np.uint8) -> np.ndarray:
-    """Layer 0 zeros; layer l, row r: experts (r + l, r + l + 1) modulo 16, so every row and layer differs."""
+    """Layer 0 zeros; layer l, row r: experts (r + l, r + l + 1) modulo 16; all rows and layers differ."""
     ids_RLK = np.zeros((ROWS, LAYERS, TOP_K), dtype)
     for row in range(ROWS):
         for layer in range(1, LAYERS):
@@ -89,7 +89,7 @@ def read_whole(
 
 
 END_TOKENS = {0, 258}
-"""0 is the last token of the answers of one token."""
+"""End tokens; 0 is the last token of answers of one token."""
 
 
 def read(value: Any, model: ModelFacts = FACTS, **changes: Any) -> Trajectory:
@@ -182,7 +182,7 @@ def test_broken_routes_are_refused(payload, message):
 @settings(max_examples=2000)
 @given(data=st.data())
 def test_a_file_that_is_damaged_anywhere_is_the_array_or_refused(data):
-    """Whatever is cut out, put in or changed: never another error, never another shape."""
+    """Cut, insert and change bytes: never another error, never another shape."""
     content = bytearray(npy(data.draw(st.sampled_from([routes(), routes(np.uint16), routes(np.int32)]))))
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(content)))
@@ -240,7 +240,7 @@ def spans(*versions: tuple[str, int, int]) -> list[dict[str, Any]]:
 
 
 def without_its_end() -> dict[str, Any]:
-    """An answer from a proxy that strips the end token."""
+    """Return an answer from a proxy that strips the end token."""
     whole = answer()["choices"][0]
     return {
         "token_ids": whole["token_ids"][:-1],

@@ -1,4 +1,4 @@
-"""The command line and environment of the server, the releases, and what users may not put into `server_args`."""
+"""Command line and environment of the server, releases, and entries refused in `server_args`."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_the_packages_of_this_interpreter_do_not_reach_the_server():
 
 
 def test_the_launchers_folder_is_not_on_the_servers_import_path(tmp_path):
-    """Up to the first module that it imports, here one of our own."""
+    """Run up to the first import, here a module of the test."""
     package = tmp_path / "roll_r3_vllm"
     package.mkdir()
     (package / "__init__.py").touch()

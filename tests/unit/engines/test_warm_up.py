@@ -1,4 +1,4 @@
-"""What a server is asked for, and that prompts are shared only where its cache was seen to keep them."""
+"""Requests to a server; sharing of prompts only if its cache was seen to keep them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run without what is trained: the loop around what saves, and a trainer of two files."""
+"""Run without training: the loop around the saving, and a trainer of two files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i)) for i in range(10)]
 
 
 class TwoFiles:
-    """In the place of the trainer's ranks."""
+    """Stand-in for the trainer's ranks."""
 
     def __init__(self) -> None:
         self.may_write = Event()
@@ -54,8 +54,8 @@ def config_of(tmp_path: Path, **changed: Any) -> RLVRConfig:
     return RLVRConfig(**(fields | {"actor_train": {}, "actor_infer": {}, "rollout_batch_size": 4} | changed))
 
 
-class Said(Progress):
-    """Takes down what is said."""
+class RecordedProgress(Progress):
+    """Recorder of progress messages."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__(10, io.StringIO())
@@ -67,12 +67,12 @@ class Said(Progress):
 
 
 class FakeRun:
-    """The loop around what saves, without what is trained."""
+    """Loop around the saving, without training."""
 
     def __init__(self, config: RLVRConfig, *, hour: int = 1) -> None:
         self.config = config
         self.said: list[str] = []
-        with opened(config, datetime(2026, 1, 1, hour), Said(self.said)) as (self.run_dir, self.point):
+        with opened(config, datetime(2026, 1, 1, hour), RecordedProgress(self.said)) as (self.run_dir, self.point):
             pass
         self.checkpoints, self.exports = stores_of(self.run_dir)
         self.done = self.point.state.step if self.point else 0

@@ -1,6 +1,6 @@
-"""What a run saves and when, and what it does when the disk is full or it is to leave.
+"""Contents and times of a run's saves, and its behaviour on a full disk or a request to stop.
 
-The trainer is a stand-in: two files in the place of its tensors, whose writing is tested where the real ones are.
+The trainer is a stand-in with two files in the place of tensors; real ones are tested with the trainers.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def test_an_export_onto_a_disk_of_another_node_is_not_called_saved(tmp_path, the
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """Larger ones cannot be written, as where the disk is full."""
+    """Limit the size of files, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -166,7 +166,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, size):
 
 
 def beside(tmp_path: Path, **changed: Any) -> FakeRun:
-    """A run that writes its checkpoints beside its steps."""
+    """Return a run that writes its checkpoints beside its steps."""
     return FakeRun(config_of(tmp_path, checkpoint_config={"async_save": True}, **changed))
 
 
@@ -331,7 +331,7 @@ def test_what_is_left_is_saved_once(tmp_path):
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_lost_worker_while_saving_is_no_full_disk(tmp_path, async_save):
-    """The run goes on from an older checkpoint by itself, and nothing is in its way."""
+    """Resume from an older checkpoint without help: nothing is in the way."""
     run = FakeRun(config_of(tmp_path, checkpoint_config={"async_save": async_save})).run_to(3)
     run.saving.wait()
 

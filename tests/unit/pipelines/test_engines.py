@@ -1,4 +1,4 @@
-"""Whose samples are asked for again, who is started again and who gets weights when, in front of a cluster of words."""
+"""Retried samples, restarted engines and updates of weights, in front of a stand-in for the cluster."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trajectory(sample_id: str, version: int = 1) -> Trajectory:
 
 
 class Cluster:
-    """Rollout and trainer: what they are told, and faults on demand."""
+    """Rollout and trainer with a log of their calls, and faults on demand."""
 
     names = ("actor_infer-0", "actor_infer-1")
 
@@ -34,9 +34,9 @@ class Cluster:
         self.log: list[Any] = []
         self.is_down: dict[str, str] = {}
         self.loses: list[dict[str, Collection[str]]] = []
-        """Of each `generate`: the engine that goes down -> the samples that it loses."""
+        """For each `generate`: failing engine -> its lost samples."""
         self.updates_fail: list[tuple[str, dict[str, str]]] = []
-        """Of each update: what the trainer says -> who is down then."""
+        """For each update: (the trainer's message, failing engines)."""
         self.starts_fail: list[dict[str, str]] = []
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:

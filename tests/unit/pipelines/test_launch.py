@@ -1,4 +1,4 @@
-"""What launch does before there is a cluster."""
+"""Launch before there is a cluster."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_engines_interpreter_becomes_absolute_where_it_is_a_file(tmp_path, mo
     assert infer.strategy_args.strategy_config.python == str(tmp_path / "bin" / "python"), "the link, not its target"
     assert infer.strategy_args.strategy_config.tp_size == 2
     assert infer.model_args.model_name_or_path == str(tmp_path)
-    for other in ("no/such/python", "python3"):  # what the check refuses, and what PATH finds
+    for other in ("no/such/python", "python3"):  # refused by the check, and found by PATH
         assert launched(other).actor_infer.strategy_args.strategy_config.python == other
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, sent to this process for real."""
+"""SIGTERM, really sent to this process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_leaves_at_once_where_nothing_is_held():
 
 
 def held(*actions: Callable[[], object], grace_s: float = 60) -> None:
-    """Do these, and another thing afterwards."""
+    """Run these actions while leaving is held back, then check that the process leaves."""
     with Leaving(grace_s) as leaving:
         with leaving.held():
             for action in actions:
@@ -88,7 +88,7 @@ def test_a_second_one_waits_for_nothing():
 
 
 def interrupted() -> None:
-    """As a call of Ray's that is waiting: the process is to end, says another SystemExit than the handler's."""
+    """Raise as a waiting call of Ray does: a SystemExit other than the handler's."""
     try:
         sigterm()
     except SystemExit:
@@ -154,7 +154,7 @@ def test_what_must_not_be_broken_within_what_is_held_ends_with_that():
 
 
 def test_other_threads_hold_nothing():
-    """They write checkpoints while the main thread is in a step, or in none."""
+    """Hold from a thread, as a writer of checkpoints does at any time."""
     with Leaving(60) as leaving, ThreadPoolExecutor(1) as pool:
         held = Event()
 

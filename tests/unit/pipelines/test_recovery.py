@@ -1,4 +1,4 @@
-"""How often a run goes on by itself."""
+"""Number of automatic restarts of a run."""
 
 from __future__ import annotations
 

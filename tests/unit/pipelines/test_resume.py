@@ -1,4 +1,4 @@
-"""What a run goes on from, what may have changed meanwhile, and what it does when that is damaged."""
+"""Checkpoint chosen by a resume, changes allowed since then, and damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_auto_goes_on_with_the_run_in_its_directory(tmp_path):
     assert first.point is None
     assert "no run in" in first.said[0]
     first.run_to(5)
-    FakeRun(config_of(tmp_path), hour=2)  # one that died before its first checkpoint
+    FakeRun(config_of(tmp_path), hour=2)  # a run killed before its first checkpoint
     again = FakeRun(config)
     assert again.run_dir == first.run_dir
     assert again.done == 4
@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path):
 
 
 def test_what_another_process_saves_as_it_leaves_is_gone_on_from(tmp_path):
-    """It is looked for under the lock, so that nothing that is whole is taken for damaged."""
+    """Look under the lock, so that no whole checkpoint is taken for damaged."""
     config = config_of(tmp_path, resume_from_checkpoint="auto")
     first = FakeRun(config).run_to(2)
     with first.run_dir.locked(print), pytest.raises(BusyError, match="another process runs in"):

@@ -1,4 +1,4 @@
-"""A step that lacks samples, in front of a cluster that does not give them."""
+"""Step with missing samples, in front of a stand-in for the cluster."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Cluster:
         self.decoded: list[bool] = []
         self.scored: list[Response] = []
         self.passes = 0
-        """Made before an update."""
+        """Number of passes before updates."""
         self.trained: list[Batch] = []
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
@@ -95,7 +95,7 @@ class Cluster:
 
 
 class FarReference(Cluster):
-    """Half a nat below the policy everywhere."""
+    """Reference half a nat below the policy everywhere."""
 
     def compute_log_probs(self, batch: Batch) -> BatchLogProbs:
         return BatchLogProbs(np.full(batch.loss_mask_N.shape, -2.5, np.float32), None, None, 0.0)
@@ -199,13 +199,13 @@ KL = {"reference": {}, "add_token_level_kl": True, "init_kl_coef": 0.1}
     [
         (4, 0, {}, 0, True),
         (4, 1, {}, 0, True),  # a filler takes the place of the lost one
-        (2, 2, {}, 0, True),  # what is left is one mini-batch
+        (2, 2, {}, 0, True),  # the rest is one mini-batch
         (2, 0, {}, 1, False),
         (4, 0, {"ppo_epochs": 2}, 1, False),
         (4, 0, {"force_on_policy_ratio": False}, 1, False),
         (4, 0, {"force_on_policy_ratio": True}, 0, True),
         (4, 0, {"mode": "R2"}, 1, True),
-        (4, 0, KL, 2, True),  # the reference's among them
+        (4, 0, KL, 2, True),  # including the reference's
     ],
 )
 def test_a_pass_before_the_update_is_made_where_something_needs_it(

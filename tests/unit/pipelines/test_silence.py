@@ -1,4 +1,4 @@
-"""Steps that teach nothing are said on the screen, with reasons that fit them."""
+"""Steps without a training signal are reported on the screen with their reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a start, without a cluster."""
+"""Steps of a start, without a cluster."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from roll_r3.tracking.run_dir import RunDir
 
 
 class Experience:
-    """What a step learns from, which holds handles of routes."""
+    """Data of a step, with handles of routes."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
 
 class Pipeline:
-    """Knows how much of the steps before is still there when a step is sampled."""
+    """Pipeline that counts the live data of previous steps when a step is sampled."""
 
     samples_seen = 0
 
@@ -75,12 +75,12 @@ def test_a_steps_routes_are_let_go_before_the_next_is_sampled(tmp_path: Path) ->
 
 
 def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(tmp_path: Path) -> None:
-    """The ranks that write it are ended as soon as the steps are over."""
+    """End the ranks that write it as soon as the steps are over."""
     done: list[str] = []
 
     def wait() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)  # a signal is seen by now
+        time.sleep(0.05)  # the signal has been handled by now
         done.append("written")
 
     checkpoints: Any = MagicMock()
@@ -93,7 +93,7 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(tmp_path: Pat
 
 
 def test_sigterm_while_a_call_of_rays_is_waiting_saves_the_newest_step(tmp_path: Path) -> None:
-    """Ray raises a SystemExit of its own, with status 1."""
+    """Let Ray raise its own SystemExit, with status 1."""
 
     class Waiting(Pipeline):
         def sample(self, step: int) -> Experience:
@@ -112,7 +112,7 @@ def test_sigterm_while_a_call_of_rays_is_waiting_saves_the_newest_step(tmp_path:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """In the place of what a start brings up; `steps` is what becomes of its steps."""
+    """Stand-in for everything brought up by a start; `steps` is the outcome of its steps."""
     cluster: Any = MagicMock()
     for name in ("ray_cluster", "place", "Roles", "RLVRPipeline", "MetricLog", "Checkpoints", "put_back"):
         monkeypatch.setattr(starts, name, getattr(cluster, name))
@@ -155,7 +155,7 @@ def test_what_does_not_come_up_in_a_new_start_is_a_loss(
 
 
 def test_a_loss_is_said_before_the_rest_is_taken_down(tmp_path: Path, cluster: Any) -> None:
-    """Taking it down may take long where a process of Ray's hangs; and who is taken down is to know of the loss."""
+    """Report the loss first: the shutdown may hang in a process of Ray, and its parts must know of the loss."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     happened: list[str] = []
     starts = starts_of(tmp_path)

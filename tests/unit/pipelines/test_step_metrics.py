@@ -1,4 +1,4 @@
-"""A step's figures against numbers worked out by hand; and that every name is declared."""
+"""Figures of a step against numbers worked out by hand; every name is declared."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def record() -> StepRecord:
     trajectories = [trajectory("a", 3, [-1.0, -2.0], "stop"), trajectory("b", 2, [-0.5], "length")]
     batch = Batch.from_trajectories(trajectories).filled_up(3)
     mask = batch.loss_mask_N
-    # the trainer says 0.1 less of every sampled token; fillers carry nonsense that must not count
+    # the trainer gives 0.1 less for every sampled token; fillers hold nonsense that must not count
     old = np.where(mask, batch.rollout_log_probs_N - 0.1, -99).astype(np.float32)
     batch = replace(batch, old_log_probs_N=old, advantages_N=np.where(mask, 2.0, 0.0).astype(np.float32))
     counts = ReplayCounts(trainable=9, trainable_replayed=9, missing=0, padded=6, compared=20, agreed=15)

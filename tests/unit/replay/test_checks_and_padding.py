@@ -1,4 +1,4 @@
-"""Payload checks, one violation each; padding rows against a count of what they load."""
+"""Payload checks, one violation each; padding rows against a count of their load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODEL = {"num_layers": 4, "moe_layers": (1, 3), "num_experts": 300, "top_k": 2}
 
 
 def payload(rows: int = 5) -> np.ndarray:
-    """int32 [rows, 4, 2] as an engine sends it: ids that encode (layer, row), dense layers zero."""
+    """Return int32 [rows, 4, 2] as sent by an engine: ids encode (layer, row), dense layers are zero."""
     ids = np.zeros((rows, 4, 2), np.int32)
     for layer in (1, 3):
         ids[:, layer, 0] = 40 * layer + np.arange(rows)
@@ -51,7 +51,7 @@ def test_a_broken_payload_is_refused(damage, message):
 
 
 def test_a_few_tokens_may_all_go_to_the_first_expert_where_each_goes_to_one():
-    """Not many: then the layer was not recorded. With two choices a row of zeros names an expert twice anyway."""
+    """Reject more rows of zeros as not recorded. With two choices a row of zeros names an expert twice anyway."""
     model = MODEL | {"top_k": 1}
     few = np.zeros((FEW_ROWS, model["num_layers"], 1), np.int32)
     assert not compact_routes(few, num_rows=FEW_ROWS, **model).ids_MRK.any()

@@ -1,4 +1,4 @@
-"""The session's own rules, with megatron's top-k called directly and no model around it."""
+"""Rules of the session, with direct calls of megatron's top-k and no model."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ LAYER_ROWS = {1: 0, 3: 1, 5: 2}
 
 @dataclass
 class World:
-    """Routers of two chunks (layers 1, 3 and layer 5), and micro-batches for them."""
+    """Routers of two chunks (layers 1, 3 and layer 5), and their micro-batches."""
 
     routers: list[list[Any]]
     micro_batches: list[Any]
 
     def forward(self, chunk: int, index: int, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One router's call, as megatron makes it."""
+        """Call one router as megatron does."""
         from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
         replay = self.routers[chunk][index].module.router_replay
@@ -108,7 +108,7 @@ def _scores(seed: int = 0) -> torch.Tensor:
 
 
 def _expected_map(batch: Batch, row: int) -> torch.Tensor:
-    """Routing map of the padded grid, written as loops: position outer, sample inner."""
+    """Return the routing map of the padded grid, written as loops: position outer, sample inner."""
     from roll_r3.replay.padding import padding_rows
 
     out = torch.zeros(10, EXPERTS, dtype=torch.bool)
@@ -152,7 +152,7 @@ def test_forward_and_recompute_use_the_rows_of_their_micro_batch() -> None:
     ],
 )
 def test_negative_control_of_the_order_of_backward(mistake: str, noticed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes wrong in megatron's own replay: its queue's order, and an action that stays at forward."""
+    """Repeat two errors of megatron's own replay: the order of its queue, and an action left at forward."""
     from roll_r3.replay.layer import LayerReplay
 
     if mistake == "newest first":
@@ -166,7 +166,7 @@ def test_negative_control_of_the_order_of_backward(mistake: str, noticed: str, m
 
 
 def _forwards_then_backwards() -> None:
-    """Of layer 5, as the first stage of a pipeline does them. Raises ReplayError when a map differs."""
+    """Run layer 5 as the first stage of a pipeline does; raise ReplayError when a map differs."""
     world = _world()
     world.routers = [[], world.routers[1]]
     with _session(world) as session:
@@ -180,7 +180,7 @@ def _forwards_then_backwards() -> None:
 
 
 def test_rows_do_not_outlive_their_session() -> None:
-    """What a pass without backward left in a layer would be the first that the next backward takes."""
+    """Guard against rows left in a layer by a pass without backward: the next backward would take them first."""
     world = _world(recomputed=True)
     for session in (_session(world, forward_only=True), _session(world, forward_only=True)):
         _run(world, session)
@@ -197,7 +197,7 @@ def test_unknown_rows_route_natively_and_recompute_repeats_the_choice() -> None:
         for chunk, size in ((0, 2), (1, 1)):
             with session.micro_batch(chunk, micro):
                 maps = [world.forward(chunk, index, _scores())[1] for index in range(size)]
-            # scores that would choose otherwise: recompute must not ask them
+            # scores with other choices: recompute must not use them
             recomputed = [world.forward(chunk, index, -_scores())[1] for index in range(size)]
             assert all(torch.equal(a, b) for a, b in zip(maps, recomputed, strict=True))
     wanted = _expected_map(micro.batch, 2)
@@ -246,7 +246,7 @@ def test_recording_keeps_the_live_choice_and_places_padding_as_replay_does() -> 
 
 
 def test_a_stage_of_dense_layers_records_and_replays_nothing() -> None:
-    """Its rows have no layers, but are rows of the model's shape, as those of its peers are."""
+    """Check for rows of the model's shape without layers, like those of other ranks."""
     from roll_r3.replay.recorded import RecordedRoutes
     from roll_r3.replay.session import RecordSession, replaying
 

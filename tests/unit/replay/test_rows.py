@@ -1,4 +1,4 @@
-"""What every rank of a layout is handed, against what its routers need, counted token by token."""
+"""Rows delivered to every rank of a layout, against its routers' needs, counted token by token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batch() -> Batch:
 
 
 class Sender:
-    """A node with the wire form of all samples, which cuts out what a rank on another node asks for."""
+    """Node with the wire form of all samples; it cuts out the rows requested by a rank on another node."""
 
     def __init__(self, routes: Sequence[RoutedExperts]) -> None:
         self.group = EncodedGroup(encode(routes, EXPERTS))
@@ -85,7 +85,7 @@ def test_a_rank_is_handed_what_it_needs(packed: bool, cp: int, sp: int, chunks: 
 
 
 def check(micro: MicroBatch, chunks: list[range]) -> int:
-    """Every token that the routers see has its rows, and no other token has. Returns the bytes of them."""
+    """Check that exactly the tokens seen by the routers have rows; return the bytes of the rows."""
     where = [(sample, p) for sample, n in enumerate(micro.batch.lengths_n) for p in range(n)]
     seen = [where[slot] for slot in sorted(micro.tokens.router_slots_t[micro.tokens.router_slots_t != PADDING])]
     assert micro.routes is not None

@@ -1,4 +1,4 @@
-"""What a replay session prepares for each router, in every layout, against loops over the batch."""
+"""Rows staged by a replay session for each router, in every layout, against loops over the batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LENGTHS, TOP_K, MOE_LAYERS = (3, 9, 6), 2, (1, 3, 5, 7)
 
 
 class Router:
-    """Holds whatever a session gives it."""
+    """Router that holds any layer attached by a session."""
 
     recomputed = True
     held: Any = None
@@ -81,7 +81,7 @@ def delivered(session: ReplaySession, micro: MicroBatch) -> MicroBatch:
 
 
 def run(session: ReplaySession, micro: MicroBatch, live_tK: torch.Tensor) -> list[list[torch.Tensor]]:
-    """One forward and one recompute of every router: what each returned."""
+    """Run one forward and one recompute of every router; return the results of each."""
     tokens = len(live_tK)
     micro = delivered(session, micro)
     with session:

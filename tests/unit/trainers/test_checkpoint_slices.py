@@ -1,4 +1,4 @@
-"""A slice of the distributed optimizer is read out of the rows that it touches, wherever in them it begins."""
+"""Slices of the distributed optimizer, read out of the rows they touch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roll_r3.trainers.megatron.checkpoint import _landings  # noqa: E402
 from roll_r3.trainers.megatron.optimizer import MOMENTS, Slot  # noqa: E402
 
 SOME_GROUP: Any = object()
-"""Nothing is asked of it here."""
+"""Stand-in for a group; these tests never call it."""
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_slice_takes_its_elements(shape, begin, size, rows, dtype):
 
 
 def test_what_no_checkpoint_holds_stays_as_it_is():
-    """Rows that fill the vocabulary up are not read."""
+    """Rows of padding beyond the vocabulary are not read."""
     state = {moment: torch.arange(4.0) for moment in MOMENTS}
     slot = Slot(torch.nn.Parameter(torch.zeros(3, 3)), torch.zeros(4), state, 4, SOME_GROUP)
     for landing in _landings(slot):

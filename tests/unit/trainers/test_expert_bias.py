@@ -1,4 +1,4 @@
-"""The loads that move DeepSeek's expert bias count real tokens, each once, by the experts that were used."""
+"""Loads behind the moves of DeepSeek's expert bias: real tokens, each once, by the experts used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _batch() -> Batch:
 
 
 class _Chunk(torch.nn.Module):
-    """One real router, and an output that backward comes through."""
+    """One real router, and an output for backward."""
 
     def __init__(self, *, recompute: bool) -> None:
         from megatron.core.transformer.moe.router import TopKRouter
@@ -103,7 +103,7 @@ def _hidden(micro: Any, seed: int) -> torch.Tensor:
 
 
 def _run(chunk: _Chunk, micro_batches: list[Any], mode: str = "R3", *, fail: bool = False) -> None:
-    """All forwards, then all backwards, the last micro-batch's first when nothing replays."""
+    """Run all forwards, then all backwards; without replay, the last micro-batch's first."""
     from roll_r3.trainers.megatron.expert_bias import RealTokenCounts
 
     counts = RealTokenCounts([chunk])
@@ -126,7 +126,7 @@ def _run(chunk: _Chunk, micro_batches: list[Any], mode: str = "R3", *, fail: boo
 
 
 def _loads(chunk: _Chunk, micro_batches: list[Any]) -> torch.Tensor:
-    """Over real tokens alone, as loops over the first pass of every micro-batch. [E]"""
+    """Count real tokens alone, in loops over the first pass of every micro-batch. [E]"""
     loads = torch.zeros(EXPERTS)
     for routing_map, micro in zip(chunk.maps, micro_batches, strict=False):
         for slot, experts in zip(micro.tokens.router_slots_t, routing_map, strict=True):

@@ -1,4 +1,4 @@
-"""The parts of the FSDP2 trainer that need no process group."""
+"""Parts of the FSDP2 trainer without a process group."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_a_buffer_that_no_checkpoint_holds_is_refused(tmp_path: Path) -> None:
-    """Not left to whatever the memory held: it is no longer meta, so nothing else would tell."""
+    """Arbitrary memory would be in it without an error, since it is no longer a meta tensor."""
     from roll_r3.trainers.fsdp2.model import _fill
     from roll_r3.trainers.fsdp2.weights import CheckpointReader
 

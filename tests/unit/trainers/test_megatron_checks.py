@@ -1,4 +1,4 @@
-"""What the constructor refuses, before anything is built."""
+"""Errors of the constructor, before anything is built."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_the_rule_table_refuses_is_refused_here_too_and_all_of_it_is_said()
 
 @pytest.mark.parametrize("granularity", [None, "full", "selective"])
 def test_megatron_gets_the_recompute_settings_that_are_read(granularity: str | None) -> None:
-    """It refuses some of the others, which only are a warning here."""
+    """Megatron refuses some of the others; here they are only a warning."""
     from roll_r3.trainers.megatron.model import _overrides
     from roll_r3.trainers.megatron.parallel import RankLayout
 
@@ -91,7 +91,7 @@ def test_a_role_that_is_not_configured_is_refused() -> None:
 
 @pytest.mark.parametrize(("module", "needs"), [("layernorm", "TransformerEngine"), ("moe_act", "moe_grouped_gemm")])
 def test_modules_that_plain_layers_cannot_recompute_are_refused_before_the_first_step(module: str, needs: str) -> None:
-    """On a GPU without TransformerEngine, which no rule can know of."""
+    """The case is a GPU without TransformerEngine, unknown to every rule."""
     from roll_r3.trainers.megatron.model import build_model
 
     settings = MegatronConfig(recompute_granularity="selective", recompute_modules=(module,))

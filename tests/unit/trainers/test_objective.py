@@ -1,4 +1,4 @@
-"""The loss figures of a training step against a loop: they are of the loss that was minimised, in every mode."""
+"""Loss figures of a training step against a loop: figures of the minimised loss, in every mode."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RESPONSE_LENGTH = 8
 
 
 def batch_of(seed: int) -> Batch:
-    """Responses of 1 to 8 tokens, and two fillers that train on nothing."""
+    """Return responses of 1 to 8 tokens, and two fillers without trained tokens."""
     rng = np.random.default_rng(seed)
     responses = np.array([1, 8, 3, 5, 2, 4])
     mask_N = np.concatenate([np.r_[np.zeros(2, bool), np.ones(r, bool)] for r in responses])
@@ -47,7 +47,7 @@ def batch_of(seed: int) -> Batch:
     batch = Batch(
         tuple(map(str, range(len(responses)))),
         responses + 2,
-        np.arange(n),  # which row of the logits
+        np.arange(n),  # row of the logits
         rng.integers(VOCAB, size=n),
         mask_N,
         values(0.1),
@@ -64,7 +64,7 @@ def token_values(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, entropy_grad
 
 
 def slow(batch: Batch, logits_NV: torch.Tensor, c: RLVRConfig) -> dict[str, float]:
-    """Every trained token of every sample, one at a time."""
+    """Compute the figures token by token, over every trained token of every sample."""
     table = logits_NV.double().log_softmax(-1)
     terms: dict[str, list[list[float]]] = {"loss": [], "pg": [], "kl": []}
     for i in range(batch.num_samples):
@@ -137,7 +137,7 @@ def test_loss_figures_are_those_of_the_loss_that_was_minimised(
 
 
 def reduced(stats: list[TokenStats]) -> dict[str, float]:
-    """Sums that each rank finds, one after the other: the first pass sees what it gives, the second what all gave."""
+    """Sum over ranks run one after the other: a first pass collects their values, a second one returns the sums."""
     given: list[list[torch.Tensor]] = []
     for one in stats:
         given.append([])

@@ -1,4 +1,4 @@
-"""A rank's coordinates, for every rank of a world, against megatron's own order; and what is refused."""
+"""Coordinates of every rank of a world, against megatron's own order; and refused worlds."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_values_and_gradients(padded: int, entropy_gradient: bool, dtype: torch.
     assert torch.allclose(log_probs.double(), wanted, atol=1e-6)
     assert torch.allclose(entropy.double(), wanted_entropy, atol=1e-6)
     assert entropy.requires_grad == entropy_gradient
-    assert torch.equal(logits.detach(), before)  # the model's output is left alone
+    assert torch.equal(logits.detach(), before)  # the model's output is unchanged
     assert logits.grad is not None and reference.grad is not None
     assert torch.allclose(logits.grad, reference.grad, atol=1e-2 if dtype is torch.bfloat16 else 1e-6)
     assert not logits.grad[..., 11:].any()

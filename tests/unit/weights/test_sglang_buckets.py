@@ -1,4 +1,4 @@
-"""What comes in one update request, and when."""
+"""Contents and order of update requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN = ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.q_a
 
 
 def weights(names: list[str]) -> list[Weight]:
-    """4 bytes each."""
+    """Return weights of 4 bytes each."""
     return [(name, torch.zeros(2, dtype=torch.bfloat16)) for name in names]
 
 
@@ -34,7 +34,7 @@ def test_a_bucket_is_closed_once_it_is_full() -> None:
 
 @given(names=st.permutations(PAIRED + PLAIN), size=st.integers(1, 30))
 def test_two_projections_that_the_engine_fuses_share_a_bucket(names: list[str], size: int) -> None:
-    """Whatever comes first, and whatever comes between them."""
+    """Send them in any order, with other weights between them."""
     given_weights = weights(names)
     buckets = list(fill_fused_buckets(given_weights, size))
     assert sorted(name for bucket in buckets for name, _ in bucket) == sorted(names)
@@ -48,7 +48,7 @@ def test_two_projections_that_the_engine_fuses_share_a_bucket(names: list[str], 
 
 
 def test_a_half_that_has_no_other_is_sent_too() -> None:
-    """Moonlight's query is not of low rank."""
+    """Send Moonlight's query, which is not of low rank."""
     names = [KV.format(1), "x", KV.format(2), "y"]
     assert names_in(fill_fused_buckets(weights(names), 1)) == [["x"], ["y"], [KV.format(1)], [KV.format(2)]]
 

@@ -1,4 +1,4 @@
-"""The channel's calls against a small HTTP server that refuses in the ways a real one will not on demand."""
+"""Calls of the channel against a small HTTP server, with refusals that a real one cannot give on demand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UPDATE = "/update_weights_from_distributed"
 
 
 class Recorder:
-    """A server that joins no group: `_set_version` needs none, so begin and end can be watched."""
+    """Server without a group: `_set_version` needs none, so begin and end can be observed."""
 
     def __init__(self, answers: dict[str, tuple[int, Any]]) -> None:
         self.answers = answers
@@ -191,7 +191,7 @@ def test_a_target_travels_but_does_not_show_its_key() -> None:
 
 
 def test_of_an_answer_without_end_little_is_read() -> None:
-    """And none of what follows it on the line."""
+    """Leave everything after it on the connection unread, too."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def endless() -> None:

@@ -1,4 +1,4 @@
-"""The channel's calls against a small HTTP server that refuses in the ways a real one will not on demand."""
+"""Calls of the channel against a small HTTP server, with refusals that a real one cannot give on demand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = "a-very-secret-key"
 
 @contextmanager
 def serving(refusing: str = "") -> Iterator[tuple[list[tuple[str, Any]], ServerTarget]]:
-    """Yields the calls as they come, and a target; `refusing` is the path of the call that is refused."""
+    """Yield the calls as they come, and a target; `refusing` is the path of the refused call."""
     calls: list[tuple[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):

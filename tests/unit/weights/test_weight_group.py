@@ -1,4 +1,4 @@
-"""Entering and leaving the group of a weight update, beside the groups that torch keeps for others."""
+"""Entering and leaving the group of a weight update, next to torch's groups for others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDS = 60
 
 @pytest.fixture
 def thread_errors(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What threads raised; pytest itself would only warn of it."""
+    """Exceptions of threads; pytest itself would only warn of them."""
     errors: list[object] = []
     monkeypatch.setattr(threading, "excepthook", errors.append)
     return errors
@@ -27,7 +27,7 @@ def join(name: str) -> dist.ProcessGroup:
 
 
 def ended() -> None:
-    """Wait for the threads that shut groups down."""
+    """Wait for the threads of group shutdowns."""
     for thread in threading.enumerate():
         if thread.name == "weight-group":
             thread.join(10.0)
