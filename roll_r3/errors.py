@@ -1,41 +1,41 @@
-"""The exceptions that cross module borders: one root, few leaves.
+"""Exceptions shared by modules: one root, few leaves.
 
-A `ConfigError` is the user's to mend, the others stop a run. Internal invariants use `assert`.
+The user can fix a `ConfigError`; the others stop a run. Internal invariants use `assert`.
 """
 
 
 class RollError(Exception):
-    """Root of every error that roll_r3 raises on purpose; its text is meant for the person who runs it."""
+    """Root of all errors raised on purpose; the text is for the user."""
 
 
 class ConfigError(RollError):
-    """The configuration cannot work; the text names each field, its value, why, and what to write instead."""
+    """Invalid configuration; the text has each field, its value, the reason, and a fix."""
 
 
 class RouteError(RollError, ValueError):
-    """Recorded routes break their contract: wrong rows, layers, ids, or a layer that was never filled in."""
+    """Invalid recorded routes: wrong rows, layers or ids, or a layer never filled in."""
 
 
 class ReplayError(RollError):
-    """A replay session was misused or a row was not consumed exactly once: nothing after it can be trusted."""
+    """Misused replay session, or a row not consumed exactly once: no later result can be trusted."""
 
 
 class EngineError(RollError):
-    """A rollout engine refused, failed, or died."""
+    """Failed, dead, or refusing rollout engine."""
 
 
 class CheckpointError(RollError):
-    """A checkpoint is damaged, or could not be written."""
+    """Damaged checkpoint, or one that could not be written."""
 
 
 class WorkerError(RollError):
-    """A worker process of the cluster failed or died; the text carries the end of its log."""
+    """Failed or dead worker process of the cluster; the text has the end of its log."""
 
 
 class BusyError(RollError):
-    """Another process holds what the run needs; the same command works once that one has ended."""
+    """Resource held by another process; the same command works after its end."""
 
 
 class LostWorkerError(WorkerError):
-    """A worker is gone, or lost what it needs of others: nobody's mistake, as far as can be told, and a run may go on
-    from its newest checkpoint with workers of a new start."""
+    """Lost worker, or a worker cut off from others. Not known to be a mistake: a run may restart its workers and resume
+    from its newest checkpoint."""

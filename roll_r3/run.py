@@ -3,7 +3,7 @@
     python -m roll_r3.run --config FILE [section.field=value ...] [--validate-only | --print-config | --plan]
     python -m roll_r3.run --explain RULE
 
-Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted, 143 left on SIGTERM.
+Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
-    _refuse_misplaced(parser, options)
+    _reject_misplaced(parser, options)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer letters than a configuration
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters of a configuration
             stream.reconfigure(errors="backslashreplace")
     try:
         status = _explain(options.explain) if options.explain is not None else _run(options)
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            _nobody_reads()
+            _discard_output()
         return status
     except InvalidConfigError as error:
         _report(options, error.findings, error.origins)
@@ -61,13 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except OSError as error:
-        if not _starts(options):
+        if not _starts_run(options):
             if not isinstance(error, BrokenPipeError):
                 raise
-            _nobody_reads()
+            _discard_output()
             return EXIT_OK
-        if logging.getLogger().handlers:  # else there is no log yet, and it would go to the terminal
-            logger.exception("what the run stopped at")
+        if logging.getLogger().handlers:  # without a log it would go to the terminal
+            logger.exception("the run stopped")
         print(f"error: {explain(error)}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -75,27 +75,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _refuse_misplaced(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Leave when an option would not be read."""
+def _reject_misplaced(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with a message about an option without effect."""
     if options.config is None and options.explain is None:
-        parser.error("--config FILE is needed")
+        parser.error("--config FILE is required")
     if options.explain is not None and (options.config or options.overrides or options.elsewhere):
         parser.error("--explain takes the name of a rule and nothing else")
-    if _starts(options) and options.format != "text":
-        parser.error("--format goes with --validate-only or --plan")
+    if _starts_run(options) and options.format != "text":
+        parser.error("--format needs --validate-only or --plan")
     if options.print_config and options.format != "text":
         parser.error("--print-config prints YAML: leave --format out")
     if options.show_dropped and (options.format != "text" or options.explain is not None):
-        parser.error("--show-dropped goes with findings as text: JSON has every key")
+        parser.error("--show-dropped needs findings as text: JSON has every key")
 
 
-def _nobody_reads() -> None:
-    """Who reads has read enough: what is left to be written goes nowhere."""
+def _discard_output() -> None:
+    """Discard the rest of the output: the reader closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _starts(options: argparse.Namespace) -> bool:
-    """Whether a run is asked for, not a look at its configuration."""
+def _starts_run(options: argparse.Namespace) -> bool:
+    """Return true if the command is to train, not to check or print the configuration."""
     return not (options.validate_only or options.print_config or options.plan or options.explain is not None)
 
 
@@ -123,7 +123,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.plan:
         print(render_plan(_plan(loaded, surroundings)))
         return EXIT_OK
-    from roll_r3.pipelines.launch import launch  # noqa: PLC0415  brings in torch and Ray, which checking does not need
+    from roll_r3.pipelines.launch import launch  # noqa: PLC0415  imports torch and Ray, not needed for checks
 
     return launch(loaded.config, loaded.origins)
 
@@ -135,15 +135,15 @@ def _plan(loaded: LoadedConfig, surroundings: Surroundings) -> Plan:
         model = surroundings.models.get(name)
         if model is None:
             raise ConfigError(
-                f"a plan needs to know the model of {role}, and {name} is neither here, nor in the hub's cache, nor in "
-                "the bundled table: name a directory with its config.json, or one of the table's"
+                f"a plan needs the model of {role}, but {name} is neither a directory here, nor in the hub's cache, "
+                "nor in the bundled table: write a directory with its config.json, or a name of the table"
             )
         models[role] = model.raw
     return make_plan(loaded.config, models, devices_per_node=devices_per_node(loaded.config))
 
 
 def _report(options: argparse.Namespace, findings: Sequence[Finding], origins: Origins) -> None:
-    """Show findings: to people on stderr, to programs on stdout."""
+    """Print findings: as text to stderr, as JSON to stdout."""
     if options.format == "json":
         found = {"file": origins.file, "dialect": _dialect(origins), "findings": as_json(findings, origins)}
         print(json.dumps(found, indent=2, allow_nan=False))
@@ -152,7 +152,7 @@ def _report(options: argparse.Namespace, findings: Sequence[Finding], origins: O
 
 
 def _dialect(origins: Origins) -> dict[str, object] | None:
-    """Dialect of the file, for programs; None where it could not be read."""
+    """Return the dialect of the file for JSON; None for an unreadable file."""
     return None if origins.dialect is None else asdict(origins.dialect)
 
 
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m roll_r3.run",
         description="Train a Mixture-of-Experts model by reinforcement learning with router replay, from a YAML file.",
-        epilog="Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted, 143 left on "
+        epilog="Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted, 143 ended by "
         "SIGTERM. "
         "All fields: docs/configuration.md.",
     )
@@ -183,24 +183,24 @@ def _parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="section.field=value",
-        help="set one field; the value is read as YAML and replaces what the file says, list items go by number",
+        help="set one field; the value is read as YAML and replaces the one in the file; list items by number",
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--validate-only", action="store_true", help="check the configuration, start nothing")
     action.add_argument("--print-config", action="store_true", help="print the resolved configuration, start nothing")
     action.add_argument(
-        "--plan", action="store_true", help="print what would run where, its memory and its traffic, start nothing"
+        "--plan",
+        action="store_true",
+        help="print the placement of processes, their memory and their traffic, start nothing",
     )
-    action.add_argument("--explain", metavar="RULE", help="say what a rule of the check is about; `list` names all")
+    action.add_argument("--explain", metavar="RULE", help="explain a rule of the check; `list` names all")
     parser.add_argument(
         "--elsewhere",
         action="store_true",
-        help="its files and engines are on other machines: do not look for them here",
+        help="files and engines are on other machines: do not look for them here",
     )
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="of findings and of the plan")
-    parser.add_argument(
-        "--show-dropped", action="store_true", help="list the keys of ROLL that are dropped, one by one"
-    )
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="format of findings and of the plan")
+    parser.add_argument("--show-dropped", action="store_true", help="list the dropped keys of ROLL, one by one")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""What a user writes: typed models, the YAML loader, and the rule table. Imports no torch, Ray, or engine."""
+"""The configuration: typed models, the YAML loader, and the rule table. Imports no torch, Ray, or engine."""

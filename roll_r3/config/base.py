@@ -1,4 +1,4 @@
-"""What every configuration model shares."""
+"""Base of all configuration models."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
-"""To wait for something: a month at most, since clocks and timers overflow far beyond."""
+"""Time limit in seconds: at most 30 days, since clocks and timers overflow far beyond."""
 
 
 class Config(BaseModel):
-    """A frozen, strict section of the YAML file: unknown keys are refused, docstrings under fields are the docs."""
+    """Frozen, strict section of the YAML file. Unknown keys are rejected; docstrings of fields are the docs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)

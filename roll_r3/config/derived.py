@@ -1,4 +1,4 @@
-"""What follows from a configuration by arithmetic: sizes of parallel groups, alignment, which roles there are."""
+"""Values derived from a configuration by arithmetic: its roles, sizes of parallel groups, alignment."""
 
 from __future__ import annotations
 
@@ -13,112 +13,112 @@ from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConf
 
 ModelWorker = ActorTrainConfig | ReferenceConfig
 DEVICES_PER_NODE = 8
-"""Devices of a usual machine, assumed where the file does not say."""
+"""Default number of devices per node."""
 MegatronWorker = ModelWorker
-"""One of `megatron_workers`: only its `layout` may be asked for."""
+"""One of `megatron_workers`, the only arguments of `layout`."""
 
 
 def workers(config: RLVRConfig) -> dict[str, WorkerConfig]:
-    """The roles that are configured, by name."""
+    """Return the configured roles by name."""
     roles = {"actor_train": config.actor_train, "actor_infer": config.actor_infer, "reference": config.reference}
     return {name: worker for name, worker in roles.items() if worker is not None}
 
 
 def model_workers(config: RLVRConfig) -> dict[str, ModelWorker]:
-    """The roles whose ranks run the model, by name: `actor_train`, and `reference` where there is one."""
+    """Return the roles that run the model, by name: `actor_train`, and `reference` if configured."""
     return {n: w for n, w in workers(config).items() if isinstance(w, ActorTrainConfig | ReferenceConfig)}
 
 
 def megatron_workers(config: RLVRConfig) -> dict[str, MegatronWorker]:
-    """The roles that Megatron runs, by name."""
+    """Return the roles run by Megatron, by name."""
     return {name: worker for name, worker in model_workers(config).items() if runs_megatron(worker)}
 
 
 def runs_megatron(worker: ModelWorker) -> bool:
-    """Whether Megatron runs a role, so that it has a layout."""
+    """Return true if Megatron runs the role, so that it has a layout."""
     return isinstance(worker.strategy_args.strategy_config, MegatronConfig)
 
 
 def roles_with_gpu_kernels(config: RLVRConfig) -> list[str]:
-    """Roles whose layout asks for kernels that run on a GPU only."""
+    """Return the roles with a layout that asks for GPU-only kernels."""
     layouts = {role: layout(worker) for role, worker in megatron_workers(config).items()}
     return [role for role, m in layouts.items() if m.moe_grouped_gemm or m.moe_router_fusion]
 
 
 def layout(worker: MegatronWorker) -> MegatronConfig:
-    """The parallel layout of a role that Megatron runs."""
+    """Return the parallel layout of a role run by Megatron."""
     settings = worker.strategy_args.strategy_config
     assert isinstance(settings, MegatronConfig), f"{worker.strategy_args.strategy_name} has no Megatron layout"
     return settings
 
 
 def server(config: RLVRConfig) -> ServerConfig | None:
-    """The engine's settings, where it is a server of its own."""
+    """Return the engine's settings if it is a server of its own."""
     settings = config.actor_infer.strategy_args.strategy_config
     return settings if isinstance(settings, ServerConfig) else None
 
 
 def vllm(config: RLVRConfig) -> VllmConfig | None:
-    """The engine's settings, where vLLM is the engine."""
+    """Return the engine's settings if it is vLLM."""
     settings = config.actor_infer.strategy_args.strategy_config
     return settings if isinstance(settings, VllmConfig) else None
 
 
 def sglang(config: RLVRConfig) -> SglangConfig | None:
-    """The engine's settings, where SGLang is the engine."""
+    """Return the engine's settings if it is SGLang."""
     settings = config.actor_infer.strategy_args.strategy_config
     return settings if isinstance(settings, SglangConfig) else None
 
 
 def truncates(config: RLVRConfig) -> bool:
-    """True if tokens are sampled from a part of the vocabulary."""
+    """Return true if tokens are sampled from a part of the vocabulary."""
     generating = config.actor_infer.generating_args
     return generating.top_p < 1 or generating.top_k > 0
 
 
 def gives_rollout_log_probs(config: RLVRConfig) -> bool:
-    """True if the engine's log-probabilities can be compared with the trainer's.
+    """Return true if the engine's log-probabilities can be compared with the trainer's.
 
-    They are of the whole distribution at the sampling temperature. vLLM gives them before both temperature and
-    truncation, or after both.
+    The trainer's are of the whole distribution at the sampling temperature. vLLM returns them before both temperature
+    and truncation, or after both.
     """
     return vllm(config) is None or not truncates(config) or config.actor_infer.generating_args.temperature == 1
 
 
 def engine_size(config: RLVRConfig) -> int:
-    """Devices of one rollout engine."""
+    """Return the number of devices of one rollout engine."""
     settings = server(config)
     return 1 if settings is None else settings.tp_size
 
 
 def engine_devices(config: RLVRConfig) -> list[tuple[int, ...]]:
-    """Devices of each rollout engine; the last has fewer where they do not divide, which a rule of its own refuses."""
+    """Return the devices of each rollout engine; if they do not divide (a rule rejects this), the last has fewer."""
     devices, size = config.actor_infer.device_mapping, engine_size(config)
     return [devices[start : start + size] for start in range(0, len(devices), size)]
 
 
 def devices_per_node(config: RLVRConfig) -> int:
-    """Devices of a node as far as a file says: device d is taken to be on node d // this."""
+    """Return the number of devices per node: device d is on node d // devices_per_node."""
     return config.num_gpus_per_node or DEVICES_PER_NODE
 
 
 def checkpoint_of(config: RLVRConfig, role: str) -> str:
-    """The checkpoint that a configured role loads."""
+    """Return the checkpoint of a configured role."""
     return workers(config)[role].model_args.model_name_or_path or config.pretrain
 
 
 def saving_dir(config: RLVRConfig) -> str:
-    """The directory below which every experiment's checkpoints are."""
+    """Return the directory above the checkpoints of all experiments."""
     return config.checkpoint_config.output_dir or config.output_dir
 
 
 def uses_saving_dir(config: RLVRConfig) -> bool:
-    """True if a run writes checkpoints, or looks for them."""
+    """Return true if a run writes checkpoints, or looks for them."""
     return config.save_steps > 0 or config.save_hf_steps > 0 or config.resume_from_checkpoint == "auto"
 
 
 def model_parallel_size(worker: ModelWorker) -> int:
-    """Ranks that share one copy of the model outside its experts: TP x PP x CP. Under FSDP2 every rank computes all."""
+    """Return the number of ranks that share one copy of the model outside its experts: TP x PP x CP; 1 under FSDP2."""
     if not runs_megatron(worker):
         return 1
     m = layout(worker)
@@ -126,13 +126,13 @@ def model_parallel_size(worker: ModelWorker) -> int:
 
 
 def data_parallel_size(worker: ModelWorker) -> int:
-    """Copies of the model; 0 when the devices do not divide, which a rule of its own refuses."""
+    """Return the number of copies of the model; 0 if the devices do not divide (a rule rejects this)."""
     devices, ranks = len(worker.device_mapping), model_parallel_size(worker)
     return 0 if devices % ranks else devices // ranks
 
 
 def expert_layout(worker: MegatronWorker) -> tuple[int, int, int]:
-    """(ETP, EP, PP), the expert-tensor-parallel default filled in."""
+    """Return (ETP, EP, PP), with the default of ETP filled in."""
     m = layout(worker)
     default = 1 if m.expert_model_parallel_size > 1 else m.tensor_model_parallel_size
     return (
@@ -143,47 +143,47 @@ def expert_layout(worker: MegatronWorker) -> tuple[int, int, int]:
 
 
 def mini_batch_size(config: RLVRConfig) -> int:
-    """Samples of an optimizer step over all ranks; 0 when the layout has no data-parallel size."""
+    """Return the number of samples of an optimizer step over all ranks; 0 if the devices do not divide."""
     args = config.actor_train.training_args
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel_size(config.actor_train)
 
 
 def infer_batch_size(config: RLVRConfig, worker: ModelWorker) -> int:
-    """Samples of a micro-batch in a role's passes without gradients, where no token budget cuts them."""
+    """Return the samples of a micro-batch in a role's passes without gradients, if no token budget cuts them."""
     return worker.infer_batch_size or config.actor_train.training_args.per_device_train_batch_size
 
 
 def infer_budget(config: RLVRConfig, worker: ModelWorker) -> int | None:
-    """Tokens of a micro-batch in a role's passes without gradients; None: `infer_batch_size` cuts them."""
+    """Return the tokens of a micro-batch in a role's passes without gradients; None: `infer_batch_size` cuts them."""
     if not worker.use_dynamic_batching_in_infer:
         return None
     return worker.max_tokens_per_microbatch_in_infer or config.actor_train.max_tokens_per_microbatch_in_train
 
 
 def optimizer_steps(config: RLVRConfig, num_samples: int) -> int:
-    """Number of a training step on so many samples, which divide into its mini-batches."""
+    """Return the number of optimizer steps on `num_samples` samples, a multiple of `mini_batch_size`."""
     return config.ppo_epochs * (num_samples // mini_batch_size(config))
 
 
 def forces_ratio(config: RLVRConfig, num_samples: int) -> bool:
-    """True where policy / old policy is 1 by definition in a step on so many samples (`force_on_policy_ratio`)."""
+    """Return true if the ratio is 1 by definition in a step on `num_samples` samples (`force_on_policy_ratio`)."""
     if isinstance(config.force_on_policy_ratio, bool):
         return config.force_on_policy_ratio
     return optimizer_steps(config, num_samples) == 1
 
 
 def needs_old_log_probs(config: RLVRConfig, num_samples: int) -> bool:
-    """True where such a step needs the trainer's pass before the update.
+    """Return true if a step on `num_samples` samples needs the trainer's pass before the update.
 
-    Where the ratio is forced that is R2, which records routes in it, and a KL penalty in the reward. All else that
-    reads old log-probabilities takes them from the update, whose forward has the same weights.
+    With a forced ratio only R2, to record routes, and a KL penalty in the reward need it. Other readers of old
+    log-probabilities take them from the update: its forward has the same weights.
     """
     recorded = config.actor_train.router_replay.mode == "R2"
     return recorded or config.add_token_level_kl or not forces_ratio(config, num_samples)
 
 
 def token_alignment(worker: ModelWorker) -> int:
-    """Tokens that every row, or sample of a packed row, is padded to a multiple of: `Layout.alignment` of its ranks."""
+    """Return the alignment in tokens of rows, or of samples in a packed row (`Layout.alignment`)."""
     if not runs_megatron(worker):
         return worker.sequence_length_round
     cp = layout(worker).context_parallel_size
@@ -191,7 +191,7 @@ def token_alignment(worker: ModelWorker) -> int:
 
 
 def sequence_parts(worker: ModelWorker) -> int:
-    """Ranks among which a sequence's tokens are split where they are routed."""
+    """Return the number of ranks that split a sequence's tokens at the router."""
     if not runs_megatron(worker):
         return 1
     m = layout(worker)
@@ -200,23 +200,23 @@ def sequence_parts(worker: ModelWorker) -> int:
 
 
 def longest_sequence(config: RLVRConfig) -> int:
-    """Tokens of the longest prompt and response together."""
+    """Return the number of tokens of the longest prompt and response together."""
     return config.prompt_length + config.response_length
 
 
 def sampled_tokens(config: RLVRConfig) -> int:
-    """Tokens of the longest response that is asked for."""
+    """Return the number of tokens of the longest requested response."""
     return config.actor_infer.generating_args.max_new_tokens or config.response_length
 
 
 def engine_room(config: RLVRConfig) -> int:
-    """Tokens that an engine's context, and its cache, must hold so that the longest sample comes back whole.
+    """Return the tokens needed in an engine's context and cache for the longest sample.
 
-    SGLang keeps 2 tokens back when it limits a response, and 7 when it limits a prompt (0.5.23: `max_req_len` and
+    SGLang reserves 2 tokens in its limit of a response, and 7 in its limit of a prompt (0.5.23: `max_req_len` and
     `max_req_input_len` of its tp_worker and scheduler).
     """
-    kept_back, least = (2, 7) if sglang(config) is not None else (0, 0)
-    return config.prompt_length + max(sampled_tokens(config) + kept_back, least)
+    reserved, least = (2, 7) if sglang(config) is not None else (0, 0)
+    return config.prompt_length + max(sampled_tokens(config) + reserved, least)
 
 
 def algorithm_of(config: RLVRConfig) -> AlgorithmConfig:
@@ -225,7 +225,7 @@ def algorithm_of(config: RLVRConfig) -> AlgorithmConfig:
 
 
 def values_at(config: RLVRConfig, path: str) -> list[tuple[str, object]]:
-    """(dotted path, value) of what `path` names; `*` is every key. Empty below a section that is None."""
+    """Return (dotted path, value) of every value at `path`, with `*` for any key; none below a section that is None."""
     found: list[tuple[str, object]] = [("", config)]
     for key in path.split("."):
         above, found = found, []
@@ -237,7 +237,7 @@ def values_at(config: RLVRConfig, path: str) -> list[tuple[str, object]]:
 
 
 def changed(config: RLVRConfig, path: str) -> bool:
-    """Whether a field differs from its default. (That it was given says nothing: a printed configuration gives all.)"""
+    """Return true if a field differs from its default. (A printed configuration gives all fields.)"""
     parent_path, _, name = path.rpartition(".")
     sections = [value for _, value in values_at(config, parent_path)] if parent_path else [config]
     fields = [

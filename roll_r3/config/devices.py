@@ -1,4 +1,4 @@
-"""`device_mapping`: a list, a range, or ROLL's `list(range(0,8))` text. Parsed, never evaluated."""
+"""Parser of `device_mapping`: a list, a range, or ROLL's `list(range(0,8))` text. Parsed, never evaluated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import BeforeValidator, Field
 from roll_r3.config.report import show_value
 
 MAX_DEVICES = 1 << 16
-"""Devices of the largest cluster: their numbers are below this, and a role has at most as many."""
+"""Largest number of devices of a cluster, and so of a role. Devices are numbered from 0."""
 MAX_TEXT = 1 << 16
-"""Characters of a text that names devices."""
+"""Largest length of a device mapping in characters."""
 _MAX_DIGITS = 18
 
 _INT = r"\s*(-?\d+)\s*"
@@ -21,14 +21,14 @@ _ITEM = re.compile(_INT)
 
 
 def parse_devices(value: Any) -> Any:
-    """Read what a user may write for a set of devices.
+    """Parse a set of devices.
 
-    Accepts a list of integers, an integer (that one device), or text: `range(8)`, `range(0, 8)`, `range(0, 16, 2)`,
-    `list(range(...))`, `[0, 1, 2]`, and sums of those (`list(range(0,4)) + list(range(8,12))`). Anything else is
-    returned as it is, for the model to refuse.
+    Accepts a list of integers, an integer (one device), or text: `range(8)`, `range(0, 8)`, `range(0, 16, 2)`,
+    `list(range(...))`, `[0, 1, 2]`, and sums of these (`list(range(0,4)) + list(range(8,12))`). Returns anything else
+    unchanged, for the model to reject.
 
     Raises:
-        ValueError: text of another form, a range that is empty, or more devices than a cluster has.
+        ValueError: text of another form, an empty range, or more than `MAX_DEVICES` devices.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
@@ -45,7 +45,7 @@ def parse_devices(value: Any) -> Any:
 
 
 def _parse_part(part: str, whole: str, *, room: int) -> list[int]:
-    """The devices of one part of `whole`, which may be so many more."""
+    """Return the devices of one part of `whole`, at most `room`."""
     inner = part[5:-1].strip() if part.startswith("list(") and part.endswith(")") else part
     if match := _RANGE.fullmatch(inner):
         start, stop, step = _ends([_number(text, whole) for text in match.groups() if text is not None])
@@ -66,14 +66,14 @@ def _parse_part(part: str, whole: str, *, room: int) -> list[int]:
 
 
 def _ends(numbers: list[int]) -> tuple[int, int, int]:
-    """Start, end and step of a range, as Python reads its arguments."""
+    """Return start, end and step of a range from its arguments, as Python does."""
     if len(numbers) == 1:
         return 0, numbers[0], 1
     return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else 1
 
 
 def _items(text: str) -> list[str]:
-    """The numbers of `[0, 1, 2]`; none when the text is of another form."""
+    """Return the numbers of `[0, 1, 2]`; none for text of another form."""
     if not (text.startswith("[") and text.endswith("]")):
         return []
     items = text[1:-1].split(",")
@@ -94,9 +94,7 @@ def _number(text: str, whole: str) -> int:
 
 def _require_room(count: int, room: int, whole: str) -> None:
     if count > room:
-        raise ValueError(
-            f"{show_value(whole)!r} names more devices than {MAX_DEVICES:,}, the most that are planned for"
-        )
+        raise ValueError(f"{show_value(whole)!r} names more devices than {MAX_DEVICES:,}")
 
 
 _Device = Annotated[int, Field(ge=0, lt=MAX_DEVICES)]

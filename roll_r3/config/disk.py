@@ -1,4 +1,4 @@
-"""What stands at a path that a user wrote, whatever that is: no such question raises, or waits for a pipe."""
+"""Checks of paths given by a user. They never raise, and never wait for a pipe."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import stat
 from pathlib import Path
 
 NOTHING = os.strerror(errno.ENOENT)
-"""What is said where there is nothing."""
+"""Message for a path without a file."""
 
 
 def is_file(path: Path) -> bool:
-    """Whether a regular file is there and may be looked at."""
+    """Return true for a regular file with known status."""
     return not why_no_file(path)
 
 
 def is_directory(path: Path) -> bool:
-    """Whether a directory is there and may be looked at."""
+    """Return true for a directory with known status."""
     mode = _mode(path)
     return isinstance(mode, int) and stat.S_ISDIR(mode)
 
 
 def why_no_file(path: Path) -> str:
-    """Why there is no regular file to read at `path`, in a few words; empty when there is one."""
+    """Return why there is no regular file to read at `path`; empty if there is one."""
     mode = _mode(path)
     if isinstance(mode, str):
         return mode
@@ -33,29 +33,29 @@ def why_no_file(path: Path) -> str:
 
 
 def read_at_most(path: Path, most: int) -> bytes:
-    """The bytes of a regular file.
+    """Return the bytes of a regular file.
 
     Raises:
-        OSError: it cannot be read, is a pipe or a device, or has more than `most` bytes.
+        OSError: the file cannot be read, is a pipe or a device, or has more than `most` bytes.
     """
     if why := why_no_file(path):
         raise OSError(f"{path}: {why}")
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
-        content = stream.read(min(size, most) + 1)  # memory is taken for as much as is asked for
+        content = stream.read(min(size, most) + 1)  # read allocates its whole argument
     if len(content) > most:
         raise OSError(f"{path}: it has more than {most} bytes")
     return content
 
 
 def unseen(path: Path) -> str:
-    """Why it cannot be known what stands at `path`; empty when it can, or when nothing does."""
+    """Return why the status of `path` is unknown; empty if it is known, or if nothing is there."""
     mode = _mode(path)
     return mode if isinstance(mode, str) and mode != NOTHING else ""
 
 
 def matches(directory: Path, pattern: str) -> list[Path]:
-    """The paths below `directory` that match a glob pattern, sorted; none where they may not be looked at."""
+    """Return the paths below `directory` that match a glob pattern, sorted; none without permission to list them."""
     try:
         return sorted(directory.glob(pattern))
     except (OSError, ValueError):
@@ -63,7 +63,7 @@ def matches(directory: Path, pattern: str) -> list[Path]:
 
 
 def _mode(path: Path) -> int | str:
-    """The mode of what is there, links followed, or why that cannot be told."""
+    """Return the mode of a path, links followed, or why it is unknown."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""docs/configuration.md, generated from the models so that it cannot be out of date.
+"""Generator of docs/configuration.md from the models.
 
 python -m roll_r3.config.docs [--check]
 """
@@ -33,32 +33,33 @@ _HEADER = """\
 
 A run is one YAML file: `python -m roll_r3.run --config FILE [section.field=value ...]`.
 
-- `--validate-only` checks the file and starts nothing; `--plan` prints what would run where; `--print-config` prints
-  the file with every default filled in. With `--elsewhere` they do not look for files and engines on this machine.
-- Everything wrong is reported at once (of more than 200 mistakes the first, and how many more there are), with the
-  rule, the file and line, the value, why, and what to write instead.
-  `--explain RULE` says more, `--format json` is for programs. docs/compatibility.md lists all rules with examples.
-- Editors complete and check such a file by roll_r3/config/schema.json; the files in configs/ name it in their first
+- `--validate-only` checks the file and starts nothing; `--plan` prints the placement of all processes; `--print-config`
+  prints the file with every default filled in. With `--elsewhere` they do not look for files and engines on this
+  machine.
+- All mistakes are reported at once (above 200, the first 200 and the number of the others), each with its rule, file
+  and line, value, reason, and a fix. `--explain RULE` explains a rule, `--format json` is for programs.
+  docs/compatibility.md lists all rules with examples.
+- Editors complete and check the file with roll_r3/config/schema.json; the files in configs/ name it in their first
   line.
-- An override such as `actor_train.training_args.learning_rate=1e-5` is read as YAML and replaces what the file says,
-  whole sections and lists included; `device_mapping.0=3` sets one item of a list.
-- `${rollout_batch_size}` stands for another field's value, `${.name}` and `${..name}` are relative. Environment
-  variables are not read: pass them as overrides.
-- Unknown fields are refused, and so is a setting that nothing would read.
+- An override such as `actor_train.training_args.learning_rate=1e-5` is read as YAML and replaces the value in the
+  file, also whole sections and lists; `device_mapping.0=3` sets one item of a list.
+- `${rollout_batch_size}` stands for the value of another field; `${.name}` and `${..name}` are relative paths. Inside a
+  longer text the value must not be a section or a list. Environment variables are not read: pass them as overrides.
+- Unknown fields are rejected, and so are settings without effect.
 """
 
 
 def render_docs() -> str:
-    """The whole page."""
+    """Return the whole page."""
     titles = {model: title for title, model in _sections()}
     sections = "\n".join(_section(title, model, titles) for model, title in titles.items())
     return f"{_HEADER}\n{sections}"
 
 
 def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section with its title, outer ones first; a type of section is listed where it is met first.
+    """Yield every section with its title, outer ones first, each model once.
 
-    A title is the dotted path, and the strategy's name where sections of several strategies can stand there.
+    A title is the dotted path, with the strategy's name if the section has several.
     """
     seen: set[type[BaseModel]] = set()
 
@@ -76,13 +77,13 @@ def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
 
 
 def _strategy(model: type[BaseModel]) -> str:
-    """The name by which a section is chosen; empty for one that is the only one at its place."""
+    """Return the strategy name of a section; empty for a section without alternatives."""
     field = model.model_fields.get("strategy_name")
     return str(typing.get_args(field.annotation)[0]) if field else ""
 
 
 def _inner_models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
-    """(model, key between) of the sections in an annotation: `*` stands for the keys of a dict."""
+    """Yield (model, key) of the sections in an annotation; the key is `*` inside a dict, else empty."""
     for member in members(annotation):
         if is_section(member):
             yield member, ""
@@ -106,7 +107,7 @@ def _type(field: FieldInfo, titles: dict[type[BaseModel], str]) -> str:
 
 
 def _type_text(annotation: Any, titles: dict[type[BaseModel], str]) -> str:
-    """An annotation in words; a section becomes a link to where it is described."""
+    """Return an annotation in words; a section becomes a link to its description."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _type_text(arguments[0], titles) + _bounds(arguments[1:])

@@ -1,4 +1,4 @@
-"""Pydantic's errors in the words of the YAML: dotted path, value, what is wrong, and what was probably meant."""
+"""Findings from pydantic's errors: dotted path, value, reason, and a fix."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from roll_r3.config.report import ABSENT, MAX_FINDINGS, Finding, show_value
 from roll_r3.config.tree import Keys, children, dotted, holds, join
 
 MAX_INTEGER = 2**63 - 1
-"""Larger numbers are slips of the finger, and no engine could hold them."""
+"""Largest integer: larger ones are typing mistakes, and overflow in engines."""
 _NOUNS = {
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
     "float_parsing": "a number",
     "bool_type": "true or false",
@@ -36,23 +36,22 @@ _SECTIONS = {"model_type", "dict_type"}
 _LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 _NUMBERS = _LIMITS | {"int_type", "int_parsing", "int_from_float", "float_type", "float_parsing"}
 PATTERNS = {
-    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "should hold letters, digits, dots, underscores and hyphens alone, and begin with "
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "must hold letters, digits, dots, underscores and hyphens alone, and begin with "
     "a letter or a digit"
 }
-"""A pattern of the schema -> what it allows, in words."""
+"""Pattern in the schema -> its description."""
 _TAG = "strategy_name"
-"""Field by which a section is one of several, and the type of the error that it names none of them."""
+"""Field to choose among several sections, and type of the error for an unknown name."""
 _SIMILAR = 0.75
-"""Likeness from which a name is taken for a slip: `sead` for seed, and not `sft_train` for actor_train."""
+"""Similarity of a name to a field to suggest it: `sead` for seed, but not `sft_train` for actor_train."""
 _RULE_IDS = {"extra_forbidden": "unknown-field", "missing": "missing-field", _TAG: _TAG}
 
 
 def explain(error: ValidationError, data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
-    """One finding per field of `data` that was refused, however many members of a union refused it, and its keys.
+    """Return the keys of each rejected field of `data`, and one finding about it for all members of a union.
 
-    What to write instead is looked for in those alone that are listed, see `limited`: it takes a millisecond or more.
-
-    Of a strategy that there is not, the keys are its whole section: no other strategy could read its settings.
+    Only listed findings (see `limited`) get a fix, since finding one takes a millisecond or more. For an unknown
+    strategy, the keys are those of its section: no other strategy could read the settings.
     """
     problems: dict[tuple[Keys, str], list[ErrorDetails]] = {}
     values: dict[Keys, object] = {}
@@ -82,14 +81,14 @@ def _why(detail: ErrorDetails) -> str:
     if kind == "missing":
         return "this field must be given"
     if noun := _NOUNS.get(kind):
-        return f"should be {noun}"
+        return f"must be {noun}"
     if kind == "string_pattern_mismatch":
         return PATTERNS[detail["ctx"]["pattern"]]
-    return message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
+    return message.removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
 
 
 def _fix(path: str, value: object, details: list[ErrorDetails], data: dict[str, Any]) -> str:
-    """What to write instead of `value`; empty where the reason says it already."""
+    """Return a fix for `value`; empty if the reason includes it."""
     kinds = {detail["type"] for detail in details}
     if "extra_forbidden" in kinds:
         return did_you_mean(path, data)
@@ -112,7 +111,7 @@ def _fix(path: str, value: object, details: list[ErrorDetails], data: dict[str, 
 
 
 def _example(path: str) -> str:
-    """A number that may stand at `path`."""
+    """Return a valid number for `path`."""
     parent, _, name = path.rpartition(".")
     sections = [kind for kind in _kinds(parent) if is_section(kind) and name in kind.model_fields]
     defaults = [section.model_fields[name].default for section in sections]
@@ -121,37 +120,34 @@ def _example(path: str) -> str:
 
 
 def _kinds(path: str, data: Any = None) -> list[Any]:
-    """The alternatives of what may stand at a dotted path; `data` as in `annotations_at`."""
+    """Return the alternative types of a dotted path; `data` as in `annotations_at`."""
     return [kind for annotation in annotations_at(path, data) for kind in members(annotation)]
 
 
 def misread_values(data: dict[str, Any]) -> list[tuple[Keys, Finding]]:
-    """Values that pydantic would take without a word and nobody means: yes or no for a number, infinity."""
+    """Return values accepted by pydantic but never meant: yes or no for a number, infinity, huge integers."""
     return list(_misread(data, (), data))
 
 
 def _misread(node: Any, keys: Keys, data: dict[str, Any]) -> Iterator[tuple[Keys, Finding]]:
-    path = dotted(keys)
+    path, why = dotted(keys), ""
     if isinstance(node, float) and not math.isfinite(node):
-        fix = f"write a number, for example {_example(path)}"
-        yield keys, Finding("bad-value", "error", ((path, node),), "should be a finite number", fix)
+        why = "must be a finite number"
     elif isinstance(node, bool):
         kinds = set(_kinds(path, data))
         if kinds & {int, float} and bool not in kinds:
-            why = f"YAML reads {'on, yes and true' if node else 'off, no and false'} as a boolean; this is a number"
-            yield (
-                keys,
-                Finding("bad-value", "error", ((path, node),), why, f"write the number, for example {_example(path)}"),
-            )
+            why = f"must be a number: YAML reads {'on, yes and true' if node else 'off, no and false'} as a boolean"
     elif isinstance(node, int) and abs(node) > MAX_INTEGER:
+        why = f"must be a number up to {MAX_INTEGER}"
+    if why:
         fix = f"write a number, for example {_example(path)}"
-        yield keys, Finding("bad-value", "error", ((path, node),), f"should be a number up to {MAX_INTEGER}", fix)
+        yield keys, Finding("bad-value", "error", ((path, node),), why, fix)
     for key, value in children(node):
         yield from _misread(value, (*keys, key), data)
 
 
 def members(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation: `PositiveInt | None` is [int, NoneType]."""
+    """Return the alternatives of an annotation: `PositiveInt | None` is [int, NoneType]."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return members(typing.get_args(annotation)[0])
@@ -161,14 +157,14 @@ def members(annotation: Any) -> list[Any]:
 
 
 def is_section(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
-    """Whether an annotation without alternatives is a configuration model."""
+    """Return true if an annotation without alternatives is a configuration model."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def annotations_at(path: str, data: Any = None) -> list[Any]:
-    """The annotations that the field at a dotted path may have; empty when there is no such field.
+    """Return the possible annotations of the field at a dotted path; empty for an unknown field.
 
-    Of sections that go by a name, those that `data` does not name are left out; None: all count.
+    Among sections with a strategy name, only the one named in `data` counts; None: all count.
     """
     found: list[Any] = [RLVRConfig]
     node = data
@@ -187,7 +183,7 @@ def annotations_at(path: str, data: Any = None) -> list[Any]:
 
 
 def _is_meant(annotation: Any, node: Any) -> bool:
-    """Whether a section that goes by a name is the one that `node` names."""
+    """Return false for a section with another strategy name than `node`."""
     if not is_section(annotation) or _TAG not in annotation.model_fields:
         return True
     field = annotation.model_fields[_TAG]
@@ -204,24 +200,24 @@ def null_is_a_value(path: str, data: Any = None) -> bool:
 
 
 def fields_at(path: str, data: Any = None) -> list[str]:
-    """The fields of the section at a dotted path, in their order; empty when there is no such section."""
+    """Return the fields of the section at a dotted path, in order; empty for an unknown section."""
     sections = [m for annotation in annotations_at(path, data) for m in members(annotation) if is_section(m)]
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))
 
 
 def _locate(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> tuple[Keys, object]:
-    """The keys that a user knows, and the value, of pydantic's `loc` (which names union members as well)."""
+    """Return keys and value of pydantic's `loc`, without the names of union members in it."""
     keys: Keys = ()
     node: Any = data
     for key in loc:
         if holds(node, key):
             node = node[key]
-            keys = (*keys, key)  # any other key names a member of a union, or what is missing
+            keys = (*keys, key)  # other keys are union members, or missing fields
     return ((*keys, loc[-1]), ABSENT) if is_missing else (keys, node)
 
 
 def did_you_mean(path: str, data: dict[str, Any]) -> str:
-    """What was probably meant by an unknown field: a similar name beside it, or such a name in another section."""
+    """Return a fix for an unknown field: a similar name here or in another section, or all names of its section."""
     parent, _, name = path.rpartition(".")
     here = fields_at(parent, data)
     if close := difflib.get_close_matches(name, here, n=1, cutoff=_SIMILAR):

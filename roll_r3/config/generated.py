@@ -1,4 +1,4 @@
-"""Files that are generated from the code and kept beside it: written by a command, compared by the checks."""
+"""Command line of the generators of documentation pages: write a page, or check it with --check."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 
 def table_row(*cells: str) -> str:
-    """A row of a table in Markdown, which would take a bar in a cell for its end."""
+    """Return a row of a Markdown table, with the bars inside cells escaped."""
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def main(output: Path, render: Callable[[], str], arguments: Sequence[str] | None = None) -> int:
-    """Write `output`, or with --check compare it; returns the exit status.
+    """Write `output`, or with --check compare it; return the exit status.
 
     Args:
-        output: where the file is, relative to the project's root.
+        output: path relative to the project's root.
     """
     parser = argparse.ArgumentParser(description=f"write {output}")
-    parser.add_argument("--check", action="store_true", help="fail if the file is not what would be written")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if the file is out of date")
     parser.add_argument("--output", type=Path, default=output)
     options = parser.parse_args(arguments)
     text = render()

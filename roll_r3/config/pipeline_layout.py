@@ -1,4 +1,4 @@
-"""megatron-core's text for which layers a pipeline stage holds, such as `Et*3|t*2|t*2L`."""
+"""Parser of megatron-core's pipeline layouts, such as `Et*3|t*2|t*2L`: the layers of every stage."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pydantic import AfterValidator
 from roll_r3.config.report import show_value
 
 MAX_TEXT = 4096
-"""Characters of a layout as it is written."""
+"""Largest length of a layout as written."""
 MAX_LETTERS = 100_000
-"""Letters and `|` that a layout may stand for: more than any model has layers, and any pipeline stages."""
+"""Largest length of a layout with repetitions written out: above the layers and stages of any model."""
 
 _GROUPS = re.compile(r"\(([^()]+)\)\*(\d+)")
 _LETTERS = re.compile(r"(.)\*(\d+)")
 _TOO_MANY = re.compile(r"\d{7}")
-"""A number beyond MAX_LETTERS."""
+"""A number above MAX_LETTERS."""
 
 
 def parse_pipeline_layout(text: str) -> tuple[str, ...]:
-    """The letters of each stage, in the order of the pipeline: E embedding, t a decoder layer, L the loss.
+    """Return the letters of each stage, in pipeline order: E embedding, t a decoder layer, L the loss.
 
-    `|` ends a stage, `x*n` and `(...)*n` repeat a letter or a group (which may hold `|`), commas mean nothing. A stage
+    `|` ends a stage; `x*n` and `(...)*n` repeat a letter or a group, with or without `|`; commas are ignored. A stage
     may be empty.
 
     Raises:
-        ValueError: another letter, not exactly one E as the first letter and one L as the last, or a text that is, or
-            stands for, one too long.
+        ValueError: another letter, not exactly one E (first) and one L (last), or a text above `MAX_TEXT` or
+            `MAX_LETTERS`.
     """
     if len(text) > MAX_TEXT:
         raise ValueError(f"{show_value(text)!r} is {len(text):,} characters long, at most {MAX_TEXT:,} are read")
@@ -49,8 +49,8 @@ def parse_pipeline_layout(text: str) -> tuple[str, ...]:
 
 
 def _repeated(pattern: re.Pattern[str], whole: str, text: str) -> str:
-    """`whole` with every match of (what)*(how often) written out; `text` is what the user wrote."""
-    # How long it becomes is known before it is made: a few digits can ask for more than any memory holds.
+    """Return `whole` with every match of (letters)*(count) written out; `text` is the layout as written."""
+    # A few digits can ask for more than any memory holds, so the length is computed first.
     if _TOO_MANY.search(whole) or (
         len(whole) + sum(len(match[1]) * int(match[2]) for match in pattern.finditer(whole)) > MAX_LETTERS
     ):
@@ -64,4 +64,4 @@ def _checked(text: str) -> str:
 
 
 PipelineLayout = Annotated[str, AfterValidator(_checked)]
-"""Text that `parse_pipeline_layout` can read."""
+"""Text accepted by `parse_pipeline_layout`."""

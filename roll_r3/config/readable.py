@@ -1,16 +1,16 @@
-"""What others wrote, for a message: no more than a person reads, and nothing that a terminal or a log chokes on."""
+"""Text of others for messages: cut to a readable length, without control characters."""
 
 from __future__ import annotations
 
 _SHOWN = 500
-"""Characters, unless more are asked for."""
+"""Default length in characters."""
 
 
 def printable(text: str) -> str:
-    """The same with all else as escapes."""
+    """Return `text` with unprintable characters as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def readable(said: object, most: int = _SHOWN) -> str:
-    """A value or an error in its own words, cut after so many characters; an error with the name of its kind."""
-    return printable((f"{type(said).__name__}: {said}" if isinstance(said, Exception) else str(said))[:most])
+def readable(value: object, limit: int = _SHOWN) -> str:
+    """Return a value or an error as printable text of at most `limit` characters; an error with its class name."""
+    return printable((f"{type(value).__name__}: {value}" if isinstance(value, Exception) else str(value))[:limit])

@@ -1,4 +1,4 @@
-"""What a check found wrong, and how it is shown to the person who wrote the YAML."""
+"""Findings about a configuration, and their text for people and programs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from roll_r3.errors import ConfigError
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-"""The gravest first."""
+"""Most severe first."""
 MORE = "more-findings"
-"""Id of the finding that stands for those that are not listed."""
+"""Id of the finding in place of unlisted ones."""
 _FILE_AND_LINE = re.compile(r"(?!override )(.*?):(\d+)(?:, from |$)")
 _MAX_VALUE = 80
-"""Characters of a value that are shown."""
+"""Largest number of characters shown of a value."""
 MAX_FINDINGS = 200
-"""Findings of one severity that are told one by one."""
+"""Largest number of findings listed per severity."""
 _MAX_FIELDS = 20
-"""Fields of a finding that are shown to people."""
+"""Largest number of fields shown of a finding."""
 
 
 class _Absent(Enum):
@@ -35,12 +35,12 @@ class _Absent(Enum):
 
 
 ABSENT = _Absent.ABSENT
-"""The value of a field that the YAML does not have."""
+"""Value of a field missing in the YAML."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a configuration.
+    """One mistake in a configuration.
 
     Example:
         >>> finding = Finding("vpp-needs-pp", "error", (("a.vpp", 2), ("a.pp", 1)), why="...", fix="...")
@@ -49,65 +49,64 @@ class Finding:
     """
 
     rule: str
-    """Id of the rule or of the kind of mistake; stable, so that it can be searched for."""
+    """Id of the rule or of the kind of mistake; stable, for searches."""
     severity: Severity
     found: tuple[tuple[str, object], ...]
     """(dotted path, value) of each field involved, the one to change first; empty for the file as a whole."""
     why: str
-    """What cannot work, as one sentence."""
+    """Reason, as one sentence."""
     fix: str = ""
-    """What to write instead."""
+    """Remedy, empty if `why` includes it."""
     depends: tuple[str, ...] = ()
-    """Dotted paths of further fields that had a part in it, `*` any key; not shown."""
+    """Dotted paths of further fields involved, `*` any key; not shown."""
     count: int = 1
-    """Findings that it stands for, see `limited`."""
+    """Number of findings it stands for, see `limited`."""
     shows: Literal["fields", "on-request", "line"] = "fields"
-    """Fields that people see: the first of them, all of them where they ask for it (see `render`), or none, since the
-    reason names them."""
+    """Fields in the text: the first ones, all on request (see `render`), or none if the reason names them."""
 
     @property
     def path(self) -> str:
-        """The field to change; empty for the file as a whole."""
+        """Dotted path of the field to change; empty for the file as a whole."""
         return self.found[0][0] if self.found else ""
 
     def concerns(self, path: str) -> bool:
-        """Whether the value at `path`, or one inside or around it, had a part in this."""
+        """Return true if the value at `path`, or one inside or around it, is involved."""
         return any(overlap(mine, path) for mine in (*(p for p, _ in self.found), *self.depends))
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Where each value of a configuration came from."""
+    """Origin of each value of a configuration."""
 
     file: str
     places: Mapping[str, str] = field(default_factory=dict)
-    """Dotted path -> `file:line`, or the override as it was typed. Fields that nobody gave are not in it."""
+    """Dotted path -> `file:line`, or the override as typed. Without the fields left at their defaults."""
     dialect: Dialect | None = None
-    """Dialect of the file; None: it could not be read."""
+    """Dialect of the file; None for an unreadable file."""
 
     @property
     def said_first(self) -> str:
-        """The first line of a report; empty where nothing is known of the file."""
+        """First line of a report; empty for an unreadable file."""
         return self.dialect.line(printable(self.file)) if self.dialect else ""
 
     def of(self, path: str) -> str:
-        """The place of the value at `path`; "default" when nobody gave it."""
+        """Return the place of the value at `path`; "default" if it was not given."""
         return self.places.get(path, "default")
 
     def near(self, path: str) -> str:
-        """The place of `path`, or of the innermost section around it that was given."""
+        """Return the place of `path`, or of the innermost given section around it."""
         while path and path not in self.places:
             path = path.rpartition(".")[0]
         return self.places.get(path, self.file)
 
     def file_and_line(self, path: str) -> tuple[str, int | None]:
-        """The file to open for `path`, and the line where it, or the section around it, stands; None: not in it."""
+        """Return the file of `path`, and the line of it or of the section around it; None: not in a file."""
         match = _FILE_AND_LINE.match(self.near(path))
         return (match[1], int(match[2])) if match else (self.file, None)
 
 
 class InvalidConfigError(ConfigError):
-    """A configuration with mistakes, all of them: `findings` for programs, the text for people."""
+    """Configuration with mistakes: `findings` for programs, the text for people."""
 
     def __init__(self, findings: Iterable[Finding], origins: Origins) -> None:
         self.findings = tuple(findings)
@@ -116,45 +115,45 @@ class InvalidConfigError(ConfigError):
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
-    """Whether one of them stops a run."""
+    """Return true if a finding stops a run."""
     return any(finding.severity == "error" for finding in findings)
 
 
 def limited(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The first `MAX_FINDINGS` of each severity, in their order; one more finding says how many others there are."""
+    """Return the first `MAX_FINDINGS` of each severity, in their order, and a finding with the number of the others."""
     kept: list[Finding] = []
-    told = dict.fromkeys(SEVERITIES, 0)
+    listed = dict.fromkeys(SEVERITIES, 0)
     left = dict.fromkeys(SEVERITIES, 0)
     for finding in findings:
-        if finding.rule != MORE and told[finding.severity] < MAX_FINDINGS:
-            told[finding.severity] += 1
+        if finding.rule != MORE and listed[finding.severity] < MAX_FINDINGS:
+            listed[finding.severity] += 1
             kept.append(finding)
         else:
             left[finding.severity] += finding.count
     for severity, count in left.items():
         if count:
             what = f"{severity} is" if count == 1 else f"{severity}s are"
-            fix = f"mend the first {MAX_FINDINGS}, and look again"
+            fix = f"fix the first {MAX_FINDINGS}, and check again"
             kept.append(Finding(MORE, severity, (), f"{count:,} more {what} not listed", fix, count=count))
     return tuple(kept)
 
 
 def render(findings: Iterable[Finding], origins: Origins, *, show_dropped: bool = False) -> str:
-    """All findings as text: the file's dialect, the findings with errors first, and a closing line that counts them.
+    """Return all findings as text: the dialect, the findings with errors first, and a line with their numbers.
 
     Args:
-        show_dropped: list the fields that findings show on request.
+        show_dropped: list the fields of findings with `shows` "on-request".
     """
     ordered = sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
     numbers = {severity: sum(f.count for f in ordered if f.severity == severity) for severity in SEVERITIES}
     counts = [f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in numbers.items() if n]
     listed = " and ".join(filter(None, [", ".join(counts[:-1]), *counts[-1:]])) or "nothing found"
-    told = (_render(f, origins, show_dropped) for f in ordered)
-    return "\n\n".join(filter(None, [origins.said_first, *told, f"{origins.file}: {listed}"]))
+    texts = (_render(f, origins, show_dropped) for f in ordered)
+    return "\n\n".join(filter(None, [origins.said_first, *texts, f"{origins.file}: {listed}"]))
 
 
 def as_json(findings: Iterable[Finding], origins: Origins) -> list[dict[str, object]]:
-    """All findings as plain values, for programs."""
+    """Return all findings as plain values, for programs."""
     return [
         {
             "rule": finding.rule,
@@ -174,7 +173,7 @@ def _field_json(path: str, value: object, origins: Origins) -> dict[str, object]
 
 
 def _plain(value: object) -> object:
-    """A value as JSON has it: whole, and text only where JSON has no such value."""
+    """Return a value for JSON, uncut; as text if JSON has no such value."""
     if isinstance(value, BaseModel):
         return _plain(value.model_dump())
     if isinstance(value, dict):
@@ -192,7 +191,7 @@ def _render(finding: Finding, origins: Origins, show_dropped: bool) -> str:
         return printable(f"{lines[0]} (--show-dropped lists them)")
     shown_fields = {"fields": _MAX_FIELDS, "on-request": len(finding.found), "line": 0}[finding.shows]
     for path, value in finding.found[:shown_fields]:
-        shown = printable(path)  # a newline in a key makes no line
+        shown = printable(path)  # escapes newlines in keys
         if value is ABSENT:
             lines.append(f"    {shown}  ({ABSENT.value}; {origins.near(path)})")
         else:
@@ -205,7 +204,7 @@ def _render(finding: Finding, origins: Origins, show_dropped: bool) -> str:
 
 
 def show_value(value: object) -> str:
-    """A value as a YAML user knows it, cut to a readable length."""
+    """Return a value as written in YAML, cut to a readable length."""
     if value is None:
         return "null"
     if isinstance(value, bool):

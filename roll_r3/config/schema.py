@@ -1,4 +1,4 @@
-"""roll_r3/config/schema.json, by which editors complete and check a YAML file; generated from the models.
+"""Generator of roll_r3/config/schema.json, for completion and checks of a YAML file in editors.
 
 python -m roll_r3.config.schema [--check]
 """
@@ -17,23 +17,23 @@ from roll_r3.config.pipeline import RLVRConfig
 
 OUTPUT = Path("roll_r3/config/schema.json")
 INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
-"""What may stand for a value of any type."""
+"""Schema of an interpolation, accepted in place of any value."""
 
 
 def render_schema() -> str:
-    """The whole file."""
+    """Return the content of the file."""
     schema = _for_editors(RLVRConfig.model_json_schema())
     return json.dumps({"$schema": GenerateJsonSchema.schema_dialect, "title": "roll_r3", **schema}, indent=1) + "\n"
 
 
 def _for_editors(node: Any) -> Any:
-    """`node` without the titles that repeat field names, and with interpolation wherever a value may stand."""
+    """Return `node` without titles (they repeat field names), and with interpolation in place of any value."""
     if isinstance(node, list):
         return [_for_editors(item) for item in node]
     if not isinstance(node, dict):
         return node
     kept = {key: _for_editors(value) for key, value in node.items() if key != "title" or not isinstance(value, str)}
-    if "oneOf" in kept:  # what stands for a name fits several
+    if "oneOf" in kept:  # an interpolated name fits several
         kept["anyOf"] = kept.pop("oneOf")
     if "properties" in kept:
         kept["properties"] = {name: _or_interpolation(field) for name, field in kept["properties"].items()}
@@ -41,7 +41,7 @@ def _for_editors(node: Any) -> Any:
 
 
 def _or_interpolation(field: dict[str, Any]) -> dict[str, Any]:
-    """A field that may be written as `${section.field}` too; its description and default stay outside."""
+    """Return `field` with `${section.field}` as an alternative; its description and default stay outside."""
     outside: dict[str, Any] = {key: field[key] for key in ("description", "default") if key in field}
     inside = {key: value for key, value in field.items() if key not in outside}
     if inside.get("type") == "string" and "pattern" not in inside and "enum" not in inside:

@@ -1,4 +1,4 @@
-"""The three roles: `actor_infer` samples, `actor_train` learns, `reference` stays as it was."""
+"""The three roles: `actor_infer` samples, `actor_train` learns, `reference` is frozen."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig
 
 
 def _mode_from_yaml(value: Any) -> Any:
-    """YAML 1.1 reads a bare `off` as the boolean False: take that for `disable`, refuse other booleans and say why."""
+    """Take False, as YAML 1.1 reads a bare `off`, for "disable"; reject True."""
     if value is False:
         return "disable"
     if value is True:
-        raise ValueError("YAML reads on/yes/true as the boolean True; write R2 or R3 (or disable)")
+        raise ValueError("YAML reads on/yes/true as the boolean True: write R2 or R3 (or disable)")
     return {"r2": "R2", "r3": "R3", "off": "disable"}.get(value.lower(), value) if isinstance(value, str) else value
 
 
@@ -36,31 +36,30 @@ ReplayMode = Annotated[
 
 
 class RouterReplayConfig(Config):
-    """Whose routing decisions the trainer uses."""
+    """Source of the trainer's routing decisions."""
 
     mode: ReplayMode = "disable"
-    """disable: each side routes by itself. R3: the trainer replays the experts that the rollout engine used. R2: the
-    trainer replays those of its own old-log-prob pass. Gate weights always come from live logits, so the router
-    learns. The reference never replays."""
+    """disable: each side routes by itself. R3: the trainer replays the rollout engine's experts. R2: the trainer
+    replays those of its own old-log-prob pass. Gate weights always come from live logits, so the router learns. The
+    reference never replays."""
     audit: bool = False
-    """Check, in the first step and every `audit_every` steps after it, that the experts which the trainer really used
-    are the recorded ones; actor_train only."""
+    """Compare the experts used by the trainer with the recorded ones, in the first step and every `audit_every` steps
+    after it. actor_train only."""
     audit_every: PositiveInt = 10
-    """Steps from one audit to the next."""
+    """Steps between audits."""
 
 
 class ModelArgs(Config):
-    """Which checkpoint a role loads, and how."""
+    """Checkpoint of a role, and its precision."""
 
     model_name_or_path: str | None = None
     """Hugging Face checkpoint directory or name; default: `pretrain`."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of weights and activations in the trainer; with bf16 the optimizer keeps fp32 master weights. Refused
-    under `actor_infer`, whose engine has a dtype of its own."""
+    """Precision of the trainer's weights and activations; with bf16 the optimizer keeps fp32 master weights. Rejected
+    under `actor_infer`: the engine has its own dtype."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint: its tokenizer's, and under actor_infer its model's where SGLang
-    or vLLM runs it. Megatron, FSDP2 and hf_infer build models by classes of their libraries alone. Leave it off unless
-    you trust that code."""
+    """Run the checkpoint's Python code: its tokenizer's, and under actor_infer its model's in SGLang or vLLM. Megatron,
+    FSDP2 and hf_infer use library classes only. Only for code you trust."""
 
 
 class TrainingArgs(Config):
@@ -75,69 +74,65 @@ class TrainingArgs(Config):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of Adam's second moment."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Added to Adam's denominator, the root of the second moment. Gradients far below it move hardly anything, and in
-    reinforcement learning they can be that small: MiniMax-M1 used 1e-15 (arXiv 2506.13585)."""
+    """Added to the root of the second moment. Far smaller gradients change almost nothing, and occur in reinforcement
+    learning: MiniMax-M1 used 1e-15 (arXiv 2506.13585)."""
     max_grad_norm: NonNegativeFloat = 1.0
-    """Gradients are scaled down to this global norm; 0: never."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no limit."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate from its peak to min_lr after warm-up, over all optimizer steps of the run."""
+    """Learning rate after warm-up, from its peak to min_lr over all optimizer steps of the run."""
     min_lr: NonNegativeFloat = 0.0
-    """The learning rate that the decay of linear and cosine ends at, after the run's last optimizer step. At most
-    learning_rate."""
+    """Learning rate after the run's last optimizer step, with linear and cosine. At most learning_rate."""
     max_skipped_steps: NonNegativeInt = 3
-    """Optimizer steps in a row that may be left out because their gradient or loss is not finite: nothing changes then,
-    neither weights nor moments nor the learning rate. With one more the run stops; 0: at the first."""
+    """Number of consecutive optimizer steps skipped for a non-finite gradient or loss. A skipped step changes neither
+    weights nor moments nor learning rate. One more stops the run."""
     warmup_steps: NonNegativeInt = 0
-    """Optimizer steps over which the learning rate rises: step k, counted from 1, has learning_rate x k / warmup_steps,
-    and step warmup_steps the peak. The decay starts at the step after it. Megatron and transformers give step k the
-    rate of (k - 1) / warmup_steps, so that their first step changes nothing; after warm-up they agree."""
+    """Optimizer steps of linear warm-up: step k, counted from 1, has learning_rate x k / warmup_steps. Decay starts
+    after it. Megatron and transformers use (k - 1), so their first step changes nothing."""
     per_device_train_batch_size: PositiveInt = 1
-    """Samples of a micro-batch, per data-parallel rank; with `use_dynamic_batching_in_train` only a factor of an
-    optimizer step's samples."""
+    """Samples of a micro-batch, per data-parallel rank."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches of an optimizer step. Its samples: this x per_device_train_batch_size x data-parallel size. With
-    `use_dynamic_batching_in_train` that is still their number, but the token budget says how they are cut."""
+    """Micro-batches of an optimizer step, which has this x per_device_train_batch_size x data-parallel size samples.
+    With `use_dynamic_batching_in_train` the token budget cuts the same samples."""
 
 
 class GeneratingArgs(Config):
-    """How responses are sampled."""
+    """Sampling of responses."""
 
     max_new_tokens: PositiveInt | None = None
     """Longest response in tokens; default: `response_length`."""
     temperature: PositiveFloat = 1.0
-    """Logits are divided by this, in the engine and in the trainer."""
+    """Divisor of the logits, in the engine and in the trainer."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling. Log-probabilities stay those of the whole distribution, so below 1 ratios are biased."""
+    """Nucleus sampling. Log-probabilities are of the whole distribution, so ratios are biased below 1."""
     top_k: int = -1
-    """Sample among so many tokens; -1: all."""
+    """Number of most likely tokens to sample from; -1: all."""
     stop_token_ids: Annotated[tuple[NonNegativeInt, ...], Field(max_length=64)] = ()
-    """Token ids that end a response, besides the end tokens of the checkpoint. The response keeps the token, and it is
-    trained on."""
+    """Token ids to end a response, besides the checkpoint's end tokens. The response keeps the token, and it is trained
+    on."""
     stop_strings: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=16)] = ()
-    """Texts that end a response (ROLL's name). Sampling ends with the token that completes one of them. The response
-    keeps that token, so the text may go on a little behind the stop string."""
+    """Strings to end a response (ROLL's name), after the token that completes one. The response keeps this whole token,
+    so its text may end a little after the string."""
 
 
 class DataArgs(Config):
-    """Where prompts come from."""
+    """Source of the prompts."""
 
     file_name: str | tuple[str, ...] = ()
     """One or more .jsonl, .jsonl.gz, .json or .parquet files, patterns like `data/*.jsonl`, or `bundled:NAME` for a
-    task that comes with roll_r3. See docs/data.md."""
+    task included in roll_r3. See docs/data.md."""
     prompt: str = "prompt"
-    """Column with the prompt text (sent through the chat template as the user's message). Here and in the other columns
-    a dotted name is a field within a column, as in `reward_model.ground_truth`."""
+    """Column with the prompt text, the user's message in the chat template. In all column names a dot selects a field
+    within a column, as in `reward_model.ground_truth`."""
     messages: str | None = None
-    """Column with a list of {role, content} messages, or with JSON text of one; takes the place of `prompt`."""
+    """Column with a list of {role, content} messages, or with JSON text of one; replaces `prompt`."""
     ground_truth: str = "ground_truth"
-    """Column with what the reward compares with: text, or a number as it is written in the file."""
+    """Column with the reward's reference answer: text, or a number as written in the file."""
     domain: str | None = None
-    """Column that picks the reward (see `rewards.*.tag_included`); None: every sample has the domain "default"."""
+    """Column to select the reward (see `rewards.*.tag_included`); default: every sample has the domain "default"."""
     id: str | None = None
-    """Column with a name for the prompt, which samples.jsonl has; None: the file's name and the row's number."""
+    """Column with a name of the prompt, for samples.jsonl; default: the file's name and the row's number."""
     system_prompt: Annotated[str, Field(min_length=1)] | None = None
-    """System message to put before each row's messages. A row with a system message keeps its own, and these rows are
-    counted on the terminal."""
+    """System message before each row's messages. Rows with their own keep it; the terminal shows their number."""
     chat_template_kwargs: dict[str, str | int | float | bool] = {}
     """Arguments of the checkpoint's chat template, like `{enable_thinking: false}`. The template must read them."""
 
@@ -152,7 +147,7 @@ class SglangStrategy(Config):
 
 
 class VllmStrategy(Config):
-    """Rollout by vLLM servers, which have an environment of their own."""
+    """Rollout by vLLM servers, in an environment of their own."""
 
     strategy_name: Literal["vllm"]
     """Name of the strategy."""
@@ -161,12 +156,12 @@ class VllmStrategy(Config):
 
 
 class HfInferStrategy(Config):
-    """Rollout by transformers, inside the actor: slow and plain, for tests and for machines without another engine."""
+    """Rollout by transformers inside the actor: slow, for tests and machines without another engine."""
 
     strategy_name: Literal["hf_infer"]
     """Name of the strategy."""
     strategy_config: HfInferConfig = HfInferConfig()
-    """How it samples."""
+    """The engine's settings."""
 
 
 class MegatronTrainStrategy(Config):
@@ -179,7 +174,7 @@ class MegatronTrainStrategy(Config):
 
 
 class Fsdp2TrainStrategy(Config):
-    """Training by transformers, its weights shared out by PyTorch's FSDP2."""
+    """Training by transformers, with weights sharded by PyTorch's FSDP2."""
 
     strategy_name: Literal["fsdp2_train"]
     """Name of the strategy."""
@@ -206,7 +201,7 @@ class Fsdp2InferStrategy(Config):
 
 
 def _by_name(default: str, *others: str) -> Discriminator:
-    """Chooses among the strategies of a role; without a name it is the default."""
+    """Return the discriminator of a role's strategies; without a name it is `default`."""
 
     def name_of(value: Any) -> str | None:
         name = value.get("strategy_name", default) if isinstance(value, dict) else default
@@ -235,63 +230,63 @@ InferArgs = Annotated[
 
 
 class WorkerConfig(Config):
-    """What every role declares."""
+    """Settings of every role."""
 
     model_args: ModelArgs = ModelArgs()
     """Checkpoint and precision."""
     router_replay: RouterReplayConfig = RouterReplayConfig()
     """Routing replay of this role."""
     device_mapping: Devices = (0,)
-    """The devices (GPUs, or CPU slots where there is none) that this role runs on, one process each, in rank order.
-    Roles may share devices, but no role a GPU of `actor_infer`. `list(range(0,8))`, `range(0,8)` or a list."""
+    """Devices of this role (GPUs or CPU slots), one process each, in rank order: `list(range(0,8))`, `range(0,8)` or a
+    list. Roles may share devices, except GPUs of `actor_infer`."""
     infer_batch_size: PositiveInt | None = None
-    """Samples of a micro-batch in passes without gradients, per data-parallel rank; refused under `actor_infer`.
-    Default: actor_train's per_device_train_batch_size. Where the pass for old log-probabilities is made, and a step has
-    one optimizer step, both passes then round alike. A larger number is faster where memory allows."""
+    """Samples of a micro-batch in passes without gradients, per data-parallel rank; more is faster. Default:
+    actor_train's per_device_train_batch_size, so that the old-log-prob pass rounds as an only optimizer step does.
+    Rejected under `actor_infer`."""
 
 
 class ActorInferConfig(WorkerConfig):
     """The rollout."""
 
     strategy_args: RolloutArgs = SglangStrategy()
-    """Which engine, and its settings."""
+    """Engine and its settings."""
     generating_args: GeneratingArgs = GeneratingArgs()
-    """Sampling."""
+    """Sampling settings."""
 
 
 class ModelWorkerConfig(WorkerConfig):
-    """What the roles that run the model in training ranks declare besides."""
+    """Settings of a role with the model in training ranks."""
 
     use_dynamic_batching_in_infer: bool = False
     """Cut passes without gradients by `max_tokens_per_microbatch_in_infer` instead of `infer_batch_size`."""
     max_tokens_per_microbatch_in_infer: PositiveInt | None = None
-    """Tokens of one micro-batch in such a pass, padding included, over all context-parallel ranks that share it;
+    """Tokens of a micro-batch in a pass without gradients, with padding, over all context-parallel ranks that share it;
     default: actor_train's max_tokens_per_microbatch_in_train."""
     use_sequence_packing: bool = False
-    """Put a micro-batch's samples end to end in one row instead of padding each to the longest."""
+    """Join a micro-batch's samples in one row instead of padding each to the longest."""
     sequence_length_round: PositiveInt = 1
-    """Pad each row, or each sample of a packed row, until every rank that shares it holds a multiple of so many of its
+    """Pad each row (each sample of a packed row) so that every rank that shares it has a multiple of this many
     tokens."""
 
 
 class ActorTrainConfig(ModelWorkerConfig):
-    """The policy that learns."""
+    """The trained policy."""
 
     strategy_args: TrainArgs = MegatronTrainStrategy()
-    """Which trainer, and its layout."""
+    """Trainer and its layout."""
     training_args: TrainingArgs = TrainingArgs()
     """Optimizer, schedule, batch sizes."""
     data_args: DataArgs = DataArgs()
     """Prompts."""
     use_dynamic_batching_in_train: bool = False
-    """Cut the samples of an optimizer step into micro-batches by `max_tokens_per_microbatch_in_train` instead of
+    """Cut an optimizer step's samples into micro-batches by `max_tokens_per_microbatch_in_train` instead of
     `per_device_train_batch_size`."""
     max_tokens_per_microbatch_in_train: PositiveInt | None = None
-    """Tokens of one micro-batch in training, padding included, over all context-parallel ranks that share it."""
+    """Tokens of a micro-batch in training, with padding, over all context-parallel ranks that share it."""
 
 
 class ReferenceConfig(ModelWorkerConfig):
-    """The frozen policy that the KL term compares with. It always routes by itself."""
+    """The frozen policy of the KL term. It always routes by itself."""
 
     strategy_args: InferArgs = MegatronInferStrategy()
-    """Which strategy, and its layout."""
+    """Strategy and its layout."""

@@ -1,4 +1,4 @@
-"""Writes that failed, in words: the file, the disk that it is on, and what to do."""
+"""Messages about failed writes: the file, its disk, and a remedy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 UNMAKEABLE = REFUSED | {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
-"""Lasting reason against making a directory of the configuration."""
+"""Errors of creating a directory that a retry cannot fix."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an OSError of the block name this file where it names none, as one of a write does."""
+    """Add `path` to an OSError of the block without a file name, as raised by a write."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def explain(error: OSError) -> str:
-    """Message about a failed write: the file, its disk, and what to do; at most two lines."""
+    """Return a message about a failed write: file, disk, and remedy; at most two lines."""
     if error.errno not in FULL | REFUSED or not isinstance(error.filename, str):
         return str(error)
     disk = disk_of(Path(error.filename))
@@ -37,11 +37,11 @@ def explain(error: OSError) -> str:
         todo = f"Have the disk {disk} mounted for writing"
     else:
         todo = f"Let user {os.getuid()} write there, on the disk {disk}"
-    return f"{error}\n{todo}, and start the run again: resume_from_checkpoint: auto goes on from the newest checkpoint"
+    return f"{error}\n{todo}, and restart the run: resume_from_checkpoint: auto resumes from the newest checkpoint"
 
 
 def disk_of(path: Path) -> str:
-    """Mount point of a path's disk, and its free space."""
+    """Return the mount point of a path's disk, and its free space."""
     try:
         folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         usage, device = shutil.disk_usage(folder), folder.stat().st_dev

@@ -1,7 +1,7 @@
 """YAML text to plain values, with the line of every key, and back; nothing in it is ever executed.
 
-YAML 1.1 as PyYAML's safe loader reads it, with four differences: `1e-6` is a number (PyYAML takes it for text), a date
-is text, so is `1:30` (PyYAML counts in sixties), and a key that is given twice is a mistake, not a silent overwrite.
+YAML 1.1 as read by PyYAML's safe loader, with four differences. `1e-6` is a number (text to PyYAML). A date is text,
+and so is `1:30` (a number in base 60 to PyYAML). A repeated key is a mistake, not a silent overwrite.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from roll_r3.config.report import Finding, show_value
 from roll_r3.config.tree import join, unshared
 
 MAX_NODES = 20_000
-"""Aliases are counted as often as they are used: what grows beyond this is a mistake or an attack."""
+"""Largest number of values, with every use of an alias counted: more is a mistake or an attack."""
 MAX_DEPTH = 50
 MAX_DIGITS = 100
 MAX_PATH = 512
-"""Characters of a dotted path: it is kept for every value below it."""
+"""Largest length of a dotted path, which is kept for every value below it."""
 
 _TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null"))
 _INT = "tag:yaml.org,2002:int"
@@ -33,13 +33,13 @@ _FLOAT = re.compile(
     r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
-_NOT_WRITABLE = "holds half of a surrogate pair, which UTF-8 has no bytes for"
+_NOT_WRITABLE = "holds half of a surrogate pair, which has no UTF-8 encoding"
 _WRITE_LETTERS = r"write the letter itself, or \U and its eight digits"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars described above. It stops where a file grows too large: a node takes a
-    kilobyte, and a tenth of a millisecond."""
+    """PyYAML's safe loader with the scalars described above. It stops at `MAX_NODES`, since a node takes a kilobyte and
+    a tenth of a millisecond."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -66,7 +66,7 @@ _Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+0123456789."))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that this loader or PyYAML's would take for something else."""
+    """PyYAML's safe dumper. Quotes text with another meaning to this loader or PyYAML's."""
 
 
 _Dumper.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+0123456789."))
@@ -74,10 +74,10 @@ _Dumper.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+0123456789."))
 
 @dataclass(frozen=True)
 class Parsed:
-    """One YAML document: what could be read of it, and what was wrong with the rest."""
+    """One parsed YAML document: its values and its mistakes."""
 
     value: Any
-    """Plain values. What a finding names is left out; None: nothing can be made of the document."""
+    """Plain values without those of the findings; None for an unreadable document."""
     places: dict[str, str]
     """Dotted path -> `file:line` of every key and list item."""
     findings: list[Finding]
@@ -88,8 +88,8 @@ def parse_yaml(text: str, file: str, path: str = "") -> Parsed:
 
     Args:
         text: the document.
-        file: what to call it in messages.
-        path: where its value stands in the configuration; an override's does not stand at the root.
+        file: its name in messages.
+        path: dotted path of its value in the configuration: the root, except for an override.
     """
     walk = _Walk(file)
     try:
@@ -112,42 +112,40 @@ def parse_yaml(text: str, file: str, path: str = "") -> Parsed:
 
 
 class _Walk:
-    """One pass over the tree of nodes, before any value is made of it: notes places and mistakes, prunes the latter."""
+    """One pass over the tree of nodes before values are made. Notes places and mistakes, and prunes the mistakes."""
 
     def __init__(self, file: str) -> None:
         self.places: dict[str, str] = {}
         self.findings: list[Finding] = []
         self._file = file
         self._nodes = 0
-        self._hopeless = False
+        self._aborted = False
 
     def visit(self, node: yaml.Node, path: str, around: tuple[yaml.Node, ...]) -> bool:
-        """Visit `node` and all below it; it stands at `path`, inside the nodes `around`.
+        """Visit `node` at `path`, inside the nodes `around`, and all nodes below it.
 
         Returns:
-            Whether a value may be made of it.
+            True if its value can be used.
         """
-        if self._hopeless:
+        if self._aborted:
             return False
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            self._hopeless = True
+            self._aborted = True
             self._wrong(node, path, f"the file holds more than {MAX_NODES} values once its aliases are expanded")
         elif any(node is outer for outer in around):
-            self._hopeless = True
+            self._aborted = True
             self._wrong(node, path, "an alias that contains itself")
         elif len(around) > MAX_DEPTH:
-            self._hopeless = True
+            self._aborted = True
             self._wrong(node, path, f"sections are nested more than {MAX_DEPTH} deep")
         elif node.tag not in _TAGS:
-            why = f"the tag {node.tag} is refused: plain YAML values are read, nothing is constructed or executed"
+            why = f"the tag {node.tag} is rejected: only plain YAML values are read, nothing is constructed or executed"
             self._wrong(node, path, why, "write the plain value", rule="yaml-tag")
             return False
         elif not self._fits_tag(node):
             kind = node.tag.rpartition(":")[2]
-            self._wrong(
-                node, path, f"!!{kind} is written before what is no {kind}", "write the plain value", "yaml-tag"
-            )
+            self._wrong(node, path, f"this value is not of the type !!{kind}", "write the plain value", "yaml-tag")
             return False
         elif node.tag == _INT and len(node.value) > MAX_DIGITS:
             self._wrong(node, path, f"a number of more than {MAX_DIGITS} digits", rule="bad-value")
@@ -163,11 +161,11 @@ class _Walk:
                 self.places[inner] = self._place(item)
                 if not self.visit(item, inner, (*around, node)):
                     node.value[index] = yaml.ScalarNode("tag:yaml.org,2002:null", "null")
-        return not self._hopeless
+        return not self._aborted
 
     @staticmethod
     def _fits_tag(node: yaml.Node) -> bool:
-        """Whether a value can be made of `node`; with a tag that the file itself gives, PyYAML would just try."""
+        """Return true if the value of `node` fits its tag; for explicit tags PyYAML does not check."""
         if isinstance(node, yaml.MappingNode):
             return node.tag == _Loader.DEFAULT_MAPPING_TAG
         if isinstance(node, yaml.SequenceNode):
@@ -185,9 +183,9 @@ class _Walk:
                 self._wrong(value, join(path, "<<"), "the merge key << is not read", "write ${section.field}")
                 continue
             if isinstance(key, yaml.ScalarNode) and key.tag == _INT:
-                # A name is a name, in digits too. An alias may have the same node for a number elsewhere.
+                # A key of digits is a name. An alias may use the same node as a number elsewhere, so copy it.
                 key = yaml.ScalarNode(_Loader.DEFAULT_SCALAR_TAG, key.value, key.start_mark, key.end_mark)
-            why, fix = _wrong_with_key(key, path)
+            why, fix = _rejected_key(key, path)
             if why:
                 self._wrong(key, path, why, fix)
                 continue
@@ -208,11 +206,11 @@ class _Walk:
         self.findings.append(Finding(rule, "error", ((path, value),) if path else (), why, fix))
 
 
-def _wrong_with_key(key: yaml.Node, path: str) -> tuple[str, str]:
-    """Why `key` is not read in the section at `path`, and what to write instead; empty when it is."""
+def _rejected_key(key: yaml.Node, path: str) -> tuple[str, str]:
+    """Return why `key` is rejected in the section at `path`, and a fix; empty for a valid key."""
     line = f"in line {key.start_mark.line + 1}"
     if not isinstance(key, yaml.ScalarNode) or key.tag != _Loader.DEFAULT_SCALAR_TAG:
-        return f"a key must be text; YAML reads this one, {line}, as something else", "write it in quotes"
+        return f"a key must be text, but YAML reads this one, {line}, as another type", "write it in quotes"
     shown = f"the key {show_value(key.value)!r}, {line},"
     if not is_writable(key.value):
         return f"{shown} {_NOT_WRITABLE}", _WRITE_LETTERS
@@ -222,7 +220,7 @@ def _wrong_with_key(key: yaml.Node, path: str) -> tuple[str, str]:
 
 
 def is_writable(text: str) -> bool:
-    """Whether `text` can be written to a file: UTF-8 has no half of a surrogate pair, which an escape can name."""
+    """Return true if UTF-8 can encode `text`: it cannot for half of a surrogate pair, as made by an escape."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -231,13 +229,13 @@ def is_writable(text: str) -> bool:
 
 
 def _plain_tag(text: str) -> str:
-    """The tag of a scalar that is written without quotes and without a tag."""
+    """Return the tag of a scalar without quotes and without an explicit tag."""
     rows = _Loader.yaml_implicit_resolvers.get(text[:1], [])
     return next((tag for tag, regexp in rows if regexp.match(text)), _Loader.DEFAULT_SCALAR_TAG)
 
 
 def to_yaml(config: BaseModel) -> str:
-    """A whole configuration, defaults filled in, as YAML that loads to the same."""
+    """Return a configuration as YAML, with all defaults; it loads to the same configuration."""
     values = config.model_dump(mode="json")
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 

@@ -180,11 +180,11 @@ def call(function: Any, arguments: list[str]) -> tuple[int, str, str]:
 def check_said(status: int, err: str) -> None:
     """Require a message with every rejection, printable and without a traceback."""
     if "Traceback" in err:
-        raise Wrong(f"a stack: {err[-500:]}")
+        raise Wrong(f"a traceback: {err[-500:]}")
     if status not in (0, 1, 2):
         raise Wrong(f"exit status {status}")
     if status and not err.strip():
-        raise Wrong("refused without a word")
+        raise Wrong("rejected without a message")
     if len(err) > MESSAGE:
         raise Wrong(f"a message of {len(err)} characters")
     if hidden := [line for line in err.split("\n") if not line.isprintable()]:
@@ -211,10 +211,10 @@ class Yaml:
         check_said(status, out[:MESSAGE] if status and value.action.endswith("json") else err)
         (out + err).encode()
         if os.listdir(self._folder.name) != [self._file.name]:
-            raise Wrong("something was made by reading")
+            raise Wrong("reading created a file")
         if status:
             if value.said:
-                raise Wrong(f"refused, and is right: {err[:500]}")
+                raise Wrong(f"rejected, but valid: {err[:500]}")
             return "refused"
         if value.action == "--print-config":
             self._check_printed(value, out)
@@ -227,7 +227,7 @@ class Yaml:
     def _check_printed(self, value: Drawn, out: str) -> None:
         again = load_text(out, "printed.yaml")
         if again.findings:
-            raise Wrong(f"taken, but what is printed is not: {again.findings[0].why}")
+            raise Wrong(f"accepted, but its printed form is not: {again.findings[0].why}")
         printed = yaml.safe_load(out)
         for path, expected in value.said:
             found = printed

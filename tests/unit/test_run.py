@@ -31,7 +31,7 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def launch_with(monkeypatch: pytest.MonkeyPatch, launch: Any) -> None:
-    """Put `launch` where the command line looks for it."""
+    """Replace the `launch` called by the command line."""
     module = ModuleType("roll_r3.pipelines.launch")
     module.launch = launch  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "roll_r3.pipelines.launch", module)
@@ -231,7 +231,7 @@ def test_a_file_of_roll_is_checked_like_any_other(capsys):
 
 
 def test_what_hangs_on_a_mistake_is_not_reported_twice(config_file, capsys):
-    """A value that could not be read has a part in no rule."""
+    """No rule uses an unreadable value."""
     arguments = ["--config", str(config_file), "--validate-only", "actor_train.device_mapping=[a]", "reference={}"]
     assert run.main([*arguments, "actor_train.strategy_args.strategy_config.tensor_model_parallel_size=2"]) == 2
     err = capsys.readouterr().err
@@ -279,7 +279,7 @@ def test_a_plan_is_printed_as_text_and_as_json(config_file, capsys):
     assert run.main(["--config", str(config_file), "--plan", "--format", "json", "num_gpus_per_node=4"]) == 0
     assert json.loads(capsys.readouterr().out)["devices_per_node"] == 4
     assert run.main(["--config", str(config_file), "--plan", "--elsewhere", "pretrain=someone/some-model"]) == 2
-    assert "needs to know the model" in capsys.readouterr().err
+    assert "needs the model of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", ["--explain list | head -1", "--config CONFIG --plan --format json | head -c 10"])
@@ -301,7 +301,7 @@ def test_letters_that_a_terminal_does_not_know_are_escaped(tmp_path):
 
 
 def cpu_seconds() -> float:
-    """Processor time of all processes that this one has waited for."""
+    """Return the processor time of all child processes waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

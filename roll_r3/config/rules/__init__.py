@@ -1,6 +1,6 @@
-"""The rule table: combinations of fields that cannot work, or that would leave a setting unread.
+"""The rule table: combinations of fields without a meaning, and settings without effect.
 
-One module a topic. Rows that need more than the YAML (the model, what strategies can do, files, versions) are in
+One module per topic. Rules about more than the YAML (model, capabilities of strategies, files, versions) are in
 `roll_r3.preflight`.
 """
 
@@ -25,5 +25,5 @@ RULES: tuple[AnyRule, ...] = (
 
 
 def check_rules(config: RLVRConfig) -> list[Finding]:
-    """Every violation of `RULES`, in the order of the table."""
+    """Return every violation of `RULES`, in the order of the table."""
     return check_rows(config, RULES)

@@ -9,12 +9,12 @@ _KL_PENALTY = ("add_token_level_kl=true", "init_kl_coef=0.1", "reference={}")
 
 
 def at_most(id: str, field: str, limit: float, why: str, usual: str, *switch: str) -> Rule:
-    """A number that does nothing, or everything, above a limit.
+    """Return a rule about a number without effect, or with too much, above a limit.
 
     Args:
         why: the consequence.
-        usual: what to write.
-        switch: overrides under which the field is read.
+        usual: value for the fix.
+        switch: overrides under which the field has an effect.
     """
     return Rule(
         id=id,
@@ -31,7 +31,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="kl-needs-reference",
         fields=("reference", "use_kl_loss", "add_token_level_kl"),
-        why="the KL term compares with a reference policy, and there is none",
+        why="the KL term compares with a reference policy, but none is configured",
         fix="add a `reference` section, or switch the KL term off",
         wrong=("use_kl_loss=true",),
         right=("use_kl_loss=true", "reference={}"),
@@ -40,7 +40,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="reference-unused",
         fields=("use_kl_loss", "add_token_level_kl"),
-        why="a reference is configured, but no KL term uses it: it takes devices and time for nothing",
+        why="a reference is configured, but no KL term uses it: it wastes devices and time",
         fix="write use_kl_loss: true, or remove the `reference` section",
         wrong=("reference={}",),
         right=("reference={}", "use_kl_loss=true"),
@@ -69,8 +69,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="kl-penalty-of-both-signs",
         fields=("kl_penalty", "add_token_level_kl"),
-        why="in the reward only k1 has the gradient of KL(policy || reference); k2 and abs penalise a token below the "
-        "reference too, so near the reference their pull is weak or elsewhere",
+        why="in the reward only k1 has the gradient of KL(policy || reference); k2 and abs also penalise tokens less "
+        "likely than under the reference, so near it they pull weakly or in another direction",
         fix="write kl_penalty: k1",
         wrong=(*_KL_PENALTY, "kl_penalty=k2"),
         right=(*_KL_PENALTY,),
@@ -80,8 +80,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="token-sum-meets-clipping",
         fields=("loss_agg_mode", "actor_train.training_args.max_grad_norm"),
-        why="summed over tokens, the gradient grows with the length of responses, and max_grad_norm then cuts every "
-        "step to the same length",
+        why="summed over tokens, the gradient grows with the length of responses, and max_grad_norm then scales every "
+        "step to the same size",
         fix="write loss_agg_mode: seq-mean-token-sum-norm, which divides by loss_scale_factor",
         wrong=("loss_agg_mode=seq-mean-token-sum",),
         right=("loss_agg_mode=seq-mean-token-sum-norm",),
@@ -91,7 +91,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="clip-low-below-one",
         fields=("pg_clip_low", "pg_clip"),
-        why="the ratio is clipped at 1 - this, and no ratio is 0 or below",
+        why="the ratio is clipped at 1 - this, and ratios are above 0: nothing is clipped",
         fix="write a value below 1 (0.2 is usual)",
         wrong=("pg_clip=2",),
         right=("pg_clip=0.9",),
@@ -100,16 +100,14 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="clip-high-clips",
         fields=("pg_clip_high", "pg_clip"),
-        why="the ratio is clipped at 1 + this; above 10 a token may become 11 times as likely, which is no clip",
+        why="the ratio is clipped at 1 + this; above 10 a token may become 11 times as likely: hardly a clip",
         fix="write at most 10 (0.28 is usual)",
         wrong=("pg_clip_high=11",),
         right=("pg_clip_high=10",),
         violates=lambda c: c.clip_range[1] > 10 and f"the upper clip is {c.clip_range[1]:g}",
     ),
-    at_most(
-        "dual-clip-bounds", "dual_clip_loss", 100, "a loss bounded at this times the advantage is not bounded", "3"
-    ),
-    at_most("advantage-clip-clips", "advantage_clip", 1000, "no advantage is as large, so nothing is clipped", "5"),
+    at_most("dual-clip-bounds", "dual_clip_loss", 100, "times the advantage, the bound of the loss has no effect", "3"),
+    at_most("advantage-clip-clips", "advantage_clip", 1000, "nothing is clipped: no advantage is as large", "5"),
     at_most("entropy-coef-bounded", "entropy_loss_coef", 1, "the entropy would outweigh the reward", "0.001"),
     at_most("kl-loss-coef-bounded", "kl_loss_coef", 100, "the KL loss would outweigh the reward", "0.001", *_KL_LOSS),
     at_most(
@@ -118,7 +116,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="correction-cap-in-range",
         fields=("rollout_correction.cap",),
-        why="where rollout and trainer agree the weight is 1: a cap below 1 truncates that, one above 100 nothing",
+        why="where rollout and trainer agree the weight is 1: a cap below 1 truncates it, one above 100 nothing",
         fix="write a value from 1 to 100 (2 is usual)",
         wrong=("rollout_correction={mode: token_tis, cap: 0.5}",),
         right=("rollout_correction={mode: token_tis, cap: 1}",),
@@ -127,7 +125,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="dual-clip-above-one",
         fields=("dual_clip_loss",),
-        why="the dual clip bounds the loss at this times the advantage; at 1 or below it would bound unclipped ratios",
+        why="the dual clip bounds the loss at this times the advantage; at most 1, it would bound unclipped ratios",
         fix="write a value above 1 (3 is usual), or null",
         wrong=("dual_clip_loss=1",),
         right=("dual_clip_loss=3",),
@@ -136,7 +134,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="grpo-needs-groups",
         fields=("num_return_sequences_in_group", "adv_estimator"),
-        why="GRPO compares the responses of one group; alone in its group, every response has advantage 0",
+        why="GRPO compares the responses of one group; in a group of one, the advantage is always 0",
         fix="write num_return_sequences_in_group: 2 or more, or adv_estimator: reinforce",
         wrong=("num_return_sequences_in_group=1",),
         right=("num_return_sequences_in_group=1", "adv_estimator=reinforce"),
@@ -147,7 +145,7 @@ RULES: tuple[AnyRule, ...] = (
         "pg_clip",
         "pg_clip_low",
         lambda c: c.pg_clip_low is None or c.pg_clip_high is None,
-        "leave pg_clip out: pg_clip_low and pg_clip_high say both sides",
+        "leave pg_clip out: pg_clip_low and pg_clip_high set both sides",
         wrong=("pg_clip=0.1", "pg_clip_low=0.2", "pg_clip_high=0.3"),
         right=("pg_clip=0.1", "pg_clip_high=0.3"),
         depends=("pg_clip_high",),

@@ -24,35 +24,38 @@ TRAIN_BUDGET = "actor_train.max_tokens_per_microbatch_in_train"
 INFER_DYNAMIC = "use_dynamic_batching_in_infer"
 INFER_BUDGET = "max_tokens_per_microbatch_in_infer"
 ALIGNMENT = (TP, CP, SP, "sequence_length_round")
-"""What `token_alignment` reads."""
+"""Fields read by `token_alignment`."""
+RANKS = tuple(f"actor_train.{field}" for field in (TP, PP, CP))
+SAMPLES = ("rollout_batch_size", "num_return_sequences_in_group")
+OPTIMIZER_STEP = (f"{BATCH}.gradient_accumulation_steps", f"{BATCH}.per_device_train_batch_size")
 
 
 def _samples_over_ranks(config: RLVRConfig, worker: ModelWorker) -> Verdict:
-    size = data_parallel_size(worker)  # 0 is refused by a rule of its own
+    size = data_parallel_size(worker)  # another rule rejects 0
     return remainder(config.samples_per_step, size, "data-parallel ranks") if size else False
 
 
 def _samples_over_mini_batches(config: RLVRConfig) -> Verdict:
     size = mini_batch_size(config)
     if size == 0 or config.samples_per_step % data_parallel_size(config.actor_train):
-        return False  # rules of their own
+        return False  # other rules reject these
     return remainder(config.samples_per_step, size, "samples of an optimizer step")
 
 
-def _warms_up_all_along(config: RLVRConfig) -> Verdict:
+def _steps(config: RLVRConfig) -> int:
+    """Return the number of optimizer steps of a training step; 0 if other rules reject the batch sizes."""
     size = mini_batch_size(config)
-    if size == 0 or config.samples_per_step % size:
-        return False  # rules of their own
-    steps = config.max_steps * config.ppo_epochs * (config.samples_per_step // size)
-    return f"the run has {steps}" if config.actor_train.training_args.warmup_steps >= steps else False
+    return 0 if size == 0 or config.samples_per_step % size else optimizer_steps(config, config.samples_per_step)
+
+
+def _warm_up_never_ends(config: RLVRConfig) -> Verdict:
+    steps = config.max_steps * _steps(config)
+    return f"the run has {steps}" if 0 < steps <= config.actor_train.training_args.warmup_steps else False
 
 
 def _forced_over_several_steps(config: RLVRConfig) -> Verdict:
-    size = mini_batch_size(config)
-    if config.force_on_policy_ratio is not True or size == 0 or config.samples_per_step % size:
-        return False  # rules of their own
-    steps = optimizer_steps(config, config.samples_per_step)
-    return f"a step has {steps}" if steps > 1 else False
+    steps = _steps(config)
+    return f"a step has {steps}" if config.force_on_policy_ratio is True and steps > 1 else False
 
 
 def _interleaved_micro_batches(config: RLVRConfig) -> Verdict:
@@ -83,7 +86,7 @@ def _train_budget_too_small(config: RLVRConfig) -> Verdict:
 
 
 def _dynamic(worker: MegatronWorker) -> bool:
-    """Whether any pass of the role is cut by a token budget."""
+    """Return true if a token budget cuts any pass of the role."""
     in_train = isinstance(worker, ActorTrainConfig) and worker.use_dynamic_batching_in_train
     return worker.use_dynamic_batching_in_infer or in_train
 
@@ -91,7 +94,7 @@ def _dynamic(worker: MegatronWorker) -> bool:
 RULES: tuple[AnyRule, ...] = (
     RoleRule(
         id="samples-over-ranks",
-        fields=("rollout_batch_size", "num_return_sequences_in_group", "{role}.device_mapping"),
+        fields=(*SAMPLES, "{role}.device_mapping"),
         depends=tuple(f"{{role}}.{size}" for size in (TP, PP, CP)),
         why="the samples of a step (rollout_batch_size x num_return_sequences_in_group) must divide over the "
         "data-parallel ranks (devices / (TP x PP x CP); under FSDP2 the devices)",
@@ -102,15 +105,10 @@ RULES: tuple[AnyRule, ...] = (
     ),
     Rule(
         id="samples-over-mini-batches",
-        fields=(
-            f"{BATCH}.gradient_accumulation_steps",
-            f"{BATCH}.per_device_train_batch_size",
-            "rollout_batch_size",
-            "num_return_sequences_in_group",
-        ),
-        depends=("actor_train.device_mapping", f"actor_train.{TP}", f"actor_train.{PP}", f"actor_train.{CP}"),
+        fields=(*OPTIMIZER_STEP, *SAMPLES),
+        depends=("actor_train.device_mapping", *RANKS),
         why="the samples of a step must be a multiple of those of an optimizer step (per_device_train_batch_size x "
-        "gradient_accumulation_steps x data-parallel size): a short last one would step on a noisier gradient",
+        "gradient_accumulation_steps x data-parallel size): a smaller last one would have a noisier gradient",
         fix="change one of these so that it divides",
         wrong=(f"{BATCH}.gradient_accumulation_steps=3",),
         right=(f"{BATCH}.gradient_accumulation_steps=4", f"{BATCH}.per_device_train_batch_size=16"),
@@ -119,37 +117,20 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="warmup-within-run",
         fields=(f"{BATCH}.warmup_steps", "max_steps", "ppo_epochs"),
-        depends=(
-            "rollout_batch_size",
-            "num_return_sequences_in_group",
-            f"{BATCH}.gradient_accumulation_steps",
-            f"{BATCH}.per_device_train_batch_size",
-            "actor_train.device_mapping",
-            *(f"actor_train.{size}" for size in (TP, PP, CP)),
-        ),
-        why="the learning rate is still rising when the last optimizer step is taken",
+        depends=(*SAMPLES, *OPTIMIZER_STEP, "actor_train.device_mapping", *RANKS),
+        why="the learning rate is still rising at the last optimizer step",
         fix="write fewer warmup_steps",
         wrong=("max_steps=1", f"{BATCH}.warmup_steps=64"),
         right=("max_steps=1", f"{BATCH}.warmup_steps=63"),
-        violates=_warms_up_all_along,
+        violates=_warm_up_never_ends,
         severity="warning",
     ),
     Rule(
         id="forced-ratio-takes-one-step",
-        fields=(
-            "force_on_policy_ratio",
-            "ppo_epochs",
-            f"{BATCH}.gradient_accumulation_steps",
-            f"{BATCH}.per_device_train_batch_size",
-        ),
-        depends=(
-            "rollout_batch_size",
-            "num_return_sequences_in_group",
-            "actor_train.device_mapping",
-            *(f"actor_train.{size}" for size in (TP, PP, CP)),
-        ),
-        why="the policy is the old policy in the first optimizer step of a training step only: later ones would lose "
-        "their ratio, and with it the clip",
+        fields=("force_on_policy_ratio", "ppo_epochs", *OPTIMIZER_STEP),
+        depends=(*SAMPLES, "actor_train.device_mapping", *RANKS),
+        why="policy and old policy are the same only in the first optimizer step of a training step: later ones would "
+        "lose their ratio, and with it the clip",
         fix="write auto, or ppo_epochs: 1 and gradient_accumulation_steps so that one optimizer step takes all samples",
         wrong=("force_on_policy_ratio=true", f"{BATCH}.gradient_accumulation_steps=8"),
         right=("force_on_policy_ratio=true", "rollout_batch_size=2", f"{BATCH}.gradient_accumulation_steps=8"),
@@ -158,7 +139,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="min-lr-below-peak",
         fields=(f"{BATCH}.min_lr", f"{BATCH}.learning_rate"),
-        why="the learning rate falls from learning_rate to min_lr: it would rise",
+        why="the learning rate falls from learning_rate to min_lr: here it would rise",
         fix="write a smaller min_lr",
         wrong=(f"{BATCH}={{lr_scheduler_type: cosine, min_lr: 2.0e-6}}",),
         right=(f"{BATCH}={{lr_scheduler_type: cosine, min_lr: 1.0e-7}}",),
@@ -177,7 +158,7 @@ RULES: tuple[AnyRule, ...] = (
         id="interleaved-micro-batches",
         fields=(f"{BATCH}.gradient_accumulation_steps", f"actor_train.{PP}", f"actor_train.{VPP}"),
         depends=(f"{TRAIN}.pipeline_model_parallel_layout", TRAIN_DYNAMIC),
-        why="the interleaved schedule takes micro-batches in groups of one per pipeline stage",
+        why="the interleaved schedule takes micro-batches in groups, one per pipeline stage",
         fix="write a multiple of pipeline_model_parallel_size",
         wrong=(
             "actor_train.device_mapping=range(2)",
@@ -195,7 +176,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="train-budget-given",
         fields=(TRAIN_BUDGET, TRAIN_DYNAMIC),
-        why="a token budget is read with dynamic batching only, and dynamic batching needs one",
+        why="a token budget has an effect with dynamic batching only, and dynamic batching needs one",
         fix="write both, or neither",
         wrong=("actor_train.max_tokens_per_microbatch_in_train=4096",),
         right=("actor_train.use_dynamic_batching_in_train=true", "actor_train.max_tokens_per_microbatch_in_train=4096"),
@@ -207,7 +188,7 @@ RULES: tuple[AnyRule, ...] = (
     RoleRule(
         id="infer-budget-given",
         fields=(INFER_BUDGET, INFER_DYNAMIC),
-        why="a token budget is read with dynamic batching only, and dynamic batching needs one",
+        why="a token budget has an effect with dynamic batching only, and dynamic batching needs one",
         fix="write both, or neither",
         wrong=("actor_train.max_tokens_per_microbatch_in_infer=4096",),
         right=("actor_train.use_dynamic_batching_in_infer=true", "actor_train.max_tokens_per_microbatch_in_infer=4096"),
@@ -221,7 +202,7 @@ RULES: tuple[AnyRule, ...] = (
         id="train-budget-fits-longest",
         depends=(TRAIN_DYNAMIC, *(f"actor_train.{field}" for field in ALIGNMENT)),
         fields=(TRAIN_BUDGET, "prompt_length", "response_length"),
-        why="the longest sample (prompt_length + response_length - 1 inputs, padded to what its ranks need) must fit "
+        why="the longest sample (prompt_length + response_length - 1 inputs, padded for its ranks) must fit "
         "into a micro-batch",
         fix="raise the budget",
         wrong=(
@@ -242,7 +223,7 @@ RULES: tuple[AnyRule, ...] = (
         id="infer-budget-fits-longest",
         depends=tuple(f"{{role}}.{field}" for field in (*ALIGNMENT, INFER_DYNAMIC)),
         fields=(f"{{role}}.{INFER_BUDGET}", "prompt_length", "response_length"),
-        why="the longest sample (prompt_length + response_length - 1 inputs, padded to what its ranks need) must fit "
+        why="the longest sample (prompt_length + response_length - 1 inputs, padded for its ranks) must fit "
         "into a micro-batch",
         fix="raise the budget",
         wrong=(
@@ -262,7 +243,7 @@ RULES: tuple[AnyRule, ...] = (
     RoleRule(
         id="infer-batch-unread",
         fields=("infer_batch_size", INFER_DYNAMIC),
-        why="with dynamic batching the token budget cuts micro-batches: nothing would read this setting",
+        why="with dynamic batching the token budget cuts micro-batches: this setting has no effect",
         fix="leave infer_batch_size out",
         wrong=(
             "actor_train.use_dynamic_batching_in_infer=true",
@@ -281,7 +262,7 @@ RULES: tuple[AnyRule, ...] = (
         id="dynamic-batching-with-allgather",
         depends=(INFER_DYNAMIC, "use_dynamic_batching_in_train"),
         fields=("use_sequence_packing", f"{MEGATRON}.moe_token_dispatcher_type", EP),
-        why="the allgather dispatcher exchanges equal shapes between expert-parallel ranks, and padded micro-batches "
+        why="the allgather dispatcher exchanges equal shapes between expert-parallel ranks, but padded micro-batches "
         "of a token budget differ in their number of rows",
         fix="write moe_token_dispatcher_type: alltoall, or use_sequence_packing: true",
         wrong=(

@@ -44,7 +44,7 @@ _TEMPLATE_PARTS = frozenset(
         "tokenizer_kwargs", "tools", "truncation",
     }
 )  # fmt: skip
-"""Arguments of apply_chat_template that roll_r3 passes itself, or that take more than a plain value."""
+"""Arguments of apply_chat_template passed by roll_r3, or without a plain value."""
 
 
 def _clashing_arguments(config: RLVRConfig) -> Verdict:
@@ -88,8 +88,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="reward-domains-once",
         fields=("rewards.*.tag_included",),
-        why="every domain has exactly one reward rule",
-        fix="give each rule tag_included of its own; at most one rule may leave it out",
+        why="every domain must have exactly one reward rule",
+        fix="write a different tag_included for each rule; at most one rule may leave it out",
         wrong=("rewards={a: {reward: math}, b: {reward: math}}",),
         right=(
             "rewards={a: {reward: math, tag_included: [x]}, b: {reward: math}}",
@@ -100,7 +100,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="reward-reachable",
         fields=("rewards.*.tag_included", "actor_train.data_args.domain"),
-        why="without a domain column every sample has the domain `default`, so these rules would score nothing",
+        why="without a domain column every sample has the domain `default`, so these rules score nothing",
         fix="name the column in actor_train.data_args.domain, or remove the rules",
         wrong=("rewards={a: {reward: math, tag_included: [x]}, b: {reward: math}}",),
         right=("rewards={a: {reward: math, tag_included: [default]}}",),
@@ -109,7 +109,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="bundled-columns-unread",
         fields=("actor_train.data_args.file_name", *_COLUMNS),
-        why="a bundled task has no columns that could be named: nothing would read these settings",
+        why="a bundled task has no columns to name: these settings have no effect",
         fix="leave them out",
         wrong=("actor_train.data_args.id=name",),
         right=("actor_train.data_args={file_name: prompts.jsonl, id: name}",),
@@ -118,7 +118,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="chat-template-kwargs-free",
         fields=("actor_train.data_args.chat_template_kwargs",),
-        why="arguments of the chat template cannot take the place of those that roll_r3 gives the tokenizer",
+        why="these arguments are set by roll_r3, or take more than a plain value",
         fix="leave them out; the prompt comes from data_args.prompt or data_args.messages",
         wrong=("actor_train.data_args={file_name: a, chat_template_kwargs: {add_generation_prompt: false}}",),
         right=("actor_train.data_args={file_name: a, chat_template_kwargs: {enable_thinking: false}}",),
@@ -129,7 +129,7 @@ RULES: tuple[AnyRule, ...] = (
         "actor_train.data_args.prompt",
         "actor_train.data_args.messages",
         lambda c: c.actor_train.data_args.messages is None,
-        "leave one of the two out: `messages` takes the place of `prompt`",
+        "leave one of the two out: `messages` replaces `prompt`",
         wrong=("actor_train.data_args={file_name: a, prompt: q, messages: m}",),
         right=("actor_train.data_args={file_name: a, messages: m}",),
     ),

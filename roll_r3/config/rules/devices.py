@@ -1,7 +1,7 @@
-"""Devices: every role has its own number of them, what they must divide by, who shares them, on which node they are.
+"""Devices: the number per role, their divisors, sharing, and nodes.
 
-Facts about sharing and nodes are judged here alone: before the start from the numbers in the file, and when a run is
-placed once more from the devices of the cluster.
+Sharing and nodes are judged here alone: before the start by the numbers in the file, and at placement by the devices of
+the cluster.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from roll_r3.config.rules.table import AnyRule, LayoutRule, Rule, Verdict, remai
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NodeOf = Callable[[int], str]
-"""The name of the node that a device, by its number, is on."""
+"""Name of the node of a device, by the device's number."""
 _SHOWN = 8
-"""Numbers that a text lists."""
+"""Largest number of items in a listing."""
 
 
 def _repeated_devices(config: RLVRConfig) -> Verdict:
@@ -46,14 +46,14 @@ def _roles_without_devices(config: RLVRConfig) -> Verdict:
 
 
 def shared_with_engines(config: RLVRConfig) -> str:
-    """Each role that has devices of the engines, and those; empty: none has."""
+    """Return each role with devices of the engines, and those devices; empty if there is none."""
     engines = set(config.actor_infer.device_mapping)
     shared = {role: sorted(engines & set(worker.device_mapping)) for role, worker in model_workers(config).items()}
-    return ", ".join(f"{role} has devices {listed(devices)} too" for role, devices in shared.items() if devices)
+    return ", ".join(f"{role} also has devices {listed(devices)}" for role, devices in shared.items() if devices)
 
 
 def scattered_engines(config: RLVRConfig, node_of: NodeOf) -> str:
-    """The first engine whose devices lie on several nodes, and where those are; empty: there is none."""
+    """Return the first engine with devices on several nodes, and the nodes; empty if there is none."""
     on = {index: (devices, _nodes(devices, node_of)) for index, devices in enumerate(engine_devices(config))}
     scattered = [index for index, (_, nodes) in on.items() if len(nodes) > 1]
     if not scattered:
@@ -64,7 +64,7 @@ def scattered_engines(config: RLVRConfig, node_of: NodeOf) -> str:
 
 
 def engines_out_of_reach(config: RLVRConfig, node_of: NodeOf) -> str:
-    """Engines with a loopback address on other nodes than the trainer's first rank; empty: there are none."""
+    """Return engines with a loopback address on other nodes than the trainer's first rank; empty if there are none."""
     settings = server(config)
     if settings is None or settings.host not in LOOPBACK:
         return ""
@@ -74,7 +74,7 @@ def engines_out_of_reach(config: RLVRConfig, node_of: NodeOf) -> str:
 
 
 def listed(items: Sequence[int | str], count: int | None = None) -> str:
-    """The first few of `count` items; None: of as many as are given."""
+    """Return the first few of `count` items (None: of all items) as text."""
     left = (len(items) if count is None else count) - _SHOWN
     more = f" and {left:,} more" if left > 0 else ""
     return ", ".join(map(str, items[:_SHOWN])) + more
@@ -90,9 +90,9 @@ def _node_by_number(config: RLVRConfig) -> NodeOf:
 
 
 def _by_number(judge: Callable[[RLVRConfig, NodeOf], str]) -> Callable[[RLVRConfig], Verdict]:
-    """A verdict about nodes from the numbers of devices. CPU slots are places of one machine, as many as are asked for.
+    """Return a verdict about nodes from the numbers of devices. CPU slots are all on one machine.
 
-    Engines that do not divide are refused by a rule of their own.
+    Another rule rejects engines that do not divide.
     """
 
     def violates(config: RLVRConfig) -> Verdict:
@@ -105,7 +105,7 @@ def _by_number(judge: Callable[[RLVRConfig, NodeOf], str]) -> Callable[[RLVRConf
 
 
 def _nodes_assumed(config: RLVRConfig) -> bool:
-    """True if the real nodes may differ from those that the device numbers suggest."""
+    """Return true if the real nodes may differ from the nodes by device number."""
     return config.device_type != "cuda" or config.num_gpus_per_node is None
 
 
@@ -115,7 +115,7 @@ def _unnamed_devices(config: RLVRConfig) -> Verdict:
     if not (unnamed := total - len(named)):
         return False
     first = tuple(islice((device for device in range(total) if device not in named), _SHOWN))
-    return f"of {total:,} devices nobody uses {listed(first, unnamed)}"
+    return f"of {total:,} devices no role uses {listed(first, unnamed)}"
 
 
 GPUS_NOT_SHARED = Rule(
@@ -126,19 +126,19 @@ GPUS_NOT_SHARED = Rule(
         "reference.device_mapping",
         "device_type",
     ),
-    why="on GPUs this does not start, on CPU slots it does: an engine shares no GPU. It keeps its part of the memory, "
-    "and weights go to it over NCCL, which refuses two ranks on one GPU",
+    why="an engine cannot share a GPU (it can share a CPU slot): it keeps its part of the memory, and weights arrive "
+    "over NCCL, which rejects two ranks on one GPU",
     fix="give actor_infer devices of its own, or write device_type: cpu",
     wrong=("device_type=cuda",),
     right=OWN_GPUS,
     violates=lambda c: c.device_type != "cpu" and shared_with_engines(c),
-    # not `*`, which a mistake in any field at the top would be a part of
+    # not `*`: it would match a mistake in any field at the top
     depends=tuple(
         f"{role}.{MEGATRON}.{kernel}"
         for role in ("actor_train", "reference")
         for kernel in ("moe_grouped_gemm", "moe_router_fusion")
     ),
-    # what asks for kernels of GPUs starts on CPU slots no more than on GPUs
+    # with GPU kernels it does not start on CPU slots either
     only_warns=lambda c: c.device_type == "auto" and not roles_with_gpu_kernels(c),
 )
 ENGINE_ON_ONE_NODE = Rule(
@@ -146,8 +146,8 @@ ENGINE_ON_ONE_NODE = Rule(
     fields=("actor_infer.device_mapping", f"{ENGINE}.tp_size", "num_gpus_per_node"),
     depends=("device_type", "actor_infer.strategy_args.strategy_name"),
     why="the devices of an engine must share a node",
-    fix="write a tp_size that divides the devices of a node, let actor_infer's devices start at the first of one, or "
-    "say with num_gpus_per_node how many a node has",
+    fix="write a tp_size that divides the devices of a node, begin actor_infer's devices at the first of a node, or "
+    "write num_gpus_per_node",
     wrong=("device_type=cuda", "num_gpus_per_node=2", "actor_infer.device_mapping=[1, 2]", f"{ENGINE}.tp_size=2"),
     right=(
         "device_type=cuda",
@@ -190,7 +190,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="devices-once",
         fields=("actor_train.device_mapping", "actor_infer.device_mapping", "reference.device_mapping"),
-        why="a role runs one process on each of its devices, so it can name a device only once",
+        why="a role runs one process per device, so it can name a device only once",
         fix="remove the repetition",
         wrong=("actor_train.device_mapping=[0, 0]",),
         right=("actor_train.device_mapping=[1, 0]",),
@@ -242,7 +242,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="devices-unnamed",
         fields=("actor_train.device_mapping", "actor_infer.device_mapping", "reference.device_mapping"),
-        why="a run reserves every device up to the highest number, those that no role names too",
+        why="a run reserves every device up to the highest number, also those of no role",
         fix="number the devices without gaps",
         wrong=("actor_infer.device_mapping=[2]",),
         right=("actor_infer.device_mapping=[1]",),

@@ -1,4 +1,4 @@
-"""The smallest configuration that every rule accepts: what the examples of the rules are overrides of."""
+"""The smallest configuration without findings. Examples of rules are overrides of it."""
 
 MINIMAL = """\
 exp_name: demo
@@ -13,4 +13,4 @@ actor_infer:
   router_replay: {mode: R3}
 """
 OWN_GPUS = ("device_type=cuda", "actor_infer.device_mapping=[1]")
-"""Overrides that put it on GPUs."""
+"""Overrides to run it on GPUs."""

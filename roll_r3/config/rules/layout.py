@@ -1,4 +1,4 @@
-"""How Megatron lays out and recomputes the model: settings that clash, or that nothing would read."""
+"""Layout and recomputation by Megatron: settings that conflict, or have no effect."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _accounting(m: MegatronConfig) -> bool:
 
 
 def _layout_stages(m: MegatronConfig) -> int:
-    """Stages that the pipeline layout writes; 0 without one."""
+    """Return the number of stages in the pipeline layout; 0 without one."""
     text = m.pipeline_model_parallel_layout
     return 0 if text is None else len(parse_pipeline_layout(text))
 
@@ -94,7 +94,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="experts-split-as-weights",
         fields=(ETP, EP, TP),
-        why="weights are converted only where an expert's matrices are split over all tensor-parallel ranks or, with "
+        why="weights are converted only if an expert's matrices are split over all tensor-parallel ranks or, with "
         "expert parallelism, over fewer of them",
         fix="leave expert_tensor_parallel_size out",
         wrong=("actor_train.device_mapping=range(2)", f"{TRAIN}.expert_tensor_parallel_size=2"),
@@ -108,7 +108,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="allgather-needs-one-stage",
         fields=(f"{MEGATRON}.moe_token_dispatcher_type", PP),
-        why="with the allgather dispatcher megatron-core passes only micro-batches of one shape between stages",
+        why="with the allgather dispatcher megatron-core sends only micro-batches of one shape between stages",
         fix="write moe_token_dispatcher_type: alltoall",
         wrong=(
             "actor_train.device_mapping=range(2)",
@@ -123,7 +123,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="vpp-needs-pp",
         fields=(VPP, PP),
-        why="model chunks are interleaved over pipeline stages: that takes at least two stages",
+        why="model chunks are interleaved over pipeline stages, at least two of them",
         fix="raise pipeline_model_parallel_size to 2 or more, or leave virtual_pipeline_model_parallel_size out",
         wrong=(f"{TRAIN}.virtual_pipeline_model_parallel_size=2",),
         right=(
@@ -153,7 +153,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="uneven-stages-need-pp",
         fields=(FIRST, LAST, EMBEDDING, LOSS, LAYOUT, PP),
-        why="with one pipeline stage there is nothing to share layers out to",
+        why="with one pipeline stage there is no split of layers",
         fix="leave them out, or raise pipeline_model_parallel_size",
         wrong=(f"{TRAIN}.num_layers_in_first_pipeline_stage=3",),
         right=(
@@ -169,8 +169,8 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="one-way-to-split-layers",
         fields=(LAYOUT, FIRST, LAST, EMBEDDING, LOSS),
-        why="each of these says how layers are shared out: a layout all of it, num_layers_in_* those of the first or "
-        "last stage, account_for_* what else counts as a layer",
+        why="each of these defines the split of layers: a layout the whole split, num_layers_in_* the first or last "
+        "stage, account_for_* further layers to count",
         fix="keep the layout, or num_layers_in_*, or account_for_*",
         wrong=(
             "actor_train.device_mapping=range(2)",
@@ -188,7 +188,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="layout-stages-over-pp",
         fields=(LAYOUT, PP),
-        why="every pipeline rank takes as many stages of the layout",
+        why="every pipeline rank has the same number of stages of the layout",
         fix="write a multiple of pipeline_model_parallel_size stages",
         wrong=(
             "actor_train.device_mapping=range(2)",
@@ -240,7 +240,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="sp-needs-tp",
         fields=(SP, TP),
-        why="sequence parallelism splits the sequence over the tensor-parallel ranks, and there is only one",
+        why="sequence parallelism splits the sequence over the tensor-parallel ranks, but there is only one",
         fix="leave sequence_parallel out, or raise tensor_model_parallel_size",
         wrong=(f"{TRAIN}.sequence_parallel=true",),
         right=(
@@ -254,7 +254,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="full-recompute-says-how",
         fields=(f"{RECOMPUTE}_method", f"{RECOMPUTE}_num_layers", f"{RECOMPUTE}_granularity"),
-        why="full recompute needs to know in which groups layers are recomputed",
+        why="full recompute needs the groups of layers to recompute",
         fix="write recompute_method: uniform and recompute_num_layers: 1 (the least memory)",
         wrong=(f"{TRAIN}.recompute_granularity=full", f"{TRAIN}.recompute_method=uniform"),
         right=(
@@ -267,7 +267,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="recompute-method-needs-full",
         fields=(f"{RECOMPUTE}_granularity", f"{RECOMPUTE}_method", f"{RECOMPUTE}_num_layers"),
-        why="recompute_method and recompute_num_layers are read with full recompute only",
+        why="recompute_method and recompute_num_layers have an effect with full recompute only",
         fix="write recompute_granularity: full, or leave them out",
         wrong=(f"{TRAIN}.recompute_method=block",),
         right=(
@@ -285,7 +285,7 @@ RULES: tuple[AnyRule, ...] = (
         id="selective-recompute-says-what",
         fields=(f"{RECOMPUTE}_modules", f"{RECOMPUTE}_granularity"),
         why="selective recompute needs the modules to recompute",
-        fix="write recompute_modules: [moe], say",
+        fix="write recompute_modules: [moe], for example",
         wrong=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[]"),
         right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe]"),
         violates=lambda w: layout(w).recompute_granularity == "selective" and not layout(w).recompute_modules,
@@ -294,9 +294,8 @@ RULES: tuple[AnyRule, ...] = (
         id="moe-act-needs-grouped-experts",
         fields=(f"*.{RECOMPUTE}_modules", f"*.{MEGATRON}.moe_grouped_gemm", "device_type"),
         depends=(f"*.{RECOMPUTE}_granularity",),
-        why="megatron-core recomputes the experts' activation only where their matrix products are grouped, which "
-        "takes a GPU",
-        fix="take moe_act out",
+        why="megatron-core recomputes the experts' activation only with grouped matrix products, on a GPU",
+        fix="remove moe_act",
         wrong=(
             f"{TRAIN}.recompute_granularity=selective",
             f"{TRAIN}.recompute_modules=[moe_act]",
@@ -308,8 +307,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="layernorm-needs-transformer-engine",
         fields=(f"*.{RECOMPUTE}_modules", "device_type"),
-        why="megatron-core recomputes norms by a part of TransformerEngine, which runs on a GPU only",
-        fix="take layernorm out",
+        why="megatron-core recomputes norms with TransformerEngine, on a GPU only",
+        fix="remove layernorm",
         wrong=(
             "device_type=cpu",
             f"{TRAIN}.recompute_granularity=selective",
@@ -330,7 +329,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="recompute-modules-need-selective",
         fields=(f"{RECOMPUTE}_granularity", f"{RECOMPUTE}_modules"),
-        why="recompute_modules is read with selective recompute only",
+        why="recompute_modules has an effect with selective recompute only",
         fix="write recompute_granularity: selective, or leave the modules out",
         wrong=(f"{TRAIN}.recompute_modules=[moe]",),
         right=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[moe]"),
@@ -372,4 +371,4 @@ SPLIT_RULES = tuple(
         "layout-agrees-with-vpp",
     )
 )
-"""Those about how layers are shared out to stages; after them it makes no sense to compare with the model."""
+"""Rules about the split of layers into stages. After a violation, no comparison with the model makes sense."""

@@ -1,4 +1,4 @@
-"""Short names for long paths. In upper case: within a role, or of one role as its name says."""
+"""Short names for long paths, relative to a role or to the root."""
 
 MEGATRON = "strategy_args.strategy_config"
 TP = f"{MEGATRON}.tensor_model_parallel_size"

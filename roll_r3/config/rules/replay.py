@@ -1,4 +1,4 @@
-"""Router replay: both sides must agree, and nothing may route past the recorded experts."""
+"""Router replay: both sides must agree, and nothing may bypass the recorded experts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _audit_every_unread(config: RLVRConfig) -> Verdict:
 
 def _on_one_side(config: RLVRConfig) -> Verdict:
     trained, sampled = config.actor_train.router_replay.mode, config.actor_infer.router_replay.mode
-    return sampled != "R2" and (trained == "R3") != (sampled == "R3")  # R2 in the rollout has a rule of its own
+    return sampled != "R2" and (trained == "R3") != (sampled == "R3")  # another rule rejects R2 in the rollout
 
 
 RULES: tuple[AnyRule, ...] = (
     Rule(
         id="r3-on-both-sides",
         fields=(TRAIN_REPLAY, INFER_REPLAY),
-        why="R3 needs both sides: the rollout records the experts that the trainer replays",
+        why="R3 needs both sides: the rollout records experts, and the trainer replays them",
         fix="write R3 for both, or disable for both",
         wrong=("actor_train.router_replay.mode=disable",),
         right=("actor_train.router_replay.mode=off", "actor_infer.router_replay.mode=off"),
@@ -36,7 +36,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="r2-is-the-trainers",
         fields=(INFER_REPLAY,),
-        why="R2 replays what the trainer's own old-log-prob pass recorded; the rollout has no part in it",
+        why="R2 replays the experts of the trainer's own old-log-prob pass; the rollout is not involved",
         fix="write actor_infer.router_replay.mode: disable, and R2 under actor_train",
         wrong=("actor_train.router_replay.mode=R2", "actor_infer.router_replay.mode=R2"),
         right=("actor_train.router_replay.mode=R2", "actor_infer.router_replay.mode=disable"),
@@ -45,7 +45,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="reference-routes-by-itself",
         fields=("reference.router_replay.mode",),
-        why="the reference is another policy: made to use this policy's experts, the KL term would measure neither",
+        why="the reference is another policy: with this policy's experts, the KL term would measure neither",
         fix="write reference.router_replay.mode: disable",
         wrong=("use_kl_loss=true", "reference.router_replay.mode=R3"),
         right=("use_kl_loss=true", "reference.router_replay.mode=disable"),
@@ -54,7 +54,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="fused-router-skips-replay",
         fields=(f"{TRAIN}.moe_router_fusion", TRAIN_REPLAY),
-        why="megatron-core's fused top-k returns before it consults the recorded routes, so nothing would be replayed",
+        why="megatron-core's fused top-k does not read the recorded routes, so nothing would be replayed",
         fix="write moe_router_fusion: false",
         wrong=(f"{TRAIN}.moe_router_fusion=true",),
         right=(
@@ -72,8 +72,7 @@ RULES: tuple[AnyRule, ...] = (
     LayoutRule(
         id="no-aux-loss",
         fields=(f"{MEGATRON}.moe_aux_loss_coeff",),
-        why="megatron-core's load-balancing loss takes a top-k of its own: under replay it balances experts that no "
-        "token used",
+        why="megatron-core's load-balancing loss takes its own top-k: it would balance experts used by no token",
         fix="write moe_aux_loss_coeff: 0",
         wrong=(f"{TRAIN}.moe_aux_loss_coeff=0.01",),
         right=(f"{TRAIN}.moe_aux_loss_coeff=0",),
@@ -102,7 +101,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="audit-every-unread",
         fields=("*.router_replay.audit_every", "*.router_replay.audit"),
-        why="as things stand, nothing would read this setting",
+        why="this setting has no effect here",
         fix="write audit: true, or leave audit_every out",
         wrong=("actor_train.router_replay.audit_every=5",),
         right=("actor_train.router_replay={mode: R3, audit: true, audit_every: 5}",),

@@ -1,4 +1,4 @@
-"""Sampling, and the engine's room for it."""
+"""Sampling, and the engine's limits of it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _truncated_and_scaled(config: RLVRConfig) -> Verdict:
     if gives_rollout_log_probs(config):
         return False
     if _corrected(config):
-        return "rollout_correction trains with them"
-    return "nothing trains with them, and the figures that compare rollout and trainer are left out"
+        return "rollout_correction uses them"
+    return "training does not use them, and the metrics of rollout against trainer are left out"
 
 
 def _too_cold(config: RLVRConfig) -> Verdict:
@@ -54,7 +54,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="response-fits",
         fields=("actor_infer.generating_args.max_new_tokens", "response_length"),
-        why="the engine could sample more tokens than response_length, the longest response there is room for",
+        why="the engine could sample more tokens than response_length, the longest response allowed",
         fix="leave max_new_tokens out, or raise response_length",
         wrong=("response_length=8", "actor_infer.generating_args.max_new_tokens=9"),
         right=("response_length=8", "actor_infer.generating_args.max_new_tokens=8"),
@@ -63,7 +63,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="engine-context-fits",
         fields=(f"{ENGINE}.context_length", *_ROOM),
-        why="the engine would refuse or cut the longest samples, of which it keeps a few tokens back",
+        why="the engine would reject or cut the longest samples (it reserves a few tokens)",
         fix="leave context_length out, or write at least that many",
         wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=17"),
         right=("prompt_length=8", "response_length=8", f"{ENGINE}.context_length=18"),
@@ -72,7 +72,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="engine-cache-fits",
         fields=(f"{ENGINE}.max_total_tokens", *_ROOM),
-        why="the engine's cache could not hold one of the longest samples, of which it keeps a few tokens back",
+        why="the engine's cache could not hold one of the longest samples (it reserves a few tokens)",
         fix="leave max_total_tokens out, or write at least that many",
         wrong=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=17"),
         right=("prompt_length=8", "response_length=8", f"{ENGINE}.max_total_tokens=18"),
@@ -107,8 +107,8 @@ RULES: tuple[AnyRule, ...] = (
             "actor_infer.strategy_args.strategy_name",
             "rollout_correction.mode",
         ),
-        why="vLLM gives log-probabilities either before temperature and truncation or after both; comparing with the "
-        "trainer's takes those after the one and before the other",
+        why="vLLM returns log-probabilities either before temperature and truncation or after both; the trainer's are "
+        "after temperature and before truncation",
         fix="write temperature: 1, or top_p: 1 and top_k: -1, or strategy_name: sglang, or rollout_correction.mode: "
         "disable",
         wrong=(
@@ -123,7 +123,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="vllm-coldest",
         fields=("actor_infer.generating_args.temperature", "actor_infer.strategy_args.strategy_name"),
-        why=f"vLLM samples at {VLLM_COLDEST} whenever it is asked for less, and greedily below 1e-5",
+        why=f"vLLM samples at {VLLM_COLDEST} for any lower temperature, and greedily below 1e-5",
         fix=f"write a temperature of {VLLM_COLDEST} or more",
         wrong=(_VLLM, "actor_infer.generating_args.temperature=0.001"),
         right=(_VLLM, f"actor_infer.generating_args.temperature={VLLM_COLDEST}"),
@@ -132,7 +132,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="vllm-stops-at-tokens",
         fields=("actor_infer.generating_args.stop_strings", "actor_infer.strategy_args.strategy_name"),
-        why="vLLM is asked for tokens without their text, so it does not see a stop string",
+        why="vLLM is asked for tokens without text, so it cannot find a stop string",
         fix="write stop_token_ids instead, or strategy_name: sglang",
         wrong=(_VLLM, "actor_infer.generating_args.stop_strings=[END]"),
         right=(_VLLM, "actor_infer.generating_args.stop_token_ids=[7]"),
@@ -141,8 +141,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="vllm-rounds-logits",
         fields=("fp32_lm_head", "actor_infer.strategy_args.strategy_name"),
-        why="this strategy does not have vLLM compute logits in fp32: the two sides would differ by more than without "
-        "it, since both round alike now",
+        why="vLLM computes logits in bf16 here: with fp32 in the trainer alone the two sides would differ more than "
+        "with bf16 in both",
         fix="write fp32_lm_head: false, or strategy_name: sglang",
         wrong=(_VLLM, "fp32_lm_head=true"),
         right=("fp32_lm_head=true",),
@@ -153,7 +153,7 @@ RULES: tuple[AnyRule, ...] = (
         "actor_infer.infer_batch_size",
         f"{ENGINE}.max_running_requests",
         lambda c: False,
-        "leave it out: the engine batches by itself, up to strategy_config.max_running_requests",
+        "leave it out: the engine forms its own batches, up to strategy_config.max_running_requests",
         wrong=("actor_infer.infer_batch_size=4",),
         right=("actor_train.infer_batch_size=4",),
         severity="warning",
@@ -170,7 +170,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="memory-share-on-cpu",
         fields=(f"{ENGINE}.mem_fraction_static", f"{ENGINE}.gpu_memory_utilization", "device_type"),
-        why="a CPU engine has no device memory to share out: nothing would read its share",
+        why="a CPU engine has no device memory to share: this setting has no effect",
         fix="leave it out, and set max_total_tokens",
         wrong=("device_type=cpu", f"{ENGINE}.mem_fraction_static=0.5"),
         right=(*OWN_GPUS, f"{ENGINE}.mem_fraction_static=0.5"),

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written, and where."""
+"""Checkpoints: content and location."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="nothing-saved",
         fields=("save_steps", "save_hf_steps", "max_steps"),
-        why="nothing is saved: what the run learns is lost when it ends",
-        fix="write save_steps, of 50 for instance, or save_hf_steps",
+        why="nothing is saved: the trained weights are lost at the end of the run",
+        fix="write save_steps: 50, for example, or save_hf_steps",
         wrong=("save_steps=0",),
         right=("save_steps=0", "save_hf_steps=500"),
         violates=lambda c: c.save_steps == 0 and c.save_hf_steps == 0,

@@ -1,7 +1,7 @@
-"""The form of the rule table: a row names fields, when they clash, why, what to write instead, and shows both.
+"""Form of the rule table: a row has its fields, its condition, the reason, a fix, and two examples.
 
-Severity: an error cannot start, cannot learn, or would compute something else than is written; a warning runs as it is
-written, but costs something for nothing or is probably not meant; a note only informs.
+Severity: an error cannot start, cannot learn, or would compute something else than written; a warning runs as written,
+but wastes something or is probably a mistake; a note only informs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from roll_r3.config.tree import join
 from roll_r3.errors import ConfigError
 
 Verdict = bool | str
-"""Whether a rule is violated; text says so too, and gives the figures that make it plain."""
+"""True or text if a rule is violated; the text has the figures."""
 Example = tuple[str, ...]
 """Overrides (`a.b.c=value`) on the smallest configuration, `roll_r3.config.rules.example.MINIMAL`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What every row of the table says."""
+    """One row of the table."""
 
     id: str
     fields: tuple[str, ...]
@@ -38,25 +38,25 @@ class Row:
     why: str
     fix: str
     wrong: Example
-    """A configuration that this row refuses."""
+    """Configuration rejected by this row."""
     right: Example
-    """A near one that no row refuses."""
+    """Similar configuration accepted by all rows."""
     severity: Severity = "error"
     only_warns: Callable[[RLVRConfig], bool] | None = None
-    """Condition under which a violation of an error row is a warning: the configuration may run as it is written."""
+    """Condition under which a violation of an error row is a warning, since the configuration may run as written."""
     depends: tuple[str, ...] = ()
-    """Further fields that the verdict depends on, too many to show."""
+    """Further fields used by the verdict, not shown."""
 
     @property
     def severities(self) -> str:
-        """Those that a violation may have, in words."""
+        """Possible severities of a violation, as text."""
         return self.severity if self.only_warns is None else f"{self.severity} or warning"
 
     def finding(self, config: RLVRConfig, verdict: Verdict, role: str = "") -> Finding:
-        """What a violation of this row is reported as.
+        """Return the finding about a violation of this row.
 
         Args:
-            role: what `{role}` stands for; what fields are within where none of them says `{role}`.
+            role: value of `{role}` in fields; without `{role}` in any of them, prefix of all fields.
         """
         if any("{role}" in field for field in self.fields + self.depends):
             fields, depends = ([field.format(role=role) for field in some] for some in (self.fields, self.depends))
@@ -68,7 +68,7 @@ class Row:
         return Finding(self.id, severity, found, why, self.fix, tuple(depends))
 
     def require(self, config: RLVRConfig, verdict: Verdict, role: str = "") -> None:
-        """Raise ConfigError, in the words of the row, where a verdict says that it is violated."""
+        """Raise ConfigError with the text of the row if the verdict is a violation."""
         if verdict:
             finding = self.finding(config, verdict, role)
             values = ", ".join(f"{path} = {show_value(value)}" for path, value in finding.found)
@@ -76,14 +76,14 @@ class Row:
 
 
 def _shown(config: RLVRConfig, field: str) -> list[tuple[str, object]]:
-    """What a report shows of a field: of one with `*` only what differs from the defaults, if anything does."""
+    """Return the shown values of a field: with `*` only changed ones, or else the first."""
     values = values_at(config, field)
     return ([item for item in values if changed(config, item[0])] or values[:1]) if "*" in field else values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Row):
-    """One row about the whole configuration."""
+    """Row about the whole configuration."""
 
     violates: Callable[[RLVRConfig], Verdict]
 
@@ -95,9 +95,9 @@ class Rule(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class RoleRule(Row):
-    """One row about the whole configuration and each role whose ranks run the model.
+    """Row about the whole configuration and each of the `model_workers`.
 
-    `fields` are within the role, or say with `{role}` where it stands.
+    `fields` are relative to the role, or contain `{role}`.
     """
 
     violates: Callable[[RLVRConfig, ModelWorker], Verdict]
@@ -111,7 +111,7 @@ class RoleRule(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutRule(Row):
-    """One row about each of these roles that Megatron runs. `fields` as of a `RoleRule`."""
+    """Row about each of the `megatron_workers`. `fields` as in a `RoleRule`."""
 
     violates: Callable[[MegatronWorker], Verdict]
 
@@ -126,12 +126,12 @@ AnyRule = Rule | RoleRule | LayoutRule
 
 
 def check_rows(config: RLVRConfig, rules: Iterable[AnyRule]) -> list[Finding]:
-    """Every violation of `rules`, in their order."""
+    """Return every violation of `rules`, in their order."""
     return [finding for rule in rules for finding in rule.check(config)]
 
 
 def remainder(whole: int, parts: int, what: str) -> Verdict:
-    """The verdict on `whole` things that should divide over `parts`."""
+    """Return the verdict on the division of `whole` into `parts`; `what` is the noun for parts."""
     return f"{whole} / {parts} {what} leaves {whole % parts}" if whole % parts else False
 
 
@@ -147,15 +147,15 @@ def unread(
     depends: tuple[str, ...] = (),
     severity: Severity = "error",
 ) -> Rule:
-    """A field that is read only under a condition, and was changed outside it.
+    """Return a rule about a field changed without effect, since its condition `is_read` is false.
 
     Args:
-        severity: an error where training would be another one, had the field been read; else a warning.
+        severity: an error if the field would change training; else a warning.
     """
     return Rule(
         id=id,
         fields=(field, switch),
-        why="as things stand, nothing would read this setting",
+        why="this setting has no effect here",
         fix=fix,
         wrong=wrong,
         right=right,

@@ -15,8 +15,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="stopped-worker-limit",
         fields=("worker_timeouts.stopped", "worker_timeouts.silent"),
-        why="a stopped process gives no sign of life, so worker_timeouts.silent ends the wait before",
-        fix="make stopped at most silent, or write silent: null as well",
+        why="a stopped process sends no heartbeat, so worker_timeouts.silent ends the wait first",
+        fix="write a stopped of at most silent, or silent: null",
         wrong=("worker_timeouts.stopped=700",),
         right=("worker_timeouts.stopped=600",),
         violates=_stopped_is_never_reached,

@@ -21,7 +21,7 @@ def test_an_engine_shares_no_gpu(monkeypatch: pytest.MonkeyPatch, other: str) ->
     config = RLVRConfig(exp_name="x", pretrain="p", use_kl_loss=True, actor_infer={"device_mapping": [2]}, **own)
     assert placement.resolve_device_kind(config) == "cuda"
     shared = config.model_copy(update={other: getattr(config, other).model_copy(update={"device_mapping": (2, 3)})})
-    with pytest.raises(ConfigError, match=rf"an engine shares no GPU.*{other} has devices 2 too"):
+    with pytest.raises(ConfigError, match=rf"an engine cannot share a GPU.*{other} also has devices 2"):
         placement.resolve_device_kind(shared)
     assert placement.resolve_device_kind(shared.model_copy(update={"device_type": "cpu"})) == "cpu"
 

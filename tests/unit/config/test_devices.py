@@ -1,4 +1,4 @@
-"""`device_mapping` in the ways that users write it."""
+"""Forms of `device_mapping`."""
 
 from __future__ import annotations
 
@@ -84,4 +84,4 @@ def test_what_names_more_than_a_cluster_is_refused_before_it_is_made(written, sa
 def test_a_device_has_a_largest_number(load_text):
     largest = MAX_DEVICES - 1
     assert load_text(MINIMAL, f"actor_infer.device_mapping=[{largest}]").config.actor_infer.device_mapping == (largest,)
-    assert "should be less than" in only(load_text, MINIMAL, f"actor_infer.device_mapping=[{MAX_DEVICES}]").why
+    assert "must be less than" in only(load_text, MINIMAL, f"actor_infer.device_mapping=[{MAX_DEVICES}]").why

@@ -1,4 +1,4 @@
-"""docs/configuration.md and the schema for editors are what the models say."""
+"""docs/configuration.md and the schema for editors agree with the models."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def test_every_field_is_described(section):
 
 
 UNITS = (
-    "bytes", "chunks", "devices", "engines", "epochs", "experts", "layers", "mib", "micro-batch", "optimizer step",
-    "passes", "prompts", "ranks", "requests", "responses", "samples", "seconds", "stages", "steps", "tokens",
+    "bytes", "checkpoints", "chunks", "devices", "engines", "epochs", "experts", "layers", "mib", "micro-batch",
+    "optimizer step", "passes", "prompts", "ranks", "requests", "responses", "samples", "seconds", "stages", "steps",
+    "tokens",
 )  # fmt: skip
 PURE_NUMBERS = {
     "seed", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "learning_rate", "max_grad_norm", "temperature",
@@ -66,7 +67,7 @@ def every_field(path: str = "") -> Iterator[str]:
 
 
 def described(path: str) -> tuple[str, set[Any]]:
-    """(description, types) of a field."""
+    """Return (description, types) of a field."""
     section, _, name = path.rpartition(".")
     models = [m for a in annotations_at(section) for m in members(a) if is_section(m)]
     fields = [model.model_fields[name] for model in models if name in model.model_fields]

@@ -1,15 +1,21 @@
-"""`${...}` in a file: what it becomes, what it may not be, and how much of it there may be."""
+"""`${...}` in a file: its value, rejected forms, and limits."""
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from roll_r3.config.interpolate import resolve
 from roll_r3.config.report import InvalidConfigError
 from roll_r3.config.rules.example import MINIMAL
-from tests.unit.config.conftest import findings_of, only
+from tests.unit.config.conftest import findings_of
 
 
 def test_interpolation_follows_overrides(load_text):
@@ -51,19 +57,24 @@ def test_a_section_can_be_taken_over_whole(load_text):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("${nowhere}", "not found"),
-        ("${seed}", "Recursive"),
+        ("${nowhere}", "${nowhere} is not found"),
+        ("${.....seed}", "leads out of the file"),
+        ("x${actor_train}", "is a section or a list"),
+        ("${dollar}{exp_name}", "another reference"),
+        ("${seed}", "leads to itself"),
         ("${actor_train", "only ${section.field} is resolved"),
         ("${oc.env:HOME}", "environment variables"),
         ("x${oc.env:HOME,x}", "environment variables"),
         ("${${a}:HOME}", "environment variables"),
         ("\\${oc.env:HOME}", "environment variables"),
+        ("\\${exp_name}", "environment variables"),
         ("${oc.decode:'1'}", "environment variables"),
         ("???", "still to be filled in"),
     ],
 )
 def test_an_interpolation_that_cannot_be_resolved_is_named(load_text, value, message):
-    finding = only(load_text, f"{MINIMAL}seed: {yaml.safe_dump(value).splitlines()[0]}\n")
+    findings = findings_of(load_text, f"{MINIMAL}dollar: $\nseed: {yaml.safe_dump(value).splitlines()[0]}\n")
+    (finding,) = (finding for finding in findings if finding.path != "dollar")
     assert message in finding.why
     assert finding.path == "seed"
 
@@ -76,51 +87,31 @@ def test_the_environment_is_never_read(load_text, monkeypatch):
     assert "output_dir=$VARIABLE" in str(caught.value), "it says how to pass one"
 
 
-def bomb(first: str, line: str) -> str:
+def doubling(first: str, line: str) -> str:
     return f"x0: {first}\n" + "".join(f"x{i}: {line.replace('@', f'${{x{i - 1}}}')}\n" for i in range(1, 25))
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "reason"),
     [
-        bomb("[a]", "['@', '@']"),
-        bomb("{a: b}", "{a: '@', b: '@'}"),
-        bomb("a", "'@@'"),
-        bomb("''", "'@@'"),
-        bomb("a", "{a: '@@'}").replace("}}", ".a}}"),
-        bomb("{a: {a: b}}", "{a: '@', b: '@', c: '@'}"),
-        f"x0: {'a' * 600_000}\noutput_dir: ${{x0}}${{x0}}\n",
-        f"x0: [{'a, ' * 2000}]\nx1: [" + "'${x0}', " * 20 + "]\n",
-        f"output_dir: {'${exp_name}' * 5000}\n",
-        "x1: {a: '${x2}', b: '${x2}'}\nx2: {a: '${x1}', b: '${x1}'}\n",
-        "x1: ['${.}', '${.}']\n",
-        "x1: ${x1.a}\n",
-        "x0: a\n" + "".join(f"x{i}: ${{x{i - 1}}}\n" for i in range(1, 2000)),
-        "x0: a\n" + "".join(f"x{i}: ${{x{i + 1}}}\n" for i in range(2000)),
+        (doubling("[a]", "['@', '@']"), "characters"),
+        (doubling("a", "'@@'"), "characters"),
+        (doubling("{a: b}", "{a: '@', b: '@'}"), "characters"),
+        (f"x0: {'a' * 600_000}\noutput_dir: ${{x0}}${{x0}}\n", "characters"),
+        (f"x0: [{'a, ' * 2000}]\nx1: [" + "'${x0}', " * 20 + "]\n", "characters"),
+        (f"output_dir: {'${exp_name}' * 20_000}\n", "characters"),
+        ("x1: {a: '${x2}', b: '${x2}'}\nx2: {a: '${x1}', b: '${x1}'}\n", "itself"),
+        ("x1: ${x1.a}\n", "itself"),
+        ("x0: a\n" + "".join(f"x{i}: ${{x{i + 1}}}\n" for i in range(2000)), "more than 100 sections and references"),
+        ("x0: {a: {a: '${x0.a}'}}\n", "itself"),
     ],
     ids=lambda text: text[:40],
 )
-def test_interpolations_that_grow_without_bound_are_refused_quickly(load_text, text):
+def test_references_that_grow_without_bound_are_rejected_quickly(load_text, text, reason):
     start = time.process_time()
-    findings = findings_of(load_text, MINIMAL + text)
-    assert "interpolation" in {finding.rule for finding in findings}
+    interpolations = [f for f in findings_of(load_text, MINIMAL + text) if f.rule == "interpolation"]
+    assert reason in interpolations[0].why
     assert time.process_time() - start < 5, "a second on any machine; this one may be busy"
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("output_dir: ${big}${big}", "characters"),
-        ("rewards: ['${many}', '${many}', '${many}']", "10000 values"),
-        ("output_dir: " + "${exp_name}" * 1001, "1000 references"),
-        ("rewards: {a: '${rewards}'}", "Recursive"),
-    ],
-)
-def test_what_an_interpolation_has_too_much_of_is_named(load_text, line, reason):
-    text = f"{MINIMAL}big: {'a' * 600_000}\nmany: [{', '.join('a' * 4_000)}]\n{line}\n"
-    interpolations = [f for f in findings_of(load_text, text) if f.rule == "interpolation"]
-    assert interpolations
-    assert all(reason in finding.why for finding in interpolations)
 
 
 def test_interpolations_that_are_just_small_enough_are_resolved(load_text):
@@ -135,3 +126,34 @@ def test_interpolations_that_are_just_small_enough_are_resolved(load_text):
     ).config
     assert config.output_dir == "demo" * 20
     assert config.seed == 3
+
+
+_NAMES = ("a", "b", "c")
+_REFERENCES = st.builds("${{{}{}}}".format, st.sampled_from(["", ".", "..", "..."]), st.sampled_from(
+    [*_NAMES, "a.a", "a.b", "b.c", "c.a", "a[0]", "b[-1]", "a.b.c", "c[1].a"]
+))  # fmt: skip
+_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(0, 9),
+    st.sampled_from(["x", "y z"]),
+    _REFERENCES,
+    _REFERENCES.map("-{}".format),
+)
+_TREES = st.recursive(
+    _VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_NAMES), inner, max_size=3)
+)
+
+
+@given(tree=st.fixed_dictionaries(dict.fromkeys(_NAMES, _TREES)))
+def test_references_mean_what_they_mean_to_omegaconf(tree):
+    resolved, found = resolve(tree, {})
+    try:
+        expected = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except (OmegaConfBaseException, RecursionError):
+        assert found
+        return
+    if found:
+        assert re.search(r"-[\[{]", str(expected)), "OmegaConf makes a text of a section"
+    else:
+        assert resolved == expected

@@ -1,4 +1,4 @@
-"""A file and overrides to a configuration."""
+"""From a file and overrides to a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`key=null` on the command line takes a key away, as if it were not in the file."""
+"""`key=null` on the command line removes a key, as if it were not in the file."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_taken_away_is_named(override, fix):
 
 
 def test_empty_text_takes_nothing_away():
-    """It may come from a variable that the shell does not have."""
+    """It may come from a variable unknown to the shell."""
     assert only("advantage_clip=3", "seed=").rule == "bad-value"
 
 

@@ -1,4 +1,4 @@
-"""The registry and the YAML models speak of the same strategies."""
+"""The registry and the YAML models have the same strategies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_role_without_a_name_runs_the_first_of_them(kind):
 
 
 def test_every_strategy_and_channel_is_compared_with_its_contract():
-    """`mypy` does so in a module that would import every engine here, so it is read."""
+    """`mypy` does so in a module with imports of every engine, so its source is read."""
     tree = ast.parse((Path(__file__).parents[2] / "types" / "contracts.py").read_text())
     module_of = {
         name.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names

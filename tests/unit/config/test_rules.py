@@ -1,4 +1,4 @@
-"""Every row of the rule table about fields, with configurations that it refuses and near ones that it accepts."""
+"""Every row of the rule table about fields, with rejected and similar accepted configurations."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ BATCH = "actor_train.training_args"
 
 
 def megatron(**settings: object) -> str:
-    """The override that gives actor_train this layout."""
+    """Return the override for a layout of actor_train."""
     inner = ", ".join(f"{name}: {value}" for name, value in settings.items())
     return f"{TRAIN}={{strategy_name: megatron_train, strategy_config: {{{inner}}}}}"
 
 
 def reference(**settings: object) -> str:
-    """The override that adds a reference with this layout."""
+    """Return the override for a reference with this layout."""
     return f"reference.strategy_args={megatron(**settings).partition('=')[2].replace('train', 'infer')}"
 
 
 def sglang(**settings: object) -> str:
-    """The override that gives actor_infer these engine settings."""
+    """Return the override for engine settings of actor_infer."""
     return f"{ENGINE}={megatron(**settings).partition('=')[2].replace('megatron_train', 'sglang')}"
 
 
@@ -300,7 +300,7 @@ MORE_EXAMPLES: dict[str, Examples] = {
 
 
 def examples(which: int) -> list[tuple[str, list[str]]]:
-    """(rule, overrides) of the table's own examples and of those above."""
+    """(rule, overrides) of the table's own examples and of the ones above."""
     own = [(rule.id, list((rule.wrong, rule.right)[which])) for rule in RULES]
     return own + [(rule, overrides) for rule, pair in MORE_EXAMPLES.items() for overrides in pair[which]]
 
@@ -317,7 +317,7 @@ def test_the_minimal_configuration_breaks_no_rule(load_text):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
 def test_a_rule_names_every_field_that_its_verdict_depends_on(load_text, rule):
-    """What it does not name may be left out of its example, and it is violated still."""
+    """Without any field it does not name, its example still violates it."""
     fields = [
         path
         for field in (*rule.fields, *rule.depends)
@@ -410,7 +410,7 @@ RUNS_AS_WRITTEN = {
     "vpp-of-one",
     "warmup-within-run",
 }
-"""Rules about files that train as written: costs, and settings that change nothing."""
+"""Rules about files that train as written: costs, and settings without effect."""
 
 
 def test_what_changes_no_training_is_never_an_error():

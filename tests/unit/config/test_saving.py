@@ -1,4 +1,4 @@
-"""How a file says what is saved and what is gone on from."""
+"""Settings of saving and resuming."""
 
 from __future__ import annotations
 

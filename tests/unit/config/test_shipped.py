@@ -1,4 +1,4 @@
-"""The files in configs/: each says only what differs from the defaults."""
+"""The files in configs/: each has only values different from the defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roll_r3.config.tree import children, join
 
 FILES = sorted((Path(__file__).parents[3] / "configs").glob("**/*.yaml"))
 KEPT = ("strategy_args.strategy_name",)
-"""Said although they are the defaults: a reader wants to see them, and they are what one edits to change engines."""
+"""Defaults written nevertheless: they are the lines to edit for another engine."""
 
 
 def leaves(node: Any, path: str = "") -> Iterator[str]:

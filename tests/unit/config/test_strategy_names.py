@@ -1,4 +1,4 @@
-"""Strategies go by their names, and each has settings of its own."""
+"""Strategies are chosen by name, each with its own settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_strategy_that_there_is_not_is_one_mistake_whatever_its_settings_are(l
     finding = only(load_text, MINIMAL, args)
     assert (finding.rule, finding.path) == ("bad-value", f"{role}.strategy_args.strategy_name")
     assert finding.found[0][1] == yaml.safe_load(name)
-    assert finding.why == "should be " + " or ".join(map(repr, NAMES[role]))
+    assert finding.why == "must be " + " or ".join(map(repr, NAMES[role]))
 
 
 @pytest.mark.parametrize("role", NAMES)

@@ -1,4 +1,4 @@
-"""Writes that failed, in words."""
+"""Messages about failed writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from roll_r3.config.writing import explain, naming
 
 FULL = Path("/dev/full")
-"""A device that takes nothing: every write to it fails as on a full disk."""
+"""A device without space: every write to it fails as on a full disk."""
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has none")

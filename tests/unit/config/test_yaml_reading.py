@@ -1,4 +1,4 @@
-"""YAML itself: what is no configuration, tags, numbers."""
+"""YAML itself: unreadable documents, tags, numbers."""
 
 from __future__ import annotations
 

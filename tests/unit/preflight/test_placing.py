@@ -88,7 +88,7 @@ def test_the_trainers_node_is_that_of_its_first_rank(minimal):
 def test_devices_that_are_reserved_and_not_used_are_a_warning(minimal):
     (finding,) = found(minimal, "actor_infer.device_mapping=[20]")
     assert (finding.rule, finding.severity) == ("devices-unnamed", "warning")
-    assert "of 21 devices nobody uses 1, 2, 3, 4, 5, 6, 7, 8 and 11 more" in finding.why
+    assert "of 21 devices no role uses 1, 2, 3, 4, 5, 6, 7, 8 and 11 more" in finding.why
     assert [path for path, _ in finding.found] == ["actor_train.device_mapping", "actor_infer.device_mapping"]
 
 
@@ -100,7 +100,7 @@ def test_a_large_cluster_is_looked_at(minimal):
 
 def test_a_device_far_beyond_the_others_is_a_warning(minimal):
     (finding,) = found(minimal, f"actor_infer.device_mapping=[{MAX_DEVICES - 1}]")
-    assert f"nobody uses 1, 2, 3, 4, 5, 6, 7, 8 and {MAX_DEVICES - 10:,} more" in finding.why
+    assert f"no role uses 1, 2, 3, 4, 5, 6, 7, 8 and {MAX_DEVICES - 10:,} more" in finding.why
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -124,8 +124,8 @@ def test_shared_devices_are_said_before_the_start(minimal, capsys, device_type, 
     assert said in err
     assert ("gpus-not-shared" in err) == bool(said)
     if said:
-        assert "on GPUs this does not start, on CPU slots it does" in err
-        assert "actor_train has devices 0, 1, 2, 3, 4, 5, 6, 7 too" in err
+        assert "an engine cannot share a GPU (it can share a CPU slot)" in err
+        assert "actor_train also has devices 0, 1, 2, 3, 4, 5, 6, 7" in err
         assert "give actor_infer devices of its own" in err
     if action == "--validate-only" and not status:
         assert ("on CPU slots only" in out) == (device_type == "auto")
@@ -178,7 +178,7 @@ def test_the_command_line_plans_each_role_with_its_own_model(minimal, capsys):
     assert "Qwen/Qwen3-235B-A22B: 235 B parameters" in out
     assert "1 node of 64" in out
     assert run.main([*arguments, "reference.model_args.model_name_or_path=someone/some-model"]) == 2
-    assert "the model of reference, and someone/some-model is neither here" in capsys.readouterr().err
+    assert "the model of reference, but someone/some-model is neither" in capsys.readouterr().err
 
 
 def placed(*nodes: str) -> Placement:
@@ -212,6 +212,6 @@ def test_an_engine_shares_no_gpu_of_the_cluster(monkeypatch: pytest.MonkeyPatch,
     config = RLVRConfig(exp_name="x", pretrain="p", use_kl_loss=True, actor_infer={"device_mapping": [2]}, **own)
     assert placement.resolve_device_kind(config) == "cuda"
     shared = config.model_copy(update={other: getattr(config, other).model_copy(update={"device_mapping": (2, 3)})})
-    with pytest.raises(ConfigError, match=rf"{other} has devices 2 too"):
+    with pytest.raises(ConfigError, match=rf"{other} also has devices 2"):
         placement.resolve_device_kind(shared)
     assert placement.resolve_device_kind(shared.model_copy(update={"device_type": "cpu"})) == "cpu"
