@@ -57,7 +57,7 @@ lint: install
 	@echo "== generated docs"
 	@$(PYTHON) -m roll_r3.config.docs --check
 	@$(PYTHON) -m roll_r3.config.schema --check
-	@$(PYTHON) -m roll_r3.preflight.docs --check
+	@$(PYTHON) -m roll_r3.preflight.rule_pages --check
 	@$(PYTHON) -m roll_r3.config.roll_yaml --check
 	@$(PYTHON) -m roll_r3.tracking.names --check
 	@$(PYTHON) -m docs.packages --check
@@ -69,7 +69,7 @@ unit: install
 docs: install ## write the generated pages, the diagram of the packages, and the schema for editors
 	@$(PYTHON) -m roll_r3.config.docs
 	@$(PYTHON) -m roll_r3.config.schema
-	@$(PYTHON) -m roll_r3.preflight.docs
+	@$(PYTHON) -m roll_r3.preflight.rule_pages
 	@$(PYTHON) -m roll_r3.config.roll_yaml
 	@$(PYTHON) -m roll_r3.tracking.names
 	@$(PYTHON) -m docs.packages

@@ -25,11 +25,12 @@ from roll_r3.config.writing import explain
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.preflight.check import check
-from roll_r3.preflight.explain import explain_rule, rule_ids, similar_rules
-from roll_r3.preflight.plan import Plan, make_plan
-from roll_r3.preflight.plan_text import plan_json, render_plan
+from roll_r3.preflight.plan.make import make_plan
+from roll_r3.preflight.plan.plan import Plan
+from roll_r3.preflight.plan.text import plan_json, render_plan
+from roll_r3.preflight.rule_pages import explain_rule, rule_ids, similar_rules
 from roll_r3.preflight.summary import summary
-from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
+from roll_r3.preflight.surroundings import Surroundings, elsewhere, read_surroundings
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _starts_run(options: argparse.Namespace) -> bool:
 
 def _run(options: argparse.Namespace) -> int:
     loaded = load(options.config, options.overrides)
-    surroundings = (elsewhere if options.elsewhere else look_around)(loaded.config)
+    surroundings = (elsewhere if options.elsewhere else read_surroundings)(loaded.config)
     findings = check(loaded, surroundings)
     if has_errors(findings):
         raise InvalidConfigError(findings, loaded.origins)

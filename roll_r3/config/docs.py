@@ -37,8 +37,8 @@ A run is one YAML file: `python -m roll_r3.run --config FILE [section.field=valu
   prints the file with every default filled in. With `--elsewhere` they do not look for files and engines on this
   machine.
 - All mistakes are reported at once (above 200, the first 200 and the number of the others), each with its rule, file
-  and line, value, reason, and a fix. `--explain RULE` explains a rule, `--format json` is for programs.
-  docs/compatibility.md lists all rules with examples.
+  and line, value, reason, and a fix. `--explain RULE` explains a rule with examples, `--format json` is for
+  programs. docs/compatibility.md lists all rules.
 - Editors complete and check the file with roll_r3/config/schema.json; the files in configs/ name it in their first
   line.
 - An override such as `actor_train.training_args.learning_rate=1e-5` is read as YAML and replaces the value in the
@@ -52,7 +52,8 @@ A run is one YAML file: `python -m roll_r3.run --config FILE [section.field=valu
 def render_docs() -> str:
     """Return the whole page."""
     titles = {model: title for title, model in _sections()}
-    sections = "\n".join(_section(title, model, titles) for model, title in titles.items())
+    shown: dict[str, str] = {}
+    sections = "\n".join(_section(title, model, titles, shown) for model, title in titles.items())
     return f"{_HEADER}\n{sections}"
 
 
@@ -91,13 +92,35 @@ def _inner_models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
             yield from ((m, "*") for m in members(typing.get_args(member)[1]) if is_section(m))
 
 
-def _section(title: str, model: type[BaseModel], titles: dict[type[BaseModel], str]) -> str:
+def _section(title: str, model: type[BaseModel], titles: dict[type[BaseModel], str], shown: dict[str, str]) -> str:
+    """Return the section of one model. Fields already described alike in another section are only named.
+
+    Args:
+        shown: table row -> title of the section with it; extended by this section's rows.
+    """
     lines = [f"## {title}", "", " ".join((model.__doc__ or "").split()), ""]
-    lines += ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
+    rows, alike = [], dict[str, list[str]]()
     for name, field in model.model_fields.items():
         meaning = " ".join((field.description or "").split())
-        lines.append(generated.table_row(f"`{name}`", _type(field, titles), _default(field), meaning))
-    return "\n".join([*lines, ""])
+        row = generated.table_row(f"`{name}`", _type(field, titles), _default(field), meaning)
+        if row in shown:
+            alike.setdefault(shown[row], []).append(f"`{name}`")
+        else:
+            shown[row] = title
+            rows.append(row)
+    if rows:
+        lines += ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |", *rows, ""]
+    for other, names in alike.items():
+        lines += [f"As in {_link(other)}: {', '.join(names)}.", ""]
+    return "\n".join(lines)
+
+
+def _link(title: str) -> str:
+    return f"[{title}](#{_anchor(title)})"
+
+
+def _anchor(title: str) -> str:
+    return "".join(c for c in title.replace(" ", "-") if c.isalnum() or c in "-_")
 
 
 def _type(field: FieldInfo, titles: dict[type[BaseModel], str]) -> str:
@@ -120,8 +143,7 @@ def _type_text(annotation: Any, titles: dict[type[BaseModel], str]) -> str:
     if origin is dict:
         return f"by name: {_type_text(arguments[1], titles)}"
     if is_section(annotation):
-        anchor = "".join(c for c in titles[annotation].replace(" ", "-") if c.isalnum() or c in "-_")
-        return f"[{_strategy(annotation) or 'section'}](#{anchor})"
+        return f"[{_strategy(annotation) or 'section'}](#{_anchor(titles[annotation])})"
     names = {str: "text", int: "integer", float: "number", bool: "true/false", types.NoneType: "null"}
     return names[annotation]
 

@@ -1,4 +1,4 @@
-"""Finding a checkpoint: a directory, or a name on the Hugging Face hub."""
+"""Checkpoints and their files: a directory, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from roll_r3.errors import ConfigError
 _REPOSITORY = re.compile(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
 INDEX = "model.safetensors.index.json"
 MAX_INDEX = 256 << 20
-"""Bytes of an index that is read; that of a large model has a few millions."""
+"""Maximum bytes of an index; a large model's index has a few million."""
 _MAX_COMMIT = 256
-"""Characters of a ref that are read; a commit has 40."""
+"""Maximum characters read from a ref; a commit has 40."""
 
 
 def resolve_checkpoint(name: str) -> Path:
-    """The checkpoint's directory; a hub name is downloaded to (or found in) the hub's cache.
+    """Return the checkpoint's directory; a hub name is downloaded to (or found in) the hub's cache.
 
     Raises:
-        ConfigError: neither a directory with a config.json nor a name that the hub serves.
+        ConfigError: neither a directory with a config.json nor an available name on the hub.
     """
     path = Path(name)
     if is_directory(path):
         if not is_file(path / "config.json"):
-            raise ConfigError(f"checkpoint {name!r}: the directory holds no config.json")
+            raise ConfigError(f"checkpoint {name!r}: the directory has no config.json")
         return path
     if not is_hub_name(name):
         raise ConfigError(f"checkpoint {name!r}: no such directory (a hub name has the form owner/model)")
@@ -40,14 +40,16 @@ def resolve_checkpoint(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "original/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"checkpoint {name!r} is no directory here, and the hub does not give it: {error}") from error
+        raise ConfigError(
+            f"checkpoint {name!r} is not a directory, and cannot be downloaded from the hub: {error}"
+        ) from error
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """The files of a checkpoint's weights, in the order of their names.
+    """Return the weight files of a checkpoint, sorted by name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there are none.
     """
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -56,12 +58,12 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def tensor_files(directory: Path) -> dict[str, str]:
-    """Name of each tensor of a checkpoint -> the file that holds it: what the index says, where there is one.
+    """Return tensor name -> file of a checkpoint, from the index if there is one.
 
-    Files that an index does not name may hold the same weights under other names.
+    Files outside the index may hold the same weights under other names.
 
     Raises:
-        ConfigError: a directory without safetensors, or as `read_index`.
+        ConfigError: a directory without safetensors, or see `read_index`.
     """
     index = directory / INDEX
     if is_file(index):
@@ -76,10 +78,10 @@ def tensor_files(directory: Path) -> dict[str, str]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Name of each tensor -> the name of a file beside the index, which need not be there.
+    """Return tensor name -> name of a file in the directory of the index. The file may be missing.
 
     Raises:
-        ConfigError: it cannot be read, or says something else.
+        ConfigError: the index cannot be read or is invalid.
     """
     try:
         said: Any = json.loads(read_at_most(index, MAX_INDEX).decode())
@@ -87,17 +89,17 @@ def read_index(index: Path) -> dict[str, str]:
         raise ConfigError(f"{index} cannot be read: {readable(error)}") from error
     files = said.get("weight_map") if isinstance(said, dict) else None
     if not isinstance(files, dict):
-        raise ConfigError(f"{index} has no weight_map, which says for each tensor which file holds it")
+        raise ConfigError(f"{index} has no weight_map from tensors to files")
     for tensor, name in files.items():
         if not isinstance(name, str) or not _is_plain(name):
             raise ConfigError(
-                f"{index} says that {show_value(tensor)} is in {show_value(name)}, which is no name of a file beside it"
+                f"{index}: the file of {show_value(tensor)} must be a name in this directory, got {show_value(name)}"
             )
     return files
 
 
 def own_file(directory: Path, name: str) -> Path | None:
-    """Where what a checkpoint calls by a name lies, links followed; None where a link leads out of the checkpoint.
+    """Return the real path of a checkpoint's file; None if a link leads out of the checkpoint.
 
     The files of a snapshot in the hub's cache are links to the blobs of their repository.
     """
@@ -109,12 +111,12 @@ def own_file(directory: Path, name: str) -> Path | None:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether it can only name something in the directory that it is looked for in."""
+    """Return True for a plain file name, without a way into another directory."""
     return name not in ("", "..") and PurePath(name).name == name and name.isprintable()
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name` has the form of a repository on the Hugging Face hub, owner/model."""
+    """Return True if `name` has the form of a repository on the Hugging Face hub, owner/model."""
     return (
         _REPOSITORY.fullmatch(name) is not None
         and not any(pair in name for pair in ("--", ".."))
@@ -123,10 +125,10 @@ def is_hub_name(name: str) -> bool:
 
 
 def cached_file(name: str, file: str) -> Path | None:
-    """A file of a hub repository that is already in the hub's cache on this machine; nothing is downloaded.
+    """Return a file of a hub repository from the hub's cache on this machine, without a download.
 
-    The cache is read as the hub's client lays it out, because importing the client takes longer than everything else
-    that a check does, and a base installation does not have it.
+    The layout of the cache is read directly. Importing the hub's client takes longer than the rest of a check, and a
+    base installation does not have it.
     """
     repository = hub_cache() / f"models--{name.replace('/', '--')}"
     ref = repository / "refs" / "main"
@@ -142,7 +144,7 @@ def cached_file(name: str, file: str) -> Path | None:
 
 
 def hub_cache() -> Path:
-    """The hub's cache directory, by the environment variables that the hub's client reads, in its order."""
+    """Return the hub's cache directory, from the environment variables of the hub's client, in its order."""
     caches = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
     home = _expanded(os.environ.get("HF_HOME", os.path.join(caches, "huggingface")))
     older = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))

@@ -1,6 +1,6 @@
-"""Model families that roll_r3 does not train: recognised by config.json or by name, each with the reason.
+"""Model families not trained by roll_r3, recognised by config.json or by name, each with the reason.
 
-An architecture that is in `ARCHITECTURES` is trained, whatever this page says of it.
+An architecture in `ARCHITECTURES` is trained in spite of its row here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _REASONS: dict[Kind, str] = {
     "moe": "is an MoE family that is not supported yet",
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
-"""Fields that only an MoE's config.json has."""
+"""Fields of an MoE's config.json; a dense model has none of them."""
 _INNER = ("text_config", "language_config", "llm_config", "thinker_config")
-"""Sections in which a wrapper's config.json keeps that of its text model."""
+"""Sections of a wrapper's config.json for its text model."""
 
 FAMILIES: dict[str, tuple[Kind, str]] = {
     "gemma2": ("dense", "Gemma 2"),
@@ -126,24 +126,24 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     ("allenai", r"OLMo-2-\d", "olmo2"),
     ("HuggingFaceTB", r"SmolLM3\b", "smollm3"),
 )
-"""(owner on the hub, how the model's name begins, its `model_type`)."""
+"""(owner on the hub, pattern at the start of the model's name, `model_type`)."""
 
 
 @dataclass(frozen=True)
 class Guess:
-    """A model that is known by its name alone."""
+    """Model recognised by its name alone."""
 
     reason: str
-    """Reason why it is not trained."""
+    """Reason for not training it."""
     certain: bool
-    """The name is its publisher's own; else someone else's model only sounds like it."""
+    """True for the publisher's own name; False for a similar name of another owner."""
 
 
 def untrainable(config: RawConfig) -> str:
-    """Reason why roll_r3 does not train the model of this config.json; empty for a known architecture."""
+    """Return why roll_r3 does not train the model of this config.json; empty for a known architecture."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        return "config.json names no model_type"
+        return "config.json has no model_type"
     if model_type in ARCHITECTURES:
         return ""
     if model_type in FAMILIES:
@@ -156,7 +156,7 @@ def untrainable(config: RawConfig) -> str:
 
 
 def untrainable_by_name(name: str) -> Guess | None:
-    """Guess from the name of a checkpoint, on the hub or of a directory; None: nothing speaks against training it."""
+    """Guess from the name of a checkpoint, on the hub or of a directory; None if it may be trainable."""
     owner, _, model = name.rstrip("/").rpartition("/")
     for publisher, pattern, model_type in _NAMES:
         if model_type not in ARCHITECTURES and re.match(pattern, model, re.IGNORECASE):

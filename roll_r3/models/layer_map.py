@@ -1,7 +1,7 @@
-"""Which decoder layers each pipeline stage and model chunk holds, as arithmetic: megatron-core's placement without it.
+"""Decoder layers of each pipeline stage and model chunk: megatron-core's placement, without importing it.
 
-The chunks of a pipeline form one line: chunk 0 of every stage, then chunk 1 of every stage, and so on. Layers are dealt
-out along that line in order, so only the number of layers of each chunk has to be known.
+The chunks of a pipeline form one line: chunk 0 of every stage, then chunk 1 of every stage, and so on. Layers follow
+this line in order, so the number of layers of each chunk determines the placement.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ ChunkLayers = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 def chunk_layers(num_layers: int, config: MegatronConfig) -> ChunkLayers:
-    """The decoder layers of every chunk of every pipeline stage.
+    """Return the decoder layers of every chunk of every pipeline stage.
 
     Args:
-        num_layers: decoder layers of the model, dense ones included.
+        num_layers: number of decoder layers of the model, dense ones included.
 
     Raises:
-        ValueError: the layers cannot be split so; the text starts with the field to change.
+        ValueError: the layers cannot be placed; the text starts with the field to change.
     """
     stages, chunks = config.pipeline_model_parallel_size, config.chunks_per_stage or 1
     if chunks > 1 and stages == 1:
-        raise ValueError(f"pipeline_model_parallel_size: 1, but {chunks} chunks are interleaved over 2 stages or more")
+        raise ValueError(f"pipeline_model_parallel_size: must be 2 or more for {chunks} interleaved chunks, got 1")
     if config.pipeline_model_parallel_layout is not None:
         sizes = _written_sizes(num_layers, config.pipeline_model_parallel_layout, stages, chunks)
     elif config.num_layers_in_first_pipeline_stage or config.num_layers_in_last_pipeline_stage:
@@ -40,13 +40,13 @@ def chunk_layers(num_layers: int, config: MegatronConfig) -> ChunkLayers:
 
 
 def _written_sizes(num_layers: int, text: str, stages: int, chunks: int) -> list[int]:
-    """Layers of each chunk of the line, as the layout text says."""
+    """Return the number of layers of each chunk of the line, from the layout text."""
     field = "pipeline_model_parallel_layout"
     written = [letters.count("t") for letters in parse_pipeline_layout(text)]
     if len(written) != stages * chunks:
         raise ValueError(
-            f"{field}: {show_value(text)!r} has {len(written)} stages, which is not pipeline_model_parallel_size "
-            f"{stages} x virtual_pipeline_model_parallel_size {chunks}"
+            f"{field}: {show_value(text)!r} has {len(written)} stages, but pipeline_model_parallel_size {stages} x "
+            f"virtual_pipeline_model_parallel_size {chunks} are needed"
         )
     if sum(written) != num_layers:
         raise ValueError(
@@ -56,7 +56,7 @@ def _written_sizes(num_layers: int, text: str, stages: int, chunks: int) -> list
 
 
 def _uneven_sizes(num_layers: int, config: MegatronConfig, chunks: int) -> list[int]:
-    """Layers of a chunk of each stage, where the first stage, the last or both have a number of their own."""
+    """Return the number of layers of a chunk of each stage, with a number of their own for the first or last stage."""
     first, last = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
     given = [size for size in (first, last) if size is not None]
     middle_layers, middle_stages = num_layers - sum(given), config.pipeline_model_parallel_size - len(given)
@@ -68,12 +68,12 @@ def _uneven_sizes(num_layers: int, config: MegatronConfig, chunks: int) -> list[
         )
     if middle_stages == 0 and config.chunks_per_stage and len(given) == 2:
         raise ValueError(
-            f"{field}: megatron-core cannot interleave two stages when both have a number of layers of their own; "
-            "leave one of the two out, or write pipeline_model_parallel_layout"
+            f"{field}: megatron-core cannot interleave two stages that both have their own number of layers; "
+            "remove one of the two, or write pipeline_model_parallel_layout"
         )
     if middle_stages and middle_layers % middle_stages:
         raise ValueError(
-            f"{field}: the {middle_layers} layers that remain do not divide over {middle_stages} stages; change it, or "
+            f"{field}: the remaining {middle_layers} layers do not divide over {middle_stages} stages; change it, or "
             "pipeline_model_parallel_size"
         )
     middle = [middle_layers // middle_stages] * middle_stages if middle_stages else []
@@ -87,7 +87,7 @@ def _uneven_sizes(num_layers: int, config: MegatronConfig, chunks: int) -> list[
 
 
 def _even_sizes(num_layers: int, config: MegatronConfig, chunks: int) -> list[int]:
-    """Layers of each chunk of the line, all alike but for the embedding and the loss where they count as layers."""
+    """Return equal numbers of layers for all chunks; embedding and loss may count as a layer."""
     stages = config.pipeline_model_parallel_size
     embedding, loss = config.account_for_embedding_in_pipeline_split, config.account_for_loss_in_pipeline_split
     counted = num_layers + embedding + loss

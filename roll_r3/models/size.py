@@ -1,7 +1,7 @@
-"""How many parameters a model has, and how many each rank of a layout holds: arithmetic on a config.json.
+"""Number of parameters of a model, and of each rank of a layout, computed from a config.json.
 
-Parameters go by megatron's names, as in `Architecture.layer_names`. What is no parameter is not counted (an expert bias
-is a buffer), nor are multi-token-prediction layers, which are not built.
+Parameters have megatron's names, as in `Architecture.layer_names`. Buffers such as an expert bias are not counted, nor
+are multi-token-prediction layers: they are not built.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from enum import Enum
 from roll_r3.config.derived import MegatronWorker, expert_layout, layout
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
-from roll_r3.models.architectures.base import DENSE_MLP, RawConfig, whole_number
+from roll_r3.models.architectures.base import DENSE_MLP, RawConfig, read_integer
 from roll_r3.models.facts import ModelFacts, facts_of
 from roll_r3.models.layer_map import chunk_layers
 
 
 class Split(Enum):
-    """Over which ranks a parameter is shared out."""
+    """Ranks that share a parameter."""
 
     WHOLE = "every rank holds it whole"
     TENSOR = "tensor-parallel ranks"
@@ -28,11 +28,11 @@ class Split(Enum):
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter, or the same one of every expert of a layer."""
+    """Parameter of a layer, or the same parameter of all its experts."""
 
     name: str
     size: int
-    """Elements over all ranks that share it, and over all experts."""
+    """Number of elements over all ranks and all experts."""
     split: Split
 
 
@@ -44,23 +44,23 @@ class Latent:
     """None: queries are projected in one step."""
     key_value_rank: int
     rotary_dim: int
-    """Of the part of a key that all heads share."""
+    """Size of the rotary part of a key, shared by all heads."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that its parameters and activations follow from."""
+    """Sizes of a model. They determine its parameters and activations."""
 
     num_layers: int
     moe_layers: frozenset[int]
     hidden: int
     vocab: int
     tied: bool
-    """The output layer is the embedding."""
+    """True if the output layer is the embedding."""
     heads: int
     kv_heads: int
     key_dim: int
-    """Of one head's queries and keys."""
+    """Size of a query and of a key in one head."""
     value_dim: int
     latent: Latent | None
     qk_norm: bool
@@ -72,14 +72,14 @@ class Shape:
     top_k: int
     expert_ffn: int
     shared_ffn: int
-    """Width of the expert that sees every token; 0: there is none."""
+    """Width of the shared expert; 0 without one."""
 
 
 def shape_of(config: RawConfig) -> Shape:
-    """Read a config.json.
+    """Read the sizes of a model from its config.json.
 
     Raises:
-        ConfigError: an unknown architecture, or a field that is missing or no size.
+        ConfigError: unknown architecture, or a size is missing or invalid.
     """
     facts = facts_of(config)
     try:
@@ -91,7 +91,7 @@ def shape_of(config: RawConfig) -> Shape:
 
 
 def shape_problem(config: RawConfig) -> str:
-    """Why the sizes of a config.json cannot be read; empty when they can."""
+    """Return why the sizes of a config.json cannot be read; empty if they can."""
     try:
         shape_of(config)
     except ConfigError as error:
@@ -100,15 +100,15 @@ def shape_problem(config: RawConfig) -> str:
 
 
 def _shape(config: RawConfig, facts: ModelFacts) -> Shape:
-    """Raises KeyError for a field that is missing, ValueError for one that is no size."""
+    """Raise KeyError for a missing field, ValueError for an invalid size."""
     architecture = ARCHITECTURES[facts.model_type]
-    hidden, ffn = whole_number(config, "hidden_size"), whole_number(config, "intermediate_size")
+    hidden, ffn = read_integer(config, "hidden_size"), read_integer(config, "intermediate_size")
     latent = None
     if architecture.latent_attention:
-        rotary = whole_number(config, "qk_rope_head_dim")
-        query_rank = None if config["q_lora_rank"] is None else whole_number(config, "q_lora_rank")
-        latent = Latent(query_rank, whole_number(config, "kv_lora_rank"), rotary)
-        key_dim, value_dim = whole_number(config, "qk_nope_head_dim") + rotary, whole_number(config, "v_head_dim")
+        rotary = read_integer(config, "qk_rope_head_dim")
+        query_rank = None if config["q_lora_rank"] is None else read_integer(config, "q_lora_rank")
+        latent = Latent(query_rank, read_integer(config, "kv_lora_rank"), rotary)
+        key_dim, value_dim = read_integer(config, "qk_nope_head_dim") + rotary, read_integer(config, "v_head_dim")
     else:
         key_dim = value_dim = _size_or(config, "head_dim", hidden // facts.num_attention_heads)
     expert_ffn = _size_or(config, "moe_intermediate_size", ffn)
@@ -137,8 +137,8 @@ def _shape(config: RawConfig, facts: ModelFacts) -> Shape:
 
 
 def _size_or(config: RawConfig, name: str, default: int) -> int:
-    """The default where the field is missing, null or 0."""
-    return default if config.get(name) in (None, 0) else whole_number(config, name)
+    """Return a size, or the default if the field is missing, null or 0."""
+    return default if config.get(name) in (None, 0) else read_integer(config, name)
 
 
 def _queries(shape: Shape) -> int:
@@ -197,16 +197,16 @@ _SIZES: dict[str, Callable[[Shape], tuple[int, Split]]] = {
     "mlp.shared_experts.linear_fc2.weight": lambda s: (s.shared_ffn * s.hidden, Split.TENSOR),
     "mlp.shared_experts.gate_weight": lambda s: (s.hidden, Split.WHOLE),
 }
-"""Elements of each parameter of a layer; 0 where a model has none."""
+"""Elements of each parameter of a layer; 0 if the model lacks it."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """All parameters of a model."""
+    """Parameters of a model."""
 
     shape: Shape
     layers: tuple[tuple[Weight, ...], ...]
-    """Of each decoder layer."""
+    """Parameters of each decoder layer."""
 
     @property
     def total(self) -> int:
@@ -214,7 +214,7 @@ class ModelSize:
 
     @property
     def active(self) -> int:
-        """Parameters that one token meets, the embedding and the output layer included."""
+        """Number of parameters used for one token, embedding and output layer included."""
         experts, top_k = self.shape.num_experts, self.shape.top_k
         return self._counted(lambda w: w.size // experts * top_k if w.split is Split.EXPERTS else w.size)
 
@@ -225,13 +225,13 @@ class ModelSize:
 
 
 def model_size(config: RawConfig) -> ModelSize:
-    """The parameters of a model.
+    """Return the parameters of a model.
 
     Args:
         config: its config.json.
 
     Raises:
-        ConfigError: an unknown architecture, or a field that is missing or no size.
+        ConfigError: unknown architecture, or a size is missing or invalid.
     """
     shape = shape_of(config)
     architecture = ARCHITECTURES[str(config["model_type"])]
@@ -245,23 +245,23 @@ def model_size(config: RawConfig) -> ModelSize:
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank holds of a model chunk. Every rank of a pipeline stage holds as much."""
+    """Parameters of a model chunk on one rank; equal on all ranks of a pipeline stage."""
 
     layers: tuple[int, ...]
     """Global decoder layers, ascending."""
     dense: int
     """Parameters outside experts."""
     tensor: int
-    """Those of them that tensor-parallel ranks share out: this rank's part."""
+    """Number of `dense` parameters split over tensor-parallel ranks: this rank's part."""
     experts: int
     """Parameters of experts."""
 
 
 def held_parameters(model: ModelSize, worker: MegatronWorker) -> tuple[tuple[Held, ...], ...]:
-    """What a rank of each stage holds of each of its chunks. [stage][chunk]
+    """Return the parameters on a rank of each stage, [stage][chunk].
 
     Raises:
-        ValueError: the layers, a width or the experts cannot be split so.
+        ValueError: the layers, a width or the experts do not divide over the layout.
     """
     settings, shape = layout(worker), model.shape
     tp = settings.tensor_model_parallel_size
@@ -289,20 +289,20 @@ def held_parameters(model: ModelSize, worker: MegatronWorker) -> tuple[tuple[Hel
 
 
 def vocab_columns(shape: Shape, tp: int) -> int:
-    """Rows of the embedding that a tensor-parallel rank holds: the vocabulary is padded until it divides."""
+    """Return the rows of the embedding on a tensor-parallel rank. The vocabulary is padded until it divides."""
     return -(-shape.vocab // tp)
 
 
 def width_problems(config: RawConfig, worker: MegatronWorker) -> list[str]:
-    """The widths of a model that do not divide over the tensor-parallel ranks of a role, as megatron-core divides them.
+    """Return widths of a model that megatron-core cannot divide over the tensor-parallel ranks of a role.
 
-    The vocabulary is none of them: it is padded.
+    The vocabulary is not checked: it is padded.
 
     Args:
         config: its config.json.
 
     Raises:
-        ConfigError: an unknown architecture, or a field that is missing or no size.
+        ConfigError: unknown architecture, or a size is missing or invalid.
     """
     return _uneven_widths(shape_of(config), worker)
 
@@ -311,7 +311,7 @@ def _uneven_widths(shape: Shape, worker: MegatronWorker) -> list[str]:
     tp, (etp, _, _) = layout(worker).tensor_model_parallel_size, expert_layout(worker)
     widths = [("the number of attention heads", shape.heads, "TP", tp)]
     if shape.latent is None:
-        if tp % shape.kv_heads:  # else as many ranks share each
+        if tp % shape.kv_heads:  # else each head is shared by an equal number of ranks
             widths.append(("the number of key and value heads", shape.kv_heads, "TP", tp))
         widths.append(("the width of queries, keys and values together", _qkv(shape), "TP", tp))
         if shape.whole_qk_norm:
@@ -327,5 +327,5 @@ def _uneven_widths(shape: Shape, worker: MegatronWorker) -> list[str]:
 
 
 def _elements(weights: Iterable[Weight], split: Split) -> int:
-    """Of all parameters that are split so."""
+    """Return the number of elements of all parameters with this split."""
     return sum(weight.size for weight in weights if weight.split is split)

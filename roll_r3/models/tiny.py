@@ -1,7 +1,6 @@
 """Tiny seeded checkpoints with a byte-level tokenizer: real architectures, nothing downloaded.
 
-For tests and the quickstart. A checkpoint is an ordinary Hugging Face directory, so every engine loads it by the same
-code as a large one.
+For tests and the quickstart. A checkpoint is an ordinary Hugging Face directory; every engine loads it as usual.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TINY_MODELS = {name: a.model_type for a in ARCHITECTURES.values() for name in a.
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and 4 special tokens; its chat template is the messages' text, end to end."""
+    """Return a tokenizer of 256 bytes and 4 special tokens. Its chat template concatenates the messages."""
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     for special in (PAD, START, END, UNUSED):
         vocab[special] = len(vocab)
@@ -55,15 +54,15 @@ def make_tiny_checkpoint(
     """Write a seeded checkpoint of about half a million parameters.
 
     Args:
-        path: directory, made if missing.
-        name: which of `TINY_MODELS`.
-        seed: of the weights and of the warm start; the same seed gives the same file on the same machine.
+        path: directory, created if missing.
+        name: a key of `TINY_MODELS`.
+        seed: seed of the weights and of the warm start; one machine writes the same file for a seed.
         examples: (prompt, answer) pairs of the warm start.
-        warm_start_steps: supervised steps on random batches of 64 `examples` (Adam, learning rate 3e-3): enough of a
-            start that some samples of a group are right, so that a group has something to compare.
-        dtype: of the saved weights.
-        norm_noise: standard deviation of what is added to norms and biases, which begin as ones and zeros.
-        overrides: fields of the model's configuration that differ from its tiny one.
+        warm_start_steps: supervised steps on random batches of 64 `examples` (Adam, learning rate 3e-3). After them
+            some samples of a group should be right: a group with equal scores teaches nothing.
+        dtype: dtype of the saved weights.
+        norm_noise: standard deviation of noise added to norms and biases; they start as ones and zeros.
+        overrides: changed fields of the tiny model's configuration.
     """
     tokenizer = byte_tokenizer()
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -77,7 +76,7 @@ def make_tiny_checkpoint(
             if buffer_name.endswith("e_score_correction_bias"):  # zeros would leave it untested
                 buffer.normal_(std=0.1)
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms of ones and biases of zeros could be mixed up, or kept, unseen
+            if parameter.ndim == 1:  # a test would not notice exchanged or kept norms of ones and biases of zeros
                 parameter.data.add_(torch.randn_like(parameter.data), alpha=norm_noise)
         if warm_start_steps:
             _warm_start(model, tokenizer, examples, warm_start_steps)
@@ -91,7 +90,7 @@ def make_tiny_checkpoint(
 def _warm_start(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, str]], steps: int
 ) -> None:
-    """A few supervised steps; the loss covers the answer and the end-of-sequence token."""
+    """Take a few supervised steps; the loss covers the answer and the end-of-sequence token."""
     rows, labels = [], []
     for prompt, answer in examples:
         prompt_ids = tokenizer(prompt)["input_ids"]

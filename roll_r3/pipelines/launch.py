@@ -26,7 +26,7 @@ from roll_r3.pipelines.leaving import Leaving
 from roll_r3.pipelines.resume import changes, data_of, opened, put_back, replace_file
 from roll_r3.pipelines.starts import Starts
 from roll_r3.preflight.check import require_valid
-from roll_r3.preflight.surroundings import look_around
+from roll_r3.preflight.surroundings import read_surroundings
 from roll_r3.rewards.scoring import Rewards
 from roll_r3.rewards.truths import Truth
 from roll_r3.saving.state import check_resumable
@@ -131,7 +131,7 @@ def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: P
     with progress.stage("reading checkpoint, tokenizer, prompts and rewards"):
         checkpoint = resolve_checkpoint(checkpoint_of(config, "actor_train"))
         facts = read_facts(checkpoint)
-        require_valid(config, look_around(config), origins)
+        require_valid(config, read_surroundings(config), origins)
         tokenizer = _read_tokenizer(checkpoint, config.actor_train.model_args.trust_remote_code)
         prompts = read_prompts(config.actor_train.data_args, tokenizer, config.prompt_length, _told(progress))
         domains = Counter(prompt.domain for prompt in prompts)

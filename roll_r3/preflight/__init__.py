@@ -1,1 +1,1 @@
-"""What is checked and planned before anything starts. No engine is imported, nothing is downloaded, no code is run."""
+"""Checks and plans before anything starts. No engine is imported, nothing is downloaded, no code is executed."""

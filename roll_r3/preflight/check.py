@@ -1,4 +1,4 @@
-"""The whole check of a configuration: what loading found, and every row of the rule table."""
+"""Whole check of a configuration: findings of loading, and every row of the rule table."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from roll_r3.preflight.surroundings import Surroundings
 
 
 def check(loaded: LoadedConfig, surroundings: Surroundings) -> tuple[Finding, ...]:
-    """Everything that is wrong with a configuration, in the order in which it is found.
+    """Return all findings about a configuration, in order of discovery.
 
-    Of a configuration with values that had to be left out, only rules that do not look at those are applied.
+    If loading left out invalid values, findings about them are not reported.
     """
     found = check_config(loaded.config, surroundings)
     certain = [finding for finding in found if not any(map(finding.concerns, loaded.doubtful))]
@@ -21,7 +21,7 @@ def check(loaded: LoadedConfig, surroundings: Surroundings) -> tuple[Finding, ..
 
 
 def check_config(config: RLVRConfig, surroundings: Surroundings) -> list[Finding]:
-    """Every violation of the whole rule table."""
+    """Return every violation of the whole rule table."""
     found = check_rules(config)
     for rule in PREFLIGHT_RULES:
         found += rule.check(config, surroundings)
@@ -29,10 +29,10 @@ def check_config(config: RLVRConfig, surroundings: Surroundings) -> list[Finding
 
 
 def require_valid(config: RLVRConfig, surroundings: Surroundings, origins: Origins) -> None:
-    """Check again, when more is known than before the start: a checkpoint that has been downloaded, say.
+    """Check again with new facts, for example about a downloaded checkpoint.
 
     Raises:
-        InvalidConfigError: with all errors.
+        InvalidConfigError: all errors.
     """
     findings = check_config(config, surroundings)
     if has_errors(findings):

@@ -1,4 +1,4 @@
-"""What can be known of a checkpoint without loading it: from its directory, the hub's cache, or the bundled table."""
+"""Facts about a checkpoint without loading it: from its directory, the hub's cache, or the bundled table."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from roll_r3.models.facts import MAX_CONFIG, ModelFacts, facts_of
 from roll_r3.models.known import known_config
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "*.model")
-"""What a tokenizer is made from: a file of its own, or code that comes with the checkpoint."""
+"""Files of a tokenizer; one of them is enough. tokenizer_config.json may refer to code of the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint as its config.json describes it."""
+    """Checkpoint as described by its config.json."""
 
     raw: RawConfig
-    """config.json as it was written."""
+    """config.json as written."""
     source: str
-    """Where that was read."""
+    """Source of `raw`, for messages."""
     facts: ModelFacts | None
-    """None: roll_r3 does not know the architecture."""
+    """None for an unknown architecture."""
     reason: str = ""
-    """Why there are no facts."""
+    """Reason for missing facts."""
 
     @classmethod
     def of(cls, raw: RawConfig, source: str) -> Model:
-        """Read the facts of a config.json, if they can be."""
+        """Read the facts of a config.json, if possible."""
         try:
             return cls(raw, source, facts_of(raw))
         except ConfigError as error:
@@ -42,14 +42,14 @@ class Model:
 
 
 def find_model(name: str) -> Model | str:
-    """What is known of a checkpoint; text: why its description cannot be read, empty when there is none here."""
+    """Find the model of a checkpoint; text: why it cannot be read, empty if it is unknown on this machine."""
     directory = Path(name)
     if is_directory(directory):
         return _read(directory / "config.json")
     if why := unseen(directory):
-        return f"it cannot be looked at: {why}"
+        return f"it cannot be read: {why}"
     if not is_hub_name(name):
-        return "there is no such directory here (a name on the hub has the form owner/model)"
+        return "there is no such directory (a name on the hub has the form owner/model)"
     known = known_config(name)
     if known is not None:
         return Model.of(known, source="the bundled table")
@@ -58,7 +58,7 @@ def find_model(name: str) -> Model | str:
 
 
 def incomplete(name: str) -> str:
-    """What a checkpoint's directory lacks; empty for one that is complete, or that the hub would give."""
+    """Return the missing part of a checkpoint's directory; empty if complete, or on the hub."""
     directory = Path(name)
     if not is_directory(directory):
         return ""
@@ -77,7 +77,7 @@ def incomplete(name: str) -> str:
     missing = sorted(part for part in parts if not is_file(directory / part))
     if not missing:
         return ""
-    return f"{directory} lacks {len(missing)} of its weight files, {show_value(missing[0])} among them"
+    return f"{directory} lacks {len(missing)} of its weight files, for example {show_value(missing[0])}"
 
 
 def _read(path: Path) -> Model | str:

@@ -1,4 +1,4 @@
-"""Domains that the rows of a file have, as far as a quick look tells: enough to miss a reward rule before the start."""
+"""Domains in the first rows of a file, to find a missing reward rule before the start."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from roll_r3.config.report import show_value
 from roll_r3.config.workers import DataArgs
 
 _LOOKED_AT = 8 << 20
-"""Bytes of a file that are read; a run reads all of it when it starts."""
+"""Bytes read from a file; a run reads all of it at its start."""
 _SHOWN = 8
 
 
 def domains_without_rule(args: DataArgs, rewards: Mapping[str, RewardConfig]) -> Iterator[str]:
-    """Domains in the first rows of each .jsonl file that no reward rule scores."""
+    """Yield domains without a reward rule, from the first rows of each .jsonl file."""
     named = {tag for reward in rewards.values() for tag in reward.tag_included}
     if args.domain is None or not rewards or any(not reward.tag_included for reward in rewards.values()):
         return
@@ -28,7 +28,7 @@ def domains_without_rule(args: DataArgs, rewards: Mapping[str, RewardConfig]) ->
 
 
 def _domains(path: Path, column: str) -> set[str]:
-    """Those of the whole rows at the start of a file; none where it cannot be read, which a rule of its own says."""
+    """Return the domains of the first rows; none for an unreadable file, reported by another rule."""
     if path.suffix != ".jsonl" or why_no_file(path):
         return set()
     try:

@@ -1,4 +1,4 @@
-"""A few lines that say what a valid configuration would run."""
+"""Summary of a valid configuration in a few lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from roll_r3.preflight.surroundings import Surroundings
 
 
 def summary(config: RLVRConfig, origins: Origins, surroundings: Surroundings) -> str:
-    """What would run, and what was known of the model when it was checked."""
+    """Return the summary of a run, and the model as known to the check."""
     only = ", on CPU slots only" if config.device_type == "auto" and shared_with_engines(config) else ""
     lines = [
         f"valid{only}: {origins.said_first or origins.file}",
@@ -40,7 +40,7 @@ def summary(config: RLVRConfig, origins: Origins, surroundings: Surroundings) ->
 
 
 def _sizes(worker: ModelWorker) -> dict[str, int | None]:
-    """Of a role's parallel groups."""
+    """Return the sizes of a role's parallel groups."""
     data = {"DP": data_parallel_size(worker)}
     if not runs_megatron(worker):
         return {**data}
@@ -59,7 +59,7 @@ def _model(config: RLVRConfig, surroundings: Surroundings) -> str:
     name = checkpoint_of(config, "actor_train")
     model = surroundings.models.get(name)
     if model is None or model.facts is None:
-        return f"{name}, not known here"
+        return f"{name}, not known on this machine"
     facts = model.facts
     return (
         f"{name}, {len(facts.moe_layers)} MoE layers of {facts.num_layers}, top-{facts.top_k} of {facts.num_experts} "

@@ -1,4 +1,4 @@
-"""What a check may know beyond the YAML: models, files, reward functions, installed engines. Read once, then data."""
+"""Facts for checks beyond the YAML: models, files, reward functions, installed engines. Read once, then plain data."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from roll_r3.config.rules.paths import ENGINE
 from roll_r3.preflight import files
 from roll_r3.preflight.checkpoints import Model, find_model, incomplete
 from roll_r3.preflight.domains import domains_without_rule
+from roll_r3.preflight.reward_functions import reward_problems
 from roll_r3.preflight.versions import find_interpreter, find_versions
 from roll_r3.strategies.registry import STRATEGIES, StrategyEntry
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Facts about where a configuration would run."""
+    """Facts about the machine that would run a configuration."""
 
     strategies: Mapping[str, StrategyEntry] = field(default_factory=lambda: STRATEGIES)
     models: Mapping[str, Model] = field(default_factory=dict)
-    """Checkpoint -> what its config.json says; a checkpoint that nobody knows here is not in it."""
+    """Checkpoint -> its config.json; checkpoints unknown on this machine are left out."""
     checkpoint_problems: Mapping[str, str] = field(default_factory=dict)
-    """Checkpoint -> why it cannot be loaded from here."""
+    """Checkpoint -> reason that it cannot be loaded on this machine."""
     data_problems: tuple[str, ...] = ()
     domain_problems: tuple[str, ...] = ()
-    """Domains without a reward rule, for each file of prompts."""
+    """Domains without a reward rule, one text per prompt file."""
     reward_problems: tuple[str, ...] = ()
     output_problem: str = ""
     saving_problem: str = ""
-    """Why checkpoints cannot be written where the configuration says."""
+    """Reason that checkpoints cannot be written to the configured directory."""
     resume_problem: str = ""
-    """Why the checkpoint that the configuration names cannot be gone on from."""
+    """Reason that the run cannot resume from the configured checkpoint."""
     engine_python_missing: bool = False
-    """The interpreter that the configuration names for the engine is not on this machine."""
+    """True if the configured interpreter of the engine is not on this machine."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
-    """Package of an engine -> its installed version, None: not installed. Of a package that is not in it nothing is
-    known."""
+    """Package of an engine -> installed version; None: not installed. Packages of unknown state are left out."""
 
     def unknown_models(self, config: RLVRConfig) -> list[str]:
-        """Checkpoints of a configuration of which nothing is known here, and which may be elsewhere."""
+        """Return checkpoints that are unknown on this machine and may be on another one."""
         return [n for n in _checkpoints(config) if n not in self.models and n not in self.checkpoint_problems]
 
 
-def look_around(config: RLVRConfig) -> Surroundings:
-    """Read what this machine says about a configuration that is to run on it."""
+def read_surroundings(config: RLVRConfig) -> Surroundings:
+    """Read the facts of this machine for a configuration."""
     names = _checkpoints(config)
     server = sglang(config) or vllm(config)
-    # Where the interpreter was not named, it is the engine that is missing.
+    # For a default interpreter the missing engine is reported instead.
     python = server.python if server is not None and changed(config, f"{ENGINE}.python") else None
     problems = {name: found for name in names if isinstance(found := find_model(name), str) and found}
     lacking = {name: lack for name in names if name not in problems and (lack := incomplete(name))}
@@ -57,7 +57,7 @@ def look_around(config: RLVRConfig) -> Surroundings:
         checkpoint_problems=problems | lacking,
         data_problems=tuple(files.data_problems(config.actor_train.data_args)),
         domain_problems=tuple(domains_without_rule(config.actor_train.data_args, config.rewards)),
-        reward_problems=tuple(files.reward_problems(config.rewards)),
+        reward_problems=tuple(reward_problems(config.rewards)),
         output_problem=files.output_problem(config.output_dir, config.exp_name),
         saving_problem=files.output_problem(saving_dir(config), config.exp_name),
         resume_problem=files.resume_problem(config.resume_from_checkpoint),
@@ -67,7 +67,7 @@ def look_around(config: RLVRConfig) -> Surroundings:
 
 
 def elsewhere(config: RLVRConfig) -> Surroundings:
-    """What is known here of a configuration that is to run on another machine: what its models are like."""
+    """Return the facts for a run on another machine: models only."""
     models = {name: find_model(name) for name in _checkpoints(config)}
     return Surroundings(models={name: model for name, model in models.items() if isinstance(model, Model)})
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from matrix import DIMENSIONS, Mix, Sizes, name_of, pairs
+from matrix import DIMENSIONS, Mix, name_of, pairs
 
-from roll_r3.preflight.docs import MARK
+from roll_r3.preflight.rule_pages import MARK
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 ACROSS = ("replay", "model")
@@ -66,10 +66,13 @@ class Compatibility:
                 "",
                 "## Layouts x layouts",
                 "",
-                "A dash: the program refuses the pair (see below), it needs more than four processes, or one choice "
-                "rules out the other.",
+                f"In {len(mixes)} runs, every choice of a layout met every choice of the other dimensions, except for "
+                "these pairs. The program refuses them (see below), they need more than four processes, or one choice "
+                "excludes the other.",
                 "",
-                *_table(met, down, [item for item in down if item[1] != DIMENSIONS[item[0]][0]]),
+                "| Choice | Not with |",
+                "| --- | --- |",
+                *_never_met(met, down),
                 "",
                 "## Refused",
                 "",
@@ -78,12 +81,6 @@ class Compatibility:
                 "| What | Why |",
                 "| --- | --- |",
                 *(f"| {what} | {_cell(why)} |" for what, why in sorted(self.refused.items())),
-                "",
-                f"## The {len(mixes)} runs",
-                "",
-                "| Processes | Choices that differ from the plain ones |",
-                "| --- | --- |",
-                *(f"| {Sizes.of(mix).processes} | {name_of(mix)} |" for mix in mixes),
                 "",
             ]
         )
@@ -96,6 +93,21 @@ def _table(
     for row in down:
         counts = ["" if row[0] == column[0] else str(met[frozenset((row, column))] or "-") for column in across]
         lines.append(f"| {row[1]} | {' | '.join(counts)} |")
+    return lines
+
+
+def _never_met(met: Counter[frozenset[tuple[str, str]]], choices: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a row for each choice with the choices of later dimensions that no run combined with it."""
+    order = {name: place for place, name in enumerate(DIMENSIONS)}
+    lines = []
+    for name, choice in choices:
+        missing = [
+            other
+            for other_name, other in choices
+            if order[other_name] > order[name] and not met[frozenset(((name, choice), (other_name, other)))]
+        ]
+        if missing:
+            lines.append(f"| {choice} | {', '.join(missing)} |")
     return lines
 
 

@@ -16,7 +16,7 @@ from megatron_cases import Case, make_batch, shard
 from roll_r3.batch.batch import Batch
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.platform import megatron_cpu
-from roll_r3.preflight.plan import make_plan
+from roll_r3.preflight.plan.make import make_plan
 from roll_r3.strategies.base import ProcessInfo, TrainStrategy
 
 pytestmark = pytest.mark.integration

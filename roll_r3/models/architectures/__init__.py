@@ -1,4 +1,4 @@
-"""The architectures that roll_r3 trains: one short file each, and one row here."""
+"""Architectures trained by roll_r3: one short file and one row each."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ from roll_r3.models.architectures.qwen_moe import QWEN2_MOE, QWEN3_MOE
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.model_type: architecture for architecture in (QWEN3_MOE, QWEN2_MOE, OLMOE, MIXTRAL, DEEPSEEK_V3)
 }
-"""By the `model_type` of a config.json."""
+"""`model_type` of a config.json -> architecture."""

@@ -1,6 +1,6 @@
-"""What has to be known of an architecture, and the tables that most of them share.
+"""Description of an architecture, and tables shared by most of them.
 
-Only data and arithmetic: no engine and no weights are needed to read it.
+Only data and arithmetic, without engines and weights.
 """
 
 from __future__ import annotations
@@ -18,54 +18,57 @@ from roll_r3.models.architectures.fields import (
     Refusal,
     shown,
 )
-from roll_r3.models.architectures.fields import RawConfig as RawConfig  # read by many beside its fields
+from roll_r3.models.architectures.fields import RawConfig as RawConfig  # re-exported
 from roll_r3.models.architectures.rope import ROPE_TYPES, RopeTypes, rope_refusals, rotary_arguments, unknown_rope
 
 HfConfig = Any
-"""The `transformers` configuration of a checkpoint, with its defaults filled in."""
+"""`transformers` configuration of a checkpoint, with defaults filled in."""
 Names = dict[str, tuple[str, ...]]
 GateKind = Literal["softmax", "softmax renormalised", "sigmoid"]
-"""Gates of the chosen experts: their part of the softmax over all, renormalised by `norm_topk_prob` or always; or
-sigmoids with a scale."""
+"""Gates of the chosen experts: from a softmax over all experts, renormalised by `norm_topk_prob` or always; or scaled
+sigmoids."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `model_type`: where it routes, how megatron-core builds it, and what its weights are called."""
+    """Architecture of one `model_type`: its MoE layers, its build in megatron-core, and the names of its weights."""
 
     model_type: str
     moe_layers: Callable[[RawConfig], tuple[int, ...]]
-    """Global indices of the layers that route, ascending."""
+    """Global indices of the MoE layers, ascending."""
     num_experts: tuple[str, ...]
-    """Names under which config.json gives the routed experts of a layer; transformers 5 renamed some."""
+    """Field names of the number of routed experts of a layer; transformers 5 renamed some."""
     megatron: Callable[[HfConfig], dict[str, Any]]
-    """Fields of megatron's (MLA)TransformerConfig that every layout shares; `moe_layer_freq` is filled in elsewhere."""
+    """Fields of megatron's (MLA)TransformerConfig shared by all layouts; `moe_layer_freq` is set elsewhere."""
     layer_names: Names
-    """Parameter of one decoder layer -> its parts in the checkpoint's layer. The keys are megatron's names of its
-    plain PyTorch layers, with an expert's number at the end (`mlp.experts.linear_fc1.weight7`) left out; `{}` in a
-    value is that number. The parts of `linear_qkv` and `linear_fc1` are interleaved and stacked by mbridge."""
+    """Parameter of a decoder layer -> its parts in the checkpoint's layer.
+
+    Keys are megatron's names of its plain PyTorch layers, without an expert's number at the end (7 in
+    `mlp.experts.linear_fc1.weight7`); `{}` in a value is this number. mbridge interleaves the parts of `linear_qkv` and
+    stacks those of `linear_fc1`.
+    """
     tiny: Mapping[str, Mapping[str, Any]]
-    """Configurations of tiny models for tests, by name; what `TINY` gives need not be said again."""
+    """Configurations of tiny models for tests, by name, beyond `TINY`."""
     router_class: str
-    """The class of transformers' router."""
+    """Class of transformers' router."""
     gates: GateKind
-    """The formula of that router's gates."""
+    """Formula of its gates."""
     fields: Fields
-    """The account of its config.json, beyond `COMMON`."""
+    """Known fields of its config.json, beyond `COMMON`."""
     refuses: Callable[[RawConfig], list[Refusal]] = lambda config: []
-    """Settings that are not built and that more than one field decides; see `unbuildable`."""
+    """Unsupported combinations of several fields; see `unbuildable`."""
     rope_types: RopeTypes = field(default_factory=lambda: ROPE_TYPES)
     gpt_model: Callable[[HfConfig], dict[str, Any]] = rotary_arguments
-    """Arguments of megatron's GPTModel that follow from the checkpoint, beyond sizes."""
+    """Arguments of megatron's GPTModel from the checkpoint, except sizes."""
     optional: Mapping[str, Callable[[RawConfig], bool]] = field(default_factory=dict)
-    """Keys of `layer_names` that only some checkpoints have, and which do."""
+    """Optional keys of `layer_names` -> condition for their presence in a checkpoint."""
     latent_attention: bool = False
-    """Multi-head latent attention: keys and values through a low-rank projection."""
+    """True for multi-head latent attention: keys and values through a low-rank projection."""
     whole_qk_norm: bool = False
-    """The norms of Q and K span all heads of a token, not each head alone."""
+    """True if the norms of Q and K span all heads of a token, not each head alone."""
 
     def has(self, name: str, config: RawConfig) -> bool:
-        """Tell if a checkpoint with this config.json has the parameter `name` of `layer_names`."""
+        """Return True if a checkpoint with this config.json has the parameter `name` of `layer_names`."""
         wanted = self.optional.get(name)
         return name in self.layer_names and (wanted is None or wanted(config))
 
@@ -75,7 +78,7 @@ TOP_NAMES: Names = {
     "decoder.final_layernorm.weight": ("model.norm.weight",),
     "output_layer.weight": ("lm_head.weight",),
 }
-"""Parameters outside the layers: the same in every architecture here."""
+"""Parameters outside the layers, equal in all architectures."""
 
 NORMS: Names = {
     "input_layernorm.weight": ("input_layernorm.weight",),
@@ -108,7 +111,7 @@ MOE: Names = {
 
 
 def shared_expert(name: str) -> Names:
-    """Names of the expert that sees every token, `name` in the checkpoint."""
+    """Return the names of the shared expert, called `name` in the checkpoint."""
     return {
         "mlp.shared_experts.linear_fc1.weight": (f"mlp.{name}.gate_proj.weight", f"mlp.{name}.up_proj.weight"),
         "mlp.shared_experts.linear_fc2.weight": (f"mlp.{name}.down_proj.weight",),
@@ -127,48 +130,51 @@ TINY: dict[str, Any] = {
     "rope_theta": 10000.0,
     "initializer_range": 0.1,
 }
-"""What tiny models have in common: about half a million parameters."""
+"""Common fields of tiny models: about half a million parameters."""
 
 
 MAX_SIZE = 1 << 40
-"""Largest number that is read of a config.json: far beyond any model, and products of them are still no infinity."""
+"""Largest accepted number of a config.json: far beyond any model, and products of several stay finite."""
 
 
-def whole_number(config: RawConfig, name: str, *, least: int = 1, most: int = MAX_SIZE) -> int:
-    """A number of a config.json. Raises KeyError where it is missing, ValueError where it is none, or out of bounds."""
+def read_integer(config: RawConfig, name: str, *, least: int = 1, most: int = MAX_SIZE) -> int:
+    """Return an integer of a config.json. Raise KeyError if missing, ValueError if not an integer or out of bounds."""
     value = config[name]
-    if type(value) is not int or value < least:  # a bool is no number
-        raise ValueError(f"{name} is {shown(value)}")
+    if type(value) is not int or value < least:  # a bool is not a number
+        raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
     if value > most:
-        raise ValueError(f"{name} is {shown(value)}, at most {most} are possible")
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
     return value
 
 
-def whole_number_or(config: RawConfig, name: str, default: int, *, least: int = 1) -> int:
-    """As `whole_number`; the default where the field is missing."""
-    return whole_number(config, name, least=least) if name in config else default
+def read_integer_or(config: RawConfig, name: str, default: int, *, least: int = 1) -> int:
+    """Return `read_integer`, or the default if the field is missing."""
+    return read_integer(config, name, least=least) if name in config else default
 
 
 def layer_numbers(config: RawConfig, name: str) -> frozenset[int]:
-    """The layers that a list of a config.json names; none where it is missing or null. Raises ValueError for what is no
-    list of numbers from 0 on."""
+    """Return the layers in a list of a config.json; none if it is missing or null.
+
+    Raises:
+        ValueError: not a list of integers of at least 0.
+    """
     value = config.get(name)
     if value is None:
         return frozenset()
     if not isinstance(value, list) or any(type(layer) is not int or layer < 0 for layer in value):
-        raise ValueError(f"{name} is {shown(value)}, which is no list of layers")
+        raise ValueError(f"{name} must be a list of layer numbers, got {shown(value)}")
     return frozenset(value)
 
 
 def all_layers(config: RawConfig) -> tuple[int, ...]:
-    """Every layer routes."""
+    """Return all layers, for models with MoE layers only."""
     return tuple(range(config["num_hidden_layers"]))
 
 
 def softmax_router(config: HfConfig, *, renormalised: bool) -> dict[str, Any]:
-    """A softmax over all experts, top-k of it; `renormalised`: the chosen gates sum to 1.
+    """Return megatron's fields for the top-k of a softmax over all experts; `renormalised`: chosen gates sum to 1.
 
-    Renormalising the chosen ones of a softmax is a softmax over the chosen ones: megatron's order after top-k.
+    Renormalised gates equal a softmax over the chosen experts: megatron's softmax after top-k.
     """
     return {
         "moe_router_topk": config.num_experts_per_tok,
@@ -178,18 +184,18 @@ def softmax_router(config: HfConfig, *, renormalised: bool) -> dict[str, Any]:
 
 
 def top_one_refusals(config: RawConfig, *, renormalised: bool) -> list[Refusal]:
-    """A softmax that is renormalised over one expert: megatron-core refuses it, for its gate is always 1."""
+    """Return a refusal for a softmax renormalised over one expert. megatron-core rejects it: the gate is always 1."""
     if not renormalised or config.get("num_experts_per_tok") != 1:
         return []
     return [
         Refusal(
-            "num_experts_per_tok is 1 with gates that are renormalised: each is 1, which trains no router", MEGATRON
+            "num_experts_per_tok is 1 with renormalised gates: every gate is 1, and the router is not trained", MEGATRON
         )
     ]
 
 
 def unbuildable(architecture: Architecture, config: RawConfig, builders: Collection[Builder] = ALL) -> list[str]:
-    """Reasons why these libraries cannot build a checkpoint with this config.json; empty if they can."""
+    """Return reasons why these libraries cannot build a checkpoint with this config.json; empty if they can."""
     try:
         found = [
             *architecture.refuses(config),
@@ -202,8 +208,8 @@ def unbuildable(architecture: Architecture, config: RawConfig, builders: Collect
 
 
 def unknown_fields(architecture: Architecture, config: RawConfig) -> list[str]:
-    """`name = value` of each field of a config.json that roll_r3 does not know."""
+    """Return `name = value` of each unknown field of a config.json."""
     try:
         return [*(COMMON | architecture.fields).unknown(config), *unknown_rope(config)]
-    except (TypeError, ValueError, AttributeError):  # rope settings of another type, which `unbuildable` names
+    except (TypeError, ValueError, AttributeError):  # rope settings of another type, reported by `unbuildable`
         return []

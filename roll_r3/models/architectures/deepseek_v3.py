@@ -1,5 +1,5 @@
 """DeepSeek-V3 and Moonlight: latent attention, dense first layers, a shared expert, and a sigmoid router with expert
-bias that first chooses groups of experts.
+bias and groups of experts.
 
 Multi-token-prediction layers are not trained: reinforcement learning has no loss for them.
 """
@@ -16,16 +16,16 @@ from roll_r3.models.architectures.base import (
     HfConfig,
     RawConfig,
     all_layers,
+    read_integer_or,
     shared_expert,
-    whole_number_or,
 )
 from roll_r3.models.architectures.fields import ALL, MEGATRON, TRANSFORMERS, VLLM, Fields, Refusal, names, off, only
 from roll_r3.models.architectures.rope import rope_settings
 
 
 def _moe_layers(config: RawConfig) -> tuple[int, ...]:
-    first = whole_number_or(config, "first_k_dense_replace", 0, least=0)
-    freq = whole_number_or(config, "moe_layer_freq", 1)
+    first = read_integer_or(config, "first_k_dense_replace", 0, least=0)
+    freq = read_integer_or(config, "moe_layer_freq", 1)
     return tuple(i for i in all_layers(config) if i >= first and i % freq == 0)
 
 
@@ -52,7 +52,7 @@ def _megatron(config: HfConfig) -> dict[str, Any]:
 
 
 def _rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Megatron's fields for `rope_parameters`; the YaRN defaults are those of transformers."""
+    """Return megatron's fields for `rope_parameters`, with transformers' defaults of YaRN."""
     if rope.get("rope_type", "default") == "default":
         return {"rope_type": "rope", "rotary_base": rope["rope_theta"], "rotary_scaling_factor": 1.0}
     return {
@@ -68,13 +68,14 @@ def _rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuses(config: RawConfig) -> list[Refusal]:
-    """What config.json leaves out has the defaults of transformers."""
+    """Return refusals of combined settings. Missing fields have the defaults of transformers."""
     found = []
     top_k, groups = config.get("num_experts_per_tok", 8), config.get("topk_group", 4)
     if top_k == 1:
         found.append(
             Refusal(
-                "num_experts_per_tok is 1: the model renormalises a sigmoid gate always, megatron not one", MEGATRON
+                "num_experts_per_tok is 1: the model renormalises its sigmoid gate, megatron does not",
+                MEGATRON,
             )
         )
     if config.get("n_group", 8) > 1 and top_k // groups != 2:
@@ -85,7 +86,7 @@ def _refuses(config: RawConfig) -> list[Refusal]:
         found.append(Refusal(reason, MEGATRON))
     if len([name for name in ("mscale", "mscale_all_dim") if rope_settings(config).get(name)]) == 1:
         found.append(
-            Refusal("its rope settings have one of mscale and mscale_all_dim: transformers then scales in another way")
+            Refusal("its rope settings have one of mscale and mscale_all_dim: transformers then scales differently")
         )
     return found
 
@@ -99,10 +100,10 @@ FIELDS = Fields(
         **dict.fromkeys(("head_dim", "qk_head_dim"), "it follows from qk_nope_head_dim and qk_rope_head_dim"),
         **dict.fromkeys(
             ("num_nextn_predict_layers", "num_mtp_layers"),
-            "layers that predict further tokens are not built; a saved checkpoint keeps their weights as they were",
+            "multi-token-prediction layers are not built; a saved checkpoint keeps their original weights",
         ),
-        **dict.fromkeys(("aux_loss_alpha", "seq_aux"), "it belongs to a balancing loss, which roll_r3 has not"),
-        "ep_size": "the layout of the run says it",
+        **dict.fromkeys(("aux_loss_alpha", "seq_aux"), "it belongs to a balancing loss, and roll_r3 has none"),
+        "ep_size": "the layout of the run defines it",
     },
     only={
         "attention_bias": off(by=ALL - TRANSFORMERS),
@@ -130,7 +131,7 @@ _TINY = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
-    "rms_norm_eps": 1e-5,  # of the latent norms too, where transformers always has 1e-6
+    "rms_norm_eps": 1e-5,  # for latent norms too; transformers always uses 1e-6 there
     "num_nextn_predict_layers": 0,
     # SGLang reads these, transformers does not
     "moe_layer_freq": 1,

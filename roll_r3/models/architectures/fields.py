@@ -1,7 +1,6 @@
-"""The account of a config.json: each field is read, changes nothing, or is built with some values only.
+"""Known fields of a config.json: each is read, has no effect, or is supported with some values only.
 
-Every architecture has one `Fields`; what all of them share is `COMMON`. A field that the account does not know is
-warned of (see `Fields.unknown`).
+Every architecture has one `Fields`; `COMMON` is shared by all. Unknown fields give a warning (see `Fields.unknown`).
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from typing import Any
 from roll_r3.config.report import show_value
 
 RawConfig = Mapping[str, Any]
-"""A config.json as it was written."""
+"""config.json as written."""
 
 
 class Builder(Enum):
-    """A library that builds the model from its config.json. FSDP2 and hf_infer run that of transformers."""
+    """Library that builds the model from its config.json. FSDP2 and hf_infer use transformers."""
 
     MEGATRON = "Megatron"
     TRANSFORMERS = "transformers"
@@ -36,7 +35,7 @@ ENGINES = SGLANG | VLLM
 
 @dataclass(frozen=True)
 class Refusal:
-    """A setting of a config.json that some libraries do not build."""
+    """Setting of a config.json without support in some libraries."""
 
     reason: str
     by: frozenset[Builder] = ALL
@@ -44,38 +43,38 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Only:
-    """The values of a field that a model is built with."""
+    """Supported values of a field."""
 
     accepts: Callable[[Any], bool]
-    says: str
-    """Ends the sentence "it builds the model ..."."""
+    text: str
+    """End of the sentence "it builds the model ..."."""
     by: frozenset[Builder] = ALL
-    """Libraries that build no other value: each of them leaves it out, or computes something else."""
+    """Libraries limited to these values: they ignore any other value, or compute something else."""
 
 
 def only(*values: object, by: frozenset[Builder] = ALL) -> Only:
-    """One of these values."""
+    """Accept one of these values."""
     return Only(lambda value: value in values, f"with {' or '.join(shown(value) for value in values)} only", by)
 
 
 def off(by: frozenset[Builder] = ALL) -> Only:
-    """null, false, 0 or an empty list: the field switches something on that is not built."""
+    """Accept null, false, 0 or an empty list: the field switches on an unsupported feature."""
     return Only(lambda value: not value, "without it", by)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Account of the fields of a config.json."""
+    """Known fields of a config.json."""
 
     read: frozenset[str] = frozenset()
-    """The model is built, or the run is checked, as they say."""
+    """Fields read to build the model or to check the run."""
     inert: Mapping[str, str] = field(default_factory=dict)
-    """Field -> why it changes nothing of what is computed here."""
+    """Field -> reason for having no effect on the computation."""
     only: Mapping[str, Only] = field(default_factory=dict)
-    """Field -> the values that are built. A missing field has the default of transformers, which is one of them."""
+    """Field -> supported values. A missing field has the default of transformers, one of the supported values."""
 
     def __or__(self, other: Fields) -> Fields:
-        """Both accounts; of a field that both know, what `other` says."""
+        """Merge two accounts; `other` takes precedence."""
         return Fields(
             frozenset(name for name in self.read if name not in other) | other.read,
             {**{name: why for name, why in self.inert.items() if name not in other}, **other.inert},
@@ -86,21 +85,21 @@ class Fields:
         return name in self.read or name in self.inert or name in self.only
 
     def unknown(self, config: RawConfig) -> list[str]:
-        """`name = value` of each field in none of the lists; names that begin with `_` are transformers' own."""
+        """Return `name = value` of each unlisted field, except transformers' own names with a leading `_`."""
         found = [name for name in config if name not in self and not name.startswith("_")]
         return [f"{name} = {shown(config[name])}" for name in found]
 
     def refusals(self, config: RawConfig) -> list[Refusal]:
-        """The fields with a value that some library does not build."""
+        """Return the fields with an unsupported value."""
         return [
-            Refusal(f"{name} is {shown(config[name])}, but {_names(row.by)} {row.says}", row.by)
+            Refusal(f"{name} is {shown(config[name])}, but {_names(row.by)} {row.text}", row.by)
             for name, row in self.only.items()
             if name in config and not row.accepts(config[name])
         ]
 
 
 def _names(builders: Collection[Builder]) -> str:
-    """Libraries as the subject of a sentence, with the verb."""
+    """Return the libraries as the subject of a sentence, with the verb."""
     found = [builder.value for builder in Builder if builder in builders]
     if len(found) == len(Builder):
         return "roll_r3 builds the model"
@@ -110,12 +109,12 @@ def _names(builders: Collection[Builder]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as JSON has it, cut: a text in quotation marks, which are what is wrong with many a number."""
+    """Return a value as shortened JSON. Text has quotation marks: a quoted number is a frequent mistake."""
     return f'"{show_value(value)}"' if isinstance(value, str) else show_value(value)
 
 
 def names(text: str) -> frozenset[str]:
-    """Names with blanks between them."""
+    """Split names at blanks."""
     return frozenset(text.split())
 
 
@@ -133,13 +132,13 @@ COMMON = Fields(
         **_all("weights come from the checkpoint", "initializer_range"),
         **_all("the dtype is that of model_args.dtype and of the engine's settings", "dtype torch_dtype use_bfloat16"),
         **_all(
-            "it belongs to training by a loss that roll_r3 has not, and is off in rollout and trainer",
+            "it belongs to a training loss that roll_r3 does not have, and is off in rollout and trainer",
             "attention_dropout attention_probs_dropout_prob hidden_dropout resid_pdrop embd_pdrop router_jitter_noise "
             "router_aux_loss_coef output_router_logits",
         ),
-        **_all("the tokenizer and generating_args say it", "bos_token_id pad_token_id sep_token_id unk_token_id"),
+        **_all("the tokenizer and generating_args define it", "bos_token_id pad_token_id sep_token_id unk_token_id"),
         **_all(
-            "settings of generation: generating_args says it",
+            "a setting of generation: generating_args defines it",
             "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens "
             "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty "
             "epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
@@ -149,7 +148,7 @@ COMMON = Fields(
             "temperature top_k top_p typical_p",
         ),
         **_all(
-            "it says what transformers returns or keeps, or how, not what it computes",
+            "it changes the outputs or the storage of transformers, not the computation",
             "use_cache return_dict output_hidden_states output_attentions torchscript tie_last_hidden_states "
             "attn_implementation experts_implementation chunk_size_feed_forward pretraining_tp",
         ),
@@ -165,12 +164,12 @@ COMMON = Fields(
         ),
     },
     only={
-        # SGLang refuses another activation at its start; vLLM and Megatron leave the field out
+        # SGLang refuses another activation at its start; vLLM and Megatron ignore the field
         "hidden_act": only("silu", by=ALL - TRANSFORMERS),
         "partial_rotary_factor": only(1.0, None),
         "is_encoder_decoder": off(),
         "per_layer_config": off(),
-        # fields of other architectures, with which a checkpoint would be another model than its model_type says
+        # fields of other architectures; with them a checkpoint would not be a model of its model_type
         **_all(
             off(),
             "attention_bias mlp_bias attn_logit_softcapping final_logit_softcapping logit_scale logits_scaling "
@@ -183,4 +182,4 @@ COMMON = Fields(
         ),
     },
 )
-"""Fields that mean the same in every architecture here."""
+"""Fields with one meaning in all architectures."""

@@ -1,4 +1,4 @@
-"""Mixtral: every layer routes, no Q/K norm, no shared expert; its weights keep the names of the first release."""
+"""Mixtral: MoE in every layer, no Q/K norm, no shared expert; weights have the names of the first release."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _megatron(config: HfConfig) -> dict[str, Any]:
 
 FIELDS = Fields(
     read=frozenset({"num_local_experts", "num_experts"}),
-    only={"tie_word_embeddings": off(by=SGLANG)},  # it leaves the output layer without weights
+    only={"tie_word_embeddings": off(by=SGLANG)},  # its output layer would have no weights
 )
 
 MIXTRAL = Architecture(

@@ -22,7 +22,7 @@ def _megatron(config: HfConfig) -> dict[str, Any]:
     return {
         "num_moe_experts": config.num_experts,
         "moe_ffn_hidden_size": config.intermediate_size,
-        # megatron's own would sum the gradients of these norms over tensor-parallel ranks, which hold different parts
+        # megatron's own would sum the gradients of these norms over tensor-parallel ranks with different parts
         "qk_layernorm": False,
         **softmax_router(config, renormalised=config.norm_topk_prob),
     }
@@ -35,7 +35,7 @@ FIELDS = Fields(
         "clip_qkv": off(by=ALL - TRANSFORMERS),
         "norm_topk_prob": off(by=ENGINES),
         "rms_norm_eps": only(1e-5, by=ENGINES),
-        "tie_word_embeddings": off(by=SGLANG),  # it leaves the output layer without weights
+        "tie_word_embeddings": off(by=SGLANG),  # its output layer would have no weights
     },
 )
 

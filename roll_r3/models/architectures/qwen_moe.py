@@ -16,16 +16,16 @@ from roll_r3.models.architectures.base import (
     RawConfig,
     all_layers,
     layer_numbers,
+    read_integer_or,
     shared_expert,
     softmax_router,
     top_one_refusals,
-    whole_number_or,
 )
 from roll_r3.models.architectures.fields import MEGATRON, SGLANG, VLLM, Fields, Refusal, off, only
 
 
 def _moe_layers(config: RawConfig) -> tuple[int, ...]:
-    step, dense = whole_number_or(config, "decoder_sparse_step", 1), layer_numbers(config, "mlp_only_layers")
+    step, dense = read_integer_or(config, "decoder_sparse_step", 1), layer_numbers(config, "mlp_only_layers")
     return tuple(i for i in all_layers(config) if i not in dense and (i + 1) % step == 0)
 
 

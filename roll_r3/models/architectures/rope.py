@@ -1,4 +1,4 @@
-"""The rotary position embedding of a config.json: which kinds of it are built, and by which library."""
+"""Rotary position embedding of a config.json: supported kinds of each library."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ ROPE_TYPES: RopeTypes = {
     "llama3": ALL - MEGATRON,
     "yarn": ALL - MEGATRON,
 }
-"""Kind -> the libraries that build it. `dynamic` and `longrope` are missing: their frequencies follow from the lengths
-in one batch, which a rollout and a trainer do not share."""
+"""Kind -> libraries with support for it.
+
+`dynamic` and `longrope` are not supported: their frequencies depend on the lengths in a batch, and rollout and trainer
+have different batches.
+"""
 
 _SCALED = Fields(
     read=names(
@@ -40,39 +43,39 @@ _SCALED = Fields(
         "truncate": only(True, None, by=ALL - TRANSFORMERS),
     },
 )
-"""Inner fields of `rope_parameters` and `rope_scaling`. One that the kind does not use has no effect."""
+"""Inner fields of `rope_parameters` and `rope_scaling`. Fields of another kind have no effect."""
 
 
 def rope_settings(config: RawConfig) -> Mapping[str, Any]:
-    """The settings of the rotary embedding; empty: plain.
+    """Return the settings of the rotary embedding; empty for a plain one.
 
-    `rope_parameters` is the name of transformers 5. Where the older name stands too, transformers reads that one.
+    `rope_parameters` is the name in transformers 5. If the older name is there too, transformers reads the older one.
     """
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def rope_refusals(kinds: RopeTypes, config: RawConfig) -> list[Refusal]:
-    """The settings of the rotary embedding that some library does not build.
+    """Return the unsupported settings of the rotary embedding.
 
     Args:
-        kinds: what the architecture builds.
+        kinds: supported kinds of the architecture.
     """
     rope = rope_settings(config)
     if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
-        return [Refusal(f"its rope settings differ from layer to layer ({', '.join(nested)}), which is not built")]
+        return [Refusal(f"its rope settings differ from layer to layer ({', '.join(nested)}); this is not supported")]
     kind = rope.get("rope_type") or rope.get("type") or "default"
     found = [Refusal(f"in its rope settings {refused.reason}", refused.by) for refused in _SCALED.refusals(rope)]
     if missing := ALL - kinds.get(kind, frozenset()):
         built = [name for name, by in kinds.items() if by >= missing]
-        found.append(Refusal(f"rope type {kind!r} is not built, only {' and '.join(built)}", missing))
+        found.append(Refusal(f"rope type {kind!r} is not supported, only {' and '.join(built)}", missing))
     return found
 
 
 def unknown_rope(config: RawConfig) -> list[str]:
-    """`name = value` of each rope setting that roll_r3 does not know."""
+    """Return `name = value` of each unknown rope setting."""
     return [f"rope_parameters.{text}" for text in _SCALED.unknown(rope_settings(config))]
 
 
 def rotary_arguments(config: HfConfig) -> dict[str, Any]:
-    """Arguments of megatron's GPTModel for a plain rotary embedding."""
+    """Return arguments of megatron's GPTModel for a plain rotary embedding."""
     return {"position_embedding_type": "rope", "rotary_base": config.rope_parameters["rope_theta"]}

@@ -1,1 +1,1 @@
-"""transformers' own models: what the strategies that run them share."""
+"""Code shared by the strategies that run transformers' own models."""

@@ -1,4 +1,4 @@
-"""A checkpoint's configuration as transformers reads it."""
+"""Configuration of a checkpoint, as read by transformers."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from roll_r3.models.facts import read_facts
 
 
 def read_hf_config(checkpoint: str | Path) -> Any:
-    """The configuration, defaults filled in, of a model that transformers is to build and to run.
+    """Read the configuration of a model for transformers, with defaults filled in.
 
-    Its class is always the library's own, never code that comes with the checkpoint, and how attention and experts are
-    computed is for whoever builds the model to say. What would make a forward depend on chance, or add a loss, is
-    turned off.
+    Its class is always the library's own, never code from the checkpoint. The caller chooses the implementations of
+    attention and experts. Dropout, router noise and the load-balancing loss are turned off.
 
     Raises:
-        ConfigError: an architecture that is not known (see `read_facts`), settings that are not built (see
-            `unbuildable`), or quantized weights.
+        ConfigError: unknown architecture (see `read_facts`), unsupported settings (see `unbuildable`), or quantized
+            weights.
     """
     facts = read_facts(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{checkpoint}: its weights are quantized: convert it to bf16 first")
+        raise ConfigError(f"{checkpoint}: its weights are quantized; convert it to bf16 first")
     if refused := unbuildable(ARCHITECTURES[facts.model_type], config.to_dict(), TRANSFORMERS):
         raise ConfigError(f"{checkpoint} ({facts.model_type}) is not built with transformers: {'; '.join(refused)}")
-    # None: transformers' own choice. A kernel on the hub that is named here would be fetched and run
+    # None: transformers' own choice. A name from the checkpoint could fetch and run a kernel from the hub
     config._attn_implementation = None
     config._experts_implementation = None
     config.attention_dropout = 0.0

@@ -1,4 +1,4 @@
-"""The output layer of transformers' models."""
+"""Output layer of transformers' models."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def compute_logits_in_fp32(model: Any) -> None:
-    """Have the output layer of a ...ForCausalLM widen its input and its weight before it multiplies them.
+    """Make the output layer of a ...ForCausalLM convert its input and weight to fp32 before their product.
 
-    The weight stays as it is, and may be the embedding's; it has its gradient in its own dtype.
+    The weight is not changed and may be the embedding's; its gradient has its own dtype.
 
     Raises:
-        TypeError: the output layer is no plain linear one.
+        TypeError: the output layer is not a plain linear layer.
     """
     head = model.lm_head
     if type(head) is not torch.nn.Linear or head.bias is not None:

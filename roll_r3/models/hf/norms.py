@@ -1,18 +1,18 @@
-"""The epsilon of transformers' latent norms, made that of every other library."""
+"""Epsilon of transformers' latent norms, set as in every other library."""
 
 from __future__ import annotations
 
 from typing import Any
 
 LATENT_NORMS = ("q_a_layernorm", "kv_a_layernorm")
-"""Norms of multi-head latent attention, over the low-rank queries and over the low-rank keys and values."""
+"""Norms of multi-head latent attention: of low-rank queries, and of low-rank keys and values."""
 
 
 def set_latent_epsilon(model: Any) -> None:
-    """Give the latent norms of a ...ForCausalLM the epsilon that config.json says, if it has such norms.
+    """Set the epsilon of latent norms of a ...ForCausalLM to `rms_norm_eps`, if it has such norms.
 
-    transformers leaves them at 1e-6 whatever `rms_norm_eps` is. Megatron, SGLang and vLLM use `rms_norm_eps`, and a
-    rollout and a trainer must compute one policy.
+    transformers always uses 1e-6. Megatron, SGLang and vLLM use `rms_norm_eps`, and a rollout and a trainer must
+    compute one policy.
     """
     for layer in model.model.layers:
         for name in LATENT_NORMS:

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint make up each tensor of transformers' modules.
+"""Mapping from tensors of transformers' modules to tensors of a checkpoint.
 
 transformers keeps a layer's experts in two tensors, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], and calls
-every MoE block `mlp`; a checkpoint holds one matrix per expert under the names of `roll_r3.models.architectures`.
+every MoE block `mlp`. A checkpoint has one matrix per expert under the names of `roll_r3.models.architectures`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from types import EllipsisType
 from roll_r3.models.architectures.base import Architecture
 
 Part = tuple[str, tuple[int | slice | EllipsisType, ...]]
-"""Name in the checkpoint, and which part of the module's tensor it is."""
+"""Name in the checkpoint, and index into the module's tensor."""
 
 _RENAMED = {
     "mlp.gate.weight": "mlp.router.weight",
     "mlp.gate.e_score_correction_bias": "mlp.router.expert_bias",
 }
-"""transformers' names that some checkpoints do not share -> keys of `Architecture.layer_names`."""
+"""Names of transformers with other names in some checkpoints -> keys of `Architecture.layer_names`."""
 
 
 def parts_of(name: str, shape: Sequence[int], architecture: Architecture) -> Iterator[Part]:
-    """The checkpoint's tensors that make up a parameter or buffer of a ...ForCausalLM.
+    """Yield the checkpoint's tensors for a parameter or buffer of a ...ForCausalLM.
 
     Example:
         for part, index in parts_of(name, tensor.shape, architecture):

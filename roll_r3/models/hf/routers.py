@@ -1,4 +1,4 @@
-"""transformers' routers: which there are, where they are, and how each computes its gates.
+"""Routers of transformers: their classes, their layers, and the formulas of their gates.
 
 A router's forward returns (logits [t, E], gates [t, K], ids of the chosen experts [t, K]).
 Shape legend: t tokens, E experts, K experts per token.
@@ -19,19 +19,19 @@ RouterOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Gates = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 """(router, logits [t, E], ids [t, K]) -> gates [t, K]."""
 SMALLEST_SUM = 1e-20
-"""Smallest sum of probabilities used as a divisor: far above where fp32 loses digits, far below K / E."""
+"""Smallest sum of probabilities used as a divisor: far above the precision limit of fp32, far below K / E."""
 
 
 def _renormalised(chosen_tK: torch.Tensor, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -> torch.Tensor:
-    """Gates that sum to 1 in every row: the chosen probabilities over their sum.
+    """Return gates with a sum of 1 in every row: the chosen probabilities over their sum.
 
-    Replayed experts may be so unlikely that their probabilities vanish. There the softmax over the chosen logits, the
-    same number, takes their place, in backward too. A router's own choice has at least K / E.
+    Probabilities of very unlikely replayed experts vanish. There the softmax over the chosen logits, mathematically
+    equal, replaces them, in backward too. A router's own choice has at least K / E.
     """
     sum_t1 = chosen_tK.sum(-1, keepdim=True)
     vanishing_t1 = sum_t1 < SMALLEST_SUM
     over_chosen_tK = logits_tE.gather(1, ids_tK).softmax(-1, dtype=torch.float)
-    # a division that is not chosen must not be one by 0: its gradient would be NaN all the same
+    # the division must not be by 0 even where it is not selected: its gradient would be NaN
     return torch.where(vanishing_t1, over_chosen_tK, chosen_tK / sum_t1.masked_fill(vanishing_t1, 1.0))
 
 
@@ -47,7 +47,7 @@ def _always_renormalised_gates(router: Any, logits_tE: torch.Tensor, ids_tK: tor
 
 
 def _sigmoid_gates(router: Any, logits_tE: torch.Tensor, ids_tK: torch.Tensor) -> torch.Tensor:
-    """The bias and the groups take part in the choice alone."""
+    """Return sigmoid gates. The bias and the groups affect only the choice of experts."""
     gates_tK = logits_tE.sigmoid().gather(1, ids_tK)
     if router.norm_topk_prob:
         gates_tK = gates_tK / (gates_tK.sum(-1, keepdim=True) + 1e-20)
@@ -61,8 +61,7 @@ _KINDS: dict[GateKind, Gates] = {
     "sigmoid": _sigmoid_gates,
 }
 GATES: dict[str, Gates] = {a.router_class: _KINDS[a.gates] for a in ARCHITECTURES.values()}
-"""By the router's class, whose forward each was written after: of the router's own choice they are its own gates, to
-the last bit."""
+"""Router class -> formula, written after its forward: for the router's own choice, its own gates to the last bit."""
 
 
 def router_class(module: torch.nn.Module) -> str:
@@ -70,14 +69,14 @@ def router_class(module: torch.nn.Module) -> str:
 
 
 def find_routers(model: Any, moe_layers: Sequence[int]) -> list[torch.nn.Module]:
-    """The router of each MoE layer, in their order.
+    """Return the router of each MoE layer, in layer order.
 
     Args:
         model: a ...ForCausalLM.
-        moe_layers: global indices of the layers that route, as config.json says.
+        moe_layers: global indices of the MoE layers from config.json.
 
     Raises:
-        ConfigError: a router of a class that is not known here, by its name, or other layers route.
+        ConfigError: a router of an unknown class, or a mismatch with `moe_layers`.
     """
     routing = []
     for index, layer in enumerate(model.model.layers):
@@ -87,10 +86,10 @@ def find_routers(model: Any, moe_layers: Sequence[int]) -> list[torch.nn.Module]
         if [router_class(module) in GATES for module in routers] != [True]:
             named = routers or [module for module in layer.modules() if module is not layer]
             raise ConfigError(
-                f"layer {index} of {router_class(model)} routes by {', '.join(dict.fromkeys(map(router_class, named)))}"
-                f", where one router of a known class is wanted: {', '.join(GATES)}"
+                f"layer {index} of {router_class(model)} must have one router of {', '.join(GATES)}, got "
+                f"{', '.join(dict.fromkeys(map(router_class, named)))}"
             )
         routing.append((index, routers[0]))
     if (built := [index for index, _ in routing]) != list(moe_layers):
-        raise ConfigError(f"{router_class(model)} routes in layers {built}, its config.json says {list(moe_layers)}")
+        raise ConfigError(f"{router_class(model)} has routers in layers {built}, its config.json in {list(moe_layers)}")
     return [router for _, router in routing]

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer."""
+"""Tokenizer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 
 def read_tokenizer(checkpoint: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer, of whatever class its files name.
+    """Read the tokenizer, in the class named by its files.
 
     Args:
-        trust_remote_code: run the tokenizer's own code, if it comes with some. The model's is not run in any case.
+        trust_remote_code: run the tokenizer's own code, if there is any. The model's code is never run.
 
     Raises:
-        Exception: whatever its files, and its code, lead to.
+        Exception: any failure of its files or its code.
     """
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)  # else the tokenizer's class would look
+    config = AutoConfig.from_pretrained(
+        checkpoint, trust_remote_code=False
+    )  # else the tokenizer would load the model's code
     return AutoTokenizer.from_pretrained(checkpoint, config=config, trust_remote_code=trust_remote_code)
 
 
 def read_end_tokens(checkpoint: Path, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end a response: those of config.json, of generation_config.json and of the checkpoint's tokenizer.
+    """Read the end token ids from config.json, generation_config.json and the tokenizer.
 
     Raises:
-        Exception: anything that damaged files lead to.
+        Exception: any failure of damaged files.
     """
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     generation = (

@@ -1,4 +1,4 @@
-"""What strategies can do, and which releases of the engines they were written for."""
+"""Rules about capabilities of strategies and releases of engines."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from roll_r3.engines.sglang import version as sglang_version
 from roll_r3.engines.vllm import server as vllm_server
 from roll_r3.engines.vllm import version as vllm_version
 from roll_r3.errors import EngineError
-from roll_r3.preflight.rules.table import VLLM_INSTALLED, Pretend, SurroundingsRule
+from roll_r3.preflight.rules.surroundings_rule import VLLM_INSTALLED, Pretend, SurroundingsRule, strategy_names
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.base import Capabilities
 from roll_r3.strategies.registry import StrategyEntry
 
 MEGATRON_CORE = "0.16"
-"""Release whose routers, layer placement and schedules the Megatron strategy follows."""
+"""Release followed by the Megatron strategy in routers, layer placement and schedules."""
 
 
 _VLLM = "actor_infer.strategy_args={strategy_name: vllm}"
 
 
 def _entry(config: RLVRConfig, surroundings: Surroundings, role: str) -> StrategyEntry:
-    """The registry's row of the strategy that a configured role runs."""
-    names: dict[str, str] = {"actor_infer": config.actor_infer.strategy_args.strategy_name}
-    names |= {name: worker.strategy_args.strategy_name for name, worker in model_workers(config).items()}
-    return surroundings.strategies[names[role]]
+    """Return the registry entry of a role's strategy."""
+    return surroundings.strategies[strategy_names(config)[role]]
 
 
 def _rollout_cannot_record(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -63,7 +61,7 @@ def _refused_server_args(config: RLVRConfig, surroundings: Surroundings) -> Verd
 
 
 def _missing(package: str) -> Callable[[RLVRConfig, Surroundings], Verdict]:
-    """Whether a package was looked for and is not installed."""
+    """Return a verdict about a missing package."""
     return lambda config, where: package in where.versions and where.versions[package] is None
 
 
@@ -86,9 +84,9 @@ def _sglang_untested(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
 
 
 def _vllm_verdict(config: RLVRConfig, surroundings: Surroundings) -> tuple[str, str]:
-    """(why the installed vLLM is refused, what to warn about); at most one of them is text.
+    """Return (refusal, warning) about the installed vLLM; at most one of them is not empty.
 
-    Where the devices are not known yet, only what no device allows is refused.
+    With unknown devices, a release is refused only if no device allows it.
     """
     version = surroundings.versions.get("vllm")
     if version is None:
@@ -108,7 +106,7 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="r3-needs-recording-rollout",
         fields=("actor_infer.strategy_args.strategy_name", INFER_REPLAY),
-        why="R3 replays the experts that the rollout used, and this rollout strategy does not record them",
+        why="R3 replays the experts of the rollout, and this rollout strategy does not record them",
         fix="choose a rollout strategy that records routes (sglang, vllm or hf_infer), or disable replay on both sides",
         wrong=(),
         wrong_where=Pretend(capabilities={"sglang": Capabilities()}),
@@ -118,7 +116,7 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="trainer-replays-mode",
         fields=(TRAIN_REPLAY, "actor_train.strategy_args.strategy_name"),
-        why="this training strategy cannot run that replay mode",
+        why="this training strategy does not support the replay mode",
         fix="choose another mode, or another strategy_name",
         wrong=(),
         wrong_where=Pretend(capabilities={"megatron_train": Capabilities(replays=frozenset({"R2"}), packs=True)}),
@@ -144,8 +142,8 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="server-args-lose-routes",
         fields=(f"{ENGINE}.server_args",),
         depends=(INFER_REPLAY,),
-        why="routed experts would be missing or wrong with these features of the engine",
-        fix="take them out",
+        why="with these engine features routed experts would be missing or wrong",
+        fix="remove them from server_args",
         wrong=(f"{ENGINE}.server_args.speculative_algorithm=EAGLE",),
         right=(f"{ENGINE}.server_args.schedule_policy=fcfs",),
         violates=_args_that_lose_routes,
@@ -154,7 +152,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="server-args-owned",
         fields=(f"{ENGINE}.server_args",),
         why="the strategy sets or needs these arguments of the engine itself",
-        fix="take them out",
+        fix="remove them from server_args",
         wrong=(f"{ENGINE}.server_args.port=30000",),
         right=(f"{ENGINE}.server_args.schedule_policy=fcfs",),
         violates=_refused_server_args,
@@ -162,8 +160,8 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="sglang-installed",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
-        why="SGLang is not installed for the interpreter that would run the engine",
-        fix="install it, or name an interpreter that has it in strategy_config.python",
+        why="SGLang is not installed for the interpreter of the engine",
+        fix="install it, or write an interpreter with SGLang in strategy_config.python",
         wrong=(),
         wrong_where=Pretend(versions={"sglang": None}),
         right=(),
@@ -173,8 +171,8 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="sglang-version",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
-        why="the installed SGLang is outside the releases that this strategy works with",
-        fix="install a release that it works with",
+        why="this strategy does not work with the installed release of SGLang",
+        fix="install a supported release",
         wrong=(),
         wrong_where=Pretend(versions={"sglang": "0.4.6"}),
         right=(),
@@ -184,7 +182,7 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="sglang-untested",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
-        why="the installed SGLang is not the release that this strategy was tested with",
+        why="this strategy was not tested with the installed release of SGLang",
         fix="watch router_replay/coverage and the log-probability differences of the first steps",
         wrong=(),
         wrong_where=Pretend(versions={"sglang": "0.5.99"}),
@@ -196,8 +194,8 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="vllm-installed",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
-        why="vLLM is not installed for the interpreter that would run the engine",
-        fix="run `make vllm-env`, on GPUs `make vllm-env VLLM_KIND=gpu`, or name an interpreter that has it in "
+        why="vLLM is not installed for the interpreter of the engine",
+        fix="run `make vllm-env`, on GPUs `make vllm-env VLLM_KIND=gpu`, or write an interpreter with vLLM in "
         "strategy_config.python",
         wrong=(_VLLM,),
         wrong_where=Pretend(versions={"vllm": None}),
@@ -208,8 +206,8 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="vllm-version",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python", "device_type"),
-        why="the installed vLLM is outside the releases that this strategy works with",
-        fix="install the release that it was tested with, built for the devices of the run",
+        why="this strategy does not work with the installed release of vLLM",
+        fix="install the tested release, built for the devices of the run",
         wrong=(_VLLM, "device_type=cpu"),
         wrong_where=Pretend(versions={"vllm": "0.33.0+cpu"}),
         right=(_VLLM, "device_type=cpu"),
@@ -219,7 +217,7 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="vllm-untested",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
-        why="the installed vLLM is not the release that this strategy was tested with",
+        why="this strategy was not tested with the installed release of vLLM",
         fix="watch router_replay/coverage and the log-probability differences of the first steps",
         depends=("device_type",),
         wrong=(_VLLM, *OWN_GPUS),
@@ -233,7 +231,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="megatron-installed",
         fields=("actor_train.strategy_args.strategy_name",),
         why="megatron-core is not installed",
-        fix="install it: the extras `cpu` and `gpu` of roll_r3 name the release",
+        fix="install it, for example with the extra `cpu` or `gpu` of roll_r3",
         wrong=(),
         wrong_where=Pretend(versions={"megatron-core": None}),
         right=(),
@@ -244,7 +242,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="megatron-version",
         fields=("actor_train.strategy_args.strategy_name",),
         why=f"the Megatron strategy follows megatron-core {MEGATRON_CORE}: another release routes, places layers or "
-        "schedules in another way",
+        "schedules differently",
         fix=f"install megatron-core {MEGATRON_CORE}",
         wrong=(),
         wrong_where=Pretend(versions={"megatron-core": "0.17.0"}),

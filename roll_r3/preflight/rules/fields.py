@@ -1,30 +1,26 @@
-"""Rules on the fields of a config.json: the model is built as they say, or not at all."""
+"""Rules about the fields of a config.json: the model is built as written, or not at all."""
 
 from __future__ import annotations
 
-from roll_r3.config.derived import checkpoint_of, model_workers, workers
+from roll_r3.config.derived import checkpoint_of, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.table import Verdict
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import Architecture, unbuildable, unknown_fields
 from roll_r3.models.architectures.fields import Builder
 from roll_r3.preflight.checkpoints import Model
-from roll_r3.preflight.rules.table import Pretend, SurroundingsRule
+from roll_r3.preflight.rules.surroundings_rule import CHECKPOINTS, Pretend, SurroundingsRule, strategy_names
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.registry import STRATEGIES
 
-_CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
-
 
 def _builders(config: RLVRConfig) -> dict[str, Builder]:
-    """Role -> the library that builds its model."""
-    names: dict[str, str] = {"actor_infer": config.actor_infer.strategy_args.strategy_name}
-    names |= {role: worker.strategy_args.strategy_name for role, worker in model_workers(config).items()}
-    return {role: STRATEGIES[name].builder for role, name in names.items()}
+    """Return role -> library of its model."""
+    return {role: STRATEGIES[name].builder for role, name in strategy_names(config).items()}
 
 
 def _by_checkpoint(config: RLVRConfig, surroundings: Surroundings) -> dict[str, tuple[list[str], Model, Architecture]]:
-    """Checkpoint -> its roles, and what is known of it; only those of a known architecture."""
+    """Return checkpoint -> its roles, model and architecture, for known architectures."""
     found: dict[str, tuple[list[str], Model, Architecture]] = {}
     for role in workers(config):
         name = checkpoint_of(config, role)
@@ -53,10 +49,10 @@ def _unknown_fields(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
 RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="checkpoint-buildable",
-        fields=_CHECKPOINTS,
+        fields=CHECKPOINTS,
         depends=("actor_infer.strategy_args.strategy_name", "*.strategy_args.strategy_name"),
-        why="the model would be built otherwise than these settings in its config.json say",
-        fix="name a checkpoint without them, or strategies that build them",
+        why="the libraries would not build the model as these settings of its config.json say",
+        fix="write a checkpoint without them, or strategies that support them",
         wrong=(),
         wrong_where=Pretend(config_json={"hidden_act": "gelu"}),
         right=(),
@@ -65,10 +61,10 @@ RULES: tuple[SurroundingsRule, ...] = (
     ),
     SurroundingsRule(
         id="config-fields-known",
-        fields=_CHECKPOINTS,
-        why="roll_r3 does not know these fields of its config.json: if one changes what the model computes, rollout "
-        "and trainer may compute different models",
-        fix="watch actor/rollout_train_logprobs_abs_diff_mean in the first step, or take out fields without effect",
+        fields=CHECKPOINTS,
+        why="roll_r3 does not know these fields of config.json: if one of them changes the model's computation, "
+        "rollout and trainer may disagree",
+        fix="watch actor/rollout_train_logprobs_abs_diff_mean in the first step, or remove fields without effect",
         wrong=(),
         wrong_where=Pretend(config_json={"residual_scale": 0.5}),
         right=(),

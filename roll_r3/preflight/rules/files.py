@@ -1,4 +1,4 @@
-"""Checkpoints, data, reward functions and the output directory: whether they are there."""
+"""Rules about checkpoints, data, reward functions and directories."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.rules.table import Verdict
 from roll_r3.models.families import untrainable_by_name
-from roll_r3.preflight.rules.table import Pretend, SurroundingsRule
+from roll_r3.preflight.rules.surroundings_rule import CHECKPOINTS, Pretend, SurroundingsRule
 from roll_r3.preflight.surroundings import Surroundings
 
 _COLUMNS = tuple(f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id"))
-_CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
 
 
 def _unreadable_checkpoints(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -26,26 +25,26 @@ def _unknown_models(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
         if guess is None:
             shown.append(name)
         elif not guess.certain:  # else it is refused
-            shown.append(f"{name}, and if it is what its name says, {guess.reason}")
+            shown.append(f"{name}, by its name: {guess.reason}")
     return "; ".join(shown)
 
 
 RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="checkpoint-readable",
-        fields=_CHECKPOINTS,
+        fields=CHECKPOINTS,
         why="a checkpoint is a directory with config.json, a tokenizer and *.safetensors, or a name on the hub",
-        fix="name a complete directory, or write owner/model",
+        fix="write a complete directory, or owner/model",
         wrong=("pretrain=./no/such/checkpoint",),
         right=("pretrain=Qwen/Qwen3-235B-A22B",),
         violates=_unreadable_checkpoints,
     ),
     SurroundingsRule(
         id="model-unknown-here",
-        fields=_CHECKPOINTS,
-        why="nothing is known here of this checkpoint, so that nothing that depends on the model was checked; it is "
-        "checked once more when the run has it",
-        fix="have its config.json here, in that directory or in the hub's cache",
+        fields=CHECKPOINTS,
+        why="this checkpoint is unknown on this machine, so its model was not checked; the run checks it after the "
+        "download",
+        fix="put its config.json into that directory or into the hub's cache",
         wrong=("pretrain=someone/some-model",),
         right=("pretrain=Qwen/Qwen3-235B-A22B",),
         violates=_unknown_models,
@@ -57,8 +56,8 @@ RULES: tuple[SurroundingsRule, ...] = (
         depends=tuple(
             f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id")
         ),
-        why="prompts come from files whose rows can be kept as they are",
-        fix="name files that are there (relative to where the run starts), and their columns",
+        why="prompts come from files with valid rows",
+        fix="write existing files (relative to the working directory), and their columns",
         wrong=("actor_train.data_args.file_name=no_such_prompts.jsonl",),
         right=("actor_train.data_args.file_name='bundled:copy_digits'",),
         violates=lambda config, where: "\n".join(where.data_problems),
@@ -66,8 +65,8 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="domains-have-a-rule",
         fields=("rewards.*.tag_included", "actor_train.data_args.domain", "actor_train.data_args.file_name"),
-        why="every row is scored by the rule that names its domain, and no rule takes the rest",
-        fix="name the domains in a tag_included, leave it out of one rule, or take their files out",
+        why="every row is scored by the reward rule for its domain, and no rule takes other domains",
+        fix="write the domains into a tag_included, remove tag_included from one rule, or remove the files",
         wrong=(
             "actor_train.data_args={file_name: docs/prompts.jsonl, domain: tag}",
             "rewards={a: {reward: exact_match, tag_included: [x]}}",
@@ -79,9 +78,10 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="reward-importable",
         fields=("rewards.*.reward", "rewards.*.kwargs"),
-        why="a reward function must be found on the import path (which is searched, nothing is imported) and take "
-        "its kwargs and what it is offered by name, or (response, ground_truth, **kwargs)",
-        fix="put its directory on PYTHONPATH, or correct the name, the function's arguments or the kwargs",
+        why="a reward function must be on the import path and accept its kwargs and the offered values; its module is "
+        "searched, not imported",
+        fix="add its directory to PYTHONPATH, or correct the name, the kwargs, or the function's parameters: offered "
+        "names, or (response, ground_truth, **kwargs)",
         wrong=("rewards.default.reward=no_such_package.rewards:score",),
         right=("rewards.default.reward=roll_r3.rewards.rules:exact_match",),
         violates=lambda config, where: "; ".join(where.reward_problems),
@@ -89,8 +89,8 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="output-writable",
         fields=("output_dir", "exp_name"),
-        why="the run's directory could not be made",
-        fix="name a directory that can be written",
+        why="the run's directory cannot be made",
+        fix="write a writable directory",
         wrong=("output_dir=/dev/null/runs",),
         right=("output_dir=output",),
         violates=lambda config, where: where.output_problem,
@@ -99,8 +99,8 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="checkpoints-writable",
         fields=("checkpoint_config.output_dir", "exp_name"),
         depends=("save_steps", "save_hf_steps", "resume_from_checkpoint"),
-        why="the directory of checkpoints could not be made",
-        fix="name a directory that can be written, on a disk that every node sees",
+        why="the directory of checkpoints cannot be made",
+        fix="write a writable directory, on a disk shared by all nodes",
         wrong=("checkpoint_config.output_dir=/dev/null/checkpoints",),
         right=("checkpoint_config.output_dir=output",),
         violates=lambda config, where: (
@@ -110,7 +110,7 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="resume-from-checkpoint",
         fields=("resume_from_checkpoint",),
-        why="a run goes on from a checkpoint that roll_r3 wrote and completed",
+        why="a run can resume only from a complete checkpoint of roll_r3",
         fix="write auto, off, or the path of a run or of a checkpoint, like <run>/checkpoints/step-00000050",
         wrong=("resume_from_checkpoint=no/such/checkpoint",),
         right=("resume_from_checkpoint=auto",),
@@ -119,8 +119,8 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="engine-python-exists",
         fields=(f"{ENGINE}.python",),
-        why="there is no such interpreter here",
-        fix="name the `bin/python` of the environment that has the engine (`make vllm-env` makes vLLM's)",
+        why="there is no such interpreter on this machine",
+        fix="write the `bin/python` of the engine's environment (`make vllm-env` creates it for vLLM)",
         wrong=(f"{ENGINE}.python=/no/such/bin/python",),
         right=(f"{ENGINE}.python=null",),
         violates=lambda config, where: where.engine_python_missing,

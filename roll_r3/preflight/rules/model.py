@@ -1,4 +1,4 @@
-"""Whether the configuration fits the model: what only its config.json can tell."""
+"""Rules about the model's config.json and the layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from roll_r3.models.families import untrainable, untrainable_by_name
 from roll_r3.models.layer_map import chunk_layers
 from roll_r3.models.size import shape_of, shape_problem, width_problems
 from roll_r3.preflight.checkpoints import Model
-from roll_r3.preflight.rules.table import (
+from roll_r3.preflight.rules.surroundings_rule import (
+    CHECKPOINTS,
     VLLM_INSTALLED,
     AnyPreflightRule,
     ModelRule,
@@ -37,11 +38,9 @@ from roll_r3.preflight.rules.table import (
 )
 from roll_r3.preflight.surroundings import Surroundings
 
-_CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
-
 
 def _models(config: RLVRConfig, surroundings: Surroundings) -> dict[str, Model]:
-    """Role -> its model, where that is known."""
+    """Return role -> model, for known models."""
     names = {role: checkpoint_of(config, role) for role in workers(config)}
     return {role: surroundings.models[name] for role, name in names.items() if name in surroundings.models}
 
@@ -51,14 +50,14 @@ def _stop_tokens_outside(config: RLVRConfig, surroundings: Surroundings) -> Verd
     if model is None or model.facts is None:
         return False
     outside = [i for i in config.actor_infer.generating_args.stop_token_ids if i >= model.facts.vocab_size]
-    return f"vocab_size is {model.facts.vocab_size}, and {outside} are not below it" if outside else False
+    return f"vocab_size is {model.facts.vocab_size}, got {outside}" if outside else False
 
 
 def _replays_without_routers(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     model = _models(config, surroundings).get("actor_train")
     if config.actor_train.router_replay.mode == "disable" or model is None or model.facts is None:
         return False
-    return "" if model.facts.moe_layers else f"as {model.source} says"
+    return "" if model.facts.moe_layers else f"according to {model.source}"
 
 
 def _untrained_architectures(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -82,7 +81,7 @@ def _quantized(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     return ", ".join(found)
 
 
-def _recomputes_what_is_not_there(model: RoleModel) -> Verdict:
+def _recomputes_missing_module(model: RoleModel) -> Verdict:
     settings = layout(model.worker)
     recomputed = settings.recompute_granularity == "selective" and "mla_up_proj" in settings.recompute_modules
     return recomputed and not model.facts.latent_attention
@@ -96,7 +95,7 @@ def _engine_runs_another_model(config: RLVRConfig, surroundings: Surroundings) -
     return len(set(shapes)) == 2
 
 
-def _reference_speaks_otherwise(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+def _reference_has_another_vocabulary(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     models = _models(config, surroundings)
     sizes = [m.facts.vocab_size for r in ("actor_train", "reference") if (m := models.get(r)) and m.facts]
     return f"{sizes[0]} and {sizes[1]} tokens" if len(set(sizes)) == 2 else False
@@ -134,7 +133,7 @@ def _uneven_widths(model: RoleModel) -> Verdict:
 
 def _layers_over_stages(model: RoleModel) -> Verdict:
     if any(rule.violates(model.worker) for rule in SPLIT_RULES):
-        return False  # it does not even fit itself
+        return False  # reported by a rule of its own
     try:
         chunk_layers(model.facts.num_layers, layout(model.worker))
     except ValueError as error:
@@ -147,7 +146,7 @@ def _too_long(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     for role, model in _models(config, surroundings).items():
         needed = engine_room(config) if role == "actor_infer" else longest_sequence(config)
         if model.facts and needed > model.facts.context_length:
-            short.append(f"{role} needs {needed} tokens, its model was made for {model.facts.context_length}")
+            short.append(f"{role} needs {needed} tokens, its model supports {model.facts.context_length}")
     return "; ".join(short)
 
 
@@ -170,9 +169,9 @@ def _no_bias_to_move(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
 RULES: tuple[AnyPreflightRule, ...] = (
     SurroundingsRule(
         id="dense-model-with-replay",
-        fields=(TRAIN_REPLAY, *_CHECKPOINTS),
-        why="no layer of this model is MoE, so there is no routing to replay",
-        fix="name a checkpoint with MoE layers, or disable replay on both sides",
+        fields=(TRAIN_REPLAY, *CHECKPOINTS),
+        why="this model has no MoE layer, so there is no routing to replay",
+        fix="write a checkpoint with MoE layers, or disable replay on both sides",
         wrong=(),
         wrong_where=Pretend(config_json={"mlp_only_layers": list(range(48))}),
         right=("pretrain=allenai/OLMoE-1B-7B-0924", "prompt_length=512"),
@@ -180,18 +179,18 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ),
     SurroundingsRule(
         id="architecture-known",
-        fields=_CHECKPOINTS,
+        fields=CHECKPOINTS,
         why="roll_r3 cannot train this architecture",
-        fix=f"name a checkpoint of {', '.join(sorted(ARCHITECTURES))}",
+        fix=f"write a checkpoint of {', '.join(sorted(ARCHITECTURES))}",
         wrong=("pretrain=Qwen/Qwen3-8B",),
         right=("pretrain=mistralai/Mixtral-8x7B-v0.1",),
         violates=_untrained_architectures,
     ),
     SurroundingsRule(
         id="checkpoint-not-quantized",
-        fields=_CHECKPOINTS,
-        why="training starts from unquantized weights, and weight updates would not fit a quantized engine",
-        fix="name a bf16 copy of the checkpoint",
+        fields=CHECKPOINTS,
+        why="training needs unquantized weights, and a quantized engine cannot take weight updates",
+        fix="write a bf16 copy of the checkpoint",
         wrong=("pretrain=deepseek-ai/DeepSeek-V3",),
         right=("pretrain=unsloth/DeepSeek-V3-bf16",),
         violates=_quantized,
@@ -199,8 +198,8 @@ RULES: tuple[AnyPreflightRule, ...] = (
     SurroundingsRule(
         id="engine-runs-the-same-model",
         fields=("actor_infer.model_args.model_name_or_path", "actor_train.model_args.model_name_or_path", "pretrain"),
-        why="the engine takes over the trainer's weights, so both must be the same model",
-        fix="leave model_name_or_path out for both",
+        why="the engine receives the trainer's weights, so both must be the same model",
+        fix="remove model_name_or_path from both",
         wrong=("actor_infer.model_args.model_name_or_path=allenai/OLMoE-1B-7B-0924",),
         right=("actor_infer.model_args.model_name_or_path=Qwen/Qwen3-30B-A3B-Base",),
         violates=_engine_runs_another_model,
@@ -209,18 +208,18 @@ RULES: tuple[AnyPreflightRule, ...] = (
         id="reference-speaks-the-same-tokens",
         fields=("reference.model_args.model_name_or_path", "actor_train.model_args.model_name_or_path", "pretrain"),
         why="the KL term compares probabilities of the same tokens, and these models have different vocabularies",
-        fix="name a reference of the same family",
+        fix="write a reference of the same family",
         wrong=("use_kl_loss=true", "reference.model_args.model_name_or_path=allenai/OLMoE-1B-7B-0924"),
         right=("use_kl_loss=true", "reference.model_args.model_name_or_path=Qwen/Qwen3-30B-A3B-Base"),
-        violates=_reference_speaks_otherwise,
+        violates=_reference_has_another_vocabulary,
     ),
     SurroundingsRule(
         id="context-holds-the-longest",
-        fields=("response_length", "prompt_length", *_CHECKPOINTS),
+        fields=("response_length", "prompt_length", *CHECKPOINTS),
         depends=("actor_infer.generating_args.max_new_tokens",),
-        why="prompt_length + response_length, with the few tokens that an engine keeps back, is longer than the "
-        "sequences that the model was made for",
-        fix="make one of them shorter",
+        why="prompt_length + response_length, plus a few tokens reserved by the engine, is longer than the model's "
+        "context",
+        fix="write a smaller prompt_length or response_length",
         wrong=("response_length=50000",),
         right=("response_length=30000",),
         violates=_too_long,
@@ -228,8 +227,8 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ModelRule(
         id="experts-over-expert-parallel",
         fields=(EP,),
-        why="every expert-parallel rank holds as many experts",
-        fix="write a size that divides the model's experts",
+        why="every expert-parallel rank must hold the same number of experts",
+        fix="write a size that divides the number of experts",
         wrong=("actor_train.device_mapping=range(3)", f"{TRAIN}.expert_model_parallel_size=3", "rollout_batch_size=3"),
         right=("actor_train.device_mapping=range(4)", f"{TRAIN}.expert_model_parallel_size=4"),
         violates=lambda model: remainder(model.facts.num_experts, expert_layout(model.worker)[1], "ranks"),
@@ -237,7 +236,7 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ModelRule(
         id="widths-over-tensor-parallel",
         fields=(TP, ETP),
-        why="every rank holds as many attention heads, and an equal part of every width of the model",
+        why="every rank must hold the same number of attention heads, and an equal part of every width of the model",
         fix="write sizes that divide them",
         wrong=("actor_train.device_mapping=range(3)", f"{TRAIN}.tensor_model_parallel_size=3"),
         right=("actor_train.device_mapping=range(4)", f"{TRAIN}.tensor_model_parallel_size=4"),
@@ -245,8 +244,8 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ),
     SurroundingsRule(
         id="sizes-readable",
-        fields=_CHECKPOINTS,
-        why="the sizes of the model cannot be read from its config.json, so they were not compared with the layout",
+        fields=CHECKPOINTS,
+        why="the sizes of the model cannot be read from its config.json, so they were not checked against the layout",
         fix="write them into config.json",
         wrong=(),
         wrong_where=Pretend(config_json={"hidden_size": None}),
@@ -264,7 +263,7 @@ RULES: tuple[AnyPreflightRule, ...] = (
             f"{MEGATRON}.pipeline_model_parallel_layout",
         ),
         depends=tuple(f"{MEGATRON}.account_for_{what}_in_pipeline_split" for what in ("embedding", "loss")),
-        why="the model's layers cannot be shared out to the pipeline like this",
+        why="the model's layers do not divide over the pipeline like this",
         fix="choose other sizes, or write pipeline_model_parallel_layout",
         wrong=("actor_train.device_mapping=range(5)", f"{TRAIN}.pipeline_model_parallel_size=5"),
         right=("actor_train.device_mapping=range(4)", f"{TRAIN}.pipeline_model_parallel_size=4"),
@@ -272,8 +271,8 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ),
     SurroundingsRule(
         id="tied-embeddings-need-one-stage",
-        fields=(f"*.{PP}", *_CHECKPOINTS),
-        why="the model ties its output to its embedding, and such weights are not loaded onto pipeline stages",
+        fields=(f"*.{PP}", *CHECKPOINTS),
+        why="the model's output layer is its embedding, and tied weights cannot be loaded onto several pipeline stages",
         fix="write pipeline_model_parallel_size: 1",
         wrong=(
             "actor_train.device_mapping=range(2)",
@@ -286,21 +285,21 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ModelRule(
         id="latent-attention-to-recompute",
         fields=(f"{MEGATRON}.recompute_modules", f"{MEGATRON}.recompute_granularity"),
-        why="mla_up_proj is a part of latent attention, which this model has not",
-        fix="take mla_up_proj out",
+        why="mla_up_proj is a part of latent attention, and this model has none",
+        fix="remove mla_up_proj",
         wrong=(f"{TRAIN}.recompute_granularity=selective", f"{TRAIN}.recompute_modules=[mla_up_proj]"),
         right=(
             "pretrain=moonshotai/Moonlight-16B-A3B",
             f"{TRAIN}.recompute_granularity=selective",
             f"{TRAIN}.recompute_modules=[mla_up_proj]",
         ),
-        violates=_recomputes_what_is_not_there,
+        violates=_recomputes_missing_module,
     ),
     SurroundingsRule(
         id="bias-to-move",
-        fields=(f"{TRAIN}.moe_router_bias_update_rate", *_CHECKPOINTS),
-        why="the model has no expert bias that an optimizer step could move",
-        fix="leave moe_router_bias_update_rate out",
+        fields=(f"{TRAIN}.moe_router_bias_update_rate", *CHECKPOINTS),
+        why="the model has no expert bias to update",
+        fix="remove moe_router_bias_update_rate",
         wrong=(f"{TRAIN}.moe_router_bias_update_rate=0.001",),
         right=("pretrain=moonshotai/Moonlight-16B-A3B", f"{TRAIN}.moe_router_bias_update_rate=0.001"),
         violates=_no_bias_to_move,
@@ -313,8 +312,8 @@ RULES: tuple[AnyPreflightRule, ...] = (
             "actor_infer.model_args.model_name_or_path",
             "pretrain",
         ),
-        why="on a CPU SGLang does not serve Qwen2-MoE: the gate of its shared expert is a Triton kernel",
-        fix="sample on a GPU, write strategy_name: hf_infer, or name another model",
+        why="on a CPU SGLang cannot run Qwen2-MoE: the gate of its shared expert is a Triton kernel",
+        fix="sample on a GPU, write strategy_name: hf_infer, or write another model",
         wrong=("device_type=cpu", "pretrain=Qwen/Qwen2-57B-A14B"),
         right=("device_type=cuda", "pretrain=Qwen/Qwen2-57B-A14B", "actor_infer.device_mapping=1"),
         violates=_engine_lacks_a_kernel,
@@ -328,8 +327,8 @@ RULES: tuple[AnyPreflightRule, ...] = (
             "pretrain",
         ),
         why="on a CPU vLLM cannot run this model",
-        fix="sample on a GPU, write strategy_name: sglang or hf_infer, or name another model (of the tiny ones, make "
-        "one with --head-dim 32)",
+        fix="sample on a GPU, write strategy_name: sglang or hf_infer, or write another model (for a tiny "
+        "model, make one with --head-dim 32)",
         wrong=(
             "device_type=cpu",
             "pretrain=moonshotai/Moonlight-16B-A3B",
@@ -341,8 +340,8 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ),
     SurroundingsRule(
         id="stop-tokens-in-the-vocabulary",
-        fields=("actor_infer.generating_args.stop_token_ids", *_CHECKPOINTS),
-        why="the model has no such token, so none of them would ever end a response",
+        fields=("actor_infer.generating_args.stop_token_ids", *CHECKPOINTS),
+        why="the model has no such token, so it would never end a response",
         fix="write ids below the model's vocab_size",
         wrong=("actor_infer.generating_args.stop_token_ids=[10000000]",),
         right=("actor_infer.generating_args.stop_token_ids=[100]",),
@@ -351,8 +350,8 @@ RULES: tuple[AnyPreflightRule, ...] = (
     SurroundingsRule(
         id="engine-heads-over-tp",
         fields=(f"{ENGINE}.tp_size", "actor_infer.model_args.model_name_or_path", "pretrain"),
-        why="every tensor-parallel rank of the engine holds as many attention heads",
-        fix="write a tp_size that divides the model's attention heads",
+        why="every tensor-parallel rank of the engine must hold the same number of attention heads",
+        fix="write a tp_size that divides the number of attention heads",
         wrong=("actor_infer.device_mapping=range(3)", f"{ENGINE}.tp_size=3"),
         right=("actor_infer.device_mapping=range(4)", f"{ENGINE}.tp_size=4"),
         violates=_engine_splits_heads,

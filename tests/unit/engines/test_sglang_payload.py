@@ -163,7 +163,7 @@ def test_broken_routes_are_refused(payload: Any, message: str) -> None:
 
 
 BAD_LOG_PROBS = {
-    "one too few": ([[-0.5, 9, None], [-1.5, 8, None]], "2 log-probabilities came with 3"),
+    "one too few": ([[-0.5, 9, None], [-1.5, 8, None]], "got 2 log-probabilities for 3"),
     "not a number": ([[-0.5, 9, None], [float("nan"), 8, None], [0.0, 258, None]], "finite"),
     "infinite": ([[-0.5, 9, None], [float("-inf"), 8, None], [0.0, 258, None]], "finite"),
     "above zero": ([[-0.5, 9, None], [0.5, 8, None], [0.0, 258, None]], "not above 0"),

@@ -221,7 +221,7 @@ def test_any_field_of_any_form_is_read_or_refused(field, value):
 
 
 BAD_LOG_PROBS = {
-    "one too few": ([(-0.5, 9), (-1.5, 8)], "2 log-probabilities came with 3"),
+    "one too few": ([(-0.5, 9), (-1.5, 8)], "got 2 log-probabilities for 3"),
     "infinite": ([(-0.5, 9), (float("-inf"), 8), (0.0, 258)], "finite"),
     "above zero": ([(-0.5, 9), (0.5, 8), (0.0, 258)], "not above 0"),
     "of another token": ([(-0.5, 9), (-1.5, 7), (0.0, 258)], "other tokens"),

@@ -1,4 +1,4 @@
-"""Which files a checkpoint consists of, whatever its index and its links say."""
+"""Files of a checkpoint, with damaged indexes and links."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def with_index(folder: Path, text: str | bytes) -> Path:
     return folder
 
 
-def test_the_index_says_which_file_holds_what(tmp_path):
+def test_the_index_maps_tensors_to_files(tmp_path):
     files = {"a": "model-1.safetensors", "b": "..safetensors"}
     assert tensor_files(with_index(tmp_path, json.dumps({"weight_map": files}))) == files
 
@@ -35,7 +35,7 @@ def test_the_index_says_which_file_holds_what(tmp_path):
         ("1" * 5000, "cannot be read"),
     ],
 )
-def test_an_index_that_is_none_is_refused_alike_by_who_checks_and_who_reads(tmp_path, text, said):
+def test_an_invalid_index_is_refused_by_check_and_reader(tmp_path, text, said):
     folder = with_index(tmp_path, text)
     with pytest.raises(ConfigError, match=said):
         tensor_files(folder)
@@ -47,16 +47,16 @@ def test_an_index_that_is_none_is_refused_alike_by_who_checks_and_who_reads(tmp_
 )
 def test_an_index_names_files_beside_it(tmp_path, name):
     folder = with_index(tmp_path, json.dumps({"weight_map": {"\x1b[2J": name}}))
-    with pytest.raises(ConfigError, match="which is no name of a file beside it") as refused:
+    with pytest.raises(ConfigError, match="must be a name in this directory") as refused:
         tensor_files(folder)
     assert str(refused.value).isprintable()
     assert incomplete(str(folder)) == str(refused.value)
 
 
-def test_of_a_large_index_little_is_read(tmp_path):
+def test_a_large_index_is_refused(tmp_path):
     folder = with_index(tmp_path, "{}")
     with (folder / INDEX).open("r+b") as stream:
-        stream.truncate(1 << 40)  # a hole: it takes no room on the disk
+        stream.truncate(1 << 40)  # sparse
     with pytest.raises(ConfigError, match="more than"):
         tensor_files(folder)
 

@@ -1,4 +1,4 @@
-"""Which layers route, read from config.json; what does not fit is named."""
+"""MoE layers read from config.json; invalid values are named."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_a_tiny_checkpoint_is_seeded_and_read_back(tmp_path):
     assert weights[0] != weights[2]
 
 
-def test_what_is_no_checkpoint_is_said(tmp_path):
-    with pytest.raises(ConfigError, match="holds no config"):
+def test_a_path_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="has no config"):
         resolve_checkpoint(str(tmp_path))
     with pytest.raises(ConfigError, match="no such directory"):
         resolve_checkpoint(str(tmp_path / "nothing"))
@@ -68,27 +68,30 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": None}, "num_hidden_layers is null"),
-        ({"vocab_size": "many"}, 'vocab_size is "many"'),
-        ({"num_experts": 0}, "num_experts is 0"),
-        ({"mlp_only_layers": 3}, "mlp_only_layers is 3, which is no list"),
-        ({"mlp_only_layers": "xxx"}, 'mlp_only_layers is "xxx", which is no list'),
-        ({"mlp_only_layers": {"1": 1}}, "which is no list"),
-        ({"mlp_only_layers": [1, "2"]}, "which is no list"),
-        ({"mlp_only_layers": [True]}, "which is no list"),
-        ({"mlp_only_layers": [-1]}, "which is no list"),
-        ({"mlp_only_layers": ""}, "which is no list"),
-        ({"decoder_sparse_step": 1.5}, "decoder_sparse_step is 1.5"),
-        ({"decoder_sparse_step": -1}, "decoder_sparse_step is -1"),
-        (DEEPSEEK | {"moe_layer_freq": [1]}, r"moe_layer_freq is \[1\]"),
-        (DEEPSEEK | {"first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
-        (DEEPSEEK | {"first_k_dense_replace": True}, "first_k_dense_replace is true"),
-        *(({name: 10**400}, f"{name} is 10+[.]{{3}}, at most") for name in BASE),
+        ({"num_hidden_layers": None}, "num_hidden_layers must be an integer of at least 1, got null"),
+        ({"vocab_size": "many"}, 'vocab_size must be an integer of at least 1, got "many"'),
+        ({"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of layer numbers, got 3"),
+        ({"mlp_only_layers": "xxx"}, 'mlp_only_layers must be a list of layer numbers, got "xxx"'),
+        ({"mlp_only_layers": {"1": 1}}, "must be a list"),
+        ({"mlp_only_layers": [1, "2"]}, "must be a list"),
+        ({"mlp_only_layers": [True]}, "must be a list"),
+        ({"mlp_only_layers": [-1]}, "must be a list"),
+        ({"mlp_only_layers": ""}, "must be a list"),
+        ({"decoder_sparse_step": 1.5}, "decoder_sparse_step must be an integer of at least 1, got 1.5"),
+        ({"decoder_sparse_step": -1}, "decoder_sparse_step must be an integer of at least 1, got -1"),
+        (DEEPSEEK | {"moe_layer_freq": [1]}, r"moe_layer_freq must be an integer of at least 1, got \[1\]"),
+        (DEEPSEEK | {"first_k_dense_replace": -1}, "first_k_dense_replace must be an integer of at least 0, got -1"),
+        (
+            DEEPSEEK | {"first_k_dense_replace": True},
+            "first_k_dense_replace must be an integer of at least 0, got true",
+        ),
+        *(({name: 10**400}, f"{name} must be at most [0-9]+, got 10+[.]{{3}}") for name in BASE),
         ({"decoder_sparse_step": 0}, "cannot be read"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is true"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, at most 8"),
-        ({"num_experts": 100_000}, "num_experts is 100000, at most 65536"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be an integer of at least 1, got true"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000, got 1000000000"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok must be at most 8, got 9"),
+        ({"num_experts": 100_000}, "num_experts must be at most 65536, got 100000"),
         (DEEPSEEK | {"moe_layer_freq": 0}, "cannot be read"),
     ],
 )
@@ -120,7 +123,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_the_hubs_where_its_client_says_so(name):
+def test_hub_names_are_those_of_the_hubs_client(name):
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -132,7 +135,7 @@ def test_a_name_is_the_hubs_where_its_client_says_so(name):
         assert is_hub_name(name)
 
 
-def test_what_the_hubs_client_refuses_is_a_mistake_in_the_configuration(monkeypatch):
+def test_a_name_refused_by_the_hubs_client_is_a_configuration_error(monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
@@ -156,7 +159,7 @@ def test_what_the_hubs_client_refuses_is_a_mistake_in_the_configuration(monkeypa
         {"XDG_CACHE_HOME": "/d", "HF_HOME": "$XDG_CACHE_HOME/e"},
     ],
 )
-def test_the_hubs_cache_is_where_its_client_has_it(monkeypatch, environment):
+def test_the_hubs_cache_is_found_like_by_its_client(monkeypatch, environment):
     from huggingface_hub import constants
 
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
@@ -167,15 +170,15 @@ def test_the_hubs_cache_is_where_its_client_has_it(monkeypatch, environment):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", '"x"', "null", "\udcff"])
-def test_a_file_that_is_no_description_is_refused(tmp_path, text):
+def test_a_file_with_other_json_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError, match="is not"):
         read_facts(tmp_path)
 
 
-def test_a_file_larger_than_any_description_is_not_read(tmp_path):
+def test_a_file_above_the_limit_is_not_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as stream:
-        stream.truncate(1 << 40)  # a hole: it takes no room on the disk
+        stream.truncate(1 << 40)  # sparse
     with pytest.raises(ConfigError, match="more than"):
         read_facts(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Models that are not trained, by config.json and by name."""
+"""Models without support, by config.json and by name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_someone_elses_name_is_only_a_guess(name):
 @pytest.mark.parametrize(
     "name", ["Qwen/Qwen3-30B-A3B-Base", "Qwen/Qwen3-Coder-480B-A35B-Instruct", "Qwen/Qwen2-57B-A14B", "a/b", ""]
 )
-def test_what_may_be_trained_is_not_guessed_at(name):
+def test_a_trainable_name_gives_no_guess(name):
     assert untrainable_by_name(name) is None
 
 
@@ -67,7 +67,7 @@ def test_every_name_leads_to_a_family():
     assert {model_type for _, _, model_type in _NAMES} <= set(FAMILIES)
 
 
-def test_an_architecture_that_is_trained_by_now_is_no_longer_refused(monkeypatch):
+def test_a_supported_architecture_is_not_refused(monkeypatch):
     monkeypatch.setattr(families, "ARCHITECTURES", {**ARCHITECTURES, "gpt_oss": None})
     assert untrainable({"model_type": "gpt_oss"}) == ""
     assert untrainable_by_name("openai/gpt-oss-20b") is None

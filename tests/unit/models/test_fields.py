@@ -1,4 +1,4 @@
-"""The account of config.json: no field of transformers' classes is missing, and no other value is built in silence."""
+"""Known fields of config.json: no field of transformers' classes is missing, and every unsupported value is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PUBLISHED = {
 
 
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
-    """config.json of a tiny model, as transformers writes it, with other values."""
+    """Return config.json of a tiny model, as written by transformers, with changes."""
     architecture = next(a for a in ARCHITECTURES.values() if name in a.tiny)
     fields = {**TINY, **architecture.tiny[name], "vocab_size": 260}
     return json.loads(AutoConfig.for_model(architecture.model_type, **fields).to_json_string()) | changes
@@ -38,7 +38,7 @@ def refused(name: str, builders: frozenset = ALL, **changes: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_every_field_that_transformers_knows_is_accounted_for(model_type: str) -> None:
+def test_every_field_of_transformers_is_known(model_type: str) -> None:
     config = AutoConfig.for_model(model_type)
     written = {name for name in config.to_dict() if not name.startswith("_")}
     names = written | set(vars(config)) | set(config.attribute_map) | {f.name for f in dataclasses.fields(config)}
@@ -49,8 +49,8 @@ def test_every_field_that_transformers_knows_is_accounted_for(model_type: str) -
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_what_a_file_leaves_out_has_a_value_that_is_built(model_type: str) -> None:
-    """Rows look at written fields alone, so the default of transformers must be one of theirs."""
+def test_the_default_of_a_missing_field_is_supported(model_type: str) -> None:
+    """Only written fields are checked, so transformers' default must be a supported value."""
     architecture = ARCHITECTURES[model_type]
     defaults = AutoConfig.for_model(model_type).to_dict()
     account = Fields(only=(COMMON | architecture.fields).only)
@@ -66,7 +66,7 @@ def test_a_field_is_in_one_list(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for a in ARCHITECTURES.values() for name in a.tiny])
-def test_tiny_models_have_known_fields_that_megatron_and_transformers_build(name: str) -> None:
+def test_tiny_models_have_known_and_supported_fields(name: str) -> None:
     config = config_of(name)
     architecture = ARCHITECTURES[config["model_type"]]
     assert unbuildable(architecture, config, MEGATRON | TRANSFORMERS | VLLM) == []
@@ -108,8 +108,8 @@ CASES: list[tuple[str, dict[str, Any], frozenset, str]] = [
     ("qwen2_moe", {"attention_bias": True}, ALL, "attention_bias is true"),
     ("olmoe", {"attention_bias": True}, NOT_TRANSFORMERS, "attention_bias is true"),
     ("deepseek_v3", {"attention_bias": True}, NOT_TRANSFORMERS, "attention_bias is true"),
-    ("qwen3_moe", {"rope_parameters": YARN}, MEGATRON, "rope type 'yarn' is not built, only default"),
-    ("mixtral", {"rope_parameters": YARN}, MEGATRON | SGLANG, "rope type 'yarn' is not built"),
+    ("qwen3_moe", {"rope_parameters": YARN}, MEGATRON, "rope type 'yarn' is not supported, only default"),
+    ("mixtral", {"rope_parameters": YARN}, MEGATRON | SGLANG, "rope type 'yarn' is not supported"),
     ("deepseek_v3", {"rope_parameters": YARN | {"truncate": False}}, NOT_TRANSFORMERS, "truncate is false"),
     ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.5}}, NOT_TRANSFORMERS, "attention_factor is 1.5"),
     ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0}}, ALL, "one of mscale and mscale_all_dim"),
@@ -133,7 +133,7 @@ CASES: list[tuple[str, dict[str, Any], frozenset, str]] = [
 
 
 @pytest.mark.parametrize(("name", "changes", "by", "said"), CASES)
-def test_another_value_is_refused_by_name_for_those_who_do_not_build_it(
+def test_another_value_is_refused_for_libraries_without_support(
     name: str, changes: dict[str, Any], by: frozenset, said: str
 ) -> None:
     for builder in ALL:
@@ -153,11 +153,11 @@ def test_another_value_is_refused_by_name_for_those_who_do_not_build_it(
         ("deepseek_v3", {"hidden_act": "silu", "num_nextn_predict_layers": 1, "pretraining_tp": 4}),
     ],
 )
-def test_what_changes_nothing_is_accepted(name: str, changes: dict[str, Any]) -> None:
+def test_a_value_without_effect_is_accepted(name: str, changes: dict[str, Any]) -> None:
     assert refused(name, **changes) == refused(name)
 
 
-def test_a_field_that_nobody_knows_is_named() -> None:
+def test_an_unknown_field_is_named() -> None:
     rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [8, 4, 4]}
     config = config_of("qwen3_moe", residual_scale=0.5, note="x" * 500, rope_parameters=rope, _private=1)
     first, second, third = unknown_fields(ARCHITECTURES["qwen3_moe"], config)
@@ -175,12 +175,12 @@ def test_rope_settings_of_another_type_are_a_reason(rope: object) -> None:
     assert [text.startswith("its settings cannot be read") for text in found] == ([True] if rope else [])
 
 
-def test_of_two_names_for_rope_settings_that_which_transformers_reads_counts() -> None:
+def test_the_older_name_of_rope_settings_takes_precedence_as_in_transformers() -> None:
     plain, scaled = {"rope_theta": 1e4, "rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}
     both = AutoConfig.for_model("qwen3_moe", rope_parameters=plain, rope_scaling=scaled)
     assert both.rope_parameters["rope_type"] == "linear"
     found = refused("qwen3_moe", MEGATRON, rope_parameters=plain, rope_scaling=scaled)
-    assert found == ["rope type 'linear' is not built, only default"]
+    assert found == ["rope type 'linear' is not supported, only default"]
 
 
 def test_an_architectures_row_replaces_the_common_one() -> None:

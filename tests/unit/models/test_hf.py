@@ -1,4 +1,4 @@
-"""What is known of transformers' models: their routers, their gates, and that a checkpoint's code is never one."""
+"""Models of transformers: routers, gates and norms; code of a checkpoint is never run."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ UNLIKELY = [
 def test_gates_of_unlikely_experts_are_numbers_and_so_are_their_gradients(
     router: str, settings: dict[str, object], gap: float
 ) -> None:
-    """A live choice that is so much more likely than the replayed one that fp32 has no number for the latter."""
+    """Replayed experts may be less likely than the smallest fp32 number."""
     values = torch.tensor([[gap, 0.0, 1.0, -0.5], [0.3, 0.1, 1.0, -0.5]])
     if router.startswith("Deepseek"):
-        values[0, 1:] -= gap / 4  # keeps 1e-20, which the model adds, out of the reference
+        values[0, 1:] -= gap / 4  # keeps the 1e-20 added by the model out of the reference
     ids, weights = torch.tensor([[1, 2], [3, 0]]), torch.tensor([[1.0, -2.0], [0.5, 3.0]])
     logits, exact = values.clone().requires_grad_(), values.double().requires_grad_()
     gates = GATES[router](types.SimpleNamespace(**settings), logits, ids)
@@ -73,11 +73,11 @@ def test_gates_of_unlikely_experts_are_numbers_and_so_are_their_gradients(
 
 
 class MixtralTopKRouter(torch.nn.Module):
-    """By name a router of transformers."""
+    """Router with a class name of transformers."""
 
 
 class UnheardOfRouter(torch.nn.Module):
-    """By name a router, but not one that is known."""
+    """Router with an unknown class name."""
 
 
 def model(*gates: torch.nn.Module) -> torch.nn.Module:
@@ -96,20 +96,20 @@ def test_routers_are_found_in_the_order_of_their_layers() -> None:
 @pytest.mark.parametrize(
     ("gate", "said"),
     [
-        (UnheardOfRouter(), "layer 1 of Module routes by UnheardOfRouter, where one router of a known class"),
-        (torch.nn.Linear(2, 2), "layer 1 of Module routes by Linear, where one"),
-        (torch.nn.ModuleList([MixtralTopKRouter(), UnheardOfRouter()]), "by MixtralTopKRouter, UnheardOfRouter, where"),
+        (UnheardOfRouter(), "layer 1 of Module must have one router of .*, got UnheardOfRouter"),
+        (torch.nn.Linear(2, 2), "layer 1 of Module must have one router of .*, got Linear"),
+        (torch.nn.ModuleList([MixtralTopKRouter(), UnheardOfRouter()]), "got MixtralTopKRouter, UnheardOfRouter"),
     ],
 )
-def test_a_router_that_is_not_known_is_refused_by_its_class(gate: torch.nn.Module, said: str) -> None:
+def test_an_unknown_router_is_refused_by_its_class(gate: torch.nn.Module, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         find_routers(model(MixtralTopKRouter(), gate), (0, 1))
 
 
 def test_a_router_where_none_is_expected_is_refused() -> None:
-    with pytest.raises(ConfigError, match="routes by UnheardOfRouter"):
+    with pytest.raises(ConfigError, match="got UnheardOfRouter"):
         find_routers(model(MixtralTopKRouter(), UnheardOfRouter()), (0,))
-    with pytest.raises(ConfigError, match=r"routes in layers \[0, 1\], its config.json says \[1\]"):
+    with pytest.raises(ConfigError, match=r"has routers in layers \[0, 1\], its config.json in \[1\]"):
         find_routers(model(MixtralTopKRouter(), MixtralTopKRouter()), (1,))
 
 
@@ -125,7 +125,7 @@ def test_a_configuration_is_the_librarys_own_and_leaves_nothing_to_chance(tmp_pa
 
 
 def test_a_checkpoint_does_not_say_what_computes_its_attention_and_experts(tmp_path: Path) -> None:
-    """Where it names a repository for attention, transformers would fetch a kernel there and run it."""
+    """A repository name for attention would make transformers fetch a kernel and run it."""
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny")
     wanted = AutoModelForCausalLM.from_config(read_hf_config(checkpoint)).config
     file = checkpoint / "config.json"
@@ -143,7 +143,7 @@ def test_a_checkpoint_does_not_say_what_computes_its_attention_and_experts(tmp_p
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "qwen3_moe"])
 def test_latent_norms_have_the_epsilon_of_config_json(name: str) -> None:
-    """transformers' own is 1e-6 in every model; one that differs shows in every log-probability."""
+    """transformers uses 1e-6 in every model; another epsilon changes every log-probability."""
     architecture = ARCHITECTURES[TINY_MODELS[name]]
     fields = {**TINY, **architecture.tiny[name], "vocab_size": 32, "rms_norm_eps": 1e-3}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.model_type, **fields))
@@ -175,7 +175,7 @@ def test_a_tokenizer_runs_no_code_of_the_model(trusted: bool, tmp_path: Path) ->
         ({"mlp_bias": True}, "is not built with transformers: mlp_bias is true"),
     ],
 )
-def test_what_cannot_be_run_is_refused(fields: dict[str, object], said: str, tmp_path: Path) -> None:
+def test_unsupported_models_are_refused(fields: dict[str, object], said: str, tmp_path: Path) -> None:
     file = make_tiny_checkpoint(tmp_path / "tiny") / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     with pytest.raises(ConfigError, match=said):

@@ -1,4 +1,4 @@
-"""The checkpoints that are known by name: what they are is read like any other config.json."""
+"""Checkpoints known by name, read like any other config.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUTING = {
     "unsloth/DeepSeek-V3-bf16": ("deepseek_v3", 61, 58, 256, 8),
     "moonshotai/Moonlight": ("deepseek_v3", 27, 26, 64, 6),
 }
-"""How a name begins -> model type, layers, MoE layers, experts, top-k."""
+"""Prefix of a name -> model type, layers, MoE layers, experts, top-k."""
 
 
 @pytest.mark.parametrize("name", sorted(set(known_configs()) - DENSE))
@@ -49,6 +49,6 @@ def test_any_other_name_is_not_known(name):
     assert known_config(name) is None
 
 
-def test_a_checkpoint_that_is_published_in_fp8_says_so():
+def test_fp8_checkpoints_are_marked_as_quantized():
     quantized = {name for name in known_configs() if "quantization_config" in known_configs()[name]}
     assert quantized == {name for name in known_configs() if name.startswith("deepseek-ai/")}

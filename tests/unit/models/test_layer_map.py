@@ -1,4 +1,4 @@
-"""Where decoder layers lie: against dealing them out one at a time, and against megatron's own functions."""
+"""Placement of decoder layers, against dealing them out one at a time and megatron's own functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from roll_r3.models.layer_map import ChunkLayers, chunk_layers
 
 
 def text_of(sizes: list[int], draw) -> str:
-    """A layout text of stages with so many decoder layers, with repetitions and commas here and there."""
+    """Write a layout text for these numbers of decoder layers, with random repetitions and commas."""
     parts = []
     for i, size in enumerate(sizes):
         layers = f"t*{size}" if size and draw(st.booleans()) else "t" * size
@@ -25,7 +25,7 @@ def text_of(sizes: list[int], draw) -> str:
 
 @st.composite
 def placements(draw) -> tuple[int, dict[str, object], list[int]]:
-    """A model that can be split: (layers, megatron settings, layers of each chunk in the order of the pipeline)."""
+    """Draw (number of layers, megatron settings, layers of each chunk in pipeline order)."""
     pp, vpp = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     vpp = 1 if pp == 1 else vpp
     settings_ = {"pipeline_model_parallel_size": pp}
@@ -58,7 +58,7 @@ def placements(draw) -> tuple[int, dict[str, object], list[int]]:
 
 
 def dealt(num_layers: int, stages: int, sizes: list[int]) -> ChunkLayers:
-    """Deal the layers out one at a time, each to the first chunk of the pipeline that is not full yet."""
+    """Deal the layers out one at a time, each to the first chunk with room."""
     chunks: list[list[int]] = [[] for _ in sizes]
     for layer in range(num_layers):
         here = next(i for i, size in enumerate(sizes) if len(chunks[i]) < size)
@@ -78,7 +78,7 @@ def test_layers_lie_where_dealing_them_out_puts_them(placement):
 
 
 def megatron_places(num_layers: int, config: MegatronConfig, parallel_state) -> ChunkLayers | None:
-    """What megatron's functions say, or None where they refuse or do not place every layer exactly once."""
+    """Return the placement by megatron's functions; None if they refuse, or do not place every layer exactly once."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -121,7 +121,7 @@ def megatron_places(num_layers: int, config: MegatronConfig, parallel_state) -> 
 
 @pytest.fixture
 def parallel_state():
-    """megatron's globals, put back as they were."""
+    """Yield megatron's globals, and reset them."""
     from megatron.core import parallel_state
 
     yield parallel_state

@@ -26,11 +26,11 @@ PUBLISHED = {
     "deepseek-ai/DeepSeek-V3": (671, 37),
     "moonshotai/Moonlight-16B-A3B": (16, 3),
 }
-"""Billions of parameters, and of those that a token meets, as the publishers round them."""
+"""Billions of parameters, and of active parameters, as rounded by the publishers."""
 
 
 def tiny_configs() -> dict[str, dict]:
-    """config.json of each tiny model, as transformers would write it."""
+    """Return config.json of each tiny model, as written by transformers."""
     from transformers import AutoConfig
 
     return {
@@ -63,14 +63,14 @@ def test_tiny_models_are_as_large_as_transformers_makes_them(name, tied):
     assert model_size(config).total == parameters_of_transformers(config)
 
 
-def test_biases_that_a_model_has_not_are_not_counted():
+def test_missing_biases_are_not_counted():
     config = tiny_configs()["qwen2_moe"]
     without = config | {"qkv_bias": False}
     assert model_size(without).total == parameters_of_transformers(without) < model_size(config).total
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_sizes_are_those_that_publishers_name(name):
+def test_sizes_are_the_published_ones(name):
     size = model_size(known_config(name))
     total, active = PUBLISHED[name]
     assert size.total / 1e9 == pytest.approx(total, rel=0.005)
@@ -107,7 +107,7 @@ def test_stages_and_chunks_together_hold_the_model(name, stages, chunks):
 
 @given(st.sampled_from(sorted(PUBLISHED)), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.booleans())
 def test_ranks_together_hold_each_split_parameter_once(name, tp, ep, split_experts):
-    """What every rank holds whole is counted once a rank; the vocabulary divides in these models."""
+    """Whole parameters are counted on each rank; the vocabulary divides in these models."""
     size = model_size(known_config(name))
     etp = tp if split_experts or ep == 1 else 1
     layout = {
@@ -130,7 +130,7 @@ def test_the_vocabulary_is_padded_until_it_divides():
     assert one.dense == even.total - one.experts - 2 * size.shape.hidden
 
 
-def test_the_output_is_the_embedding_where_the_model_ties_them():
+def test_a_tied_output_layer_is_counted_once():
     config = known_config("Qwen/Qwen3-30B-A3B")
     tied, untied = (model_size({**config, "tie_word_embeddings": tie}) for tie in (True, False))
     ((a,),), ((b,),) = (held_parameters(size, worker(1)) for size in (tied, untied))
@@ -163,7 +163,7 @@ MISSING = object()
         *((V3, name, MAX_SIZE + 1) for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim")),
     ],
 )
-def test_a_field_that_is_missing_or_no_size_is_named(name, field, value):
+def test_a_missing_or_invalid_size_is_named(name, field, value):
     config = {**known_config(name), field: value}
     if value is MISSING:
         del config[field]
@@ -232,7 +232,7 @@ def test_known_models_have_all_sizes():
     ],
 )
 def test_a_width_that_does_not_divide_is_named(name, changes, layout, problem):
-    """Even where the elements of the parameter do."""
+    """A width is checked even if the elements of the parameter divide."""
     config, role = {**known_config(name), **changes}, worker(16, **layout)
     (found,) = width_problems(config, role)
     tp = layout["tensor_model_parallel_size"]
@@ -255,7 +255,7 @@ def test_a_width_that_does_not_divide_is_named(name, changes, layout, problem):
         (V3, {"num_key_value_heads": 3}, {"tensor_model_parallel_size": 8, "expert_model_parallel_size": 8}),
     ],
 )
-def test_what_is_padded_shared_or_whole_need_not_divide(name, changes, layout):
+def test_padded_shared_and_whole_widths_need_not_divide(name, changes, layout):
     assert width_problems({**known_config(name), **changes}, worker(16, **layout)) == []
 
 

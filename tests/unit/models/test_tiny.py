@@ -1,4 +1,4 @@
-"""Tiny checkpoints: nothing in them may be mixed up unseen."""
+"""Tiny checkpoints: all weights differ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_no_two_weights_are_equal(name, tmp_path):
-    """Norms of ones, or biases of zeros, could be exchanged, or kept by an engine, and no test would know."""
+    """No test would notice exchanged norms of ones or biases of zeros."""
     weights = load_file(make_tiny_checkpoint(tmp_path, name) / "model.safetensors")
     seen = {}
     for key, tensor in weights.items():

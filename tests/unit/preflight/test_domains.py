@@ -34,7 +34,7 @@ def test_rows_of_a_domain_that_no_rule_scores_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "not json\n", "[1]\n", '{"tag": ["x"]}\n' * 0])
-def test_what_cannot_be_read_is_left_to_other_rules(tmp_path: Path, content: str) -> None:
+def test_unreadable_files_are_left_to_other_rules(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     assert found(tmp_path / "a.jsonl", NAMED) == []
     assert found(tmp_path / "missing.jsonl", NAMED) == []

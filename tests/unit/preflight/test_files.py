@@ -1,4 +1,4 @@
-"""What is found of checkpoints, prompts, reward functions and engines without loading or running any of them."""
+"""Checkpoints, prompts and directories, examined without loading them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from roll_r3.config.load import load_text
-from roll_r3.config.pipeline import RewardConfig
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.sources import ReadLimit
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import is_hub_name, resolve_checkpoint
-from roll_r3.preflight import files
 from roll_r3.preflight.checkpoints import Model, find_model, incomplete
-from roll_r3.preflight.files import data_problems, output_problem, reward_problems
+from roll_r3.preflight.files import data_problems, output_problem
 from roll_r3.preflight.rules.files import RULES
-from roll_r3.preflight.surroundings import Surroundings, look_around
-from roll_r3.preflight.versions import find_interpreter, find_versions, installed_for, is_isolated
+from roll_r3.preflight.surroundings import Surroundings, read_surroundings
+from roll_r3.preflight.versions import find_interpreter, versions_beside
 
 TINY = {
     "model_type": "qwen3_moe",
@@ -89,13 +87,13 @@ def test_the_hubs_cache_is_read_without_a_download(tmp_path, monkeypatch):
     assert find_model("someone/cached") == ""
 
 
-def test_what_a_directory_lacks_is_named(checkpoint):
+def test_missing_files_of_a_directory_are_named(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     assert "no *.safetensors" in incomplete(str(checkpoint))
     index = checkpoint / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
     (checkpoint / "two.safetensors").touch()
-    assert "lacks 1 of its weight files, one.safetensors" in incomplete(str(checkpoint))
+    assert "lacks 1 of its weight files, for example one.safetensors" in incomplete(str(checkpoint))
     (checkpoint / "one.safetensors").touch()
     assert incomplete(str(checkpoint)) == ""
     index.write_text("{")
@@ -137,81 +135,6 @@ def test_every_source_is_looked_at(tmp_path):
     assert "No such file" in problems[2]
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package on the import path that must never be imported."""
-    folder = tmp_path / "some_rewards"
-    folder.mkdir()
-    (folder / "__init__.py").write_text("raise SystemExit('it was run')\n")
-    (folder / "rules.py").write_text(
-        "raise SystemExit('it was run')\n"
-        "def score(response, truth): ...\n"
-        "alias = score\n"
-        "from math import sqrt as root\n"
-        "if root:\n    def branch(response, truth): ...\n"
-        "try:\n    pass\nexcept ImportError:\n    pass\nelse:\n    def tried(response, truth): ...\n"
-        "with open('x') as opened:\n    def within(response, truth): ...\n"
-        "match root:\n    case 1:\n        matched = 1\n"
-        "def outer(response, truth):\n    def inner(response, truth): ...\n"
-        "class Holder:\n    def method(self, truth): ...\n    field = 1\n"
-        "squares = [number for number in range(3)]\n"
-    )
-    (folder / "broken.py").write_text("def (\n")
-    (folder / "star.py").write_text("from os.path import *\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        ("some_rewards.rules:score", None),
-        ("some_rewards.rules:alias", None),
-        ("some_rewards.rules:root", None),
-        ("some_rewards.rules:branch", None),
-        ("some_rewards.rules:tried", None),
-        ("some_rewards.rules:opened", None),
-        ("some_rewards.rules:within", None),
-        ("some_rewards.rules:matched", None),
-        ("some_rewards.rules:Holder", None),
-        ("some_rewards.rules:inner", "defines no inner"),
-        ("some_rewards.rules:method", "defines no method"),
-        ("some_rewards.rules:field", "defines no field"),
-        ("some_rewards.rules:number", "defines no number"),
-        ("some_rewards.rules:scores", "defines no scores"),
-        ("some_rewards.nothing:score", "no module some_rewards.nothing"),
-        ("some_rewards.rules.deeper:score", "no module some_rewards.rules.deeper"),
-        ("no_such_rewards:score", "no module no_such_rewards"),
-        ("some_rewards.broken:score", "cannot be read"),
-        ("some_rewards.star:join", None),
-        ("math:sqrt", None),
-        ("roll_r3.rewards.rules:exact_match", None),
-        ("exact_match", None),
-        ("not a function", None),
-    ],
-)
-def test_a_reward_function_is_found_without_being_imported(package, reward, message):
-    problems = list(reward_problems({"mine": RewardConfig(reward=reward)}))
-    assert len(problems) == (message is not None)
-    assert message is None or message in problems[0]
-    assert not any(name.startswith("some_rewards") for name in sys.modules)
-
-
-@pytest.mark.parametrize("made", [(), ("outer",), ("outer", "outer/inner")])
-def test_folders_without_init_are_packages(made, monkeypatch, tmp_path):
-    folder = tmp_path / "outer" / "inner"
-    folder.mkdir(parents=True)
-    for name in made:
-        (tmp_path / name / "__init__.py").touch()
-    (folder / "rules.py").write_text("def score(response, truth): ...\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    names = {"there": "outer.inner.rules:score", "lacking": "outer.inner.nothing:score"}
-    problems = list(reward_problems({name: RewardConfig(reward=reward) for name, reward in names.items()}))
-    assert len(problems) == 1
-    assert "no module outer.inner.nothing" in problems[0]
-    assert "outer" not in sys.modules
-
-
 def test_where_runs_are_written(tmp_path):
     assert output_problem(str(tmp_path / "new" / "deeper"), "demo") == ""
     (tmp_path / "file").touch()
@@ -221,52 +144,7 @@ def test_where_runs_are_written(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "file"], "nothing is made"
 
 
-@pytest.mark.parametrize(
-    ("parameters", "kwargs", "message"),
-    [
-        ("response, truth", {}, None),
-        ("response, truth", {"letter": "a"}, "kwargs.letter: the function has no parameter of this name"),
-        ("response", {}, None),
-        ("response, row, messages", {}, None),
-        ("response, row", {"row": 1}, "kwargs.row: the name is reserved for an offered value"),
-        ("response, truth, letter", {}, "its parameter 'letter' has no default"),
-        ("response, truth, letter", {"letter": "a"}, None),
-        ("response, truth, letter='a'", {}, None),
-        ("response, truth, letter, other='a'", {"other": "b"}, "its parameter 'letter' has no default"),
-        ("response, truth, *, letter", {}, "its parameter 'letter' has no default"),
-        ("response, truth, *, letter=None", {}, None),
-        ("*args, **kwargs", {"letter": "a"}, None),
-        ("response, truth, /, **kwargs", {"truth": "a"}, None),
-        ("response, truth, **kwargs", {"truth": "a"}, None),
-    ],
-)
-def test_a_reward_function_takes_what_it_is_given(package, parameters, kwargs, message):
-    (package / "own.py").write_text(f"def score({parameters}): ...\n")
-    problems = list(reward_problems({"mine": RewardConfig(reward="some_rewards.own:score", kwargs=kwargs)}))
-    assert len(problems) == (message is not None)
-    assert message is None or message in problems[0]
-
-
-def test_what_only_an_import_could_tell_of_a_function_is_not_guessed(package):
-    (package / "own.py").write_text(
-        "@given\ndef decorated(): ...\nif 1:\n    def twice(response, truth): ...\nelse:\n    def twice(): ...\n"
-    )
-    names = ("decorated", "twice")
-    assert not list(reward_problems({name: RewardConfig(reward=f"some_rewards.own:{name}") for name in names}))
-
-
-def test_the_built_in_rewards(monkeypatch):
-    for name in ("exact_match", "math"):
-        [problem] = reward_problems({"mine": RewardConfig(reward=name, kwargs={"letter": "a"})})
-        assert problem == f"{name}: it takes no kwargs, letter among them"
-    monkeypatch.setattr(files, "distributions", lambda name: [name] if name == "math-verify" else [])
-    assert not list(reward_problems({"mine": RewardConfig(reward="math")}))
-    monkeypatch.setattr(files, "distributions", lambda name: [])
-    assert "math-verify" in next(reward_problems({"mine": RewardConfig(reward="math")}))
-    assert not list(reward_problems({"mine": RewardConfig(reward="exact_match")}))
-
-
-def test_what_a_tokenizer_is_made_from(checkpoint):
+def test_files_of_a_tokenizer(checkpoint):
     tokenizer = checkpoint / "tokenizer.json"
     tokenizer.write_text("")
     assert f"{tokenizer} is empty" in incomplete(str(checkpoint))
@@ -308,7 +186,7 @@ def test_a_large_file_is_read_at_both_ends(tmp_path, monkeypatch, at):
     assert not list(data_problems(DataArgs(file_name=str(path))))
     lines[500] = b"{\n"
     path.write_bytes(b"".join(lines))
-    assert not list(data_problems(DataArgs(file_name=str(path)))), "of the middle nothing is known"
+    assert not list(data_problems(DataArgs(file_name=str(path)))), "the middle is not read"
     lines[at] = b'{"prompt": "a"}\n'
     path.write_bytes(b"".join(lines))
     [problem] = data_problems(DataArgs(file_name=str(path)))
@@ -348,7 +226,7 @@ def test_a_pipe_is_not_waited_for(checkpoint):
     assert "a pipe" in str(find_model(str(checkpoint)))
     assert "a pipe" in next(data_problems(DataArgs(file_name=str(checkpoint / "prompts.jsonl"))))
     (checkpoint / "model.safetensors.index.json").symlink_to("/dev/zero")
-    assert incomplete(str(checkpoint)) == "", "an index that is no file is none"
+    assert incomplete(str(checkpoint)) == "", "an index must be a file"
 
 
 ODD = ["x" * 300, "a/" + "x" * 300, "nul\0", "a/nul\0", "/nul\0/x", "x" * 5000]
@@ -362,13 +240,13 @@ def test_odd_paths_are_named_and_raise_nothing(name):
     assert find_interpreter(name) is None
     with pytest.raises(ConfigError, match="checkpoint"):
         resolve_checkpoint(name)
-    assert output_problem(name, "demo") or name.startswith("a/x"), "nothing is known of what is below nothing"
+    assert output_problem(name, "demo") or name.startswith("a/x"), "a missing parent directory"
     loaded = load_text(MINIMAL, "run.yaml").config
     model = loaded.model_copy(update={"pretrain": name, "output_dir": name})
-    assert name in look_around(model).checkpoint_problems
+    assert name in read_surroundings(model).checkpoint_problems
 
 
-def test_what_may_not_be_looked_at_is_named(checkpoint, monkeypatch):
+def test_unreadable_paths_are_named(checkpoint, monkeypatch):
     real = os.stat
 
     def stat(path, *args, **kwargs):
@@ -381,7 +259,7 @@ def test_what_may_not_be_looked_at_is_named(checkpoint, monkeypatch):
     assert "Permission denied" in str(find_model(name))
     assert "Permission denied" in next(data_problems(DataArgs(file_name=f"{name}.jsonl")))
     assert "Permission denied" in output_problem(name, "demo")
-    assert installed_for(Path(name) / "bin" / "python", "no-such-package") is None
+    assert versions_beside(Path(name) / "bin" / "python", "no-such-package") == {}
     with pytest.raises(ConfigError):
         resolve_checkpoint(name)
 
@@ -392,99 +270,6 @@ def test_a_directory_that_may_not_be_listed_lacks_everything(checkpoint, monkeyp
 
     monkeypatch.setattr(Path, "glob", glob)
     assert "no tokenizer" in incomplete(str(checkpoint))
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root directory with nothing of this machine in it."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    return tmp_path
-
-
-def interpreter(folder: Path, settings: str | None = None) -> Path:
-    python = folder / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\n")
-    python.chmod(0o755)
-    if settings is not None:
-        (folder / "pyvenv.cfg").write_text(settings)
-    return python
-
-
-def install(folder: Path, release: str, package: str = "sglang") -> None:
-    info = folder / f"{package}-{release}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Name: {package}\nVersion: {release}\n")
-
-
-@pytest.mark.parametrize(
-    "folder",
-    [
-        "usr/lib/python3.12/site-packages",
-        "usr/lib/python3/dist-packages",
-        "usr/local/lib/python3.12/dist-packages",
-        "home/.local/lib/python3.12/site-packages",
-    ],
-)
-def test_the_release_beside_another_interpreter(machine, folder):
-    python = interpreter(machine / "usr")
-    assert installed_for(python, "sglang") is None
-    assert not is_isolated(python)
-    install(machine / folder, "0.5.1")
-    assert installed_for(python, "sglang") == "0.5.1"
-    assert installed_for(python, "megatron-core") is None
-
-
-def test_an_environment_sees_the_systems_packages_where_it_says_so(machine, monkeypatch):
-    interpreter(machine / "usr")
-    install(machine / "usr/lib/python3/dist-packages", "0.5.1")
-    closed = interpreter(machine / "closed", f"home = {machine}/usr/bin\ninclude-system-site-packages = false\n")
-    opened = interpreter(machine / "opened", f"home = {machine}/usr/bin\ninclude-system-site-packages = true\n")
-    assert (installed_for(closed, "sglang"), is_isolated(closed)) == (None, True)
-    assert (installed_for(opened, "sglang"), is_isolated(opened)) == ("0.5.1", False)
-    install(machine / "opened/lib/python3.12/site-packages", "0.5.2")
-    assert installed_for(opened, "sglang") == "0.5.2", "its own come first"
-    install(machine / "named", "0.5.3")
-    path = str(machine / "named")
-    assert (installed_for(closed, "sglang", path), is_isolated(closed, path)) == ("0.5.3", False)
-
-
-def test_an_engine_is_found_on_the_path_that_its_server_starts_with(machine, monkeypatch):
-    """A vLLM server does not inherit PYTHONPATH."""
-    python = interpreter(machine / "closed", "include-system-site-packages = false\n")
-    install(machine / "named", "0.5.3")
-    install(machine / "named", "0.32.0", "vllm")
-    monkeypatch.setenv("PYTHONPATH", str(machine / "named"))
-    for engine, release in (("sglang", "0.5.3"), ("vllm", None)):
-        chosen = f"actor_infer.strategy_args={{strategy_name: {engine}, strategy_config: {{python: {python}}}}}"
-        assert find_versions(load_text(MINIMAL, "run.yaml", [chosen]).config)[engine] == release
-
-
-def test_nothing_is_claimed_of_an_interpreter_whose_packages_are_not_found(machine, monkeypatch):
-    def versions(python: str) -> dict[str, str | None]:
-        return find_versions(load_text(MINIMAL, "run.yaml", [f"{ENGINE}.python={python}"]).config)
-
-    system = interpreter(machine / "usr")
-    assert "sglang" not in versions(str(system))
-    assert versions(str(interpreter(machine / "closed", "home = /usr/bin\n")))["sglang"] is None
-    assert "sglang" not in versions("no-such-python")
-    install(machine / "usr/lib/python3/dist-packages", "0.5.1")
-    monkeypatch.setenv("PATH", str(system.parent))
-    assert versions("python")["sglang"] == "0.5.1", "a name on PATH"
-
-
-def test_the_interpreter_is_looked_for_as_it_will_be_started(machine, monkeypatch):
-    python = interpreter(machine / "usr")
-    monkeypatch.setenv("PATH", str(python.parent))
-    assert find_interpreter("python") == find_interpreter(str(python)) == python
-    assert find_interpreter("pythons") is None
-    python.chmod(0o644)
-    assert find_interpreter(str(python)) is None
-    config = load_text(MINIMAL, "run.yaml", [f"{ENGINE}.python=python"]).config
-    assert look_around(config).engine_python_missing
-    python.chmod(0o755)
-    assert not look_around(config).engine_python_missing
 
 
 def test_no_rule_looks_at_the_disk_by_itself(monkeypatch):

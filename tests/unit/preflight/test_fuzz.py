@@ -1,4 +1,4 @@
-"""Thousands of damaged configurations: never a traceback, never code that runs, never one that a rule forbids."""
+"""Thousands of damaged configurations: no traceback, no executed code, no accepted violation of a rule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from roll_r3.config.tree import overlap
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.preflight.check import check, check_config
 from roll_r3.preflight.rules import ALL_RULES
-from roll_r3.preflight.rules.table import SurroundingsRule
+from roll_r3.preflight.rules.surroundings_rule import SurroundingsRule
 from roll_r3.preflight.surroundings import elsewhere
 
 QUICKSTART = (Path(__file__).parents[3] / "configs" / "quickstart.yaml").read_text()
@@ -54,7 +54,7 @@ PATHS = st.sampled_from(FIELDS) | st.tuples(st.sampled_from(["", *FIELDS]), KEYS
 
 
 def plant(content: dict[str, Any], path: str, value: Any) -> None:
-    """Put `value` at `path`, whatever stands in the way."""
+    """Put `value` at `path`, and replace anything in the way."""
     *above, last = path.split(".")
     node = content
     for key in above:
@@ -65,7 +65,7 @@ def plant(content: dict[str, Any], path: str, value: Any) -> None:
 
 
 def checked(text: str, overrides: tuple[str, ...] = ()) -> tuple[bool, tuple[Finding, ...]]:
-    """(accepted, findings) of a configuration, after everything that a user could be shown of it."""
+    """Return (accepted, findings) of a configuration, after rendering every output for a user."""
     try:
         loaded = load_text(text, "fuzz.yaml", overrides)
     except InvalidConfigError as error:
@@ -123,12 +123,12 @@ ERRORS = [rule for rule in ALL_RULES if rule.severity == "error" and not isinsta
 
 @settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(rule=st.sampled_from(ERRORS), changes=st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), max_size=4))
-def test_no_mistake_elsewhere_hides_what_a_rule_forbids(rule, changes):
+def test_no_mistake_elsewhere_hides_a_violation(rule, changes):
     concerned = [override.partition("=")[0] for override in rule.wrong]
     for field in (*rule.fields, *rule.depends):
         concerned += [field, *(field.replace("{role}", role) for role in ROLES), *(f"{role}.{field}" for role in ROLES)]
     concerned += ["pretrain", "actor_train.model_args"]
-    # Of a strategy without a name nobody can say what its settings mean.
+    # Settings of a strategy without a name have no meaning.
     concerned += [f"{role}.strategy_args.strategy_name" for role in ("actor_infer", *ROLES)]
     content = yaml.safe_load(MINIMAL)
     for path, value in changes:

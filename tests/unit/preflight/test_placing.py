@@ -1,4 +1,4 @@
-"""Shared devices, and places on nodes: judged alike by the check, by `--plan`, and when a run is placed."""
+"""Shared devices and places on nodes: the same verdict in the check, in `--plan` and at a start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLACES = ("gpus-not-shared", "engine-on-one-node", "engines-beyond-loopback", "d
 
 @pytest.fixture
 def minimal(tmp_path: Path) -> Path:
-    """A trainer on device 0 and an engine where the overrides say."""
+    """Write a configuration with a trainer on device 0."""
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL)
     return path
@@ -182,7 +182,7 @@ def test_the_command_line_plans_each_role_with_its_own_model(minimal, capsys):
 
 
 def placed(*nodes: str) -> Placement:
-    """Devices on these nodes."""
+    """Return a placement with devices on these nodes."""
     devices = [Device(i, i, node_id=node, node_ip=f"10.0.0.{node}", gpu_id=0) for i, node in enumerate(nodes)]
     return Placement("cuda", None, tuple(devices))  # type: ignore[arg-type]  no process is started
 
@@ -198,7 +198,7 @@ def placed(*nodes: str) -> Placement:
         (["actor_infer.device_mapping=[1, 2]"], "112", "engines 1 are not on node 10.0.0.1 .*host: 0.0.0.0"),
     ],
 )
-def test_what_the_numbers_promised_is_judged_again_by_the_clusters_nodes(minimal, tmp_path, overrides, nodes, said):
+def test_placement_is_checked_again_on_the_clusters_nodes(minimal, tmp_path, overrides, nodes, said):
     config = load(minimal, [GPUS, "num_gpus_per_node=8", *overrides]).config
     assert check_rows(config, RULES) == []
     with pytest.raises(ConfigError, match=said):

@@ -1,4 +1,4 @@
-"""What a look at the checkpoint that a file names can tell before anything starts."""
+"""Quick check of the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def checkpoint(tmp_path):
     return path
 
 
-def test_a_checkpoint_is_none_of_a_problem(checkpoint):
+def test_a_complete_checkpoint_has_no_problem(checkpoint):
     for name in ("off", "auto", str(checkpoint)):
         assert resume_problem(name) == ""
 
 
-def test_what_is_no_checkpoint_is_said_to_be_none(checkpoint, tmp_path):
-    assert "is no directory" in resume_problem(str(tmp_path / "nowhere"))
-    assert "is no directory" in resume_problem(str(checkpoint / STATE))
+def test_anything_but_a_checkpoint_is_refused(checkpoint, tmp_path):
+    assert "is not a directory" in resume_problem(str(tmp_path / "nowhere"))
+    assert "is not a directory" in resume_problem(str(checkpoint / STATE))
     assert "has no file 'complete'" in resume_problem(str(tmp_path))
     assert resume_problem("a\0b")
     (checkpoint / STATE).write_text("{")
     assert "is not a valid training state" in resume_problem(str(checkpoint))
     (checkpoint / "complete").unlink()
-    assert "one that was not completed" in resume_problem(str(checkpoint))
+    assert "is not a complete checkpoint" in resume_problem(str(checkpoint))
 
 
 def test_a_run_with_a_checkpoint_can_be_named_by_its_directory(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every row that needs more than the YAML, with a configuration that it refuses and a near one that it accepts."""
+"""Rules about more than the YAML, each with a refused and an accepted configuration."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from roll_r3.engines.sglang.version import TESTED
 from roll_r3.preflight.check import check_config
 from roll_r3.preflight.checkpoints import Model
 from roll_r3.preflight.rules import ALL_RULES, PREFLIGHT_RULES
-from roll_r3.preflight.rules.table import ModelRule, Pretend, SurroundingsRule
+from roll_r3.preflight.rules.surroundings_rule import ModelRule, Pretend, SurroundingsRule
 from roll_r3.preflight.summary import summary
-from roll_r3.preflight.surroundings import Surroundings, elsewhere, look_around
+from roll_r3.preflight.surroundings import Surroundings, elsewhere, read_surroundings
 from roll_r3.preflight.versions import find_versions
 from roll_r3.strategies.base import Capabilities
 
@@ -35,8 +35,8 @@ def configured(*overrides: str) -> RLVRConfig:
 
 
 def around(config: RLVRConfig, where: Pretend | None = None) -> Surroundings:
-    """This machine, with the engines that were tested."""
-    here = replace(look_around(config), versions=INSTALLED)
+    """Return this machine's facts, with tested engines."""
+    here = replace(read_surroundings(config), versions=INSTALLED)
     return here if where is None else where.change(here)
 
 
@@ -65,8 +65,8 @@ def test_a_rule_accepts(rule):
 
 
 @pytest.mark.parametrize("rule", PREFLIGHT_RULES, ids=lambda rule: rule.id)
-def test_a_rule_names_every_field_that_its_verdict_depends_on(rule):
-    """What it does not name may be left out of its example, and it is violated still."""
+def test_a_rule_names_every_field_of_its_verdict(rule):
+    """Unnamed fields can be removed from an example without effect on the verdict."""
     named = [*rule.fields, *rule.depends]
     if isinstance(rule, ModelRule):  # fields within a role, and the checkpoint that it loads
         named = [*(f"*.{field}" for field in named), "pretrain", "*.model_args"]
@@ -77,7 +77,7 @@ def test_a_rule_names_every_field_that_its_verdict_depends_on(rule):
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.id)
-def test_a_fix_and_a_reason_are_given_in_words(rule):
+def test_a_rule_has_a_reason_and_a_fix(rule):
     assert rule.why
     assert rule.why[0].islower() or rule.why.split()[0].strip("-").isalnum()
     assert rule.fix
@@ -103,7 +103,7 @@ def test_a_dense_model_is_named_as_such_and_only_once(replay):
         ({"model_type": "new_moe", "moe_num_experts": 64}, "'new_moe': it is an MoE family that is not supported yet"),
         ({"model_type": "new", "num_hidden_layers": 4, "hidden_size": 64}, "'new': it is dense"),
         ({"model_type": "new"}, "'new' is not known"),
-        ({}, "config.json names no model_type"),
+        ({}, "config.json has no model_type"),
     ],
 )
 @pytest.mark.parametrize("replay", [(), ("actor_train.router_replay={}", "actor_infer.router_replay={}")])
@@ -127,11 +127,11 @@ def test_a_model_that_is_not_trained_is_an_error_with_its_own_reason(tmp_path, r
         ("someone/some-model", "model-unknown-here", "warning"),
     ],
 )
-def test_a_name_alone_refuses_what_its_publisher_calls_so(name, rule, severity):
+def test_a_publishers_name_is_refused_and_a_similar_one_warned_about(name, rule, severity):
     config = configured(f"pretrain={name}")
     (finding,) = check_config(config, elsewhere(config))
     assert (finding.rule, finding.severity) == (rule, severity)
-    assert ("Qwen2.5" in name) == ("Qwen2 is dense" in finding.why), "what a name sounds like is said too"
+    assert ("Qwen2.5" in name) == ("Qwen2 is dense" in finding.why), "a similar name is mentioned"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_model_rule_speaks_of_each_role():
     assert "heads" in rules[0].why
 
 
-def test_nothing_is_said_about_a_model_that_nobody_knows():
+def test_an_unknown_model_gives_one_warning():
     config = configured(
         "pretrain=someone/some-model",
         "actor_train.device_mapping=range(5)",
@@ -186,7 +186,7 @@ def test_elsewhere_looks_at_no_file_and_no_engine(monkeypatch):
         ({"num_attention_heads": 3, "num_key_value_heads": 3}, "widths-over-tensor-parallel"),
     ],
 )
-def test_what_a_checkpoint_in_a_directory_says_is_compared(tmp_path, raw, rule):
+def test_a_checkpoint_in_a_directory_is_checked(tmp_path, raw, rule):
     plain = {
         "model_type": "qwen3_moe",
         "num_hidden_layers": 4,
@@ -278,7 +278,7 @@ def test_models_that_differ_in_their_context_alone_are_the_same_model():
 def test_checking_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = configured("output_dir=runs")
-    check_config(config, look_around(config))
+    check_config(config, read_surroundings(config))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -286,11 +286,11 @@ def test_an_environment_that_was_not_made_is_an_engine_that_is_missing(tmp_path,
     monkeypatch.chdir(tmp_path)
     config = configured("actor_infer.strategy_args={strategy_name: vllm}")
     assert find_versions(config)["vllm"] is None
-    rules = {finding.rule: finding for finding in check_config(config, look_around(config))}
+    rules = {finding.rule: finding for finding in check_config(config, read_surroundings(config))}
     assert "make vllm-env" in rules["vllm-installed"].fix
     assert "engine-python-exists" not in rules
     python = "{strategy_name: vllm, strategy_config: {python: no/such/python}}"
     named = configured(f"actor_infer.strategy_args={python}")
-    rules = {finding.rule: finding for finding in check_config(named, look_around(named))}
+    rules = {finding.rule: finding for finding in check_config(named, read_surroundings(named))}
     assert "engine-python-exists" in rules
     assert "vllm-installed" not in rules

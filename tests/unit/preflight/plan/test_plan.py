@@ -1,4 +1,4 @@
-"""The plan of a run: ranks and layers where megatron-core puts them, bytes by hand, and a text that stays readable."""
+"""Plan of a run: ranks and layers as in megatron-core, bytes by hand, and readable text."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from roll_r3.models.architectures.base import MAX_SIZE, RawConfig
 from roll_r3.models.known import known_config
 from roll_r3.models.size import model_size
 from roll_r3.preflight.check import check
-from roll_r3.preflight.plan import Plan, make_plan
-from roll_r3.preflight.plan_text import plan_json, render_plan
-from roll_r3.preflight.ranks import Grid
+from roll_r3.preflight.plan.make import make_plan
+from roll_r3.preflight.plan.plan import Plan
+from roll_r3.preflight.plan.ranks import Grid
+from roll_r3.preflight.plan.text import plan_json, render_plan
 from roll_r3.preflight.surroundings import elsewhere
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 CONFIGS = ROOT / "configs"
 V3 = known_config("deepseek-ai/DeepSeek-V3")
 TINY = {
@@ -64,7 +65,7 @@ def plan(layout: dict[str, object], devices: int, *, per_node: int = 8, **other:
 
 
 def models(raw: RawConfig) -> dict[str, RawConfig]:
-    """The same for each role."""
+    """Return one model for all roles."""
     return dict.fromkeys(("actor_train", "reference"), raw)
 
 
@@ -73,7 +74,7 @@ POWERS = st.sampled_from([1, 2, 3, 4])
 
 @st.composite
 def grids(draw) -> Grid:
-    """A layout that divides."""
+    """Draw a valid layout."""
     tp, cp, dp, pp, ep, etp = (draw(POWERS) for _ in range(6))
     assume(tp * cp * dp % (ep * etp) == 0)
     return Grid(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=tp * cp * dp // (ep * etp))
@@ -107,7 +108,7 @@ class Pipeline:
 
 @st.composite
 def pipelines(draw) -> Pipeline:
-    """A model that can be split over 2 stages or more."""
+    """Draw a model and a split over 2 stages or more."""
     pp, vpp, each = draw(st.integers(2, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     found: dict[str, object] = {"pipeline_model_parallel_size": pp}
     if vpp > 1:
@@ -180,7 +181,7 @@ def test_a_step():
     assert found.roles[0].passes.samples == 64
 
 
-def test_routes_are_as_large_as_what_the_rollout_records():
+def test_planned_routes_have_the_size_of_recorded_ones():
     found = plan({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 8)
     recorded = RoutedExperts(np.zeros((6, 19, 2), route_dtype(16)))
     assert found.routes.token == recorded.nbytes // 19
@@ -208,7 +209,7 @@ def test_recorded_routes_stay_with_their_layers():
     assert (off.token, off.step, off.rank) == (0, 0, (0,))
 
 
-def test_a_node_takes_in_what_its_ranks_read():
+def test_bytes_into_a_node_are_those_read_by_its_ranks():
     """32 data-parallel ranks of 8 samples, each on the two devices of a node."""
     found = plan({"tensor_model_parallel_size": 2}, 64, per_node=2)
     assert found.routes.rank == (8 * found.routes.sample // 2,)
@@ -220,7 +221,7 @@ def test_a_node_takes_in_what_its_ranks_read():
     assert apart.node == 2 * 128 * apart.sample, "the node of the second stage"
 
 
-def test_what_crosses_nodes():
+def test_groups_over_several_nodes():
     """TP 2 inside CP 2, expert groups of 8 over two nodes of 4, stages of 8 devices."""
     layout = {
         "tensor_model_parallel_size": 2,
@@ -241,7 +242,7 @@ def test_what_crosses_nodes():
     assert found.nodes == 5
 
 
-def test_groups_over_which_gradients_are_reduced_have_the_name_of_what_they_span():
+def test_gradient_groups_are_named_by_their_axes():
     kinds = [g.kind for g in plan({"context_parallel_size": 4}, 4).roles[0].groups]
     assert kinds == ["CP", "DP x CP", "EDP"]
     kinds = [g.kind for g in plan({"expert_model_parallel_size": 2}, 4).roles[0].groups]
@@ -257,7 +258,7 @@ def test_a_single_group_is_called_so():
 
 
 def test_each_role_is_sized_as_its_own_model():
-    """Of 94 layers, where the trainer has 48."""
+    """The reference has 94 layers, the trainer 48."""
     run = config({}, 8, use_kl_loss=True, reference={
         "device_mapping": list(range(12, 59)),
         "model_args": {"model_name_or_path": "Qwen/Qwen3-235B-A22B"},
@@ -283,7 +284,7 @@ def test_weights_on_their_way():
 
 
 def test_weights_that_are_gathered_over_nodes():
-    """Each node holds a stage, split over its 8 ranks; the first takes in what the other has put together."""
+    """Each node holds a stage, split over its 8 ranks; the first node receives the stage of the other."""
     layout = {
         "tensor_model_parallel_size": 8,
         "pipeline_model_parallel_size": 2,
@@ -294,13 +295,13 @@ def test_weights_that_are_gathered_over_nodes():
     [chunk] = found.roles[0].stages[1].chunks
     dense, experts = chunk.dense_parameters, chunk.expert_parameters
     into = found.weight_sync.gathered
-    assert found.weight_sync.gathered_node == into, "no other node takes anything in"
-    assert 2 * (dense + 8 * experts) < into < 2 * 8 * (dense + experts), "what ranks hold copies of is sent once"
+    assert found.weight_sync.gathered_node == into, "nothing enters another node"
+    assert 2 * (dense + 8 * experts) < into < 2 * 8 * (dense + experts), "copies are sent once"
     text = render_plan(found)
-    assert "the trainer puts the model together: up to " in text
+    assert "the trainer gathers the model: up to " in text
     inside = make_plan(config(layout, 16), models(raw), devices_per_node=16)
     assert (inside.weight_sync.gathered_node, inside.weight_sync.gathered) == (0, 0)
-    assert "the trainer puts the model together inside its node\n" in render_plan(inside)
+    assert "the trainer gathers the model inside its node\n" in render_plan(inside)
 
 
 def test_the_example_of_the_readme_can_be_run(tmp_path):
@@ -331,7 +332,7 @@ def test_the_largest_sizes_can_be_planned_and_read():
     assert " B parameters" in render_plan(largest)
     json.dumps(plan_json(largest), allow_nan=False)
     for name in sizes:
-        with pytest.raises(ConfigError, match=f"{name} is 10+[.][.][.], at most"):
+        with pytest.raises(ConfigError, match=f"{name} must be at most [0-9]+, got 10+[.][.][.]"):
             make_plan(config({}, 4), models({**TINY, name: 10**400}), devices_per_node=8)
 
 
@@ -343,6 +344,7 @@ def test_json_is_plain_and_whole():
     assert stage["chunks"][0]["layers"] == [4, 5, 6, 7]
     assert stage["memory"]["total"] == found.roles[0].stages[1].memory.total
     assert written["nodes"] == 1
+    assert written["memory_figures"] == "computed, not measured"
     assert written["roles"][0]["ranks"][3]["place"]["pp"] == 1
 
 
@@ -395,14 +397,15 @@ def test_the_plan_of_a_thousand_devices_fits_a_screen():
         "8 optimizer steps, each on 256 samples",
         "TP 8 PP 16 VPP 2 DP 4; experts EP 32",
         "E 0 | 31-32",
-        ".. 11 alike",
+        ".. 11 similar",
         "data-parallel shards: 0 on 0-7, 32-39, .. 480-487 (16 runs)",
         "data-parallel shards: as actor_train",
         "464 B a token (58 layers x 8 experts), 14.5 MiB a sample, 29.0 GiB a step",
         "actor_train: EP, all 16 groups of 32, each on up to 4 nodes",
         "actor_train: TP inside a node",
         "reference: as actor_train",
-        "0-511: actor_train, reference",
+        "0-511: actor_train, reference, up to ",
+        "GiB on each device, computed, not measured; stage ",
     ):
         assert said in text, said
 
@@ -449,7 +452,7 @@ def test_the_memory_of_a_role_under_fsdp2_is_not_planned_and_the_plan_says_so():
     assert role.passes == megatron.roles[0].passes
     assert [(s.devices, s.memory) for s in found.shared] == [((0, 1), None)]
     text = render_plan(found)
-    assert "  DP 4, each rank with its part of every weight; how much memory that takes is not planned" in text
+    assert "  DP 4, each rank with its part of every weight; memory is not planned" in text
     assert "  0-1: actor_train, reference, not planned" in text
     assert plan_json(found)["roles"][0]["stages"] == []
 

@@ -1,12 +1,12 @@
-"""Bytes that a decoder layer keeps for its backward, and what recomputation leaves of them.
+"""Bytes kept by a decoder layer for its backward, with and without recomputation.
 
-The account of Korthikanti et al. 2022 (arXiv 2205.05198, section 4), term by term, for the layers built here: RMSNorm,
-gated networks, grouped-query or latent attention, experts. Attention keeps no scores but a sum per row, as fused
-kernels do (Dao et al. 2022, arXiv 2205.14135). Between the blocks a sequence is split over tensor-parallel ranks
-(sequence parallelism).
+Korthikanti et al. 2022 (arXiv 2205.05198, section 4), term by term, for the layers built here: RMSNorm, gated networks,
+grouped-query or latent attention, experts. Attention keeps one sum per row instead of the scores, like fused kernels
+(Dao et al. 2022, arXiv 2205.14135). Between the blocks a sequence is split over tensor-parallel ranks (sequence
+parallelism).
 
-Left out: dropout (there is none), rotary tables, index tensors of the dispatcher, temporaries inside a kernel, and what
-uneven routing adds: every expert is taken to get as many tokens as any other.
+Not counted: dropout (there is none), rotary tables, index tensors of the dispatcher, temporaries inside a kernel, and
+uneven routing. Every expert is assumed to get an equal number of tokens.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from dataclasses import dataclass
 
 from roll_r3.config.strategies import MegatronConfig
 from roll_r3.models.size import Shape
-from roll_r3.preflight.ranks import Grid
+from roll_r3.preflight.plan.ranks import Grid
 
 ROUTER_BYTES = {"fp32": 4, "fp64": 8}
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that one rank keeps of one micro-batch in one layer."""
+    """Bytes kept by one rank for one micro-batch in one layer."""
 
-    what: str
+    name: str
     size: int
     recomputed_with: frozenset[str] = frozenset()
-    """The `recompute_modules` of which any one spares them."""
+    """Entries of `recompute_modules`; any one of them avoids these bytes."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,26 @@ class ChunkActivations:
     """Bytes of one rank in one model chunk."""
 
     stored: int
-    """Of every micro-batch that is under way."""
+    """Bytes for every micro-batch in flight."""
     recomputed: int
-    """At the most, while backward recomputes what was not stored: of one micro-batch at a time."""
+    """Maximum bytes during recomputation in backward, for one micro-batch at a time."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What a layer's activations depend on besides the layer."""
+    """Inputs to the activation size of a layer."""
 
     shape: Shape
     grid: Grid
     settings: MegatronConfig
     tokens: int
-    """Of a micro-batch on one rank: padding included, a context-parallel rank's share."""
+    """Tokens of a micro-batch on one context-parallel rank, padding included."""
     element: int
-    """Bytes of a number."""
+    """Bytes per number."""
 
     @property
     def _split_tokens(self) -> int:
-        """Tokens that a rank holds between the blocks."""
+        """Number of tokens on a rank between the blocks."""
         return self.tokens if self.settings.sequence_parallel is False else self.tokens // self.grid.tp
 
     @property
@@ -64,12 +64,12 @@ class LayerCost:
         return self._split_tokens * self.shape.hidden * self.element
 
     def kept(self, layer: int) -> tuple[Kept, ...]:
-        """What a layer keeps when nothing is recomputed."""
+        """Return the bytes kept by a layer without recomputation."""
         mlp = self._moe() if layer in self.shape.moe_layers else self._dense()
         return (*self._attention(), *mlp)
 
     def chunk(self, layers: Sequence[int]) -> ChunkActivations:
-        """A chunk's layers under the recompute settings."""
+        """Return the bytes of a chunk's layers under the recompute settings."""
         granularity = self.settings.recompute_granularity
         whole = [sum(kept.size for kept in self.kept(layer)) for layer in layers]
         if not layers or granularity is None:

@@ -1,4 +1,4 @@
-"""What a gather brings into each node, against an exchange that is played through piece by piece."""
+"""Bytes that a gather moves into each node, against a simulated exchange of single pieces."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from roll_r3.models.size import Held
-from roll_r3.preflight.gather import gathered_into, shards_gathered_into
-from roll_r3.preflight.ranks import Grid
+from roll_r3.preflight.plan.gather import gathered_into, shards_gathered_into
+from roll_r3.preflight.plan.ranks import Grid
 
 Piece = tuple[str, int, int, int]
-"""(kind, stage, and its place among the parts of the parameter)."""
+"""(kind, stage, two coordinates of the part)."""
 
 
 @st.composite
 def grids(draw) -> Grid:
-    """A layout that divides."""
+    """Draw a valid layout."""
     tp, cp, dp, pp, ep, etp = (draw(st.sampled_from([1, 2, 3])) for _ in range(6))
     assume(tp * cp * dp % (ep * etp) == 0)
     return Grid(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=tp * cp * dp // (ep * etp))
 
 
 def played(grid: Grid, sizes: dict[str, list[int]], nodes: list[int]) -> Counter[int]:
-    """Every rank starts with its own pieces; the first of a group takes over what the others have, piece by piece."""
+    """Simulate the exchange: the first rank of each group receives the missing pieces of the others."""
     from megatron.core.parallel_state import RankGenerator
 
     order = "tp-cp-ep-dp-pp"

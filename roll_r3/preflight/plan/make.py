@@ -1,11 +1,10 @@
-"""What a run would do, worked out without starting anything: who runs where, what each holds, what travels."""
+"""Plan of a run from its configuration: places, layers, memory and traffic. Starts nothing."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from roll_r3.batch.routes import route_dtype
 from roll_r3.config.derived import (
@@ -23,13 +22,24 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.size import ModelSize, held_parameters, model_size
-from roll_r3.preflight.gather import gathered_into, shards_gathered_into
-from roll_r3.preflight.memory import ELEMENT_BYTES, StageMemory, stage_memory
-from roll_r3.preflight.ranks import Grid, Place
-from roll_r3.preflight.step import Passes, Step
-
-Devices = tuple[int, ...]
-"""Numbers of devices, as in `device_mapping`."""
+from roll_r3.preflight.plan.gather import gathered_into, shards_gathered_into
+from roll_r3.preflight.plan.memory import ELEMENT_BYTES, stage_memory
+from roll_r3.preflight.plan.plan import (
+    ChunkPlan,
+    Devices,
+    EnginePlan,
+    GroupPlan,
+    ModelPlan,
+    Plan,
+    RankPlan,
+    RolePlan,
+    RoutesPlan,
+    SharedPlan,
+    StagePlan,
+    WeightSyncPlan,
+)
+from roll_r3.preflight.plan.ranks import Grid
+from roll_r3.preflight.plan.step import Passes, Step
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "TP": ("tp",),
@@ -39,189 +49,22 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "EDP": ("edp",),
     "PP": ("pp",),
 }
-"""Ranks that exchange data -> the axes in which they differ. EP: a layer's tokens on the way to their experts. DP:
-gradients, but for those of experts, which are EDP's; with context-parallel ranks it is called DP x CP."""
+"""Kind of group -> axes in which its ranks differ.
 
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """The model that learns."""
-
-    checkpoint: str
-    model_type: str
-    parameters: int
-    active_parameters: int
-    """Those that one token meets, embedding and output layer included."""
-    num_layers: int
-    moe_layers: tuple[int, ...]
-    num_experts: int
-    top_k: int
-
-
-@dataclass(frozen=True)
-class ChunkPlan:
-    """One model chunk of a pipeline stage."""
-
-    layers: tuple[int, ...]
-    """Global decoder layers, ascending."""
-    moe_layers: tuple[int, ...]
-    """Those of them that route."""
-    embedding: bool
-    output: bool
-    """It holds the last norm and the output layer."""
-    dense_parameters: int
-    """Of each rank, outside experts."""
-    expert_parameters: int
-    """Of each rank."""
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One pipeline stage."""
-
-    devices: Devices
-    chunks: tuple[ChunkPlan, ...]
-    memory: StageMemory
-    """Of each of its devices."""
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """One process of a role."""
-
-    rank: int
-    device: int
-    place: Place
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    """All groups of one kind, and how many of them reach beyond a node."""
-
-    kind: str
-    """One of `GROUPS`, or "DP x CP"."""
-    members: tuple[Devices, ...]
-    crossing: int
-    """Groups with members on several nodes."""
-    most_nodes: int
-    """Nodes of the most scattered one."""
-
-
-@dataclass(frozen=True)
-class RolePlan:
-    """actor_train or reference."""
-
-    name: str
-    checkpoint: str
-    parameters: int
-    """Of its whole model."""
-    strategy: str
-    devices: Devices
-    """In rank order."""
-    grid: Grid
-    chunks_per_stage: int
-    ranks: tuple[RankPlan, ...]
-    stages: tuple[StagePlan, ...]
-    """Empty under FSDP2, whose memory is not planned."""
-    groups: tuple[GroupPlan, ...]
-    """Of more than one rank."""
-    shards: tuple[Devices, ...]
-    """Devices of each data-parallel rank: those that work on the same samples."""
-    passes: Passes
-
-
-@dataclass(frozen=True)
-class EnginePlan:
-    """One rollout engine."""
-
-    index: int
-    devices: Devices
-    nodes: Devices
-    weights: int
-    """Bytes on each of its devices."""
-
-
-@dataclass(frozen=True)
-class RoutesPlan:
-    """Recorded routes, in bytes, when every sample is as long as the configuration allows."""
-
-    mode: Literal["disable", "R2", "R3"]
-    token: int
-    """All MoE layers of one input."""
-    sample: int
-    """A sample of T tokens has T - 1 inputs."""
-    step: int
-    rank: tuple[int, ...]
-    """Of each pipeline stage, in its own layers: under R2 what a rank keeps on the host, under R3 what it reads in one
-    pass over its samples, but for the rows by which its part of a sequence is larger than another's."""
-    node: int
-    """R3: what the ranks of one trainer's node read in a pass, at most, all of which comes from other nodes where no
-    engine is on theirs. 0 under R2, whose routes stay on their ranks."""
-    passes: int
-    """R3: how often a step reads them: in each epoch of the update, and for old log-probabilities before it where those
-    have a pass of their own."""
-
-
-@dataclass(frozen=True)
-class WeightSyncPlan:
-    """The trainer's weights on their way to the engines, after every step."""
-
-    update: int
-    """Bytes that every device of every engine receives: the whole model, of which it keeps its part."""
-    receivers: int
-    from_device: int
-    """The first rank's, which gathers and broadcasts."""
-    bucket: int
-    """Bytes that are sent together, so held at once on that device."""
-    nodes: Devices
-    """Engines' nodes other than the sender's."""
-    gathered_node: int
-    """Bytes that the trainer's busiest node takes in from its others until the first rank has the whole model."""
-    gathered: int
-    """Of all its nodes together."""
-
-
-@dataclass(frozen=True)
-class SharedPlan:
-    """Devices on which several roles run."""
-
-    roles: tuple[str, ...]
-    devices: Devices
-    memory: int | None
-    """Bytes on the fullest, all roles together; an engine counts its weights alone. None: of one of them they are not
-    planned."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A whole run."""
-
-    experiment: str
-    devices: int
-    devices_per_node: int
-    model: ModelPlan
-    step: Step
-    roles: tuple[RolePlan, ...]
-    engine_strategy: str
-    engines: tuple[EnginePlan, ...]
-    routes: RoutesPlan
-    weight_sync: WeightSyncPlan
-    shared: tuple[SharedPlan, ...]
-
-    @property
-    def nodes(self) -> int:
-        return -(-self.devices // self.devices_per_node)
+EP moves tokens to their experts. DP reduces gradients, EDP those of experts. With context parallelism DP is shown as
+DP x CP.
+"""
 
 
 def make_plan(config: RLVRConfig, models: Mapping[str, RawConfig], *, devices_per_node: int) -> Plan:
-    """Plan a configuration that has passed every check.
+    """Plan a configuration after it passed every check.
 
     Args:
-        models: config.json of each role that runs the model, by role. Engines hold actor_train's model.
-        devices_per_node: device d is taken to be on node d // this.
+        models: role -> config.json, for each role with a model. Engines hold actor_train's model.
+        devices_per_node: number of devices of a node; device d is assumed to be on node d // devices_per_node.
 
     Raises:
-        ConfigError: an unknown architecture, or a model that does not split as a layout says.
+        ConfigError: unknown architecture, or the model does not divide over the layout.
     """
     sizes = {name: model_size(models[name]) for name in model_workers(config)}
     size = sizes["actor_train"]
@@ -256,7 +99,7 @@ def make_plan(config: RLVRConfig, models: Mapping[str, RawConfig], *, devices_pe
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Which node a device is on."""
+    """Mapping from devices to nodes."""
 
     size: int
 
@@ -285,7 +128,11 @@ def _role(config: RLVRConfig, name: str, worker: ModelWorker, size: ModelSize, n
 
 
 def _devices_by(devices: Devices, numbers: Sequence[int]) -> tuple[Devices, ...]:
-    """The devices of each number from 0 on, in rank order; `numbers` are those of the ranks, none left out."""
+    """Group devices by number, in rank order.
+
+    Args:
+        numbers: one per rank, from 0 without gaps.
+    """
     found: list[list[int]] = [[] for _ in range(max(numbers) + 1)]
     for device, number in zip(devices, numbers, strict=True):
         found[number].append(device)
@@ -417,6 +264,6 @@ def _shared(roles: Sequence[RolePlan], engines: Sequence[EnginePlan]) -> tuple[S
 
 
 def _fullest(devices: Sequence[tuple[int | None, ...]]) -> int | None:
-    """The most that roles take together on one of the devices; None: that is not known of one of the roles."""
+    """Return the largest sum of all roles on one device, or None if a role is not planned."""
     sums = [sum(known) for roles in devices if len(known := [size for size in roles if size is not None]) == len(roles)]
     return max(sums) if len(sums) == len(devices) else None

@@ -1,9 +1,9 @@
-"""What nodes take in until the engines' sender has the whole model: every strategy's export, counted.
+"""Bytes that enter each node until the first rank has the whole model, for the export of each trainer.
 
-Under Megatron (`WeightExport`) the first copy of every weight goes to the first rank of its pipeline stage: parts of
-what tensor-parallel ranks share out; parts of experts to the first expert-tensor-parallel rank, then whole experts from
-all expert-parallel ranks. What the first rank of a stage has put together goes to the first rank of all. Under FSDP2
-each rank holds a part of every parameter, and they are gathered over all ranks.
+Under Megatron (`WeightExport`) the first copy of every weight goes to the first rank of its pipeline stage:
+tensor-parallel parts; parts of experts to the first expert-tensor-parallel rank, then whole experts from all
+expert-parallel ranks. The first rank of each stage then sends its layers to rank 0. Under FSDP2 each rank holds a part
+of every parameter, and all ranks are gathered.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from roll_r3.models.size import Held
-from roll_r3.preflight.ranks import Grid
+from roll_r3.preflight.plan.ranks import Grid
 
 
 def gathered_into(
     grid: Grid, held: Sequence[Sequence[Held]], nodes: Sequence[int], *, element: int
 ) -> Mapping[int, int]:
-    """Bytes that enter each node of a role.
+    """Return the bytes that enter each node of a role.
 
     Args:
-        held: of every stage and chunk (see `held_parameters`).
-        nodes: of each rank.
-        element: bytes of a parameter.
+        held: parameters of every stage and chunk (see `held_parameters`).
+        nodes: node of each rank.
+        element: bytes per parameter.
     """
     into = Counter(dict.fromkeys(nodes, 0))
 
@@ -47,12 +47,12 @@ def gathered_into(
 
 
 def shards_gathered_into(parameters: int, nodes: Sequence[int], *, element: int) -> Mapping[int, int]:
-    """As `gathered_into`, under FSDP2.
+    """Return the bytes that enter each node under FSDP2.
 
     Args:
-        parameters: of the model.
-        nodes: of each rank.
-        element: bytes of a parameter.
+        parameters: number of parameters of the model.
+        nodes: node of each rank.
+        element: bytes per parameter.
     """
     return {
         node: -(-parameters * (len(nodes) - inside) // len(nodes)) * element for node, inside in Counter(nodes).items()

@@ -1,4 +1,4 @@
-"""How many micro-batches a pipeline stage holds at once: megatron-core's schedules, played through.
+"""Number of micro-batches held by a pipeline stage at once, by simulating megatron-core's schedules.
 
 1F1B and its interleaved form: Narayanan et al. 2021, arXiv 2104.04473, section 2.2.
 """
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 
 
 def in_flight(stage: int, stages: int, weights: Sequence[int], micro_batches: int) -> tuple[int, ...]:
-    """Of each chunk of a stage, the micro-batches that went forward and not yet back, when that weighs most.
+    """Return the number of micro-batches between forward and backward in each chunk, at the moment of the largest sum.
 
     Args:
-        weights: of one micro-batch in each chunk.
-        micro_batches: of an optimizer step; with several chunks a multiple of `stages`.
+        weights: weight of one micro-batch in each chunk.
+        micro_batches: number in an optimizer step; with several chunks a multiple of `stages`.
     """
     chunks = len(weights)
     total = micro_batches * chunks
     if chunks == 1:
         return (min(micro_batches, stages - stage),)
-    # groups of as many micro-batches as there are stages go through one chunk after the other
+    # groups of `stages` micro-batches go through one chunk after the other
     forward = [position // stages % chunks for position in range(total)]
     warm_up = min(total, 2 * (stages - stage - 1) + (chunks - 1) * stages)
     held = [0] * chunks

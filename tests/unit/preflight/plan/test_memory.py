@@ -1,4 +1,4 @@
-"""The terms of the memory estimate: against published formulas, megatron's schedules, and what the loss allocates."""
+"""Terms of the memory estimate, against published formulas, megatron's schedules and the loss's allocations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.known import known_config
 from roll_r3.models.size import Held, held_parameters, model_size, shape_of
-from roll_r3.preflight.activations import LayerCost
-from roll_r3.preflight.in_flight import in_flight
-from roll_r3.preflight.memory import StageMemory, logit_bytes, stage_memory
-from roll_r3.preflight.ranks import Grid
-from roll_r3.preflight.step import Passes
+from roll_r3.preflight.plan.activations import LayerCost
+from roll_r3.preflight.plan.in_flight import in_flight
+from roll_r3.preflight.plan.memory import StageMemory, logit_bytes, stage_memory
+from roll_r3.preflight.plan.ranks import Grid
+from roll_r3.preflight.plan.step import Passes
 
 QWEN = known_config("Qwen/Qwen3-30B-A3B")
 
@@ -62,7 +62,7 @@ def test_bytes_of_a_parameter(dtype, weights, state):
 
 
 def test_the_distributed_optimizer_shares_out_its_state():
-    """Over 8 data- and context-parallel ranks; each expert is there in 2 copies."""
+    """8 data- and context-parallel ranks, 2 copies of each expert."""
     layout = {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 8}
     sharded = config(16, **layout, use_distributed_optimizer=True)
     held = parameters(sharded)
@@ -80,9 +80,11 @@ def layer_cost(tokens: int = 128, tp: int = 1, **settings_: object) -> LayerCost
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_a_dense_layer_keeps_what_korthikanti_counts(tp):
-    """Their 34 sbh of a layer, less 2 sbh of dropout masks and 19 - 2 - 1 sbh of a 4h network with GeLU; 6 sbf of a
-    gated one in its place; and a fp32 number a row and head, instead of the scores. All of it over TP."""
+def test_a_dense_layer_keeps_the_bytes_of_korthikanti(tp):
+    """Their 34 sbh of a layer, minus 2 sbh of dropout masks and 19 - 2 - 1 sbh of a 4h network with GeLU.
+
+    Plus 6 sbf of a gated network, and one fp32 number per row and head instead of the scores. All divided by TP.
+    """
     cost = layer_cost(tp=tp)
     sb, h, f = 128, cost.shape.hidden, cost.shape.ffn
     published = sb * h * (34 - 2 - 16) + 6 * sb * f + 4 * sb * cost.shape.heads
@@ -101,7 +103,7 @@ def test_fewer_heads_keep_less_and_norms_of_queries_and_keys_more():
 def test_experts_keep_each_token_as_often_as_it_is_routed():
     cost = LayerCost(shape_of(QWEN), Grid.of(config().actor_train), config().actor_train.strategy_args.strategy_config,
                      128, 2)  # fmt: skip
-    kept = {k.what: k.size for k in cost.kept(0)}
+    kept = {k.name: k.size for k in cost.kept(0)}
     assert kept["tokens at their experts"] == 128 * 8 * 2048 * 2
     assert kept["gate and up of the experts"] == 128 * 8 * 2 * 768 * 2
     assert kept["input of the experts' down projection"] == 128 * 8 * 768 * 2
@@ -113,7 +115,7 @@ def test_ranks_that_split_an_expert_each_keep_its_tokens():
     run = config(4, **layout, expert_tensor_parallel_size=2)
     worker = run.actor_train
     cost = LayerCost(shape_of(QWEN), Grid.of(worker), worker.strategy_args.strategy_config, 128, 2)
-    kept = {k.what: k.size for k in cost.kept(0)}
+    kept = {k.name: k.size for k in cost.kept(0)}
     assert kept["tokens at their experts"] == 128 // 2 * 8 * 2 * 2048 * 2
     assert kept["gate and up of the experts"] == 128 // 2 * 8 * 2 * 2 * (768 // 2) * 2
 
@@ -122,7 +124,7 @@ def test_latent_attention_keeps_its_compressed_keys_and_values():
     shape = shape_of(known_config("deepseek-ai/DeepSeek-V3"))
     run = config(2, tensor_model_parallel_size=2)
     cost = LayerCost(shape, Grid.of(run.actor_train), run.actor_train.strategy_args.strategy_config, 128, 2)
-    kept = {k.what: k.size for k in cost.kept(0)}
+    kept = {k.name: k.size for k in cost.kept(0)}
     assert kept["compressed queries, keys and values"] == 64 * (2 * 1536 + 2 * 512 + 64) * 2
     assert kept["queries, keys and values"] == 128 * 64 * (192 + 192 + 128) * 2
 
@@ -164,7 +166,7 @@ def test_selective_recompute_spares_its_modules(modules, spared):
 def test_selective_recompute_of_experts_leaves_their_input():
     run = config(recompute_granularity="selective", recompute_modules=["moe"])
     cost = LayerCost(shape_of(QWEN), Grid.of(run.actor_train), run.actor_train.strategy_args.strategy_config, 128, 2)
-    spared = {kept.what for kept in cost.kept(0) if "moe" in kept.recomputed_with}
+    spared = {kept.name for kept in cost.kept(0) if "moe" in kept.recomputed_with}
     assert spared == {
         "router",
         "tokens at their experts",
@@ -174,7 +176,7 @@ def test_selective_recompute_of_experts_leaves_their_input():
 
 
 def test_the_last_stage_pays_for_the_logits():
-    """1,024 inputs, two samples at a time, of which a context-parallel rank has half; a vocabulary over TP 2."""
+    """1,024 inputs, two samples at a time, half on each context-parallel rank; vocabulary over TP 2."""
     layout = {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "pipeline_model_parallel_size": 2}
     first, last = stages(config(8, **layout))
     assert first.logits == 0
@@ -295,8 +297,8 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_the_loss_takes_for_each_logit(dtype, entropy_gradient):
-    """As the schedule runs it: the logits are there until the loss is computed, not in its backward."""
+def test_bytes_of_the_loss_per_logit(dtype, entropy_gradient):
+    """Logits are freed after the loss, before its backward, as in the schedule."""
     import torch
 
     from roll_r3.trainers.megatron.token_values import label_log_probs_and_entropy
@@ -320,7 +322,7 @@ def test_what_the_loss_takes_for_each_logit(dtype, entropy_gradient):
 
 
 def most_allocated(run: Callable[[], None]) -> int:
-    """Bytes that operators had allocated at once, at the most."""
+    """Return the maximum bytes allocated at once by operators."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves

@@ -1,7 +1,7 @@
-"""Every rank's place and every group of ranks, as arithmetic.
+"""Coordinates of every rank and groups of ranks, by arithmetic.
 
-Two grids lie over the ranks of a role: one for all that is no expert, one for experts. In both the ranks of the first
-axis are next to each other and pipeline stages are outermost: megatron-core's default order "tp-cp-ep-dp-pp".
+The ranks of a role form two grids: one for experts, one for everything else. In both, ranks of the first axis are
+adjacent and pipeline stages are outermost: megatron-core's default order "tp-cp-ep-dp-pp".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from roll_r3.config.derived import ModelWorker, data_parallel_size, expert_layou
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's coordinates."""
+    """Coordinates of a rank."""
 
     tp: int
     cp: int
@@ -24,12 +24,12 @@ class Place:
     etp: int
     ep: int
     edp: int
-    """Among the ranks that hold the same part of the same experts."""
+    """Number among the ranks with the same part of the same experts."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The sizes of a role's parallel groups."""
+    """Sizes of a role's parallel groups."""
 
     tp: int
     cp: int
@@ -38,11 +38,11 @@ class Grid:
     etp: int
     ep: int
     edp: int
-    """Copies of each expert."""
+    """Number of copies of each expert."""
 
     @classmethod
     def of(cls, worker: ModelWorker) -> Grid:
-        """The grid of a role whose devices divide. Under FSDP2 every rank is a data-parallel one."""
+        """Return the grid of a role. Its devices must divide. Under FSDP2 all ranks are data-parallel."""
         if not runs_megatron(worker):
             ranks = data_parallel_size(worker)
             return cls(tp=1, cp=1, dp=ranks, pp=1, etp=1, ep=1, edp=ranks)
@@ -59,12 +59,12 @@ class Grid:
         )
 
     def places(self) -> tuple[Place, ...]:
-        """Where each rank is."""
+        """Return the coordinates of each rank."""
         pairs = zip(self._coordinates(_DENSE), self._coordinates(_EXPERT), strict=True)
         return tuple(Place(**(dense | expert)) for dense, expert in pairs)
 
     def groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
-        """Ranks that differ in these axes alone, ascending; groups by their first rank.
+        """Return groups of ranks that differ only in these axes, ascending, ordered by first rank.
 
         Args:
             axes: fields of `Place`, all of one grid.
@@ -77,7 +77,7 @@ class Grid:
         return tuple(map(tuple, found.values()))
 
     def _coordinates(self, order: tuple[str, ...]) -> Iterator[dict[str, int]]:
-        """Of each rank in one grid, whose first axis runs fastest."""
+        """Yield the coordinates of each rank in one grid; the first axis runs fastest."""
         sizes = asdict(self)
         for at in product(*(range(sizes[axis]) for axis in reversed(order))):
             yield dict(zip(order, reversed(at), strict=True))

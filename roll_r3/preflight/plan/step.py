@@ -1,4 +1,4 @@
-"""Samples, tokens and micro-batches of one step, when every sample is as long as the configuration allows."""
+"""Samples, tokens and micro-batches of one step, if every sample has the maximum length."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from roll_r3.config.workers import ActorTrainConfig
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the run: a rollout and the updates on it."""
+    """Training step: a rollout and the updates on it."""
 
     prompts: int
     samples: int
     longest: int
-    """Tokens of a sample, prompt and response."""
+    """Maximum tokens of a sample, prompt and response."""
     tokens: int
-    """Of all samples together."""
+    """Tokens of all samples together."""
     epochs: int
     optimizer_steps: int
     samples_per_optimizer_step: int
 
     @classmethod
     def of(cls, config: RLVRConfig) -> Step:
-        """The step of a configuration whose samples divide."""
+        """Return the step of a configuration. Its samples must divide."""
         longest, samples, mini_batch = longest_sequence(config), config.samples_per_step, mini_batch_size(config)
         return cls(
             prompts=config.rollout_batch_size,
@@ -52,36 +52,36 @@ class Step:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Of one data-parallel rank."""
+    """Micro-batches of one data-parallel rank."""
 
     tokens: int
-    """The most in one, padding included, over the context-parallel ranks that share it."""
+    """Maximum in one micro-batch, padding included, over all its context-parallel ranks."""
     number: int
-    """Of an optimizer step, or of the whole pass without gradients."""
+    """Number in an optimizer step, or in the whole pass without gradients."""
     budgeted: bool
-    """A token budget cuts them, so shorter samples make fewer."""
+    """True for a token budget: shorter samples make fewer micro-batches."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What a role computes in a step."""
+    """Forward and backward passes of a role in a step."""
 
     samples: int
-    """Of a data-parallel rank."""
+    """Number of samples of a data-parallel rank."""
     infer: MicroBatches | None
-    """Log-probabilities, without gradients; None: the update finds them (see `needs_old_log_probs`)."""
+    """Log-probabilities without gradients; None if the update computes them (see `needs_old_log_probs`)."""
     train: MicroBatches | None
-    """None: the role does not train."""
+    """None if the role does not train."""
 
     @classmethod
     def of(cls, config: RLVRConfig, worker: ModelWorker) -> Passes:
-        """The passes of a role."""
+        """Return the passes of a role."""
         alignment = token_alignment(worker)
         longest = round_up(longest_sequence(config) - 1, alignment)
         samples = config.samples_per_step // data_parallel_size(worker)
         multiple = 1
         if runs_megatron(worker) and layout(worker).chunks_per_stage:
-            # the interleaved schedule passes micro-batches round the stages
+            # the interleaved schedule needs a multiple of the number of stages
             multiple = layout(worker).pipeline_model_parallel_size
 
         def cut(number: int, size: int, budget: int | None) -> MicroBatches:

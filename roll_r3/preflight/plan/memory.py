@@ -1,14 +1,13 @@
-"""Bytes on a device, estimated: what a rank of a pipeline stage holds, and what it needs besides while it computes.
+"""Bytes on a device of a pipeline stage, computed, not measured on a GPU.
 
-Weights, gradients and optimizer state are exact but for the padding of shards: Adam with fp32 masters under bf16 takes
-2 + 4 + 12 bytes a parameter (Rajbhandari et al. 2019, arXiv 1910.02054, section 3.1; gradients are fp32 here), of which
-the distributed optimizer shares the last out over data- and context-parallel ranks, those of experts over the copies of
-each. Activations are an estimate (see `activations`), the logits' share is what the loss allocates.
+Weights, gradients and optimizer state are exact except for the padding of shards. Adam with fp32 masters under bf16
+takes 2 + 4 + 12 bytes per parameter (Rajbhandari et al. 2019, arXiv 1910.02054, section 3.1; gradients are fp32 here).
+The distributed optimizer divides the 12 bytes over data- and context-parallel ranks, for experts over their copies.
+Activations are an estimate (see `activations`). The share of the logits is the allocation of the loss.
 
-Left out: the device's context, communication buffers, temporaries of backward other than the logits', what the
-allocator cannot reuse, and routes (the host holds them; a micro-batch's rows are small). Activations are those of fused
-kernels: plain PyTorch layers, which run without TransformerEngine, were measured to keep about twice as much, those of
-latent attention about five times as much.
+Not counted: the device's context, communication buffers, temporaries of backward other than the logits', fragmentation,
+and routes (they are on the host; a micro-batch's rows are small). Activations assume fused kernels. Plain PyTorch
+layers, used without TransformerEngine, were measured to keep about twice as much; latent attention about five times.
 """
 
 from __future__ import annotations
@@ -20,51 +19,51 @@ from roll_r3.batch.token_map import round_up
 from roll_r3.config.derived import MegatronWorker, layout
 from roll_r3.config.workers import ActorTrainConfig
 from roll_r3.models.size import Held, Shape, vocab_columns
-from roll_r3.preflight.activations import LayerCost
-from roll_r3.preflight.in_flight import in_flight
-from roll_r3.preflight.ranks import Grid
-from roll_r3.preflight.step import Passes
+from roll_r3.preflight.plan.activations import LayerCost
+from roll_r3.preflight.plan.in_flight import in_flight
+from roll_r3.preflight.plan.ranks import Grid
+from roll_r3.preflight.plan.step import Passes
 
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float16": 2, "float32": 4}
-"""Of a parameter, by the names that trainer and engine have for its precision."""
+"""Precision, as trainers and engines name it -> bytes of a parameter."""
 _GRADIENT, _MOMENTS, _MASTER = 4, 8, 4
-"""Bytes a parameter; a master is kept where the parameter itself is no fp32."""
+"""Bytes per parameter; a master copy is kept unless the parameter is fp32."""
 _FORWARD_LOGITS, _BACKWARD_LOGITS = 4 * 4, 6 * 4
-"""Bytes a logit: the loss's fp32 copies while the model's own logits are there, and under an entropy term those of its
-backward, when they are gone."""
+"""Bytes per logit: fp32 copies of the loss, next to the model's own logits; and those in the backward of an entropy
+term, after the model's logits are freed."""
 
 
 def logit_bytes(element: int, *, entropy_gradient: bool) -> int:
-    """Bytes that the loss takes for each logit, at the most.
+    """Return the maximum bytes per logit in the loss.
 
     Args:
-        element: bytes of a logit as the model gives it.
-        entropy_gradient: the loss has an entropy term.
+        element: bytes of a logit in the model's output.
+        entropy_gradient: True if the loss has an entropy term.
     """
     return max(element + _FORWARD_LOGITS, _BACKWARD_LOGITS if entropy_gradient else 0)
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on each device of a pipeline stage."""
+    """Computed bytes on each device of a pipeline stage."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Kept for backward, when most is."""
+    """Maximum kept for backward."""
     in_flight: tuple[int, ...]
-    """Micro-batches of each chunk under way at that moment."""
+    """Number of micro-batches of each chunk in flight at that moment."""
     recomputed: int
-    """What backward computes again of one micro-batch before it uses it."""
+    """Activations of one micro-batch that backward recomputes."""
     logits: int
-    """Of one micro-batch, with the loss's copies; 0 but on the last stage."""
+    """Logits of one micro-batch and copies in the loss; 0 except on the last stage."""
     no_gradient_pass: int
-    """The most that a pass for log-probabilities needs: one layer's activations, or the logits; 0 without one."""
+    """Maximum of a pass for log-probabilities: one layer's activations, or the logits; 0 without such a pass."""
 
     @property
     def total(self) -> int:
-        """The most at once. Logits are gone before the first layer is recomputed; passes do not overlap."""
+        """Maximum at once. Logits are freed before the first layer is recomputed; passes do not overlap."""
         training = self.activations + max(self.recomputed, self.logits)
         return self.weights + self.gradients + self.optimizer + max(training, self.no_gradient_pass)
 
@@ -79,13 +78,13 @@ def stage_memory(
     entropy_gradient: bool,
     fp32_lm_head: bool = False,
 ) -> StageMemory:
-    """What a device of one stage needs.
+    """Compute the bytes on a device of one stage.
 
     Args:
-        held: of every stage and chunk (see `held_parameters`).
+        held: parameters of every stage and chunk (see `held_parameters`).
         passes: micro-batches of the role.
-        entropy_gradient: the loss has an entropy term.
-        fp32_lm_head: logits are fp32, and so is a copy of the output layer's weight.
+        entropy_gradient: True if the loss has an entropy term.
+        fp32_lm_head: True for fp32 logits and an fp32 copy of the output layer's weight.
     """
     grid, settings = Grid.of(worker), layout(worker)
     element = ELEMENT_BYTES[worker.model_args.dtype]

@@ -1,4 +1,4 @@
-"""A plan for people, at most 100 columns wide, and for programs."""
+"""Plan as text, at most 100 columns wide, and as JSON."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from roll_r3.preflight.plan import ChunkPlan, GroupPlan, Plan, RolePlan, RoutesPlan, StagePlan
-from roll_r3.preflight.step import MicroBatches
+from roll_r3.preflight.plan.plan import ChunkPlan, GroupPlan, Plan, RolePlan, RoutesPlan, StagePlan
+from roll_r3.preflight.plan.step import MicroBatches
 
 WIDTH = 100
+MEMORY_FIGURES = "computed, not measured"
 _LIKE_STAGES_SHOWN, _LISTED, _RUNS_SHOWN, _CHUNKS_SHOWN = 3, 3, 4, 4
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The whole plan as plain values: the fields of `Plan`, sizes in bytes, and the totals of memory."""
-    found: dict[str, Any] = _plain(asdict(plan)) | {"nodes": plan.nodes}
+    """Return the whole plan as plain values: the fields of `Plan`, sizes in bytes, and memory totals."""
+    found: dict[str, Any] = _plain(asdict(plan)) | {"nodes": plan.nodes, "memory_figures": MEMORY_FIGURES}
     for role, written in zip(plan.roles, found["roles"], strict=True):
         for stage, shown in zip(role.stages, written["stages"], strict=True):
             shown["memory"]["total"] = stage.memory.total
@@ -31,7 +32,7 @@ def _plain(value: Any) -> Any:
 
 
 def render_plan(plan: Plan) -> str:
-    """The plan for a terminal: what repeats a thousand times is said once."""
+    """Return the plan for a terminal. Repeated rows are shown once."""
     sections = [_summary(plan), _step(plan)]
     sections += [_role(role, plan) for role in plan.roles]
     sections += [_engines(plan), _routes(plan), _sync(plan), _between_nodes(plan), _shared(plan)]
@@ -55,7 +56,7 @@ def _summary(plan: Plan) -> Iterator[str]:
 def _step(plan: Plan) -> Iterator[str]:
     step = plan.step
     epochs = f" in {step.epochs} epochs" if step.epochs > 1 else ""
-    yield "a step, were every sample as long as it may be"
+    yield "a step, if every sample has the maximum length"
     yield (
         f"  rollout   {step.prompts:,} prompts x {step.samples // step.prompts:,} = {step.samples:,} samples of "
         f"{step.longest:,} tokens: {step.tokens:,} tokens"
@@ -72,16 +73,16 @@ def _role(role: RolePlan, plan: Plan) -> Iterator[str]:
     if role.stages:
         yield f"  {_sizes(sizes)}; experts {_sizes(experts)}"
     else:
-        yield f"  DP {grid.dp}, each rank with its part of every weight; how much memory that takes is not planned"
+        yield f"  DP {grid.dp}, each rank with its part of every weight; memory is not planned"
     if role.checkpoint != model.checkpoint:
         yield f"  {role.checkpoint}: {_count(role.parameters)} parameters"
     if passes.train:
         yield f"  each DP rank trains on {_micro_batches(passes.train, 'an optimizer step')}"
     who = "and" if passes.train else "each DP rank"
     if passes.infer:
-        yield f"  {who} takes log-probabilities of {_micro_batches(passes.infer, 'a step')}"
+        yield f"  {who} computes log-probabilities of {_micro_batches(passes.infer, 'a step')}"
     else:
-        yield "  and takes log-probabilities from the same forward (force_on_policy_ratio)"
+        yield "  and takes log-probabilities from the same forward pass (force_on_policy_ratio)"
     if role.stages:
         yield from _memory(role)
     if like := next((r.name for r in plan.roles[: plan.roles.index(role)] if r.shards == role.shards), None):
@@ -92,7 +93,7 @@ def _role(role: RolePlan, plan: Plan) -> Iterator[str]:
 
 
 def _memory(role: RolePlan) -> Iterator[str]:
-    """The table of stages."""
+    """Yield the table of stages."""
     trains = role.passes.train is not None
     totals = [stage.memory.total for stage in role.stages]
     unit, factor = _unit(max(totals))
@@ -100,10 +101,10 @@ def _memory(role: RolePlan) -> Iterator[str]:
     head += ["grads", "adam", "kept", "(mb)"] if trains else []
     rows = [[str(number), *_stage(stage, factor, trains=trains)] for number, stage in enumerate(role.stages)]
     yield from _table([*head, "extra", "total"], rows, [_kind(stage) for stage in role.stages])
-    yield f"  {unit} on each device; the fullest are those of stage {totals.index(max(totals))}"
+    yield f"  {unit} on each device, {MEMORY_FIGURES}; stage {totals.index(max(totals))} is the fullest"
     if trains:
-        yield "  kept: activations that await backward, of so many micro-batches (mb), all chunks counted"
-        yield "  extra: logits, layers being recomputed, or what the log-probabilities need beyond kept"
+        yield "  kept: activations waiting for backward, and their number of micro-batches (mb) over all chunks"
+        yield "  extra: logits, recomputed layers, or the additional need of the log-probabilities"
 
 
 def _micro_batches(cut: MicroBatches, of: str) -> str:
@@ -112,7 +113,7 @@ def _micro_batches(cut: MicroBatches, of: str) -> str:
 
 
 def _stage(stage: StagePlan, factor: int, *, trains: bool) -> list[str]:
-    """A row of the table of stages, without its number; sizes in units of `factor` bytes."""
+    """Return a row of the table of stages, without its number; sizes in units of `factor` bytes."""
     memory = stage.memory
     layers = [layer for chunk in stage.chunks for layer in chunk.layers]
     routed = [layer for chunk in stage.chunks for layer in chunk.moe_layers]
@@ -127,7 +128,7 @@ def _stage(stage: StagePlan, factor: int, *, trains: bool) -> list[str]:
 
 
 def _kind(stage: StagePlan) -> tuple[tuple[int, ...], ...]:
-    """What stages have in common whose rows say the same but for numbers that go on."""
+    """Return a key that is equal for stages of the same shape."""
     return tuple((len(c.layers), len(c.moe_layers), c.dense_parameters, c.expert_parameters) for c in stage.chunks)
 
 
@@ -169,9 +170,9 @@ def _where_routes_are(routes: RoutesPlan) -> str:
 
 def _sync(plan: Plan) -> Iterator[str]:
     sync = plan.weight_sync
-    yield "weights to the engines, before the first step and after every one"
+    yield "weights to the engines, before the first step and after every step"
     moved = f": up to {_size(sync.gathered_node)} into a node, {_size(sync.gathered)} into all"
-    yield f"  the trainer puts the model together{moved if sync.gathered else ' inside its node'}"
+    yield f"  the trainer gathers the model{moved if sync.gathered else ' inside its node'}"
     yield (
         f"  device {sync.from_device} broadcasts {_size(sync.update)} to {_number(sync.receivers, 'device')}, "
         f"{_size(sync.bucket)} at a time"
@@ -214,12 +215,12 @@ def _shared(plan: Plan) -> Iterator[str]:
     if plan.shared:
         yield "devices with several roles"
     for shared in plan.shared:
-        size = "not planned" if shared.memory is None else f"together {_size(shared.memory)} on the fullest"
+        size = "not planned" if shared.memory is None else f"up to {_size(shared.memory)} together, computed"
         yield f"  {_ranges(shared.devices)}: {', '.join(shared.roles)}, {size}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[object]) -> Iterator[str]:
-    """Names to the left, numbers to the right. Of many rows of one kind on end, the first and the last are shown."""
+    """Yield a table: names left, numbers right. Of many similar rows in a run, the first and the last are shown."""
     shown: list[Sequence[str] | int] = []
     start = 0
     for _, group in groupby(kinds):
@@ -231,14 +232,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[o
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for row in [head, *shown]:
         if isinstance(row, int):
-            yield f"  .. {row} alike"
+            yield f"  .. {row} similar"
             continue
         cells = [f"{c:<{w}}" if i < 4 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         yield f"  {'  '.join(cells)}".rstrip()
 
 
 def _listed(title: str, items: Sequence[str]) -> Iterator[str]:
-    """The items after the title: all of them, or the first few and the last; in one line if they fit."""
+    """Yield the title and all items, or the first few and the last, in one line if they fit."""
     left_out = len(items) - _LISTED
     few = list(items) if left_out <= 0 else [*items[: _LISTED - 1], f".. {left_out:,} more", items[-1]]
     for choice in (items, few):
@@ -251,7 +252,7 @@ def _listed(title: str, items: Sequence[str]) -> Iterator[str]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Runs of numbers: `0-3, 8-11`; of many the first, the last and how many: `0-3, 8-11, .. 56-59 (8 runs)`."""
+    """Return runs of numbers: `0-3, 8-11`. Many runs are shortened: `0-3, 8-11, .. 56-59 (8 runs)`."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -265,7 +266,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _shortened(texts: Sequence[str], shown: int, between: str) -> str:
-    """All of them, or the first few and the last."""
+    """Join all texts, or the first few and the last."""
     if len(texts) <= shown:
         return between.join(texts)
     return between.join([*texts[: shown - 2], "..", texts[-1]])
@@ -284,7 +285,7 @@ def _number(number: int, noun: str, plural: str = "s") -> str:
 
 
 def _count(number: int) -> str:
-    """Parameters: 30.5 B, 671 B, 12.3 M."""
+    """Return a number of parameters as text: 30.5 B, 671 B, 12.3 M."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -292,7 +293,7 @@ def _count(number: int) -> str:
 
 
 def _unit(size: int) -> tuple[str, int]:
-    """The largest unit of which `size` bytes are one or more."""
+    """Return the largest unit not above `size` bytes."""
     return next(((unit, factor) for unit, factor in _UNITS if size >= factor), _UNITS[-1])
 
 

@@ -1,4 +1,4 @@
-"""The form of rows that need more than the YAML."""
+"""Rows of the rule table about more than the YAML: the form of a rule, and the surroundings of its examples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from roll_r3.config.derived import MegatronWorker, checkpoint_of, megatron_workers, values_at
+from roll_r3.config.derived import MegatronWorker, checkpoint_of, megatron_workers, model_workers, values_at
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import Finding
 from roll_r3.config.rules.table import Row, Verdict
@@ -17,23 +17,25 @@ from roll_r3.preflight.checkpoints import Model
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.base import Capabilities
 
+CHECKPOINTS = ("pretrain", "*.model_args.model_name_or_path")
+"""Fields that name a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Pretend:
-    """How the surroundings of an example differ from those of the machine it is shown on."""
+    """Differences between the surroundings of an example and this machine."""
 
     capabilities: Mapping[str, Capabilities] = field(default_factory=dict)
-    """Strategy -> what it would declare."""
+    """Strategy -> declared capabilities."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
-    """Package -> the release that would be installed."""
+    """Package -> installed release; None: not installed."""
     config_json: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the checkpoints' config.json, and what they would say."""
-
+    """Fields of the checkpoints' config.json -> their values."""
     domain_problems: tuple[str, ...] = ()
-    """Files, and the domains in them that no rule scores."""
+    """Files, and their domains without a reward rule."""
 
     def change(self, surroundings: Surroundings) -> Surroundings:
-        """`surroundings` as they would be."""
+        """Return `surroundings` with these differences."""
         strategies = dict(surroundings.strategies)
         for name, capabilities in self.capabilities.items():
             strategies[name] = replace(strategies[name], capabilities=capabilities)
@@ -47,12 +49,12 @@ class Pretend:
 
 
 VLLM_INSTALLED = Pretend(versions={"vllm": f"{TESTED}+cpu"})
-"""As `make vllm-env` does."""
+"""The environment of `make vllm-env`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurroundingsRule(Row):
-    """One row about the configuration and where it would run."""
+    """Row about the configuration and the machine that would run it."""
 
     violates: Callable[[RLVRConfig, Surroundings], Verdict]
     wrong_where: Pretend = Pretend()
@@ -66,13 +68,13 @@ class SurroundingsRule(Row):
 
 @dataclass(frozen=True)
 class RoleModel:
-    """A role that Megatron runs, and the model that it loads."""
+    """Role of a Megatron strategy, and its model."""
 
     config: RLVRConfig
     role: str
     worker: MegatronWorker
     name: str
-    """Checkpoint as the configuration names it."""
+    """Checkpoint as written in the configuration."""
     facts: ModelFacts
     raw: RawConfig
     """Its config.json."""
@@ -80,12 +82,12 @@ class RoleModel:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRule(Row):
-    """One row about each role that Megatron runs, where its model is known. `fields` are within the role."""
+    """Row about each Megatron role with a known model. `fields` are relative to the role."""
 
     violates: Callable[[RoleModel], Verdict]
 
     def check(self, config: RLVRConfig, surroundings: Surroundings) -> Iterator[Finding]:
-        """Yield one finding for each role that violates the rule."""
+        """Yield one finding for each violating role."""
         for role, worker in megatron_workers(config).items():
             name = checkpoint_of(config, role)
             model = surroundings.models.get(name)
@@ -97,9 +99,15 @@ class ModelRule(Row):
 
 
 def _checkpoint_fields(config: RLVRConfig, role: str) -> list[tuple[str, object]]:
-    """The field that names the checkpoint of a role, and its value."""
+    """Return the field with the checkpoint of a role, and its value."""
     own = values_at(config, f"{role}.model_args.model_name_or_path")
     return own if own[0][1] is not None else values_at(config, "pretrain")
+
+
+def strategy_names(config: RLVRConfig) -> dict[str, str]:
+    """Return role -> strategy_name."""
+    names: dict[str, str] = {"actor_infer": config.actor_infer.strategy_args.strategy_name}
+    return names | {role: worker.strategy_args.strategy_name for role, worker in model_workers(config).items()}
 
 
 AnyPreflightRule = SurroundingsRule | ModelRule

@@ -1,0 +1,119 @@
+"""Reward functions: whether a run can find and call them. Their source is read and never executed.
+
+Reward processes import them before a run starts (`roll_r3.rewards`), and report what only an import can find.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from inspect import Parameter, Signature
+from pathlib import Path
+
+from roll_r3.config.pipeline import RewardConfig
+from roll_r3.config.rules.data import BUILT_IN_REWARDS, FUNCTION
+from roll_r3.rewards.calls import CallError, call_of
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_SCOPES = (*_FUNCTIONS, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def reward_problems(rewards: Mapping[str, RewardConfig]) -> Iterator[str]:
+    """Yield one problem per reward rule that is missing or cannot be called with its kwargs."""
+    for config in rewards.values():
+        problem = ""
+        if config.reward in BUILT_IN_REWARDS:
+            problem = _built_in_problem(config)
+        elif FUNCTION.fullmatch(config.reward):  # other text is reported by a rule of its own
+            problem = _function_problem(config)
+        if problem:
+            yield f"{config.reward}: {problem}"
+
+
+def _built_in_problem(config: RewardConfig) -> str:
+    if config.kwargs:
+        return f"it takes no kwargs, got {', '.join(config.kwargs)}"
+    if config.reward == "math" and not list(distributions(name="math-verify")):
+        return "it needs the package math-verify, which is not installed"
+    return ""
+
+
+def _function_problem(config: RewardConfig) -> str:
+    """Return why `module:function` cannot be called; empty if it can, or if only an import can tell."""
+    module, _, name = config.reward.partition(":")
+    spec = _find_module(module)
+    if spec is None:
+        return f"there is no module {module} on the import path"
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return ""  # compiled, or a namespace package
+    try:
+        tree = ast.parse(Path(spec.origin).read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        return f"{spec.origin} cannot be read: {error}"
+    bound = [(_bound_name(node), node) for node in _module_scope(tree)]
+    match [node for bound_name, node in bound if bound_name == name]:
+        case []:
+            unknown = {"*", "__getattr__"} & {bound_name for bound_name, _ in bound}
+            return "" if unknown else f"{spec.origin} defines no {name}"
+        case [ast.FunctionDef(decorator_list=[], args=arguments)]:
+            return _call_problem(arguments, config.kwargs)
+    return ""
+
+
+def _find_module(name: str) -> ModuleSpec | None:
+    """Find a module without importing its packages, as `find_spec` does for a dotted name."""
+    first, *rest = name.split(".")
+    try:
+        spec = find_spec(first)
+    except ValueError:  # a module without a spec, such as __main__
+        return None
+    for part in rest:
+        spec = spec and PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
+    return spec
+
+
+def _module_scope(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes of a module, except those inside functions, classes and comprehensions."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, _SCOPES):
+            yield from _module_scope(child)
+
+
+def _bound_name(node: ast.AST) -> str | None:
+    """Return the name bound by a node itself; `*` for all names of another module."""
+    if isinstance(node, _FUNCTIONS):
+        return node.name
+    if isinstance(node, ast.alias):
+        return node.asname or node.name.partition(".")[0]
+    return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
+
+
+def _call_problem(arguments: ast.arguments, kwargs: Mapping[str, object]) -> str:
+    """Return why a function with these arguments cannot be called as a reward rule."""
+    try:
+        call_of(_signature(arguments), kwargs)
+    except CallError as error:
+        return str(error)
+    return ""
+
+
+def _signature(arguments: ast.arguments) -> Signature:
+    """Return the signature of a `def`. A default is None, whatever its value."""
+    by_position = [*arguments.posonlyargs, *arguments.args]
+    required = len(by_position) - len(arguments.defaults)
+    found = []
+    for number, arg in enumerate(by_position):
+        first = number < len(arguments.posonlyargs)
+        kind = Parameter.POSITIONAL_ONLY if first else Parameter.POSITIONAL_OR_KEYWORD
+        found.append(Parameter(arg.arg, kind, default=Parameter.empty if number < required else None))
+    if arguments.vararg:
+        found.append(Parameter(arguments.vararg.arg, Parameter.VAR_POSITIONAL))
+    for arg, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        found.append(Parameter(arg.arg, Parameter.KEYWORD_ONLY, default=Parameter.empty if default is None else None))
+    if arguments.kwarg:
+        found.append(Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD))
+    return Signature(found)
