@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.plan:
         print(render_plan(_plan(loaded, surroundings)))
         return EXIT_OK
-    from roll_r3.pipelines.launch import launch  # noqa: PLC0415  imports torch and Ray, not needed for checks
+    from roll_r3.pipelines.lifecycle.launch import launch  # noqa: PLC0415  imports torch and Ray, not needed for checks
 
     return launch(loaded.config, loaded.origins)
 

@@ -146,13 +146,14 @@ def batch_of(checkpoint: Path, model: Model) -> Batch:
     ids = rng.integers(0, 256, (model.samples, model.tokens)).astype(np.int32)
     half = model.tokens // 2
     trajectories = [
-        Trajectory(
-            sample_id=str(i),
-            prompt_ids_P=ids[i, :half],
-            response_ids_R=ids[i, half:],
-            log_probs_R=np.full(model.tokens - half, -5.0, np.float32),
+        Trajectory.one_turn(
+            str(i),
+            str(i),
+            prompt_ids=ids[i, :half],
+            response_ids=ids[i, half:],
+            log_probs=np.full(model.tokens - half, -5.0, np.float32),
+            version=0,
             finish_reason="length",
-            weight_versions=(0,),
             routes=routes,
         )
         for i, routes in enumerate(live_routes(checkpoint, facts, ids[:, :-1]))

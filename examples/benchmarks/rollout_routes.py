@@ -31,6 +31,7 @@ import psutil
 
 from examples.benchmarks.measuring import Report, ratio
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.sampling import Sampling
 from roll_r3.engines.answers import Asked
 from roll_r3.engines.sampling import SampleRequest
 from roll_r3.engines.sglang.payload import read_sample
@@ -99,6 +100,9 @@ def draw(shape: Shape, rng: np.random.Generator) -> list[GenerateRequest]:
             prompt_ids=tuple(int(token) for token in rng.integers(0, 256, shape.prompt)),
             sample_ids=tuple(f"p{group}/s{sample}" for sample in range(shape.samples)),
             seeds=tuple(int(seed) for seed in rng.integers(1 << 31, size=shape.samples)),
+            group_id=f"p{group}",
+            sampling=Sampling(shape.response),
+            record_routes=True,
         )
         for group in range(shape.groups)
     ]
@@ -118,13 +122,13 @@ async def one_round(engine: SglangRollout, page: int, requests: list[GenerateReq
 
     client.post = counted  # type: ignore[method-assign, assignment]
     start, cpu_start = time.perf_counter(), cpu_seconds(engine)
-    results = await engine.generate(requests)
+    results = await asyncio.gather(*map(engine.generate, requests))
     seconds, cpu = time.perf_counter() - start, cpu_seconds(engine) - cpu_start
     client.post = post  # type: ignore[method-assign]
     samples = [trajectory for result in results for trajectory in result.trajectories]
     if any(result.retries or result.dropped or result.lost for result in results):
         raise SystemExit("a sample had to be asked for again: the figures would not be those of one round")
-    tokens = sum(len(t.response_ids_R) for t in samples)
+    tokens = sum(len(t.response_ids) for t in samples)
     return Round(tokens / seconds, num_bytes / len(samples), 1e6 * cpu / tokens)
 
 

@@ -1,8 +1,8 @@
 """The samples of a step in training form: jagged arrays with one entry per model input.
 
-A sample of T tokens feeds its first T - 1 tokens to the model: input p predicts token p + 1, and route row p says
-which experts processed input p. Everything per token is therefore aligned to inputs, and there is nothing to shift
-later. Shape legend: n samples, N = sum of `lengths` inputs of all samples.
+A sample of T tokens feeds its first T - 1 tokens to the model. Input p predicts token p + 1, and route row p holds the
+experts of input p. Everything per token is aligned to inputs, so nothing is shifted later. Shape legend: n samples,
+N = sum of `lengths` inputs of all samples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from roll_r3.batch.routes import Routes
 from roll_r3.batch.trajectory import Trajectory
 
 Scalar = TypeVar("Scalar", bound=np.generic)
-"""Element type of an array that is only moved about: what comes out has the type that went in."""
+"""Element type of an array that is only rearranged."""
 FloatN = npt.NDArray[np.float32]
 
 
@@ -35,9 +35,9 @@ class Batch:
     """Inputs of each sample: its tokens less one."""
     input_ids_N: npt.NDArray[np.int64]
     labels_N: npt.NDArray[np.int64]
-    """The token that follows each input."""
+    """The token after each input."""
     loss_mask_N: npt.NDArray[np.bool_]
-    """True where the label was sampled by the policy and is to be trained on."""
+    """True where the policy sampled the label, which is trained on."""
     rollout_log_probs_N: FloatN
     """The engine's log-probability of each label, nats; 0 where `loss_mask_N` is False."""
     routes: tuple[Routes, ...] | None = None
@@ -48,6 +48,8 @@ class Batch:
     """Filled by the trainer's pass before the update; None in an update whose ratio is 1 (`force_on_policy_ratio`)."""
     ref_log_probs_N: FloatN | None = None
     """Filled by the reference."""
+    versions_N: npt.NDArray[np.int32] | None = None
+    """Weight version that sampled each label, -1 where none did; None for a batch made without trajectories."""
 
     @property
     def num_samples(self) -> int:
@@ -55,28 +57,23 @@ class Batch:
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
-        """Where each sample starts in the jagged arrays, and N at the end: int64 [n + 1]."""
+        """Start of each sample in the jagged arrays, and N at the end: int64 [n + 1]."""
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths_n)])
 
     @classmethod
     def from_trajectories(cls, trajectories: Sequence[Trajectory]) -> Batch:
         """Lay trajectories out for training; routes are carried along as they are (arrays or handles)."""
-        tokens = [np.concatenate([t.prompt_ids_P, t.response_ids_R]).astype(np.int64) for t in trajectories]
-        masks, log_probs = [], []
-        for t in trajectories:
-            before = len(t.prompt_ids_P) - 1  # inputs whose label is still a prompt token
-            masks.append(np.concatenate([np.zeros(before, np.bool_), np.ones(len(t.response_ids_R), np.bool_)]))
-            log_probs.append(np.concatenate([np.zeros(before, np.float32), t.log_probs_R]))
         routes = [t.routes for t in trajectories if t.routes is not None]
         if routes and len(routes) != len(trajectories):
             raise ValueError(f"{len(trajectories) - len(routes)} of {len(trajectories)} trajectories carry no routes")
         return cls(
             sample_ids=tuple(t.sample_id for t in trajectories),
-            lengths_n=np.array([len(x) - 1 for x in tokens], np.int64),
-            input_ids_N=np.concatenate([x[:-1] for x in tokens]),
-            labels_N=np.concatenate([x[1:] for x in tokens]),
-            loss_mask_N=np.concatenate(masks),
-            rollout_log_probs_N=np.concatenate(log_probs).astype(np.float32),
+            lengths_n=np.array([t.num_tokens - 1 for t in trajectories], np.int64),
+            input_ids_N=np.concatenate([t.token_ids_T[:-1] for t in trajectories]).astype(np.int64),
+            labels_N=np.concatenate([t.token_ids_T[1:] for t in trajectories]).astype(np.int64),
+            loss_mask_N=np.concatenate([t.sampled_T[1:] for t in trajectories]),
+            rollout_log_probs_N=np.concatenate([t.log_probs_T[1:] for t in trajectories]),
+            versions_N=np.concatenate([t.versions_T[1:] for t in trajectories]),
             routes=tuple(routes) or None,
         )
 
@@ -113,9 +110,9 @@ class Batch:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def filled_up(self, multiple: int) -> Batch:
-        """Add copies of the shortest sample that train on nothing, until the samples divide by `multiple`.
+        """Add copies of the shortest sample, untrained, until the number of samples divides by `multiple`.
 
-        For the rare step in which samples were dropped: every rank still gets as many, and no loss changes.
+        Needed when samples were dropped: every rank still gets an equal number, and no loss changes.
         """
         missing = -self.num_samples % multiple
         if not missing:

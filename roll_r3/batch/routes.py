@@ -1,6 +1,6 @@
-"""Recorded routes of one sample: which experts each MoE layer used for each of its tokens.
+"""Recorded routes of one sample: the experts of each MoE layer for each of its tokens.
 
-Shape legend: M MoE layers, R rows (tokens that were processed), K experts per token.
+Shape legend: M MoE layers, R rows (processed tokens), K experts per token.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ RouteArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 
 def route_dtype(num_experts: int) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
-    """The smallest unsigned dtype that holds every expert id in [0, num_experts).
+    """Return the smallest unsigned dtype for expert ids in [0, num_experts).
 
-    Chosen from the model, never from the ids at hand: two samples of one model always share a dtype.
+    It follows from the model, never from the ids at hand: two samples of one model always share a dtype.
 
     Raises:
         RouteError: num_experts is not in [1, 65536].
@@ -33,8 +33,8 @@ def route_dtype(num_experts: int) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
 class RoutedExperts:
     """Routes of one sample, layer-major, MoE layers only.
 
-    A sample of T tokens has R = T - 1 rows: the last token was sampled but never processed. Row r holds the
-    experts that were used while token r was processed, in the engine's top-k order.
+    A sample of T tokens has R = T - 1 rows: the last token was sampled but never processed. Row r holds the experts
+    used while token r was processed, in the engine's top-k order.
 
     Example:
         >>> routes = RoutedExperts(np.zeros((4, 11, 2), np.uint8))
@@ -45,8 +45,9 @@ class RoutedExperts:
     ids_MRK: RouteArray
     """Expert ids, `uint8` or `uint16` (see `route_dtype`), [M, R, K]."""
     known_R: npt.NDArray[np.bool_] | None = field(default=None)
-    """False where the engine never processed the token (tool output, say): the live router decides there.
-    None when every row is known."""
+    """False where the engine never processed the token, as in tool output: the live router decides there. None if every
+    row is known.
+    """
 
     def __post_init__(self) -> None:
         if self.ids_MRK.ndim != 3 or self.ids_MRK.dtype not in (np.uint8, np.uint16):
@@ -73,6 +74,16 @@ class RoutedExperts:
     def dtype(self) -> np.dtype[Any]:
         return self.ids_MRK.dtype
 
+    def after_unknown(self, rows: int) -> RoutedExperts:
+        """Return these rows behind the given number of unknown ones."""
+        if not rows:
+            return self
+        unknown_MrK = np.zeros((self.num_layers, rows, self.top_k), self.dtype)
+        known_R = np.ones(self.num_rows, np.bool_) if self.known_R is None else self.known_R
+        return RoutedExperts(
+            np.concatenate([unknown_MrK, self.ids_MRK], axis=1), np.concatenate([np.zeros(rows, np.bool_), known_R])
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes held, the mask of known rows included."""
@@ -81,7 +92,7 @@ class RoutedExperts:
 
 @runtime_checkable
 class RouteHandle(Protocol):
-    """Where a sample's routes lie, for a process that schedules them but never needs to hold them."""
+    """Place of a sample's routes, for a process that schedules them and need not hold them."""
 
     @property
     def num_layers(self) -> int: ...
@@ -97,7 +108,7 @@ class RouteHandle(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of the sample, where it lies; what samples share is counted once over all of them."""
+        """Bytes of the sample in its place; parts shared by samples are counted once over all of them."""
         ...
 
 

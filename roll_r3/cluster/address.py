@@ -21,17 +21,17 @@ ANSWER_TIMEOUT = 45.0
 
 
 def given_address() -> str:
-    """The cluster that the environment names; empty: a Ray of this run's own is started."""
+    """Address of the cluster in the environment; empty: the run starts a Ray of its own."""
     address = os.environ.get(VARIABLE, "")
     return "" if address == "local" else address
 
 
 def check_answers(address: str) -> None:
-    """Raise unless a Ray head answers there.
+    """Raise unless a Ray head answers at the address.
 
     Raises:
-        ConfigError: no run can join what the address stands for.
-        LostWorkerError: nothing answers in time, or something else than Ray does.
+        ConfigError: no run can join such an address.
+        LostWorkerError: nothing answers in time, or something other than Ray.
     """
     if "://" in address:
         raise ConfigError(
@@ -84,7 +84,7 @@ def _ask(address: str, where: str) -> None:
 
 
 def _within(seconds: float, act: Callable[[], None], address: str, tried: str) -> None:
-    """Run in a thread, which is left behind where it does not end: neither a name server nor Ray has a limit."""
+    """Run in a thread, and abandon a thread without an end: neither a name server nor Ray has a limit."""
     failures: list[Exception] = []
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Calling many workers at once: the first failure ends the wait, and the message shows who failed and their log.
+"""Calls to many workers at once. The first failure ends the wait; its message names the worker and shows its log.
 
 A call has no limit of its own, since only its worker knows how long it may take. Workers give signs of life instead.
 """
@@ -23,18 +23,19 @@ from roll_r3.errors import LostWorkerError, RollError, WorkerError
 logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 5.0
-"""After a failure, how long to wait for the others' own failures: when a rank dies, its peers see a closed connection
-first, and the dead rank is the one to name."""
+"""Seconds to wait for further failures after the first. When a rank dies, its peers see a closed connection before
+the death of the rank is known, and the dead rank is the one to name.
+"""
 TICK = 1.0
 """Seconds between two looks around while nothing comes."""
 SAY_AFTER = 60.0
-"""Seconds after which the terminal says who is waited for; twice the longest such call so far, where that is more."""
+"""Seconds until the terminal lists the workers still waited for. Twice the longest such call so far, if longer."""
 SAY_EVERY = 300.0
 """Seconds until it says so again."""
 SILENT_AFTER = 30.0
-"""Seconds without a sign of life after which the terminal says so."""
+"""Seconds without a sign of life until the terminal reports it."""
 ADDED = 60.0
-"""Seconds that a call may take beyond twice the longest of its kind."""
+"""Seconds allowed for a call beyond twice the longest of its kind."""
 _NAMED = 8
 
 Calls = Mapping[ray.ObjectRef[Any], tuple[str, Path]]
@@ -43,22 +44,21 @@ Say = Callable[[str], None]
 
 
 class Waiting:
-    """Waits for the calls of a start's workers, says on whom, and takes who is stopped or silent as lost.
+    """Waits for the calls of an attempt's workers, reports long waits, and treats stopped or silent workers as lost.
 
     Threads may wait at the same time.
     """
 
     def __init__(self, limits: WorkerTimeoutsConfig | None = None, say: Say | None = None) -> None:
-        """
-        Args:
-            say: shows a line to the person who started the run; all is logged too.
+        """Args:
+        say: shows a line to the person who started the run; all lines are logged too.
         """
         self.limits = limits or WorkerTimeoutsConfig()
         self._say = say
         self._workers: dict[str, tuple[Any, Path]] = {}
         """Name -> (actor, its log file)."""
         self._known: dict[str, Identity] = {}
-        """Processes of the workers that have answered, by name."""
+        """Processes of the workers with an answer so far, by name."""
         self._longest: dict[str, float] = {}
         """Kind of a call -> seconds."""
 
@@ -67,13 +67,13 @@ class Waiting:
         self._workers[name] = (handle, log)
 
     def meet(self) -> None:
-        """Wait until every worker has answered once. One that was silent from the start could not be looked for."""
+        """Wait until every worker has answered once. Without a first answer a silent worker could not be found."""
         calls = {handle.alive.remote(): (name, log) for name, (handle, log) in self._workers.items()}
         found = self.wait_for(calls, "alive")
         self._known |= {calls[ref][0]: process for ref, process in found.items()}
 
     def wait_for(self, calls: Calls, kind: str = "") -> dict[ray.ObjectRef[Any], Any]:
-        """Wait for all calls, or for the first that fails.
+        """Wait for all calls, or for the first failure.
 
         Args:
             kind: calls of one kind take about as long as one another.
@@ -82,34 +82,68 @@ class Waiting:
             reference -> result.
 
         Raises:
-            LostWorkerError: a worker died, or lost what it needs of one that did, or raised what is no error of ours,
-                as when it loses a peer; a dead one is named before those that only lost it. Or a limit has passed, or
-                Ray itself is gone.
+            LostWorkerError: as `take`.
+            WorkerError: as `take`.
+        """
+        pending = dict(calls)
+        results: dict[ray.ObjectRef[Any], Any] = {}
+        watch = self.watch(kind)
+        while pending:
+            ended = self.take(pending, watch)
+            results |= ended
+            pending = {ref: worker for ref, worker in pending.items() if ref not in ended}
+        watch.came()
+        return results
+
+    def take(self, calls: Calls, watch: Watch, timeout: float | None = None) -> dict[ray.ObjectRef[Any], Any]:
+        """Wait until at least one call has ended, or for `timeout` seconds. More calls may go out between two takes.
+
+        Args:
+            watch: the calls' own, the same for every take.
+
+        Returns:
+            reference -> result, for the calls that have ended.
+
+        Raises:
+            LostWorkerError: a worker died, lost something of a dead one, or raised an error that is not ours, as when
+                it loses a peer; a dead worker is named first. Or a limit has passed, or Ray itself is gone.
             WorkerError: a worker raised another error of ours.
         """
-        pending = list(calls)
-        results: dict[ray.ObjectRef[Any], Any] = {}
-        failures: dict[ray.ObjectRef[Any], RayError] = {}
-        deadline = None
-        watch = _Watch(self, kind)
-        watch.look_at_daemons(0.0)  # short calls go on without them, until Ray ends this process without a word
-        while pending and (deadline is None or time.monotonic() < deadline):
-            left = TICK if deadline is None else min(TICK, max(0.0, deadline - time.monotonic()))
-            ready, pending = ray.wait(pending, num_returns=1, timeout=left)
-            for ref in ready:
-                try:
-                    results[ref] = ray.get(ref)
-                except RayError as error:
-                    failures[ref] = error
-                    deadline = deadline or time.monotonic() + SETTLE_SECONDS
-                    if isinstance(error, RayActorError):
-                        pending = []  # the dead one is known: nothing more to learn
-            if pending and not failures:
+        watch.look_at_daemons(0.0)  # Ray would end this process without a word
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = TICK if deadline is None else max(0.0, min(TICK, deadline - time.monotonic()))
+            ready, pending = ray.wait(list(calls), num_returns=1, timeout=left)
+            if ready and pending:
+                more, pending = ray.wait(pending, num_returns=len(pending), timeout=0.0)
+                ready = [*ready, *more]
+            results = self._results(ready, pending, calls)
+            if pending:
                 watch.look(sorted({calls[ref][0] for ref in pending}))
+            if results or (deadline is not None and time.monotonic() >= deadline):
+                return results
+
+    def _results(
+        self, ready: list[ray.ObjectRef[Any]], pending: list[ray.ObjectRef[Any]], calls: Calls
+    ) -> dict[ray.ObjectRef[Any], Any]:
+        """Return the results of ended calls; raise as `take`, after the others had time to fail too."""
+        results, failures = _read(ready)
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while failures and pending and (left := deadline - time.monotonic()) > 0:
+            if any(isinstance(error, RayActorError) for error in failures.values()):
+                break  # the dead worker is known: nothing more to learn
+            ready, pending = ray.wait(pending, num_returns=1, timeout=min(TICK, left))
+            failures |= _read(ready)[1]
         if failures:
             raise _failure({calls[ref]: error for ref, error in failures.items()})
-        self._longest[kind] = max(self._longest.get(kind, 0.0), watch.spent)
         return results
+
+    def watch(self, kind: str = "") -> Watch:
+        """Begin to watch calls of a kind."""
+        return Watch(self, kind)
+
+    def lasted(self, kind: str, seconds: float) -> None:
+        self._longest[kind] = max(self._longest.get(kind, 0.0), seconds)
 
     def longest(self, kind: str) -> float:
         """Seconds of the longest calls of a kind so far; 0: there was none."""
@@ -127,11 +161,10 @@ class Waiting:
         return [Watched(name, handle, every, self._known) for name, (handle, _) in self._workers.items()]
 
 
-class _Watch:
-    """One wait: what it says, and when it ends without a result.
+class Watch:
+    """State of one wait: when to report it, and when to end it without a result.
 
-    Its seconds are those in which this process ran: where it was stopped, with its whole machine, nobody else was heard
-    for no fault of theirs.
+    It counts only the seconds in which this process ran. If the whole machine was stopped, no worker is to blame.
     """
 
     def __init__(self, waiting: Waiting, kind: str) -> None:
@@ -140,17 +173,22 @@ class _Watch:
         self._stopped_daemons: dict[str, float] = {}
         self._looked = time.monotonic()
         self.spent = 0.0
-        """Seconds so far."""
+        """Seconds since the wait began, or since the last result."""
         self._say_at = max(SAY_AFTER, 2 * waiting.longest(kind))
 
+    def came(self) -> None:
+        """Note a result: the wait for the next one begins."""
+        self._waiting.lasted(self._kind, self.spent)
+        self.spent, self._say_at = 0.0, max(SAY_AFTER, 2 * self._waiting.longest(self._kind))
+
     def look(self, pending: Sequence[str]) -> None:
-        """Look around, at most every `TICK` seconds.
+        """Check signs of life, at most every `TICK` seconds.
 
         Args:
-            pending: names of the workers that are waited for.
+            pending: names of the workers still waited for.
 
         Raises:
-            LostWorkerError: as `Waiting.wait_for`.
+            LostWorkerError: as `Waiting.take`.
         """
         passed = time.monotonic() - self._looked
         if passed < TICK:
@@ -217,6 +255,20 @@ class _Watch:
                 )
 
 
+def _read(
+    refs: Sequence[ray.ObjectRef[Any]],
+) -> tuple[dict[ray.ObjectRef[Any], Any], dict[ray.ObjectRef[Any], RayError]]:
+    """Return the results and the failures of calls that have ended."""
+    results: dict[ray.ObjectRef[Any], Any] = {}
+    failures: dict[ray.ObjectRef[Any], RayError] = {}
+    for ref in refs:
+        try:
+            results[ref] = ray.get(ref)
+        except RayError as error:
+            failures[ref] = error
+    return results, failures
+
+
 def _process(worker: Watched) -> str:
     pid = worker.identity.pid if worker.identity is not None else 0
     return {
@@ -232,8 +284,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _failure(failures: Mapping[tuple[str, Path], RayError]) -> WorkerError:
-    """The failure to show: a death before a loss, a loss before an exception of ours, which it may have brought about,
-    and that before one from a library."""
+    """Choose the failure to show.
+
+    A death comes before a loss, and a loss before an exception of ours, of which it may be the cause. An exception of a
+    library comes last.
+    """
 
     def rank(item: tuple[tuple[str, Path], RayError]) -> int:
         error = item[1]

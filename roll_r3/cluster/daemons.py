@@ -1,7 +1,7 @@
-"""The processes of a Ray that this run started, and Ray's end within a limit.
+"""Processes of a Ray started by this run, and Ray's end within a limit.
 
-Ray waits for its daemons without one: a daemon that is stopped would keep the run for ever. Nothing here does anything
-to a cluster that the run only joined.
+Ray waits for its daemons without a limit: a stopped daemon would keep the run for ever. A cluster that the run only
+joined is left alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from roll_r3.errors import WorkerError
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT = 30.0
-"""Seconds that Ray gets to end, and once more after its daemons were killed."""
+"""Seconds for Ray to end, and again after its daemons were killed."""
 VITAL = ("gcs_server", "raylet")
-"""The daemons without which nothing goes on."""
+"""Daemons that Ray cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def _started() -> list[tuple[str, Any]]:
 
 
 def vital() -> list[Daemon]:
-    """The daemons that this run started and cannot do without, as they are now."""
+    """Return the vital daemons started by this run, in their present state."""
     return [
         Daemon(name, process.pid, "gone" if process.poll() is not None else process_state(process.pid))
         for name, process in _started()
@@ -67,7 +67,7 @@ def process_state(pid: int) -> str:
 
 
 def kill_all() -> None:
-    """Kill Ray's daemons that this run started and the workers below them: a stopped process takes no other signal."""
+    """Kill Ray's daemons started by this run, and the workers below them: a stopped process takes no other signal."""
     for _, process in _started():
         if process.poll() is None:
             with contextlib.suppress(psutil.Error):
@@ -77,8 +77,7 @@ def kill_all() -> None:
 
 
 def kill_started_in(folder: Path) -> None:
-    """Kill the processes below this one whose command names a directory: of a Ray that did not start, which no longer
-    knows them."""
+    """Kill descendants with the given directory in their command: the rest of a Ray that did not start."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if any(str(folder) in argument for argument in child.cmdline()):
@@ -91,10 +90,10 @@ def kill(pid: int) -> None:
 
 
 def shut_down() -> None:
-    """Leave Ray, and end what this run started of it, within a limit.
+    """Leave Ray, and end its processes started by this run, within a limit.
 
     Raises:
-        WorkerError: Ray does not even end without its daemons; this process cannot use Ray any more.
+        WorkerError: Ray does not end even without its daemons; this process cannot use Ray any more.
     """
     if any(daemon.state == "gone" for daemon in vital()):
         kill_all()  # Ray would end this process, without a word, ten seconds after it lost its server

@@ -1,6 +1,6 @@
-"""The directory of a Ray that a run starts: closed to other users, and removed with the run.
+"""Directory of a Ray started by a run: closed to other users, and removed with the run.
 
-Ray makes everything in it writable by everyone, whatever the umask, so what holds it must be closed.
+Ray makes everything in it writable by everyone, whatever the umask, so the directory around it must be closed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from roll_r3.engines.folders import here
 
 _BEGIN = "r3-ray-"
 _MAKER = "maker"
-"""In the directory: a file that says which process made it, and where that number means this process."""
+"""File in the directory with the process id of its maker and the namespace of that id."""
 _MAX_MAKER = 64
 _RAYS_OWN = "r"
 """In the directory: Ray's, with mode 0777."""
@@ -45,7 +45,7 @@ class RayFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def keep(self) -> None:
-        """Leave it, with Ray's logs, to who wants to know why Ray failed."""
+        """Keep it, with Ray's logs, for finding out why Ray failed."""
         (self.path / _MAKER).unlink(missing_ok=True)
 
 
@@ -57,7 +57,7 @@ def _base() -> str:
 
 
 def remove_orphaned() -> None:
-    """Directories whose makers were killed before they could remove them; only those of this user and this machine."""
+    """Return directories whose makers were killed before removing them; only this user's on this machine."""
     if not (place := here()):
         return
     for folder in Path(_base()).glob(f"{_BEGIN}*"):

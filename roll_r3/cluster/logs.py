@@ -15,7 +15,7 @@ SHOWN_LINES = 25
 def log_to_file(path: Path) -> None:
     """Send everything this process prints or logs, crashes included, to `path`.
 
-    Its directory is made where it is not: on a node that does not see the driver's disk it is a directory of that node.
+    Its directory is made if there is none: a node without the driver's disk has a directory of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -29,7 +29,7 @@ def log_to_file(path: Path) -> None:
 
 
 def log_end(path: Path) -> str:
-    """The last lines of a log, for a person to see why its process failed."""
+    """Return the last lines of a log, for a person to see why its process failed."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:

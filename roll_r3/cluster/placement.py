@@ -1,4 +1,4 @@
-"""Which process runs where: devices (GPUs, or CPU slots) are placement-group bundles, roles share them."""
+"""Places of processes: devices (GPUs, or CPU slots) are placement-group bundles, shared by roles."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from roll_r3.config.rules.devices import GPUS_NOT_SHARED, shared_with_engines
 from roll_r3.errors import ConfigError, LostWorkerError
 
 SHARE = 0.01
-"""Of a device, claimed by each process on it: roles share devices, so the claim only decides the place."""
+"""Share of a device claimed by each process on it. Roles share devices, so the claim only decides the place."""
 PLACEMENT_TIMEOUT = 300.0
 """Seconds to wait for the cluster to offer the devices."""
 RETURN_TIMEOUT = 600.0
-"""Seconds to wait for a cluster that lost a node to have as many devices as the run needs again."""
+"""Seconds to wait for a cluster that lost a node to have enough devices again."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Placement:
         return f"{at.node_ip} ({at.node_id})"
 
     def options(self, device: int) -> dict[str, object]:
-        """Ray actor options that put a process on a device."""
+        """Return the Ray actor options for a process on a device."""
         share = {"num_gpus": SHARE, "num_cpus": SHARE} if self.kind == "cuda" else {"num_cpus": SHARE}
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self.group, placement_group_bundle_index=self.devices[device].bundle
@@ -61,16 +61,16 @@ class Placement:
 
 
 def device_count(config: RLVRConfig) -> int:
-    """Devices that the roles name: one more than the highest number."""
+    """Return the number of devices named by the roles: one more than the highest."""
     roles = [config.actor_train, config.actor_infer, *([config.reference] if config.reference else [])]
     return 1 + max(max(role.device_mapping) for role in roles)
 
 
 def resolve_device_kind(config: RLVRConfig) -> str:
-    """What `device_type` means on this cluster.
+    """Return the meaning of `device_type` on this cluster.
 
     Raises:
-        ConfigError: cuda was asked for and there is no GPU, or the rules about GPUs refuse the configuration.
+        ConfigError: cuda without any GPU, or the rules about GPUs refuse the configuration.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if config.device_type == "cuda" and not gpus:
@@ -85,10 +85,10 @@ def place(config: RLVRConfig, *, again: str | None = None) -> Iterator[Placement
     """Reserve every device of the run for the block's time.
 
     Args:
-        again: the kind of the devices that the run had before it lost some: it waits for them, and takes no others.
+        again: kind of the devices in an earlier attempt of the run. It waits for them, and takes no others.
 
     Raises:
-        ConfigError: the cluster cannot offer so many devices.
+        ConfigError: the cluster cannot offer enough devices.
         LostWorkerError: it could, and does not any more.
     """
     wanting = LostWorkerError if again else ConfigError
@@ -116,7 +116,7 @@ def place(config: RLVRConfig, *, again: str | None = None) -> Iterator[Placement
 
 
 def _await_return(resource: str, count: int) -> None:
-    """Raises LostWorkerError: the cluster has not got so many any more, and no node joined it in time."""
+    """Wait for lost devices. Raises LostWorkerError: no node with enough of them joined the cluster in time."""
     deadline = time.monotonic() + RETURN_TIMEOUT
     while (have := int(ray.cluster_resources().get(resource, 0))) < count:
         if time.monotonic() > deadline:
@@ -128,7 +128,7 @@ def _await_return(resource: str, count: int) -> None:
 
 
 def _number_devices(kind: str, group: PlacementGroup, count: int) -> tuple[Device, ...]:
-    """Ask each bundle where it is; number devices node by node, so that neighbours share a node."""
+    """Ask each bundle for its place; number devices node by node, so that neighbours share a node."""
     probe = ray.remote(_where)
     found: Sequence[tuple[str, str, int | None]] = ray.get(
         [
@@ -148,7 +148,7 @@ def _number_devices(kind: str, group: PlacementGroup, count: int) -> tuple[Devic
 
 
 def _where(kind: str) -> tuple[str, str, int | None]:
-    """Runs in a bundle: its node, and its GPU's id on that node."""
+    """Return, within a bundle, its node, the node's address and its GPU's id on that node."""
     context = ray.get_runtime_context()
     gpu = int(context.get_accelerator_ids()["GPU"][0]) if kind == "cuda" else None
     return context.get_node_id(), ray.util.get_node_ip_address(), gpu

@@ -36,13 +36,13 @@ LATE = 15.0
 
 @contextmanager
 def ray_cluster(config: RLVRConfig, say: Callable[[str], None] = logger.warning) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names, or run one on this machine, closed to others, for the block's time.
+    """Join the cluster of RAY_ADDRESS, or run one on this machine, closed to others, for the block's time.
 
     Args:
         say: shows a line to the person who started the run.
 
     Raises:
-        ConfigError: RAY_ADDRESS is none that can be joined.
+        ConfigError: RAY_ADDRESS cannot be joined.
         LostWorkerError: Ray itself did not start, or failed.
         WorkerError: Ray would listen on other addresses than loopback, or does not end.
     """
@@ -103,7 +103,7 @@ def _own(config: RLVRConfig, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _start(config: RLVRConfig) -> RayFolder:
-    """Start Ray here; the directory that it has.
+    """Start Ray here; return its directory.
 
     Raises:
         LostWorkerError: it did not start. Its logs are kept.
@@ -138,10 +138,10 @@ def _start(config: RLVRConfig) -> RayFolder:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Whoever takes SIGTERM takes it while Ray starts too, and afterwards, whether it started or not.
+    """Keep this process's handler of SIGTERM while Ray starts and afterwards, even after a failed start.
 
-    Ray would take it, and leave at once with a status of its own. It is not blocked instead, which Ray's daemons would
-    inherit.
+    Ray would replace it, and exit at once with a status of its own. SIGTERM is not blocked instead, since Ray's daemons
+    would inherit the mask.
     """
     handler, set_handler = signal.getsignal(signal.SIGTERM), ray_utils.set_sigterm_handler
     setattr(ray_utils, set_handler.__name__, lambda handler: None)
@@ -153,10 +153,10 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def _close_to_others() -> None:
-    """Have the next cluster that this process starts listen on loopback alone, and ask for a token.
+    """Have the next cluster of this process listen on loopback alone, and ask for a token.
 
-    A call to Ray carries pickles: whoever may make one runs code here. Other users of this machine reach loopback too,
-    and do not know the token.
+    A call to Ray carries pickles, so its sender runs code here. Other users of this machine reach loopback too, and do
+    not know the token.
     """
     # Unless clusters of several machines are off, Ray replaces 127.0.0.1 by this machine's address. It has read the
     # environment variable for that by now.

@@ -1,4 +1,4 @@
-"""Signs of life: workers answer beside whatever they compute, and a look at a process says whether it is stopped."""
+"""Signs of life: workers answer beside any computation, and a look at a process shows if it is stopped."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from roll_r3.cluster.daemons import kill, process_state
 
 SIGNS = "signs"
-"""The calls that a worker answers in a thread of their own, whatever else it does."""
+"""Concurrency group of calls answered in a thread of their own, beside any other call."""
 PING_EVERY = 10.0
 LOOK_EVERY = 10.0
-"""Seconds between two looks at the process of a worker that does not answer."""
+"""Seconds between two looks at the process of a silent worker."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,21 @@ def look(process: Identity, end: bool = False) -> str:
 
 
 class Watched:
-    """One worker: how long it has been silent, and why as far as can be seen.
+    """One worker: how long it has been silent, and why, as far as can be seen.
 
-    Time is counted as the caller of `tick` counts it: a driver that was stopped itself, with its whole machine, has
-    heard nobody meanwhile.
+    Time is counted by the caller of `tick`: a driver that was stopped itself, with its whole machine, heard nobody in
+    that time.
     """
 
     def __init__(self, name: str, handle: Any, every: float, known: dict[str, Identity]) -> None:
-        """
-        Args:
-            every: seconds between two questions, and between two looks.
-            known: the processes of workers that have answered before, by their names; added to.
+        """Args:
+        every: seconds between two questions, and between two looks.
+        known: processes of workers with an earlier answer, by name; added to.
         """
         self.name = name
         self._known = known
         self.silent = 0.0
-        """Seconds without a sign of life, of one that has given some."""
+        """Seconds without a sign of life, for a worker with at least one."""
         self.state = ""
         """Result of the last look while it is silent; empty: none yet."""
         self.said = False
@@ -90,7 +89,7 @@ class Watched:
         return self._known.get(self.name)
 
     def tick(self, seconds: float) -> bool:
-        """After so many seconds more; whether it answered just now."""
+        """Count the given seconds; return True if it answered just now."""
         self._until_ping -= seconds
         if self._ping is None:
             if self._until_ping <= 0:
@@ -110,7 +109,7 @@ class Watched:
         return True
 
     def kill(self) -> None:
-        """End its process, wherever it is: a stopped one takes nothing that Ray tells it."""
+        """Kill its process, on any node: a stopped one takes nothing from Ray."""
         if self.identity is not None:
             begun = _begin_look(self.identity, end=True)
             if not isinstance(begun, str):

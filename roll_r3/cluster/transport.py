@@ -1,8 +1,8 @@
-"""How routes travel: into the object store by the rollout's process, out of it by the ranks that train on them.
+"""Transport of routes: into the object store by the rollout's process, out of it by the training ranks.
 
-The routes of a prompt's samples are one object in their wire form, on the node of the engine. A rank on that node reads
-views of it. For a rank elsewhere the process that stored them cuts out the rows and layers that it asks for, and only
-these travel. The driver passes handles along and never holds the arrays.
+The routes of a prompt's samples are one object in their wire form, on the node of the engine. A rank on the same node
+reads views of it. For a rank elsewhere the storing process cuts out the wanted rows and layers, and only these travel.
+The driver passes handles along and never holds the arrays.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from roll_r3.errors import LostWorkerError, RollError
 
 @dataclass(frozen=True)
 class StoredRoutes:
-    """A `RouteHandle` to one sample of a wire form that lies in the object store."""
+    """A `RouteHandle` to one sample of a wire form in the object store."""
 
     ref: ray.ObjectRef[npt.NDArray[np.uint8]]
-    """Of a uint8 array."""
+    """Reference to a uint8 array."""
     index: int
     """The sample's place in the group."""
     node_id: str
-    """Where the object lies."""
+    """Node of the object."""
     keeper: str
-    """Name of the actor that stored it: its method `cut_routes` is `cut`."""
+    """Name of the storing actor: its method `cut_routes` is `cut`."""
     num_layers: int
     num_rows: int
     top_k: int
@@ -45,12 +45,12 @@ class StoredRoutes:
 
 
 def store_routes(trajectories: Sequence[Trajectory], num_experts: int) -> tuple[Trajectory, ...]:
-    """Put the trajectories' routes into the object store as one object; trajectories with handles come back.
+    """Put the trajectories' routes into the object store as one object; return trajectories with handles.
 
-    An actor calls it that has a name and a method `cut_routes`.
+    The calling process must be an actor with a name and a method `cut_routes`.
 
     Raises:
-        RouteError: routes that the wire form cannot hold (see `wire.encode`).
+        RouteError: the wire form cannot hold the routes (see `wire.encode`).
     """
     arrays = [t.routes for t in trajectories if isinstance(t.routes, RoutedExperts)]
     if not arrays:
@@ -81,11 +81,11 @@ def store_routes(trajectories: Sequence[Trajectory], num_experts: int) -> tuple[
 
 
 def read_routes(requests: Sequence[RouteRequest]) -> list[Pieces]:
-    """A `ReadRoutes` for handles, and for routes that this process holds.
+    """Read routes behind handles, and routes held by this process. A `ReadRoutes`.
 
     Raises:
-        RouteError: routes that are damaged.
-        LostWorkerError: routes that went with the process that stored them, or with its node.
+        RouteError: damaged routes.
+        LostWorkerError: the routes are gone with their storing process, or with its node.
     """
     here = ray.get_runtime_context().get_node_id()
     near: list[int] = []
@@ -98,7 +98,7 @@ def read_routes(requests: Sequence[RouteRequest]) -> list[Pieces]:
             near.append(i)
         else:
             far[request.routes.keeper].append(i)
-    with _told_if_lost():
+    with _as_lost_worker():
         # begun first: others cut while this process reads what is near
         parcels = {
             keeper: _actor(keeper).cut_routes.remote([requests[i] for i in asked]) for keeper, asked in far.items()
@@ -114,13 +114,13 @@ def read_routes(requests: Sequence[RouteRequest]) -> list[Pieces]:
 
 
 def cut(requests: Sequence[RouteRequest]) -> Parcel:
-    """On the node where the routes lie: what was asked for, and nothing else. Raises as `read_routes` does."""
-    with _told_if_lost():
+    """Cut the requested routes, and nothing else, on their node. Raises as `read_routes`."""
+    with _as_lost_worker():
         return pack(requests, _read_near(requests))
 
 
 @contextmanager
-def _told_if_lost() -> Iterator[None]:
+def _as_lost_worker() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as error:  # of the process that cut

@@ -1,4 +1,4 @@
-"""What runs inside the actors, one strategy each. Rollouts store their routes here, ranks are told how to read them."""
+"""Content of the actors, one strategy each. Rollouts store their routes here; ranks get a reader of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 Strategy = TypeVar("Strategy", bound=InferStrategy)
 MIB = 1 << 20
 WRITING = "writing"
-"""The calls that a rank answers in a thread of their own, one at a time."""
+"""Concurrency group of calls answered in a thread of their own, one at a time."""
 
 
 class RolloutWorker:
@@ -63,6 +63,8 @@ class RolloutWorker:
         entry = STRATEGIES[config.actor_infer.strategy_args.strategy_name]
         self._model_path = checkpoint_of(config, "actor_infer")
         self._num_experts = 0
+        self._generating: dict[int, asyncio.Future[asyncio.Task[GenerateResult]]] = {}
+        """Number of a call -> its request under way."""
         server_log = log_path.with_name(f"{log_path.stem}-server.log")
         self._strategy: RolloutStrategy = entry.load_rollout()(
             config=config,
@@ -82,16 +84,32 @@ class RolloutWorker:
         self._num_experts = read_facts(resolve_checkpoint(self._model_path)).num_experts
         await self._strategy.start()
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        """As `RolloutStrategy.generate`, with handles in place of routes."""
-        results = await self._strategy.generate(requests)
-        for i, result in enumerate(results):  # one by one: the arrays go as their wire forms come
-            stored = await asyncio.to_thread(store_routes, result.trajectories, self._num_experts)
-            results[i] = replace(result, trajectories=stored)
-        return results
+    async def begin_generate(self, requests: Mapping[int, GenerateRequest]) -> None:
+        """Give all requests to the engine at once, for it to batch them; `generated` takes each result.
+
+        Args:
+            requests: number of a call -> its request.
+        """
+        for number, request in requests.items():
+            self._begun(number).set_result(asyncio.create_task(self._generate(request)))
+
+    async def generated(self, number: int) -> GenerateResult:
+        """Return the result of a request, with handles in place of routes."""
+        task = await self._begun(number)
+        del self._generating[number]
+        return await task
+
+    def _begun(self, number: int) -> asyncio.Future[asyncio.Task[GenerateResult]]:
+        """Return the future of a request's task: Ray may run `generated` before the `begin_generate` sent before it."""
+        return self._generating.setdefault(number, asyncio.get_running_loop().create_future())
+
+    async def _generate(self, request: GenerateRequest) -> GenerateResult:
+        result = await self._strategy.generate(request)
+        stored = await asyncio.to_thread(store_routes, result.trajectories, self._num_experts)
+        return replace(result, trajectories=stored)
 
     async def cut_routes(self, requests: Sequence[RouteRequest]) -> Parcel:
-        """For a rank on another node: what it asks for of the routes that `generate` stored."""
+        """Cut routes of samples for a rank on another node, from those stored by `begin_generate`."""
         return await asyncio.to_thread(cut, requests)
 
     async def weight_target(self) -> WeightTarget:
@@ -102,9 +120,9 @@ class RolloutWorker:
         return await self._strategy.why_down(ask=ask)
 
     async def restart(self) -> str:
-        """As `RolloutStrategy.restart`; why the engine did not start, or empty.
+        """Restart the engine; return why it did not start, or an empty text.
 
-        With these settings and this model it did before: what cannot be read of them now is a fault of a disk.
+        It started before with these settings and this model. If they cannot be read now, a disk is at fault.
         """
         try:
             await self._strategy.restart()
@@ -139,7 +157,7 @@ class ModelWorker:
         self._snapshot: Snapshot | None = None
         self._strategy: InferStrategy
         self._trainer: TrainStrategy | None = None
-        """The same strategy, where it learns."""
+        """The same strategy, if it learns."""
 
     @ray.method(concurrency_group=SIGNS)
     def alive(self) -> Identity:
@@ -147,9 +165,9 @@ class ModelWorker:
         return identity()
 
     def host_store(self) -> tuple[str, int]:
-        """On rank 0: the store that the role's ranks meet at, on this node's address; returns where it listens.
+        """Host the store of the role's rendezvous, on rank 0 at this node's address; return its address and port.
 
-        It listens from here on, so that nobody else can take the port while the ranks are still importing.
+        It listens from now on, so nobody else can take the port while the ranks are still importing.
         """
         ip = ray.util.get_node_ip_address()
         listener = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
@@ -203,8 +221,8 @@ class ModelWorker:
         """Send this policy's weights to every connected engine; collective over all ranks.
 
         Returns:
-            On the connected rank, why an engine did not take them; empty when all did. What the engines hold after a
-            failure is of no version.
+            On the connected rank, why an engine did not take them; empty on success. After a failure the engines'
+            weights are of no version.
         """
         weights = self._strategy.export_weights()
         failure = ""
@@ -236,12 +254,14 @@ class ModelWorker:
 
     @ray.method(concurrency_group=WRITING)
     def write_snapshot(self, path: Path) -> dict[str, FileSum]:
-        """As `Snapshot.write`, beside whatever else this rank does, and let the snapshot go; returns the checksums of
-        this rank's share of the files, by name.
+        """Write the snapshot as `Snapshot.write`, beside other calls, and release it.
+
+        Returns:
+            Checksums of this rank's share of the files, by name.
 
         Raises:
             RollError: as `Snapshot.write`.
-            CheckpointError: what was written cannot be read, or the disk does not keep it.
+            CheckpointError: a written file cannot be read, or the disk does not keep it.
         """
         snapshot, self._snapshot = self._snapshot, None
         assert snapshot is not None, "there is one to write"
@@ -268,7 +288,7 @@ class ModelWorker:
 
 
 def _seconds(action: Callable[[], None]) -> float:
-    """How long it takes."""
+    """Return the duration of an action."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start

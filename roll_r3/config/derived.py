@@ -7,7 +7,8 @@ from dataclasses import fields
 from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.config.base import Config
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.strategies import MegatronConfig, ServerConfig, SglangConfig, VllmConfig
+from roll_r3.config.sampling import Sampling
+from roll_r3.config.strategies import HfInferConfig, MegatronConfig, ServerConfig, SglangConfig, VllmConfig
 from roll_r3.config.tree import join
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig
 
@@ -207,6 +208,27 @@ def longest_sequence(config: RLVRConfig) -> int:
 def sampled_tokens(config: RLVRConfig) -> int:
     """Return the number of tokens of the longest requested response."""
     return config.actor_infer.generating_args.max_new_tokens or config.response_length
+
+
+def sampling(config: RLVRConfig) -> Sampling:
+    """Return the settings of sampling for training."""
+    generating = config.actor_infer.generating_args
+    return Sampling(
+        max_new_tokens=sampled_tokens(config),
+        temperature=generating.temperature,
+        top_p=generating.top_p,
+        top_k=generating.top_k,
+        stop_token_ids=generating.stop_token_ids,
+        stop_strings=generating.stop_strings,
+    )
+
+
+def samples_at_once(config: RLVRConfig) -> int:
+    """Return the number of samples that an engine runs at once, as far as the configuration says."""
+    settings = config.actor_infer.strategy_args.strategy_config
+    if isinstance(settings, HfInferConfig):
+        return settings.max_running_requests
+    return min(settings.max_running_requests or settings.max_concurrent_requests, settings.max_concurrent_requests)
 
 
 def engine_room(config: RLVRConfig) -> int:

@@ -66,8 +66,8 @@ class WorkerTimeoutsConfig(Config):
     """Seconds without a heartbeat from a worker. Only a library call that blocks Python stops heartbeats. null: no
     limit."""
     call: Seconds | None = None
-    """Seconds for one call (a training step, a step's samples, a start). A call may always take one minute, and twice
-    the longest of its kind so far. null: no limit."""
+    """Seconds for one call (a training step, the next group of samples, a start). A call may always take one minute,
+    and twice the longest of its kind so far. null: no limit."""
 
 
 def _resume_from_yaml(value: Any) -> Any:

@@ -222,14 +222,15 @@ def checked_sample(
     routes = None
     if asked.record_routes:
         num_rows = len(prompt_ids) + len(response_ids_R) - 1 - asked.sample.first_row
-        routes = _routes(routes_of(num_rows), num_rows, facts)
-    trajectory = Trajectory(
-        sample_id=asked.sample.sample_id,
-        prompt_ids_P=np.array(prompt_ids, np.int32),
-        response_ids_R=response_ids_R,
-        log_probs_R=log_probs_R,
+        routes = _routes(routes_of(num_rows), num_rows, facts).after_unknown(asked.sample.first_row)
+    trajectory = Trajectory.one_turn(
+        asked.sample.sample_id,
+        asked.sample.group_id,
+        prompt_ids=prompt_ids,
+        response_ids=response_ids_R,
+        log_probs=log_probs_R,
+        version=asked.weight_version,
         finish_reason=answer.finish_reason,
-        weight_versions=(asked.weight_version,),
         routes=routes,
     )
     return Sample(trajectory, from_cache=answer.cached_tokens >= asked.sample.cached_rows)

@@ -1,10 +1,10 @@
-"""From requests to results: every sample in flight at once, asked again when it failed, never twice in a result."""
+"""From a request to its result: every sample in flight at once, retried when it failed, never twice in a result."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,8 @@ class SampleRequest:
     """The engine must find at least this many tokens of the prompt in its prefix cache."""
     cache_key: str = ""
     """Requests find each other's prefixes in the engine's cache only under the same key."""
+    group_id: str = ""
+    """Group of the sample; empty for a sample of a warm-up."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Sample:
     """A checked answer to a `SampleRequest`."""
 
     trajectory: Trajectory
-    """With the rows of its routes that were asked for."""
+    """Rows of its routes before `first_row` are unknown."""
     from_cache: bool
     """The engine vouches that the first `cached_rows` tokens came from its cache and were not computed again."""
 
@@ -66,20 +68,13 @@ class Sharing(Protocol):
         """
 
 
-async def sample_all(
-    requests: Sequence[GenerateRequest], ask: Ask, sharing: Sharing, *, max_retries: int
-) -> list[GenerateResult]:
-    """Ask for every sample of every request, all at once; `ask` limits how many are really in flight.
+async def sample_group(request: GenerateRequest, ask: Ask, sharing: Sharing, max_retries: int) -> GenerateResult:
+    """Ask for every sample of a prompt, all at once; `ask` limits the number of samples in flight.
 
     A sample that fails is asked for again under the same id, up to `max_retries` times, then dropped with the last
     reason; to share a prompt's rows costs none of these retries. Samples that an engine which went down did not bring
-    are lost, the others are kept. Results come in the order of `requests`, trajectories in the order of their
-    `sample_ids`.
+    are lost, the others are kept. Trajectories come in the order of `sample_ids`.
     """
-    return list(await asyncio.gather(*(_sample_group(request, ask, sharing, max_retries) for request in requests)))
-
-
-async def _sample_group(request: GenerateRequest, ask: Ask, sharing: Sharing, max_retries: int) -> GenerateResult:
     if len(request.seeds) != len(request.sample_ids):
         raise ValueError(f"{len(request.sample_ids)} sample ids came with {len(request.seeds)} seeds")
     came: dict[str, Trajectory] = {}
@@ -93,7 +88,7 @@ async def _sample_group(request: GenerateRequest, ask: Ask, sharing: Sharing, ma
         except EngineError:
             pass  # which each of them will meet by itself
     alone = [
-        SampleRequest(request.prompt_ids, sample_id, seed)
+        SampleRequest(request.prompt_ids, sample_id, seed, group_id=request.group_id)
         for sample_id, seed in zip(request.sample_ids, request.seeds, strict=True)
         if sample_id not in came
     ]

@@ -16,10 +16,11 @@ from roll_r3.config.derived import checkpoint_of, engine_room, sampled_tokens
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import ServerConfig
 from roll_r3.engines.answers import Asked
+from roll_r3.engines.burst import Burst
 from roll_r3.engines.client import ServerClient, UnreachableError
 from roll_r3.engines.liveness import answers, until_silent
 from roll_r3.engines.process import GRACE_S, ServerProcess, free_port, signal_group
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest, sample_all
+from roll_r3.engines.sampling import Sample, SampleError, SampleRequest, sample_group
 from roll_r3.engines.server_args import CPU_SAMPLES, EVERY_ADDRESS
 from roll_r3.engines.sharing import LEAST_ROWS, PromptSharing
 from roll_r3.engines.slots import Slots
@@ -105,6 +106,7 @@ class ServerRollout(ABC, Generic[ConfigT]):
         self._sharing = PromptSharing(
             self._ask_or_wait, self._prime, self._recomputed, self._slots, at_once=self._at_once(device)
         )
+        self._burst = Burst(self._kill_if_silent, self._why_closed)
         self._weight_version = 0
         self._weights_due = False
         self._verdict = ""
@@ -308,10 +310,10 @@ class ServerRollout(ABC, Generic[ConfigT]):
         self._sharing.engine_keeps(page)
         return ""
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        """Sample; up to `max_concurrent_requests` samples are waited for at once. Results in request order.
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Sample a group. Over all calls, up to `max_concurrent_requests` samples are waited for at once.
 
-        A server that goes down under the requests, or is down already, leaves the samples that it did not bring lost.
+        A server that goes down under the request, or is down already, leaves the samples that it did not bring lost.
 
         Raises:
             EngineError: the server was not started, was stopped, or was started again and not given weights since.
@@ -321,25 +323,25 @@ class ServerRollout(ABC, Generic[ConfigT]):
         if self._weights_due:
             raise EngineError(f"{self._name} was started again and has the checkpoint's weights: an update comes first")
         if self._why_ended():
-            return [GenerateResult(trajectories=(), lost=request.sample_ids) for request in requests]
-        watch = asyncio.create_task(self._kill_if_silent(self._client))
-        try:
-            return await self._judged(await self._sample_all(self._client, requests))
-        finally:
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            return GenerateResult(trajectories=(), lost=request.sample_ids)
+        async with self._burst:
+            return await self._judged(await self._sample_open(request))
 
-    async def _sample_all(self, client: ServerClient, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+    async def _sample_open(self, request: GenerateRequest) -> GenerateResult:
+        if closed := await self._burst.closed():
+            return GenerateResult(trajectories=(), dropped=dict.fromkeys(request.sample_ids, closed))
+        return await sample_group(request, self._ask_in_turn, self._sharing, self._config.max_retries)
+
+    async def _why_closed(self) -> str:
+        assert self._client is not None, "start() comes first"
         try:
-            closed = await self._or_death(self.why_closed(client))
+            return await self._or_death(self.why_closed(self._client))
         except (SampleError, EngineError) as error:
-            closed = str(error)
-        if closed:
-            return [GenerateResult(trajectories=(), dropped=dict.fromkeys(r.sample_ids, closed)) for r in requests]
-        return await sample_all(requests, self._ask_in_turn, self._sharing, max_retries=self._config.max_retries)
+            return str(error)
 
-    async def _kill_if_silent(self, client: ServerClient) -> None:
-        await until_silent(client.alive, self._config.hang_timeout)
+    async def _kill_if_silent(self) -> None:
+        assert self._client is not None, "start() comes first"
+        await until_silent(self._client.alive, self._config.hang_timeout)
         await self._kill_as_hung()
 
     async def _kill_as_hung(self) -> None:
@@ -350,25 +352,28 @@ class ServerRollout(ABC, Generic[ConfigT]):
         logger.warning("%s", self._verdict)
         await self._process.stop(grace_s=0.0)
 
-    async def _judged(self, results: list[GenerateResult]) -> list[GenerateResult]:
-        """What was dropped by an engine that is down is lost: another may bring it.
-
-        An engine that was asked for several prompts and brought no sample at all is taken for broken. Of a single
-        prompt that would be too little to say so.
-        """
-        dropped = [reason for result in results for reason in result.dropped.values()]
-        if not dropped:
-            return results
+    async def _judged(self, result: GenerateResult) -> GenerateResult:
+        """Return samples dropped by an engine that is down as lost: another may bring them."""
+        if result.trajectories:
+            self._burst.brought()
+        if not result.dropped:
+            return result
         await asyncio.wait([self._process.death], timeout=_EXIT_S)
-        if not self._why_ended() and len(results) > 1 and len(dropped) == sum(_asked(r) for r in results):
-            self._verdict = (
-                f"{self._name} gave nothing usable: {len(dropped)} samples of {len(results)} prompts failed, "
-                f"with {self._config.max_retries} retries each (strategy_config.max_retries); the last: {dropped[-1]}"
-            )
+        nothing_came = len(result.dropped) == _asked(result)
+        failed = await self._burst.brought_nothing(result) if nothing_came else []
+        if failed and not self._why_ended():
+            self._verdict = self._useless(failed)
             logger.warning("%s", self._verdict)
         if not self._why_ended():
-            return results
-        return [replace(result, dropped={}, lost=(*result.lost, *result.dropped)) for result in results]
+            return result
+        return replace(result, dropped={}, lost=(*result.lost, *result.dropped))
+
+    def _useless(self, failed: Sequence[GenerateResult]) -> str:
+        reasons = [reason for result in failed for reason in result.dropped.values()]
+        return (
+            f"{self._name} gave nothing usable: {len(reasons)} samples of {len(failed)} prompts failed, "
+            f"with {self._config.max_retries} retries each (strategy_config.max_retries); the last: {reasons[-1]}"
+        )
 
     def _why_ended(self) -> str:
         """Why nothing more is asked of this server, with the end of its log; empty while something is."""

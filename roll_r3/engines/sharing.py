@@ -93,7 +93,7 @@ class PromptSharing:
     async def share(self, request: GenerateRequest, rows: int) -> dict[str, Trajectory]:
         key = secrets.token_hex(8)
         wanted = [
-            SampleRequest(request.prompt_ids, sample_id, seed, rows if number else 0, rows, key)
+            SampleRequest(request.prompt_ids, sample_id, seed, rows if number else 0, rows, key, request.group_id)
             for number, (sample_id, seed) in enumerate(zip(request.sample_ids, request.seeds, strict=True))
         ]
         ahead = min(len(wanted), self._ahead.total)
@@ -200,12 +200,12 @@ async def _end(tasks: list[asyncio.Task[Sample]]) -> None:
 
 
 def _stitched(trajectories: list[Trajectory], rows: int) -> dict[str, Trajectory]:
-    """The leader's trajectory comes first and has all its rows, the others theirs from `rows` on."""
+    """Give each trajectory the first `rows` rows of the leader, which comes first and has all its own."""
     leader, *others = trajectories
     shared_MsK = _routes_of(leader).ids_MRK[:, :rows]
     whole = {leader.sample_id: leader}
     for other in others:
-        own_MoK = _routes_of(other).ids_MRK
+        own_MoK = _routes_of(other).ids_MRK[:, rows:]
         whole[other.sample_id] = replace(other, routes=RoutedExperts(np.concatenate([shared_MsK, own_MoK], axis=1)))
     return whole
 

@@ -1,4 +1,4 @@
-"""Warnings for steps that teach nothing: no reward, no advantage, or no gradient for several steps in a row."""
+"""Warnings about steps without a learning signal: no reward, advantage or gradient for several steps in a row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SilenceWatch:
         """Steps in a row."""
 
     def observe(self, metrics: Mapping[str, float]) -> str | None:
-        """Take the metrics of the next step. Returns a warning where one is due."""
+        """Take the metrics of the next step; return a warning if one is due."""
         quiet = {
             "reward": metrics["critic/score/max"] == metrics["critic/score/min"] == 0,
             "advantage": metrics["critic/advantages/max"] == metrics["critic/advantages/min"] == 0,
@@ -32,7 +32,7 @@ class SilenceWatch:
         return "\n  ".join([self._headline(), *self._reasons(metrics)])
 
     def _headline(self) -> str:
-        """The silent quantities that last at least as long as a first warning takes."""
+        """Return the quantities silent for at least as long as a first warning takes."""
         words = {"reward": "every reward is 0", "advantage": "every advantage is 0", "gradient": "the gradient is 0"}
         long = [f"{words[name]} (for {count} steps)" for name, count in self._silent.items() if count >= FIRST_WARNING]
         terms = [

@@ -1,9 +1,11 @@
-"""The figures of one step, under the names of `roll_r3.tracking.names`."""
+"""Metrics of one step, under the names of `roll_r3.tracking.names`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -15,20 +17,39 @@ from roll_r3.algorithms.mismatch import mismatch_metrics
 from roll_r3.algorithms.signal import group_signal
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
+from roll_r3.cluster.models import BatchLogProbs, BatchUpdate
 from roll_r3.config.derived import gives_rollout_log_probs
 from roll_r3.config.pipeline import RLVRConfig
 
 
+@dataclass
+class StepClock:
+    """Seconds of each stage of a step."""
+
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block."""
+        start = time.perf_counter()
+        yield
+        self.seconds[f"time/step_{name}"] = time.perf_counter() - start
+
+    def stop(self) -> dict[str, float]:
+        """Return the seconds of all stages, and of the step as a whole."""
+        return self.seconds | {"time/step_total": time.perf_counter() - self.started}
+
+
 @dataclass(frozen=True)
 class StepRecord:
-    """Everything a step leaves behind for its metrics."""
+    """Results of a step for its metrics."""
 
     step: int
     seconds: dict[str, float]
     trajectories: Sequence[Trajectory]
     groups: Sequence[str]
-    """The prompt of each trajectory."""
+    """The group of each trajectory."""
     scores: npt.NDArray[np.float64]
     """Rewards, one per trajectory."""
     advantages: TokenAdvantages
@@ -45,11 +66,12 @@ class StepRecord:
 
 
 def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
-    """Metric name -> figure."""
+    """Return metric name -> value."""
     batch, mask = r.batch, r.batch.loss_mask_N
     assert batch.old_log_probs_N is not None and batch.advantages_N is not None
-    prompts = np.array([len(t.prompt_ids_P) for t in r.trajectories])
-    responses = np.array([len(t.response_ids_R) for t in r.trajectories])
+    prompts = np.array([len(t.prompt_ids) for t in r.trajectories])
+    responses = np.array([t.num_sampled for t in r.trajectories])
+    tokens = sum(t.num_tokens for t in r.trajectories)
     seconds = r.seconds["time/step_total"]
     metrics = {
         **r.seconds,
@@ -69,7 +91,7 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         "reward/math_undecided": r.undecided_rewards,
         "system/global_step": r.step,
         "system/samples": r.samples_seen,
-        "system/tps": float((prompts.sum() + responses.sum()) / seconds),
+        "system/tps": float(tokens / seconds),
     }
     if gives_rollout_log_probs(config):
         metrics |= mismatch_metrics(batch.old_log_probs_N[mask], batch.rollout_log_probs_N[mask])
@@ -88,7 +110,7 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
 
 
 def _replay_metrics(r: StepRecord, seconds: float) -> dict[str, float]:
-    """Coverage and padding are the update's own; agreement is measured before it, by the weights that sampled."""
+    """Return coverage and padding of the update, and the agreement measured before it by the sampling weights."""
     update, before = r.update.replay, r.old.replay
     if update is None:
         return {}
@@ -110,7 +132,7 @@ def _replay_metrics(r: StepRecord, seconds: float) -> dict[str, float]:
 
 
 def _spread(prefix: str, values: npt.NDArray[np.generic]) -> dict[str, float]:
-    """mean, max and min."""
+    """Return mean, max and min."""
     if not len(values):
         return {}
     return {f"{prefix}/{name}": float(getattr(np, name)(values)) for name in ("mean", "max", "min")}

@@ -1,4 +1,4 @@
-"""What a strategy is: the contract between the cluster (or a test, or torchrun) and one engine.
+"""Contracts of strategies: between the cluster (or a test, or torchrun) and one engine or rank.
 
 Strategies know nothing of Ray. A rollout strategy owns one engine; a train or infer strategy is one rank of a
 torch.distributed world. Shape legend as in `roll_r3.batch.batch`: n samples, N inputs.
@@ -18,6 +18,7 @@ from roll_r3.batch.batch import Batch
 from roll_r3.batch.route_pieces import ReadRoutes, read_held
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.sampling import Sampling
 from roll_r3.replay.counts import ReplayCounts
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ Role = Literal["actor_train", "reference"]
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a strategy can do; startup checks compare these with what the configuration asks for."""
+    """Abilities of a strategy; checks before the start compare them with the configuration."""
 
     records_routes: bool = False
     """Rollout: returns `routed_experts` with every trajectory."""
@@ -53,29 +54,33 @@ class ProcessInfo:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One prompt, several samples."""
+    """One prompt, several samples: a group. One engine samples the whole of it, so that its prefix is shared."""
 
     prompt_ids: tuple[int, ...]
     sample_ids: tuple[str, ...]
-    """One response is sampled for each; a retry keeps its id."""
+    """Id of each response to sample; a retry keeps it."""
     seeds: tuple[int, ...]
     """Sampling seed of each response."""
+    group_id: str
+    sampling: Sampling
+    record_routes: bool
+    """True if trajectories must carry routes. Only engines that were started to record them can."""
 
 
 @dataclass(frozen=True)
 class GenerateResult:
     trajectories: tuple[Trajectory, ...]
-    """The samples that came back whole and passed every check, in the order asked for."""
+    """Samples that came back whole and passed every check, in the order of the request."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """Sample id -> why it was given up after its retries."""
+    """Sample id -> the reason for which it was dropped after its retries."""
     lost: tuple[str, ...] = ()
-    """Sample ids without an answer because the engine is down: no failure of theirs, and they cost no retries."""
+    """Ids of samples without an answer because the engine is down. They cost no retries."""
     retries: int = 0
-    """Requests that were sent again."""
+    """Number of requests sent again."""
 
 
 class WeightTarget(Protocol):
-    """A picklable description of one engine that can take new weights. It may carry a key: never log it."""
+    """A picklable description of one engine for the sender of weights. It may carry a key: never log it."""
 
 
 class WeightChannel(Protocol):
@@ -87,7 +92,7 @@ class WeightChannel(Protocol):
     def buckets(
         self, weights: Iterable[tuple[str, torch.Tensor]], size: int
     ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """Group weights for `send`: about `size` bytes each, and together what the engine must be given at once."""
+        """Group weights for `send`, about `size` bytes each; weights needed by the engine at once stay together."""
 
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Send (Hugging Face name, whole tensor) pairs to every engine. Raises EngineError when one fails."""
@@ -121,33 +126,34 @@ class RolloutStrategy(Protocol):
             EngineError: version outside the supported window, start-up failed or timed out (with the log's end).
         """
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        """Sample; many requests are in flight at once. Results in the order of `requests`.
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Sample one group. Many calls run at once; the engine itself limits the number of samples in flight.
 
-        An engine that goes down meanwhile raises nothing: what came before is in the results, the rest is `lost`.
+        An engine that goes down meanwhile raises nothing: the result has the samples that came before, and the others
+        are `lost`.
 
         Raises:
-            EngineError: it was not started, or started again and not given weights since.
+            EngineError: the engine was not started, or was started again and has had no weights since.
         """
 
     async def why_down(self, *, ask: bool) -> str:
-        """Why the engine is of no more use until `restart`; empty when it is.
+        """Return why the engine is down and needs a `restart`; empty when it works.
 
         Args:
             ask: have it give a sign of life, however long the configuration lets it take.
         """
 
     async def restart(self) -> None:
-        """End what is left of the engine and start it anew, at weight version 0.
+        """End the rest of the engine and start it again, at weight version 0.
 
-        It may not be asked before `on_weights_updated`, and has another `weight_target`.
+        It must not be asked before `on_weights_updated`, and has another `weight_target`.
 
         Raises:
             ConfigError, EngineError: as `start`.
         """
 
     def weight_target(self) -> WeightTarget:
-        """How a trainer reaches this engine with new weights."""
+        """Return the address of this engine for a sender of weights."""
 
     async def on_weights_updated(self, version: int) -> None:
         """A `WeightChannel.end` of this version returned: from now on only its samples are accepted."""
@@ -157,7 +163,7 @@ class RolloutStrategy(Protocol):
         nothing is started afterwards.
 
         Args:
-            at_once: kill instead of asking, since nothing that the engine has under way is of use.
+            at_once: kill instead of asking; requests under way are abandoned.
         """
 
 
@@ -186,7 +192,7 @@ class RolloutClass(Protocol):
 
 @dataclass(frozen=True)
 class LogProbResult:
-    """Of one data-parallel shard; only the rank for which `returns_results` is true has values."""
+    """Log-probabilities of one data-parallel shard; only the rank with `returns_results` has values."""
 
     log_probs_N: npt.NDArray[np.float32] | None
     """Log-probability of each input's label under the sampling temperature, nats."""
@@ -194,7 +200,7 @@ class LogProbResult:
     replay: ReplayCounts | None
     """None when routing was native."""
     seconds_in_routes: float = 0.0
-    """Time this rank spent on anything that touches routes."""
+    """Time of this rank in code for routes."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,7 @@ class TrainResult:
     replay: ReplayCounts | None
     seconds_in_routes: float = 0.0
     skipped: tuple[str, ...] = ()
-    """Of each optimizer step that was not made, why, for the person who watches; the same on every rank."""
+    """Reason for each skipped optimizer step, for a person to read; the same on every rank."""
     log_probs_N: npt.NDArray[np.float32] | None = None
     """Log-probabilities under the weights before the update, as a `LogProbResult` has them; None if the batch brought
     old ones."""
@@ -212,7 +218,7 @@ class TrainResult:
 
 
 class InferStrategy(Protocol):
-    """One rank of a model that computes log-probabilities."""
+    """One rank of a model for log-probabilities."""
 
     @property
     def data_parallel_rank(self) -> int: ...
@@ -235,7 +241,7 @@ class InferStrategy(Protocol):
         """
 
     def load_weights(self, path: Path) -> None:
-        """Take the weights, and nothing else, of what a `TrainStrategy` of the same kind wrote; collective.
+        """Load the weights, and nothing else, of a checkpoint by a `TrainStrategy` of the same kind; collective.
 
         Raises:
             ConfigError: no checkpoint at `path`, or one of another model; on every rank.
@@ -248,7 +254,7 @@ class InferStrategy(Protocol):
         """Write the weights, config and tokenizer as a Hugging Face checkpoint; collective.
 
         Returns:
-            Bytes of each file, by name, which the disk keeps; on the first rank, and nothing on the others.
+            Bytes of each file on the disk, by name, on the first rank; nothing on the others.
 
         Raises:
             CheckpointError: it could not be written.
@@ -259,13 +265,13 @@ class InferStrategy(Protocol):
 
 
 class Snapshot(Protocol):
-    """One rank's part of a checkpoint that is not written yet."""
+    """One rank's part of an unwritten checkpoint."""
 
     def write(self, path: Path) -> None:
-        """Write it; collective, but over no group that training uses: a thread may call it while another one trains.
+        """Write it; collective, but over a group of its own: a thread may call it while another one trains.
 
         Args:
-            path: a directory to make, on a disk that all ranks share. It appears when all of it is there.
+            path: a directory to make, on a disk shared by all ranks. It appears once it is complete.
 
         Raises:
             RollError: there is something at `path`, or a rank could not write; on every rank.
@@ -273,29 +279,30 @@ class Snapshot(Protocol):
 
 
 class TrainStrategy(InferStrategy, Protocol):
-    """One rank of the policy that learns."""
+    """One rank of the trained policy."""
 
     def train_step(self, batch: Batch, step: int) -> TrainResult:
-        """All optimizer steps on this rank's shard of step `step`; collective.
+        """Run all optimizer steps on this rank's shard of step `step`; collective.
 
-        One whose gradient or loss is not finite is left out on all ranks, and leaves everything as it was. Needs
+        A step with a gradient or loss that is not finite is skipped on all ranks, and changes nothing. The batch needs
         `advantages_N`, for a KL loss `ref_log_probs_N`, and for several optimizer steps `old_log_probs_N`. Without the
-        last the ratio is exactly 1, and the result has the log-probabilities of the one optimizer step. Raises
-        ReplayError under R3 when the batch carries no routes, under R2 when no recording pass over these samples came
-        before; RollError when more than `max_skipped_steps` in a row were left out.
+        last the ratio is exactly 1, and the result has the log-probabilities of the one optimizer step.
+
+        Raises:
+            ReplayError: under R3 the batch carries no routes, or under R2 no recording pass over it came before.
+            RollError: more than `max_skipped_steps` in a row were skipped.
         """
 
     def snapshot(self) -> Snapshot:
-        """Copy what training goes on from into the host's memory, each rank its part; collective.
+        """Copy the state of training into the host's memory, each rank its part; collective.
 
-        Weights, optimizer, and the position in the learning-rate schedule. No samples, no recorded routes, no
-        configuration, nothing of the rollout; and no random state, since all that is random is drawn from the seed and
-        the number of the step.
+        It holds weights, optimizer and the position in the learning-rate schedule. It holds no samples, recorded routes
+        or configuration, and nothing of the rollout. It needs no random state: everything random follows from the seed
+        and the number of the step.
         """
 
     def load_checkpoint(self, path: Path) -> None:
-        """Go on from what a snapshot of the same kind of strategy wrote, on whatever number of ranks and in
-        whatever parallel layout; collective.
+        """Load a snapshot of the same kind of strategy, on any number of ranks and in any parallel layout; collective.
 
         Raises:
             ConfigError: no checkpoint at `path`, or one of another model; on every rank.

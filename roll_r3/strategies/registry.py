@@ -1,7 +1,7 @@
-"""Strategy names, what each can do, and where its code is. Importing this module imports no engine.
+"""Names of strategies, their abilities, and the places of their code. Importing this module imports no engine.
 
-To add a strategy: a typed config in `roll_r3.config.strategies`, a module under rollout/ or train/, a row here, and a
-line in `tests/types/contracts.py`, where the checker of types compares the class with its contract.
+To add a strategy: a typed config in `roll_r3.config.strategies`, a module under engines/ or trainers/, a row here,
+and a line in `tests/types/contracts.py`, where the checker of types compares the class with its contract.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StrategyEntry:
     config: type[Config]
     capabilities: Capabilities
     builder: Builder
-    """The library that builds the model from the checkpoint's config.json."""
+    """The library used to build the model from the checkpoint's config.json."""
     factory: str
     """`module:attribute` of the strategy class, imported when it is first needed."""
     weight_channel: str | None = None
@@ -44,19 +44,19 @@ class StrategyEntry:
         return made
 
     def load_channel(self) -> ChannelClass:
-        """The class that sends weights to a rollout strategy's engines."""
+        """Load the class of the weight channel to a rollout strategy's engines."""
         assert self.weight_channel is not None, f"{self.factory} takes no weights"
         made: ChannelClass = load_attribute(self.weight_channel)
         return made
 
     def load_model(self) -> ModelClass[InferStrategy]:
-        """The class of a strategy that computes log-probabilities, be it one that learns or not."""
+        """Load the class of a strategy for log-probabilities, trained or not."""
         assert self.kind in ("train", "infer"), f"{self.factory} is no rank of a model"
         made: ModelClass[InferStrategy] = load_attribute(self.factory)
         return made
 
     def load_trainer(self) -> ModelClass[TrainStrategy]:
-        """The class of a strategy that learns."""
+        """Load the class of a trained strategy."""
         assert self.kind == "train", f"{self.factory} learns nothing"
         made: ModelClass[TrainStrategy] = load_attribute(self.factory)
         return made

@@ -334,9 +334,9 @@ def _check_refusal(error: Exception, *, right: bool) -> None:
 
 def _compare(found: Trajectory, says: tuple[list[int], list[float], list[list[list[int]]]]) -> None:
     ids, log_probs, routes = says
-    if found.response_ids_R.tolist() != ids:
+    if found.response_ids.tolist() != ids:
         raise Wrong("other tokens than it says")
-    if not np.array_equal(found.log_probs_R, np.minimum(np.array(log_probs, np.float32), np.float32(0))):
+    if not np.array_equal(found.log_probs, np.minimum(np.array(log_probs, np.float32), np.float32(0))):
         raise Wrong("other log-probabilities than it says")
     assert found.routes is not None
     if found.routes.ids_MRK.transpose(1, 0, 2).tolist() != [row[1:] for row in routes]:

@@ -30,7 +30,7 @@ from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import prompt_batches
 from roll_r3.errors import CheckpointError, ConfigError, RollError
-from roll_r3.pipelines import resume
+from roll_r3.pipelines.lifecycle import resume
 from roll_r3.saving.manifest import file_sum, files_below, seal
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.tracking.metric_log import MetricLog
@@ -287,7 +287,7 @@ class Checkpoints:
                 for line in resume.changes(config, point):
                     if len(line) > 1000 or not line.isprintable():
                         raise Wrong(f"a line that cannot be shown: {len(line)} characters: {line[:200]!r}")
-                resume.put_back(run_dir, point, lambda text: None)
+                resume.rewind(run_dir, point, lambda text: None)
                 with MetricLog(run_dir, ()):
                     pass
                 next(prompt_batches(["p"] * 100, 8, 42, drawn=point.state.data.drawn))  # type: ignore[list-item]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.sampling import Sampling
 from roll_r3.engines.process import ServerProcess
 from roll_r3.engines.sampling import SampleRequest
 from roll_r3.engines.server import ServerRollout
@@ -69,7 +70,7 @@ def assert_stopped_where_asked(results: Sequence[GenerateResult], checkpoint: Pa
     ends = read_end_tokens(checkpoint, tokenizer)
     seen = set()
     for t in trajectories(results).values():
-        ids = t.response_ids_R.tolist()
+        ids = t.response_ids.tolist()
         text = [tokenizer.decode(ids[: i + 1], skip_special_tokens=False) for i in range(len(ids))]
         by_string = [any(s in text[i] for s in STOPS["stop_strings"]) for i in range(len(ids))]
         by_token = [i in STOPS["stop_token_ids"] or i in ends for i in ids]
@@ -84,6 +85,16 @@ SMALL_SERVER = {"max_total_tokens": 8192, "max_running_requests": 64, "startup_t
 """Settings common to both servers."""
 
 
+def one_group(prompt_ids: tuple[int, ...], sample_ids: tuple[str, ...], seeds: tuple[int, ...]) -> GenerateRequest:
+    """A group that asks for what an engine of these tests is configured to give."""
+    return GenerateRequest(prompt_ids, sample_ids, seeds, "group", Sampling(RESPONSE_LENGTH), record_routes=True)
+
+
+async def generate(rollout: RolloutStrategy, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+    """Ask for many groups at once; results in their order."""
+    return await asyncio.gather(*map(rollout.generate, requests))
+
+
 class Rollout(Generic[RolloutT]):
     """A strategy and its event loop."""
 
@@ -95,7 +106,7 @@ class Rollout(Generic[RolloutT]):
         return self.loop.run_until_complete(asyncio.wait_for(work, timeout_s))
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        return self.run(self.rollout.generate(requests))
+        return self.run(generate(self.rollout, requests))
 
     def close(self) -> None:
         self.run(self.rollout.stop())
@@ -121,7 +132,7 @@ def requests(num_prompts: int, samples: int, *, first_seed: int = 100) -> list[G
     for prompt in range(num_prompts):
         ids = tuple(int(token) for token in draw.integers(0, 256, size=3 + prompt % 7))
         seeds = tuple(first_seed + prompt * samples + sample for sample in range(samples))
-        made.append(GenerateRequest(ids, tuple(f"p{prompt}/s{sample}" for sample in range(samples)), seeds))
+        made.append(one_group(ids, tuple(f"p{prompt}/s{sample}" for sample in range(samples)), seeds))
     return made
 
 
@@ -132,7 +143,7 @@ def long_requests(
     draw = np.random.default_rng(length)
     begin = tuple(int(token) for token in draw.integers(0, 256, size=common))
     return [
-        GenerateRequest(
+        one_group(
             begin + tuple(int(token) for token in draw.integers(0, 256, size=length - common)),
             tuple(f"long{prompt}/s{sample}" for sample in range(samples)),
             tuple(first_seed + prompt * samples + sample for sample in range(samples)),
@@ -144,7 +155,7 @@ def long_requests(
 def one_by_one(requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
     """Split requests: each sample becomes its prompt's only one."""
     return [
-        GenerateRequest(request.prompt_ids, (sample_id,), (seed,))
+        one_group(request.prompt_ids, (sample_id,), (seed,))
         for request in requests
         for sample_id, seed in zip(request.sample_ids, request.seeds, strict=True)
     ]
@@ -227,11 +238,11 @@ class Reference:
 
     @torch.no_grad()
     def _forward(self, trajectory: Trajectory, **options: Any) -> Any:
-        ids = torch.tensor(np.concatenate([trajectory.prompt_ids_P, trajectory.response_ids_R])).long()
+        ids = torch.tensor(trajectory.token_ids_T).long()
         return self._model(ids[None], **options)
 
     def _of_response(self, trajectory: Trajectory, logits_1TV: torch.Tensor) -> np.ndarray:
-        labels_R = torch.tensor(trajectory.response_ids_R).long()
+        labels_R = torch.tensor(trajectory.response_ids).long()
         log_probs_TV = torch.log_softmax(logits_1TV[0].double() / self._temperature, -1)
-        first = len(trajectory.prompt_ids_P) - 1
+        first = len(trajectory.prompt_ids) - 1
         return log_probs_TV[first:-1].gather(-1, labels_R[:, None])[:, 0].numpy()

@@ -18,9 +18,9 @@ from typing import Any
 
 import psutil
 import pytest
-from engine_world import ASKED, Kind, World, killed_under_its_requests
+from engine_world import Kind, World, killed_under_its_requests
 from faults import Fault, nothing_left
-from rollout_cases import group_members, requests
+from rollout_cases import generate, group_members, requests
 from sglang_cases import Engine, configuration
 from whole_run import RAYS_LAST_WORD, START_TIMEOUT, Run, few_steps
 
@@ -68,10 +68,10 @@ def test_a_server_that_hangs_is_killed_and_started_again(fault: Fault, world: Wo
             process.suspend()
 
     with world.answered(1, 5, strike):
-        results = world.engines.generate(ASKED)
+        results = world.sample()
     seconds = time.monotonic() - struck
     world.assert_undisturbed(results, 1)
-    assert world.engines.step_done() == 1
+    assert world.restarted(1) == 1
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in victims)
     assert re.search(
         r"engine 1 \(SGLang\) gave no sign of life for 30 s \(strategy_config\.hang_timeout\)", world.said[-2]
@@ -97,11 +97,11 @@ def test_an_engine_that_answers_garbage_is_started_again(fault: Fault, world: Wo
 
     client.post = spoilt  # type: ignore[method-assign]
     began = time.monotonic()
-    results = world.engines.generate(ASKED)
+    results = world.sample()
     fault.recovered(time.monotonic() - began)
     world.assert_undisturbed(results, 1)
-    assert world.engines.step_done() == 1
-    seen = "engine 0 (SGLang) gave nothing usable: 32 samples of 8 prompts failed, with 3 retries each"
+    assert world.restarted(1) == 1
+    seen = "engine 0 (SGLang) gave nothing usable: 16 samples of 4 prompts failed, with 3 retries each"
     assert seen in world.said[-2]
     fault.user_sees(f"actor_infer-0 failed, and is started again (...): {seen} ...; the last: routed_experts ...")
     fault.lost("nothing; all samples of that engine are sampled again")
@@ -120,12 +120,12 @@ def test_a_server_killed_in_an_update_is_started_again_and_all_get_the_weights(f
         world.scheduler(1).kill()
 
     world.trainer.half_way = strike
-    world.engines.send_weights(2)
+    world.pool.update_weights(2)
     fault.recovered(time.monotonic() - struck)
     assert world.trainer.updates[-1] == 2
-    world.assert_undisturbed(world.engines.generate(ASKED), 2)
+    world.assert_undisturbed(world.sample(), 2)
     assert not set(ports) & {target.port for target in world.rollouts.weight_targets()}, "half of the weights is no use"
-    assert world.engines.step_done() == 2
+    assert world.pool.step_done() == 2
     fault.user_sees("actor_infer-1 failed, and is started again (1 of 3 times ...): engine 1 (SGLang) died: ...")
     fault.lost("nothing; every engine that took part is started again and gets the weights from the first on")
 
@@ -135,10 +135,10 @@ def test_a_server_that_died_between_two_steps_is_found_by_the_update(world: Worl
     survivor = world.rollouts.weight_targets()[0].port
     os.killpg(world.server(1).pid, signal.SIGKILL)
     world.rollouts.each(lambda engine, _: asyncio.wait_for(asyncio.shield(engine.rollout._process.death), 10), [1])
-    world.engines.send_weights(3)
-    assert world.engines.step_done() == 1
+    world.pool.update_weights(3)
+    assert world.pool.step_done() == 1
     assert world.rollouts.weight_targets()[0].port == survivor, "it left the old group and joined the new one"
-    world.assert_undisturbed(world.engines.generate(ASKED), 3)
+    world.assert_undisturbed(world.sample(), 3)
 
 
 @pytest.mark.long
@@ -147,7 +147,7 @@ def test_a_server_started_again_answers_nothing_before_its_weights_are_back(worl
     rollout = world.rollouts.engines[0].rollout
     world.rollouts.each(lambda engine, _: engine.rollout.restart(), [0])
     with pytest.raises(EngineError, match="has the checkpoint's weights: an update comes first"):
-        world.rollouts.each(lambda engine, _: engine.rollout.generate(requests(1, 1)), [0])
+        world.rollouts.each(lambda engine, _: generate(engine.rollout, requests(1, 1)), [0])
     assert rollout._weight_version == 0
 
 

@@ -18,6 +18,8 @@ from rollout_cases import (
     Reference,
     Rollout,
     assert_stopped_where_asked,
+    generate,
+    one_group,
     requests,
     rollout_config,
     trajectories,
@@ -28,7 +30,7 @@ from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.engines.hf.strategy import HfRollout
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
-from roll_r3.strategies.base import GenerateRequest, GenerateResult, ProcessInfo, WeightTarget
+from roll_r3.strategies.base import GenerateResult, ProcessInfo, WeightTarget
 from roll_r3.strategies.registry import STRATEGIES
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -83,15 +85,15 @@ def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpo
         log_probs_R, ids_MRK = reference.log_probs_and_experts(t)
         assert t.routes.ids_MRK.dtype == np.uint8
         assert t.routes.ids_MRK.shape == ids_MRK.shape
-        assert t.routes.num_rows == len(t.prompt_ids_P) + len(t.response_ids_R) - 1
+        assert t.routes.num_rows == len(t.prompt_ids) + len(t.response_ids) - 1
         np.testing.assert_array_equal(np.sort(t.routes.ids_MRK), np.sort(ids_MRK))
-        np.testing.assert_allclose(t.log_probs_R, log_probs_R, atol=1e-5, rtol=0)
-        differences.append(np.abs(t.log_probs_R - log_probs_R).max())
+        np.testing.assert_allclose(t.log_probs, log_probs_R, atol=1e-5, rtol=0)
+        differences.append(np.abs(t.log_probs - log_probs_R).max())
         assert t.weight_versions == (version,)
-        stopped = t.response_ids_R[-1] == END
-        assert END not in t.response_ids_R[:-1]
+        stopped = t.response_ids[-1] == END
+        assert END not in t.response_ids[:-1]
         assert t.finish_reason == ("stop" if stopped else "length")
-        assert stopped or len(t.response_ids_R) == LONGEST
+        assert stopped or len(t.response_ids) == LONGEST
     return max(differences)
 
 
@@ -103,7 +105,7 @@ def test_routes_and_log_probs_are_those_of_a_plain_forward(tmp_path, start, name
     results = start(checkpoint).generate(asked)
     for request, result in zip(asked, results, strict=True):
         assert tuple(t.sample_id for t in result.trajectories) == request.sample_ids
-        assert {tuple(t.prompt_ids_P) for t in result.trajectories} == {request.prompt_ids}
+        assert {tuple(t.prompt_ids) for t in result.trajectories} == {request.prompt_ids}
     print(name, assert_is_what_the_model_computes(results, checkpoint))
 
 
@@ -115,10 +117,10 @@ def test_an_fp32_head_does_not_round_the_logits_of_a_bf16_engine(tiny_moe, start
     hidden_RH, logits_RV = (torch.stack(part) for part in zip(*seen, strict=True))
     exact_RV = hidden_RH.double() @ head.weight.double().T
     assert (hidden_RH.dtype, head.weight.dtype, logits_RV.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-    chosen_R1 = torch.tensor(t.response_ids_R).long()[:, None]
+    chosen_R1 = torch.tensor(t.response_ids).long()[:, None]
     for logits, far in ((exact_RV, False), (exact_RV.bfloat16().double(), True)):
         wanted_R = (logits / TEMPERATURE).log_softmax(-1).gather(-1, chosen_R1)[:, 0].numpy()
-        assert (np.abs(t.log_probs_R - wanted_R).max() > 1e-4) == far
+        assert (np.abs(t.log_probs - wanted_R).max() > 1e-4) == far
 
 
 def test_routes_are_the_top_k_of_the_routers_logits(tiny_moe, start):
@@ -132,21 +134,21 @@ def test_a_sample_follows_from_its_seed_whatever_shares_its_batch(tiny_moe, star
     together = trajectories(start(tiny_moe).generate(asked))
     alone = trajectories(start(tiny_moe, max_running_requests=1).generate(asked[::-1]))
     for sample_id, t in together.items():
-        np.testing.assert_array_equal(t.response_ids_R, alone[sample_id].response_ids_R)
+        np.testing.assert_array_equal(t.response_ids, alone[sample_id].response_ids)
         np.testing.assert_array_equal(t.routes.ids_MRK, alone[sample_id].routes.ids_MRK)
-        np.testing.assert_allclose(t.log_probs_R, alone[sample_id].log_probs_R, atol=1e-5, rtol=0)
-    assert len({t.response_ids_R.tobytes() for t in together.values()}) == len(together), "seeds differ, samples too"
+        np.testing.assert_allclose(t.log_probs, alone[sample_id].log_probs, atol=1e-5, rtol=0)
+    assert len({t.response_ids.tobytes() for t in together.values()}) == len(together), "seeds differ, samples too"
 
 
 def test_short_prompts_long_prompts_and_samples_that_stop(tiny_moe, tmp_path, start):
     """Use a model trained to stop: some samples of a batch end early, others continue."""
     learned = make_tiny_checkpoint(tmp_path / "tiny", examples=addition_mod10(), warm_start_steps=30)
     engine = start(learned)
-    one, none, long = (GenerateRequest(ids, (f"{len(ids)}",), (5,)) for ids in ((7,), (), (7,) * 4090))
+    one, none, long = (one_group(ids, (f"{len(ids)}",), (5,)) for ids in ((7,), (), (7,) * 4090))
     results = engine.generate([one, none, long, *requests(4, 8)])
     assert "the prompt is empty" in results[1].dropped["0"]
     assert "may take 4102 tokens" in results[2].dropped["4090"]
-    assert results[0].trajectories[0].routes.num_rows == len(results[0].trajectories[0].response_ids_R)
+    assert results[0].trajectories[0].routes.num_rows == len(results[0].trajectories[0].response_ids)
     assert_is_what_the_model_computes([results[0], *results[3:]], learned)
     reasons = {t.finish_reason for r in results for t in r.trajectories}
     assert reasons == {"stop", "length"}
@@ -159,8 +161,8 @@ def test_stop_tokens_and_stop_strings_end_a_response(tiny_moe, start):
 def test_a_truncated_distribution_is_sampled_from_and_log_probs_are_of_the_whole(tiny_moe, start):
     greedy = trajectories(start(tiny_moe, generating={"top_k": 1}).generate(requests(3, 2)))
     for t in greedy.values():
-        np.testing.assert_allclose(t.log_probs_R, Reference(tiny_moe, TEMPERATURE).log_probs(t), atol=1e-5, rtol=0)
-    assert all((greedy[f"p{p}/s0"].response_ids_R == greedy[f"p{p}/s1"].response_ids_R).all() for p in range(3))
+        np.testing.assert_allclose(t.log_probs, Reference(tiny_moe, TEMPERATURE).log_probs(t), atol=1e-5, rtol=0)
+    assert all((greedy[f"p{p}/s0"].response_ids == greedy[f"p{p}/s1"].response_ids).all() for p in range(3))
 
 
 def test_nothing_is_recorded_unless_it_is_asked_for(tiny_moe, start):
@@ -172,7 +174,7 @@ def test_the_actors_loop_lives_while_the_model_runs(tiny_moe, start):
     engine = start(tiny_moe)
 
     async def both() -> int:
-        task, beats = asyncio.create_task(engine.rollout.generate(requests(8, 4))), 0
+        task, beats = asyncio.create_task(generate(engine.rollout, requests(8, 4))), 0
         while not task.done():
             await asyncio.sleep(0.002)
             beats += 1

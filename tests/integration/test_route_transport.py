@@ -39,8 +39,15 @@ def trajectories() -> list[Trajectory]:
         )
         tokens = np.arange(ROWS + 1, dtype=np.int32)
         out.append(
-            Trajectory(
-                f"s{i}", tokens[:PROMPT], tokens[PROMPT:], np.zeros(ROWS + 1 - PROMPT, np.float32), "stop", (0,), routes
+            Trajectory.one_turn(
+                f"s{i}",
+                "group",
+                prompt_ids=tokens[:PROMPT],
+                response_ids=tokens[PROMPT:],
+                log_probs=np.zeros(ROWS + 1 - PROMPT, np.float32),
+                version=0,
+                finish_reason="stop",
+                routes=routes,
             )
         )
     return out

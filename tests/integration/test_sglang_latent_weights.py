@@ -36,7 +36,7 @@ def engine(checkpoints: tuple[Path, Path], tmp_path: Path) -> Iterator[Engine]:
 def assert_equals_transformers(engine: Engine, checkpoint: Path) -> None:
     reference = Reference(checkpoint)
     for t in trajectories(engine.generate(requests(6, 2))).values():
-        np.testing.assert_allclose(t.log_probs_R, reference.log_probs(t), atol=1e-4, rtol=0)
+        np.testing.assert_allclose(t.log_probs, reference.log_probs(t), atol=1e-4, rtol=0)
 
 
 def test_weights_arrive_whole_one_bucket_per_tensor(engine: Engine, checkpoints: tuple[Path, Path]) -> None:

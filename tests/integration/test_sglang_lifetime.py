@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from faults import nothing_left
-from rollout_cases import group_members, requests, trajectories
+from rollout_cases import generate, group_members, one_group, requests, trajectories
 from safetensors.torch import load_file
 from sglang_cases import Engine, configuration
 
@@ -27,7 +27,7 @@ from roll_r3.engines.process import ServerProcess, free_port
 from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.errors import EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.strategies.base import GenerateResult
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
@@ -72,15 +72,15 @@ def test_seeds_and_weights_decide_the_tokens(engines: tuple[Engine, Engine]) -> 
     alone = {}
     for request in asked[:4]:
         for sample_id, seed in zip(request.sample_ids, request.seeds, strict=True):
-            alone |= trajectories(other.generate([GenerateRequest(request.prompt_ids, (sample_id,), (seed,))]))
+            alone |= trajectories(other.generate([one_group(request.prompt_ids, (sample_id,), (seed,))]))
     assert len(together) == 64
     assert len(alone) == 16
     for found in (together, alone):
         for sample_id, t in found.items():
-            np.testing.assert_array_equal(t.response_ids_R, expected[sample_id].response_ids_R)
+            np.testing.assert_array_equal(t.response_ids, expected[sample_id].response_ids)
             np.testing.assert_array_equal(t.routes.ids_MRK, expected[sample_id].routes.ids_MRK)
     reseeded = trajectories(one.generate(requests(16, 4, first_seed=5000)))
-    assert sum((reseeded[i].response_ids_R.tobytes() != t.response_ids_R.tobytes()) for i, t in expected.items()) > 60
+    assert sum((reseeded[i].response_ids.tobytes() != t.response_ids.tobytes()) for i, t in expected.items()) > 60
 
 
 def test_one_channel_updates_both_engines(engines: tuple[Engine, Engine], tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_one_channel_updates_both_engines(engines: tuple[Engine, Engine], tmp_pa
         engine.run(engine.rollout.on_weights_updated(1))
         after.append(trajectories(engine.generate(requests(4, 4))))
     for sample_id, t in after[0].items():
-        np.testing.assert_array_equal(t.response_ids_R, after[1][sample_id].response_ids_R)
-        assert t.log_probs_R[0] != before[sample_id].log_probs_R[0]
+        np.testing.assert_array_equal(t.response_ids, after[1][sample_id].response_ids)
+        assert t.log_probs[0] != before[sample_id].log_probs[0]
 
 
 def kill_scheduler(engine: Engine) -> None:
@@ -139,7 +139,7 @@ def test_a_server_that_dies_under_its_requests_is_reported_at_once(engines: tupl
     async def scenario() -> list[GenerateResult]:
         killer = asyncio.create_task(kill_soon())
         try:
-            return await victim.rollout.generate(requests(32, 8))
+            return await generate(victim.rollout, requests(32, 8))
         finally:
             await killer
 

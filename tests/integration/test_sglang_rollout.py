@@ -22,6 +22,7 @@ from rollout_cases import (
     group_members,
     long_requests,
     one_by_one,
+    one_group,
     requests,
     trajectories,
 )
@@ -79,14 +80,14 @@ def assert_is_what_the_model_computes(
         assert tuple(t.sample_id for t in result.trajectories) == request.sample_ids
         for t in result.trajectories:
             log_probs_R, ids_MRK = reference.log_probs_and_routes(t)
-            assert tuple(t.prompt_ids_P) == request.prompt_ids
+            assert tuple(t.prompt_ids) == request.prompt_ids
             assert t.weight_versions == (version,)
             np.testing.assert_array_equal(t.routes.ids_MRK, ids_MRK)
-            np.testing.assert_allclose(t.log_probs_R, log_probs_R, atol=1e-4, rtol=0)
-            stopped = END in t.response_ids_R
+            np.testing.assert_allclose(t.log_probs, log_probs_R, atol=1e-4, rtol=0)
+            stopped = END in t.response_ids
             assert t.finish_reason == ("stop" if stopped else "length")
-            assert t.response_ids_R.tolist().index(END) == len(t.response_ids_R) - 1 if stopped else True
-            assert stopped or len(t.response_ids_R) == RESPONSE_LENGTH
+            assert t.response_ids.tolist().index(END) == len(t.response_ids) - 1 if stopped else True
+            assert stopped or len(t.response_ids) == RESPONSE_LENGTH
 
 
 def send(channel: SglangWeightChannel, checkpoint: Path, version: int) -> None:
@@ -104,9 +105,9 @@ def test_routes_and_log_probs_are_those_of_transformers(engine: Engine, old_weig
 def test_samples_of_a_prompt_differ_and_a_prefix_hit_changes_nothing(engine: Engine) -> None:
     asked = requests(2, 8, first_seed=900)
     first, second = trajectories(engine.generate(asked)), trajectories(engine.generate(asked))
-    assert len({t.response_ids_R.tobytes() for t in first.values()}) == 16
+    assert len({t.response_ids.tobytes() for t in first.values()}) == 16
     for sample_id, t in first.items():
-        np.testing.assert_array_equal(t.response_ids_R, second[sample_id].response_ids_R)
+        np.testing.assert_array_equal(t.response_ids, second[sample_id].response_ids)
         np.testing.assert_array_equal(t.routes.ids_MRK, second[sample_id].routes.ids_MRK)
 
 
@@ -122,7 +123,7 @@ def test_a_prompts_rows_are_fetched_once_and_are_those_of_every_sample(engine: E
     with Sent(engine.rollout) as sent_alone:
         alone = engine.generate(one_by_one(asked))
     for t, same in zip(trajectories(results).values(), trajectories(alone).values(), strict=True):
-        np.testing.assert_array_equal(t.response_ids_R, same.response_ids_R)
+        np.testing.assert_array_equal(t.response_ids, same.response_ids)
         np.testing.assert_array_equal(t.routes.ids_MRK, same.routes.ids_MRK)
     assert sum(sent.num_bytes) < 0.5 * sum(sent_alone.num_bytes)
 
@@ -146,7 +147,7 @@ def test_stop_tokens_and_stop_strings_end_a_response(engine: Engine, old_weights
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine: Engine) -> None:
-    too_long = GenerateRequest(tuple([7] * 200), ("long",), (1,))
+    too_long = one_group(tuple([7] * 200), ("long",), (1,))
     bad, good = engine.generate([too_long, requests(1, 2)[0]])
     assert bad.trajectories == ()
     assert "long" in bad.dropped

@@ -23,9 +23,11 @@ from rollout_cases import (
     Evicting,
     Reference,
     Sent,
+    generate,
     group_members,
     long_requests,
     one_by_one,
+    one_group,
     requests,
     trajectories,
 )
@@ -41,7 +43,7 @@ from roll_r3.engines.vllm.weights import VllmWeightChannel
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.strategies.base import GenerateResult
 
 pytestmark = [pytest.mark.integration, pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -94,13 +96,13 @@ def assert_is_what_the_model_computes(results: Sequence[GenerateResult], checkpo
     reference, differences = Reference(checkpoint, TEMPERATURE), []
     for t in trajectories(results).values():
         log_probs_R, ids_MRK = reference.log_probs_and_experts(t)
-        assert t.routes.num_rows == len(t.prompt_ids_P) + len(t.response_ids_R) - 1
+        assert t.routes.num_rows == len(t.prompt_ids) + len(t.response_ids) - 1
         np.testing.assert_array_equal(t.routes.ids_MRK, ids_MRK, "in the router's order")
-        np.testing.assert_allclose(t.log_probs_R, log_probs_R, atol=1e-4, rtol=0)
-        differences.append(np.abs(t.log_probs_R - log_probs_R).max())
+        np.testing.assert_allclose(t.log_probs, log_probs_R, atol=1e-4, rtol=0)
+        differences.append(np.abs(t.log_probs - log_probs_R).max())
         assert t.weight_versions == (version,)
-        stopped = t.response_ids_R[-1] == END
-        assert END not in t.response_ids_R[:-1]
+        stopped = t.response_ids[-1] == END
+        assert END not in t.response_ids[:-1]
         assert t.finish_reason == ("stop" if stopped else "length")
     return max(differences)
 
@@ -129,7 +131,7 @@ def test_routes_and_log_probs_are_those_of_a_plain_forward(engine, old_weights):
     results = engine.generate(asked)
     for request, result in zip(asked, results, strict=True):
         assert tuple(t.sample_id for t in result.trajectories) == request.sample_ids
-        assert {tuple(t.prompt_ids_P) for t in result.trajectories} == {request.prompt_ids}
+        assert {tuple(t.prompt_ids) for t in result.trajectories} == {request.prompt_ids}
     print("largest difference", assert_is_what_the_model_computes(results, old_weights))
 
 
@@ -146,7 +148,7 @@ def test_chunked_prefill_and_a_prefix_hit_lose_no_row(engine, old_weights):
 def test_samples_of_a_prompt_differ_and_preemption_loses_no_row(engine, old_weights):
     before = engine.metric("vllm:num_preemptions_total")
     results = engine.generate(long_requests(4, 16, length=60))
-    assert len({t.response_ids_R.tobytes() for t in trajectories(results).values()}) == 64
+    assert len({t.response_ids.tobytes() for t in trajectories(results).values()}) == 64
     assert_is_what_the_model_computes(results, old_weights)
     results = engine.generate(long_requests(24, 1, length=28))  # all start in one block and need a third
     print("preemptions", engine.metric("vllm:num_preemptions_total") - before)
@@ -176,8 +178,14 @@ def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
     print("tokens before the abort", num)
     assert 0 < num < 180
     ids_RLK = read_npy(memoryview(choice["routed_experts"].encode()), 3 + num - 1, facts)
-    t = Trajectory(
-        "x", np.array([1, 2, 3]), np.array(choice["token_ids"]), np.zeros(num, np.float32), "length", (0,), None
+    t = Trajectory.one_turn(
+        "x",
+        "group",
+        prompt_ids=[1, 2, 3],
+        response_ids=choice["token_ids"],
+        log_probs=np.zeros(num, np.float32),
+        version=0,
+        finish_reason="length",
     )
     np.testing.assert_array_equal(
         ids_RLK.transpose(1, 0, 2), Reference(old_weights, TEMPERATURE).log_probs_and_experts(t)[1]
@@ -196,7 +204,7 @@ def test_a_prompts_rows_are_fetched_once_and_are_those_of_every_sample(engine, o
     assert_is_what_the_model_computes(results, old_weights)
     alone = engine.generate(one_by_one(asked))
     for t, same in zip(trajectories(results).values(), trajectories(alone).values(), strict=True):
-        np.testing.assert_array_equal(t.response_ids_R, same.response_ids_R)
+        np.testing.assert_array_equal(t.response_ids, same.response_ids)
         np.testing.assert_array_equal(t.routes.ids_MRK, same.routes.ids_MRK)
 
 
@@ -210,7 +218,7 @@ def test_samples_whose_prompt_left_the_cache_are_asked_for_again(engine, old_wei
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine):
-    too_long = GenerateRequest(tuple([7] * 300), ("long",), (1,))
+    too_long = one_group(tuple([7] * 300), ("long",), (1,))
     bad, good = engine.generate([too_long, requests(1, 2)[0]])
     assert bad.trajectories == ()
     assert "400" in bad.dropped["long"]
@@ -270,7 +278,7 @@ def test_a_request_in_flight_over_an_update_is_refused_and_asked_for_again(engin
     channel = channel_to(engine)
 
     async def scenario() -> list[GenerateResult]:
-        asking = asyncio.create_task(engine.rollout.generate(long_requests(32, 2, length=120)))
+        asking = asyncio.create_task(generate(engine.rollout, long_requests(32, 2, length=120)))
         await asyncio.sleep(0.3)
         await asyncio.to_thread(channel.begin, version)
         await asyncio.to_thread(send_rest, channel, new_weights)
@@ -362,7 +370,7 @@ def test_bf16_two_ranks_and_the_death_of_the_server(old_weights, new_weights, tm
             log_probs_R, ids_MRK = Reference(new_weights, 1.0).log_probs_and_experts(t)
             differ += int((np.sort(t.routes.ids_MRK) != np.sort(ids_MRK)).any(-1).sum())
             entries += ids_MRK.shape[0] * ids_MRK.shape[1]
-            assert np.abs(t.log_probs_R - log_probs_R).mean() < 0.1
+            assert np.abs(t.log_probs - log_probs_R).mean() < 0.1
         print("entries that differ", differ, "of", entries)
         assert differ < 0.1 * entries
         assert len(group_members(engine.rollout._process)) >= 4

@@ -32,9 +32,9 @@ def config_file(tmp_path: Path) -> Path:
 
 def launch_with(monkeypatch: pytest.MonkeyPatch, launch: Any) -> None:
     """Replace the `launch` called by the command line."""
-    module = ModuleType("roll_r3.pipelines.launch")
+    module = ModuleType("roll_r3.pipelines.lifecycle.launch")
     module.launch = launch  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "roll_r3.pipelines.launch", module)
+    monkeypatch.setitem(sys.modules, "roll_r3.pipelines.lifecycle.launch", module)
 
 
 def test_validate_only_says_what_would_run(config_file, capsys):
@@ -133,7 +133,7 @@ def test_a_run_needs_nobody_who_reads_what_it_says(config_file, tmp_path):
         f"    open({str(tmp_path / 'saved')!r}, 'w').close()\n"
         "    Progress(1, sys.stdout).say('summary')\n"
         "    return 0\n"
-        "sys.modules['roll_r3.pipelines.launch'] = types.SimpleNamespace(launch=launch)\n"
+        "sys.modules['roll_r3.pipelines.lifecycle.launch'] = types.SimpleNamespace(launch=launch)\n"
         "from roll_r3.run import main\n"
         f"sys.exit(main(['--config', {str(config_file)!r}]))"
     )

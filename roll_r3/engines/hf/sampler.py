@@ -24,6 +24,7 @@ class Job:
     """One or more."""
     sample_id: str
     seed: int
+    group_id: str = ""
 
 
 @dataclass

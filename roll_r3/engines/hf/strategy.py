@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,23 @@ from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.weights.target import ServerTarget
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A sample that was asked for."""
+
+    job: Job
+    outcome: asyncio.Future[Trajectory | str]
+    """The checked trajectory, or why there is none."""
+
+    def end(self, outcome: Trajectory | str) -> None:
+        if not self.outcome.done():  # a caller that was cancelled waits no more
+            self.outcome.set_result(outcome)
+
+    def fail(self, error: Exception) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
 
 
 class HfRollout:
@@ -78,6 +96,8 @@ class HfRollout:
         self._node_address = node_address
         self._name = f"engine {engine_index} (transformers)"
         self._busy = threading.Lock()
+        self._queue: list[_Asked] = []
+        self._sampling: asyncio.Task[None] | None = None
         self._model: Any = None
         self._facts: ModelFacts | None = None
         self._recorder: RouteRecorder | None = None
@@ -112,8 +132,8 @@ class HfRollout:
         self._model, self._facts = model, facts
         logger.info("%s: %s on %s in %s", self._name, type(model).__name__, self._device, self._settings.dtype)
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        """Sample, `max_running_requests` samples at a time. Results in request order.
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Sample a group, together with others that were asked for: `max_running_requests` samples at a time.
 
         Raises:
             EngineError: the engine is not running.
@@ -122,24 +142,35 @@ class HfRollout:
             raise EngineError(f"{self._name} is not running: start() comes first, and nothing after stop()")
         if self._weights_due:
             raise EngineError(f"{self._name} was started again and has the checkpoint's weights: an update comes first")
-        return await asyncio.to_thread(self._generate, requests)
+        seeds = dict(zip(request.sample_ids, request.seeds, strict=True))
+        asked = [
+            _Asked(Job(request.prompt_ids, i, seeds[i], request.group_id), asyncio.get_running_loop().create_future())
+            for i in request.sample_ids
+        ]
+        self._queue += asked
+        if self._sampling is None or self._sampling.done():
+            self._sampling = asyncio.create_task(self._sample_queue())  # runs once all calls of this moment are queued
+        outcomes = dict(zip(request.sample_ids, await asyncio.gather(*(one.outcome for one in asked)), strict=True))
+        return GenerateResult(
+            trajectories=tuple(outcome for outcome in outcomes.values() if isinstance(outcome, Trajectory)),
+            dropped={sample_id: outcome for sample_id, outcome in outcomes.items() if isinstance(outcome, str)},
+        )
 
-    def _generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        jobs = [Job(r.prompt_ids, i, seed) for r in requests for i, seed in zip(r.sample_ids, r.seeds, strict=True)]
-        outcomes: dict[str, Trajectory | str] = {}
+    async def _sample_queue(self) -> None:
+        """Sample batch after batch, until nothing is asked for."""
         size = self._settings.max_running_requests
-        for start in range(0, len(jobs), size):
-            outcomes |= self._sample(jobs[start : start + size])
-        results = []
-        for request in requests:
-            found = {sample_id: outcomes[sample_id] for sample_id in request.sample_ids}
-            results.append(
-                GenerateResult(
-                    trajectories=tuple(outcome for outcome in found.values() if isinstance(outcome, Trajectory)),
-                    dropped={sample_id: outcome for sample_id, outcome in found.items() if isinstance(outcome, str)},
-                )
-            )
-        return results
+        while self._queue:
+            batch, self._queue = self._queue[:size], self._queue[size:]
+            try:
+                outcomes = await asyncio.to_thread(self._sample, [one.job for one in batch])
+                ends = [outcomes[one.job.sample_id] for one in batch]
+            except Exception as error:  # noqa: BLE001  # whoever asked raises it
+                for one in (*batch, *self._queue):
+                    one.fail(error)
+                self._queue = []
+                return
+            for one, outcome in zip(batch, ends, strict=True):
+                one.end(outcome)
 
     def _sample(self, jobs: Sequence[Job]) -> dict[str, Trajectory | str]:
         """Sample id -> the checked trajectory, or why there is none."""
@@ -185,13 +216,14 @@ class HfRollout:
         log_probs_R = np.array(sampled.log_probs, np.float32)
         check_log_probs(log_probs_R, len(sampled.token_ids))
         rows = len(job.prompt_ids) + len(sampled.token_ids) - 1
-        return Trajectory(
-            sample_id=job.sample_id,
-            prompt_ids_P=np.array(job.prompt_ids, np.int32),
-            response_ids_R=np.array(sampled.token_ids, np.int32),
-            log_probs_R=log_probs_R,
+        return Trajectory.one_turn(
+            job.sample_id,
+            job.group_id,
+            prompt_ids=job.prompt_ids,
+            response_ids=sampled.token_ids,
+            log_probs=log_probs_R,
+            version=version,
             finish_reason=sampled.finish_reason,
-            weight_versions=(version,),
             routes=self._routes(sampled, rows) if self._record_routes else None,
         )
 

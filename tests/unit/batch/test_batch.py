@@ -17,14 +17,15 @@ from roll_r3.errors import RouteError
 def trajectory(name: str, prompt: list[int], response: list[int], routes: bool = True) -> Trajectory:
     rows = len(prompt) + len(response) - 1
     ids = np.arange(2 * rows * 2, dtype=np.uint8).reshape(2, rows, 2)
-    return Trajectory(
+    return Trajectory.one_turn(
         name,
-        np.array(prompt, np.int32),
-        np.array(response, np.int32),
-        -np.arange(1, len(response) + 1, dtype=np.float32),
-        "stop",
-        (1,),
-        RoutedExperts(ids) if routes else None,
+        "group",
+        prompt_ids=prompt,
+        response_ids=response,
+        log_probs=-np.arange(1, len(response) + 1),
+        version=1,
+        finish_reason="stop",
+        routes=RoutedExperts(ids) if routes else None,
     )
 
 

@@ -190,7 +190,7 @@ def test_a_call_has_a_limit_only_where_one_is_given_and_never_less_than_calls_to
 
 def test_a_driver_that_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that slept for an hour: every question is unanswered for as long."""
-    watch = calls._Watch(waiting_for([], worker := Worker("rank-0", silent_from=0), call=60.0), "train_step")
+    watch = calls.Watch(waiting_for([], worker := Worker("rank-0", silent_from=0), call=60.0), "train_step")
     clock = Clock(monkeypatch, {})
     watch._looked = clock.now
     for seconds in (1.0, 3600.0, 1.0):

@@ -7,7 +7,9 @@ import asyncio
 import pytest
 
 from roll_r3.cluster.workers import RolloutWorker
+from roll_r3.config.sampling import Sampling
 from roll_r3.errors import ConfigError, EngineError
+from roll_r3.strategies.base import GenerateRequest, GenerateResult
 
 
 class Strategy:
@@ -42,6 +44,46 @@ def test_an_engine_that_does_not_start_again_is_one_failure_and_may_be_tried_aga
         assert await worker.restart() == ""
 
     asyncio.run(scenario())
+
+
+class Echo:
+    """Answers each request with its id as the dropped sample, the first one last."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        self.asked.append(request.group_id)
+        for _ in range(10 * (request.group_id == "a")):
+            await asyncio.sleep(0)
+        return GenerateResult((), {request.group_id: "bad"})
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["in order", "results asked for before the requests came"])
+def test_requests_begin_together_and_each_result_is_taken_by_itself(early: bool) -> None:
+    """Ray does not promise an order to the calls of an asyncio actor."""
+    worker = RolloutWorker.__new__(RolloutWorker)
+    worker._strategy, worker._generating, worker._num_experts = Echo(), {}, 8  # type: ignore[assignment]
+    sampling = Sampling(max_new_tokens=1)
+    requests = {
+        number: GenerateRequest((1,), (name,), (0,), name, sampling, record_routes=False)
+        for number, name in enumerate("ab", 5)
+    }
+
+    async def scenario() -> None:
+        ended: list[str] = []
+
+        async def take(number: int) -> None:
+            ended.extend((await worker.generated(number)).dropped)
+
+        taken = [asyncio.create_task(take(number)) for number in requests] if early else []
+        await asyncio.sleep(0)
+        await worker.begin_generate(requests)
+        await asyncio.gather(*(taken or map(take, requests)))
+        assert ended == ["b", "a"] and worker._generating == {}
+
+    asyncio.run(scenario())
+    assert worker._strategy.asked == ["a", "b"]  # type: ignore[attr-defined]
 
 
 def test_a_mistake_of_the_program_is_not_taken_for_an_engine_that_does_not_start() -> None:

@@ -20,7 +20,7 @@ from roll_r3.data.prompts import prompt_batches, read_prompts
 from roll_r3.data.tiny_task import BUNDLED_TASKS
 from roll_r3.errors import ConfigError
 from roll_r3.models.tiny import byte_tokenizer
-from roll_r3.pipelines.resume import data_of
+from roll_r3.pipelines.lifecycle.resume import data_of
 from roll_r3.preflight.files import data_problems
 
 

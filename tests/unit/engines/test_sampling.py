@@ -5,17 +5,32 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest, sample_all
+from roll_r3.config.sampling import Sampling
+from roll_r3.engines.sampling import Sample, SampleError, SampleRequest, sample_group
 from roll_r3.errors import EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 
+SAMPLING = Sampling(max_new_tokens=8)
 REQUESTS = [
-    GenerateRequest(prompt_ids=(1, 2), sample_ids=("a0", "a1"), seeds=(10, 11)),
-    GenerateRequest(prompt_ids=(3,), sample_ids=("b0", "b1", "b2"), seeds=(20, 21, 22)),
+    GenerateRequest(
+        prompt_ids=(1, 2),
+        sample_ids=("a0", "a1"),
+        seeds=(10, 11),
+        group_id="group",
+        sampling=SAMPLING,
+        record_routes=True,
+    ),
+    GenerateRequest(
+        prompt_ids=(3,),
+        sample_ids=("b0", "b1", "b2"),
+        seeds=(20, 21, 22),
+        group_id="group",
+        sampling=SAMPLING,
+        record_routes=True,
+    ),
 ]
 
 
@@ -37,13 +52,14 @@ class Engine:
 
 
 def trajectory(prompt_ids: tuple[int, ...], sample_id: str, seed: int) -> Trajectory:
-    return Trajectory(
-        sample_id=sample_id,
-        prompt_ids_P=np.array(prompt_ids, np.int32),
-        response_ids_R=np.array([seed], np.int32),
-        log_probs_R=np.array([-1.0], np.float32),
+    return Trajectory.one_turn(
+        sample_id,
+        "group",
+        prompt_ids=prompt_ids,
+        response_ids=[seed],
+        log_probs=[-1.0],
+        version=0,
         finish_reason="stop",
-        weight_versions=(0,),
     )
 
 
@@ -64,13 +80,18 @@ class Sharing:
 
 
 def run(engine: Engine, max_retries: int = 2, sharing: Sharing | None = None) -> list[GenerateResult]:
-    return asyncio.run(sample_all(REQUESTS, engine.ask, sharing or Sharing(), max_retries=max_retries))
+    async def all_at_once() -> list[GenerateResult]:
+        return await asyncio.gather(
+            *(sample_group(request, engine.ask, sharing or Sharing(), max_retries) for request in REQUESTS)
+        )
+
+    return asyncio.run(all_at_once())
 
 
 def test_results_come_in_the_order_asked_for() -> None:
     results = run(Engine())
     assert [[t.sample_id for t in r.trajectories] for r in results] == [["a0", "a1"], ["b0", "b1", "b2"]]
-    assert [t.response_ids_R.tolist() for t in results[1].trajectories] == [[20], [21], [22]]
+    assert [t.response_ids.tolist() for t in results[1].trajectories] == [[20], [21], [22]]
     assert all(not r.dropped and r.retries == 0 for r in results)
 
 
@@ -121,15 +142,17 @@ def test_a_group_whose_prompt_met_a_dead_engine_is_asked_for_and_lost() -> None:
 
 
 def test_ids_and_seeds_must_pair() -> None:
-    request = GenerateRequest(prompt_ids=(1,), sample_ids=("a", "b"), seeds=(1,))
+    request = GenerateRequest(
+        prompt_ids=(1,), sample_ids=("a", "b"), seeds=(1,), group_id="group", sampling=SAMPLING, record_routes=True
+    )
     with pytest.raises(ValueError, match="2 sample ids came with 1 seeds"):
-        asyncio.run(sample_all([request], Engine().ask, Sharing(), max_retries=0))
+        asyncio.run(sample_group(request, Engine().ask, Sharing(), max_retries=0))
 
 
 def test_a_group_that_shared_its_prompt_is_asked_for_nothing_more() -> None:
     engine = Engine()
     results = run(engine, sharing=Sharing(("b0", "b1", "b2")))
-    assert [t.response_ids_R.tolist() for t in results[1].trajectories] == [[99]] * 3
+    assert [t.response_ids.tolist() for t in results[1].trajectories] == [[99]] * 3
     assert results[1].retries == 0
     assert {sample_id for sample_id, _ in engine.asked} == {"a0", "a1"}
 
@@ -137,12 +160,12 @@ def test_a_group_that_shared_its_prompt_is_asked_for_nothing_more() -> None:
 def test_what_sharing_did_not_bring_is_asked_for_alone_and_keeps_its_retries() -> None:
     engine = Engine({"b2": [SampleError("first")]})
     results = run(engine, max_retries=1, sharing=Sharing(("b1",)))
-    assert [t.response_ids_R.tolist() for t in results[1].trajectories] == [[20], [99], [22]]
+    assert [t.response_ids.tolist() for t in results[1].trajectories] == [[20], [99], [22]]
     assert results[1].retries == 3, "b0 and b2, which had been asked for, and b2 once more"
     assert not results[1].dropped
 
 
 def test_a_prompt_that_the_cache_did_not_take_costs_nobody_a_retry() -> None:
     results = run(Engine(), max_retries=0, sharing=Sharing(SampleError("HTTP 500")))
-    assert [t.response_ids_R.tolist() for t in results[1].trajectories] == [[20], [21], [22]]
+    assert [t.response_ids.tolist() for t in results[1].trajectories] == [[20], [21], [22]]
     assert results[1].retries == 0

@@ -7,17 +7,17 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
 
-import numpy as np
 import psutil
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.sampling import Sampling
 from roll_r3.engines import liveness, server
 from roll_r3.engines.client import UnreachableError
 from roll_r3.engines.process import _NOTE_S, ServerProcess
@@ -27,7 +27,11 @@ from roll_r3.engines.sglang.strategy import SglangRollout
 from roll_r3.errors import ConfigError, EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 
-REQUESTS = [GenerateRequest((1,), ("a0", "a1"), (0, 1)), GenerateRequest((2,), ("b0", "b1"), (2, 3))]
+SAMPLING = Sampling(max_new_tokens=8)
+REQUESTS = [
+    GenerateRequest((1,), ("a0", "a1"), (0, 1), "group", SAMPLING, record_routes=True),
+    GenerateRequest((2,), ("b0", "b1"), (2, 3), "group", SAMPLING, record_routes=True),
+]
 
 Ask = Callable[[SampleRequest], Awaitable[Sample]]
 
@@ -45,8 +49,16 @@ class Client:
 
 
 def sample(wanted: SampleRequest) -> Sample:
-    ids = np.array([wanted.seed], np.int32)
-    return Sample(Trajectory(wanted.sample_id, ids, ids, np.zeros(1, np.float32), "stop", (0,)), from_cache=True)
+    trajectory = Trajectory.one_turn(
+        wanted.sample_id,
+        wanted.group_id,
+        prompt_ids=wanted.prompt_ids,
+        response_ids=[wanted.seed],
+        log_probs=[0.0],
+        version=0,
+        finish_reason="stop",
+    )
+    return Sample(trajectory, from_cache=True)
 
 
 def run(
@@ -78,6 +90,11 @@ def run(
     asyncio.run(with_a_server())
 
 
+async def generate(engine: ServerRollout[Any], requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+    """Ask for all of them at once."""
+    return await asyncio.gather(*map(engine.generate, requests))
+
+
 def answering(engine: ServerRollout[Any], answer: Callable[[SampleRequest], Sample]) -> list[str]:
     """Let the engine answer like this; return the ids of requested samples."""
     asked: list[str] = []
@@ -101,13 +118,13 @@ def lost_of(results: list[GenerateResult]) -> list[tuple[str, ...]]:
 def test_an_engine_none_of_whose_answers_is_usable_is_down_and_asked_for_nothing_more(tmp_path: Path) -> None:
     async def scenario(engine: ServerRollout[Any]) -> None:
         asked = answering(engine, bad)
-        results = await engine.generate(REQUESTS)
+        results = await generate(engine, REQUESTS)
         assert lost_of(results) == [("a0", "a1"), ("b0", "b1")]
         assert not any(result.dropped for result in results)
         why = await engine.why_down(ask=True)
         assert "gave nothing usable: 4 samples of 2 prompts failed, with 1 retries each" in why
         assert "b1 has an expert twice" in why
-        assert lost_of(await engine.generate(REQUESTS)) == [("a0", "a1"), ("b0", "b1")]
+        assert lost_of(await generate(engine, REQUESTS)) == [("a0", "a1"), ("b0", "b1")]
         assert len(asked) == 8
 
     run(tmp_path, scenario)
@@ -121,7 +138,7 @@ def test_samples_that_fail_beside_or_alone_are_dropped(
 ) -> None:
     async def scenario(engine: ServerRollout[Any]) -> None:
         answering(engine, lambda wanted: sample(wanted) if wanted.sample_id in good else bad(wanted))
-        results = await engine.generate(requests)
+        results = await generate(engine, requests)
         assert lost_of(results) == [()] * len(requests)
         assert results[0].dropped.keys() == {"a0", "a1"}
         assert await engine.why_down(ask=True) == ""
@@ -141,7 +158,7 @@ def test_what_a_dying_server_refuses_is_lost_not_dropped(tmp_path: Path, error: 
             raise error
 
         answering(engine, answer)
-        results = await engine.generate(REQUESTS)
+        results = await generate(engine, REQUESTS)
         assert [t.sample_id for t in results[0].trajectories] == ["a0"]
         assert lost_of(results) == [("a1",), ("b0", "b1")]
         assert not results[0].dropped and not results[1].dropped
@@ -163,7 +180,7 @@ def test_a_server_without_a_sign_of_life_is_killed_under_its_requests(tmp_path: 
         engine._ask = never  # type: ignore[method-assign]
         assert isinstance(engine._client, Client)
         engine._client.breathes = False
-        results = await engine.generate(REQUESTS)
+        results = await generate(engine, REQUESTS)
         assert [t.sample_id for t in results[0].trajectories] == ["a0"]
         assert lost_of(results) == [("a1",), ("b0", "b1")]
         assert "gave no sign of life for 0.3 s (strategy_config.hang_timeout) and was killed" in await engine.why_down(
@@ -189,7 +206,7 @@ def test_a_silent_server_without_requests_is_found_by_asking(tmp_path: Path) -> 
 def test_a_server_started_again_is_a_new_one_and_not_asked_before_its_weights(tmp_path: Path) -> None:
     async def scenario(engine: ServerRollout[Any]) -> None:
         answering(engine, bad)
-        await engine.generate(REQUESTS)
+        await generate(engine, REQUESTS)
         await engine.on_weights_updated(4)
         old, key = engine._process, engine._key
 
@@ -204,10 +221,10 @@ def test_a_server_started_again_is_a_new_one_and_not_asked_before_its_weights(tm
         assert engine._weight_version == 0, "as its server says"
         assert await engine.why_down(ask=True) == ""
         with pytest.raises(EngineError, match="has the checkpoint's weights: an update comes first"):
-            await engine.generate(REQUESTS)
+            await generate(engine, REQUESTS)
         await engine.on_weights_updated(4)
         answering(engine, sample)
-        assert [len(result.trajectories) for result in await engine.generate(REQUESTS)] == [2, 2]
+        assert [len(result.trajectories) for result in await generate(engine, REQUESTS)] == [2, 2]
 
     run(tmp_path, scenario)
 

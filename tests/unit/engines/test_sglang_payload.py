@@ -76,8 +76,8 @@ def read(value: Any, **changes: Any) -> Trajectory:
 
 def test_a_good_answer_becomes_a_trajectory() -> None:
     trajectory = read(answer())
-    assert trajectory.response_ids_R.tolist() == RESPONSE
-    assert trajectory.log_probs_R.tolist() == [-0.5, -1.5, 0.0]
+    assert trajectory.response_ids.tolist() == RESPONSE
+    assert trajectory.log_probs.tolist() == [-0.5, -1.5, 0.0]
     assert trajectory.finish_reason == "stop"
     assert trajectory.weight_versions == (4,)
     assert trajectory.routes.ids_MRK.dtype == np.uint8
@@ -103,7 +103,8 @@ def test_a_release_without_versions_per_token_is_read() -> None:
 
 def test_rows_from_the_first_wanted_on_are_read() -> None:
     trajectory = read(answer(routed_experts=encode(routes()[2:])), first_row=2)
-    np.testing.assert_array_equal(trajectory.routes.ids_MRK, routes()[2:, 1:].transpose(1, 0, 2))
+    np.testing.assert_array_equal(trajectory.routes.ids_MRK[:, 2:], routes()[2:, 1:].transpose(1, 0, 2))
+    assert trajectory.routes.known_R.tolist() == [False, False, True, True, True]
     with pytest.raises(RouteError, match=r"5, 3, 2.*3 rows"):
         read(answer(), first_row=2)
 
@@ -127,7 +128,7 @@ def test_an_answer_says_nothing_in_the_place_of_its_routes() -> None:
     value["text"] = '"routed_experts": "AAAA" \\" ' * 3
     np.testing.assert_array_equal(read(value).routes.ids_MRK, routes()[:, 1:].transpose(1, 0, 2))
     value["meta_info"] = dict(reversed(value["meta_info"].items()))
-    assert read(value).response_ids_R.tolist() == RESPONSE
+    assert read(value).response_ids.tolist() == RESPONSE
 
 
 def changed(row: int, layer: int, ids: list[int]) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.sampling import Sampling
 from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
 from roll_r3.engines.sharing import PromptSharing
 from roll_r3.engines.slots import Slots
@@ -20,7 +21,8 @@ from roll_r3.strategies.base import GenerateRequest
 
 PROMPT = tuple(range(100))
 ROWS = len(PROMPT) - 1
-GROUP = GenerateRequest(PROMPT, ("a", "b", "c", "d"), (10, 11, 12, 13))
+SAMPLING = Sampling(max_new_tokens=8)
+GROUP = GenerateRequest(PROMPT, ("a", "b", "c", "d"), (10, 11, 12, 13), "group", SAMPLING, record_routes=True)
 
 
 def all_rows(seed: int, response: int) -> np.ndarray:
@@ -31,16 +33,17 @@ def all_rows(seed: int, response: int) -> np.ndarray:
     return ids_MRK.astype(np.uint8)
 
 
-def whole(sample_id: str, seed: int, first_row: int = 0) -> Trajectory:
+def whole(sample_id: str, seed: int, first_row: int = 0, version: int = 0) -> Trajectory:
     response = seed - 8
-    return Trajectory(
-        sample_id=sample_id,
-        prompt_ids_P=np.array(PROMPT, np.int32),
-        response_ids_R=np.full(response, seed, np.int32),
-        log_probs_R=np.full(response, -1.0, np.float32),
+    return Trajectory.one_turn(
+        sample_id,
+        "group",
+        prompt_ids=PROMPT,
+        response_ids=np.full(response, seed),
+        log_probs=np.full(response, -1.0),
+        version=version,
         finish_reason="stop",
-        weight_versions=(0,),
-        routes=RoutedExperts(all_rows(seed, response)[:, first_row:]),
+        routes=RoutedExperts(all_rows(seed, response)[:, first_row:]).after_unknown(first_row),
     )
 
 
@@ -115,13 +118,14 @@ def test_the_leader_fetches_all_rows_and_the_others_their_own() -> None:
     assert len({engine.wanted[s].cache_key for s in "abcd"}) == 1
     for sample_id, seed in zip(GROUP.sample_ids, GROUP.seeds, strict=True):
         t = came[sample_id]
-        assert t.response_ids_R.tolist() == [seed] * (seed - 8)
+        assert t.response_ids.tolist() == [seed] * (seed - 8)
         np.testing.assert_array_equal(t.routes.ids_MRK, all_rows(seed, seed - 8))
+        assert t.routes.known_R is None
 
 
 def test_every_group_has_a_key_of_its_own_even_of_the_same_prompt() -> None:
     engine = Engine()
-    twin = GenerateRequest(PROMPT, ("e", "f"), (10, 11))
+    twin = GenerateRequest(PROMPT, ("e", "f"), (10, 11), "group", SAMPLING, record_routes=True)
     first, second = engine.share(GROUP, twin)
     assert set(first) == {"a", "b", "c", "d"} and set(second) == {"e", "f"}
     assert len({engine.wanted[s].cache_key for s in "abcdef"}) == 2
@@ -163,7 +167,7 @@ def test_a_group_among_which_the_weights_changed_is_in_doubt(monkeypatch: pytest
         sample = await ask(wanted)
         if wanted.sample_id != "c":
             return sample
-        return replace(sample, trajectory=replace(sample.trajectory, weight_versions=(1,)))
+        return replace(sample, trajectory=whole("c", wanted.seed, wanted.first_row, version=1))
 
     monkeypatch.setattr(engine.sharing, "_ask", newer)
     assert [set(came) for came in engine.share(GROUP)] == [{"a"}]
@@ -173,7 +177,7 @@ def test_no_more_samples_wait_in_the_engine_than_it_decodes_at_once() -> None:
     engine = Engine(slots=8)
     engine.sharing = PromptSharing(engine.ask, engine.prime, engine.recomputed, Slots(8), at_once=4)
     engine.sharing.engine_keeps(1)
-    twin = GenerateRequest(PROMPT, ("e", "f", "g", "h"), (10, 11, 12, 13))
+    twin = GenerateRequest(PROMPT, ("e", "f", "g", "h"), (10, 11, 12, 13), "group", SAMPLING, record_routes=True)
     engine.share(GROUP, twin)
     asked = answered = 0
     for kind, _ in engine.log:
@@ -194,14 +198,16 @@ def test_without_a_leader_nothing_is_kept() -> None:
     engine.answers = {"a": SampleError("aborted")}
     assert engine.share(GROUP) == [{}]
     engine.answers = {"a": SampleError("aborted"), "b": SampleError("aborted")}
-    late_leader = GenerateRequest(PROMPT, GROUP.sample_ids, (13, 10, 11, 12))
+    late_leader = GenerateRequest(PROMPT, GROUP.sample_ids, (13, 10, 11, 12), "group", SAMPLING, record_routes=True)
     assert engine.share(late_leader) == [{}]
 
 
 def test_a_leader_that_comes_late_is_waited_for() -> None:
     engine = Engine()
     engine.answers = {"b": False}
-    (came,) = engine.share(GenerateRequest(PROMPT, GROUP.sample_ids, (13, 10, 11, 12)))
+    (came,) = engine.share(
+        GenerateRequest(PROMPT, GROUP.sample_ids, (13, 10, 11, 12), "group", SAMPLING, record_routes=True)
+    )
     assert set(came) == {"a"}
     assert [name for kind, name in engine.log if kind == "answer"] == ["b", "a"], "those in doubt are ended at once"
 
@@ -239,7 +245,10 @@ def test_a_prompt_that_met_a_dead_engine_is_asked_for_by_nobody() -> None:
 def test_samples_of_a_prompt_in_the_cache_go_before_other_prompts() -> None:
     """Prevent a computation of all prompts first: the cache would have to hold them all."""
     engine = Engine(slots=2)
-    groups = [GenerateRequest(PROMPT, (f"{n}0", f"{n}1", f"{n}2"), (10, 11, 12)) for n in range(4)]
+    groups = [
+        GenerateRequest(PROMPT, (f"{n}0", f"{n}1", f"{n}2"), (10, 11, 12), "group", SAMPLING, record_routes=True)
+        for n in range(4)
+    ]
     for request, came in zip(groups, engine.share(*groups), strict=True):
         assert tuple(came) == request.sample_ids
     starts = [event for event in engine.log if event[0] != "answer"]
@@ -260,7 +269,11 @@ def test_samples_of_a_prompt_in_the_cache_go_before_those_that_fetch_their_own()
             await turns(10)
 
     async def work() -> None:
-        sharing = asyncio.create_task(engine.sharing.share(GenerateRequest(PROMPT, ("a", "b"), (10, 11)), ROWS))
+        sharing = asyncio.create_task(
+            engine.sharing.share(
+                GenerateRequest(PROMPT, ("a", "b"), (10, 11), "group", SAMPLING, record_routes=True), ROWS
+            )
+        )
         await turns(20)
         await asyncio.gather(sharing, *(alone(number) for number in range(3)))
 
@@ -274,7 +287,9 @@ def test_only_groups_with_something_to_share_share() -> None:
 
     def rows(length: int, samples: int = 2) -> int:
         names = tuple(str(n) for n in range(samples))
-        return sharing.shareable_rows(GenerateRequest((1,) * length, names, tuple(range(samples))))
+        return sharing.shareable_rows(
+            GenerateRequest((1,) * length, names, tuple(range(samples)), "group", SAMPLING, record_routes=True)
+        )
 
     assert (rows(65), rows(300), rows(300, samples=1)) == (64, 299, 0)
     assert rows(64) == 0, "too short"

@@ -102,8 +102,8 @@ def read(value: Any, model: ModelFacts = FACTS, **changes: Any) -> Trajectory:
 )
 def test_a_good_answer_becomes_a_trajectory(num_experts, dtype, kept):
     trajectory = read(answer(routed_experts=encode(routes(dtype))), facts(num_experts))
-    assert trajectory.response_ids_R.tolist() == RESPONSE
-    assert trajectory.log_probs_R.tolist() == [-0.5, -1.5, 0.0]
+    assert trajectory.response_ids.tolist() == RESPONSE
+    assert trajectory.log_probs.tolist() == [-0.5, -1.5, 0.0]
     assert trajectory.finish_reason == "stop"
     assert trajectory.weight_versions == (4,)
     assert trajectory.routes.ids_MRK.dtype == kept
@@ -116,7 +116,8 @@ def test_without_recording_the_answer_needs_no_routes():
 
 def test_rows_from_the_first_wanted_on_are_read():
     trajectory = read(answer(routed_experts=encode(routes()[2:])), first_row=2)
-    np.testing.assert_array_equal(trajectory.routes.ids_MRK, routes()[2:, 1:].transpose(1, 0, 2))
+    np.testing.assert_array_equal(trajectory.routes.ids_MRK[:, 2:], routes()[2:, 1:].transpose(1, 0, 2))
+    assert trajectory.routes.known_R.tolist() == [False, False, True, True, True]
     with pytest.raises(RouteError, match=r"5, 3, 2.*3 rows"):
         read(answer(), first_row=2)
 
@@ -217,7 +218,7 @@ def test_any_field_of_any_form_is_read_or_refused(field, value):
         trajectory = read(answer(**{field: value}))
     except (SampleError, RouteError):
         return
-    assert trajectory.response_ids_R.tolist() == RESPONSE
+    assert trajectory.response_ids.tolist() == RESPONSE
 
 
 BAD_LOG_PROBS = {

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.sampling import Sampling
 from roll_r3.engines.answers import Asked
 from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
 from roll_r3.engines.server import ServerRollout
@@ -21,7 +21,10 @@ from roll_r3.engines.vllm.strategy import VllmRollout
 from roll_r3.strategies.base import GenerateRequest
 
 STRATEGIES = {"sglang": SglangRollout, "vllm": VllmRollout}
-TRAJECTORY = Trajectory("x", np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32), "stop", (0,))
+SAMPLING = Sampling(max_new_tokens=8)
+TRAJECTORY = Trajectory.one_turn(
+    "x", "", prompt_ids=[0], response_ids=[0], log_probs=[0.0], version=0, finish_reason="stop"
+)
 METRICS = """# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
 # TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="32",cache_dtype="auto",enable_prefix_caching="True",engine="0"} 1.0
@@ -168,7 +171,7 @@ OUTCOMES = {
 def test_prompts_are_shared_where_one_was_found_again(page, found, apart, rows, said, monkeypatch, caplog):
     engine = rollout("sglang")
     asked = found_out(engine, monkeypatch, page, found, apart)
-    request = GenerateRequest((1,) * 300, ("a", "b"), (0, 1))
+    request = GenerateRequest((1,) * 300, ("a", "b"), (0, 1), "group", SAMPLING, record_routes=True)
     assert engine._sharing.shareable_rows(request) == rows
     assert said in caplog.text and bool(said) == bool(caplog.text), "the engine starts, and says why it shares nothing"
     if rows:

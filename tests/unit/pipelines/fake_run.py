@@ -11,13 +11,13 @@ from typing import Any
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
-from roll_r3.pipelines.checkpoints import Checkpoints, stores_of
-from roll_r3.pipelines.leaving import Leaving
-from roll_r3.pipelines.resume import (
+from roll_r3.pipelines.lifecycle.checkpoints import Checkpoints, stores_of
+from roll_r3.pipelines.lifecycle.resume import (
     data_of,
     opened,
-    put_back,
+    rewind,
 )
+from roll_r3.pipelines.lifecycle.shutdown import Shutdown
 from roll_r3.saving.manifest import FileSum, file_sum
 from roll_r3.tracking.progress import Progress
 
@@ -78,16 +78,16 @@ class FakeRun:
         self.done = self.point.state.step if self.point else 0
         data = data_of(PROMPTS, config.seed, self.point.state.data.drawn if self.point else ())
         if self.point:
-            put_back(self.run_dir, self.point, self.said.append)
+            rewind(self.run_dir, self.point, self.said.append)
         self.trainer: Any = TwoFiles()
-        self.leaving = Leaving(60.0)
+        self.shutdown = Shutdown(60.0)
         self.saving = Checkpoints(
             config,
             self.run_dir,
             self.trainer,
             data=data,
             begun=self.done,
-            leaving=self.leaving,
+            shutdown=self.shutdown,
             say=self.said.append,
         )
 

@@ -22,8 +22,8 @@ from fake_run import FakeRun, config_of
 
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError
-from roll_r3.pipelines.checkpoints import lacks_export, try_saving
-from roll_r3.pipelines.leaving import Leave, LeaveNow
+from roll_r3.pipelines.lifecycle.checkpoints import lacks_export, try_saving
+from roll_r3.pipelines.lifecycle.shutdown import GracefulExit, ImmediateExit
 from roll_r3.saving.manifest import verify
 from roll_r3.saving.state import read_state
 
@@ -224,7 +224,7 @@ def test_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, error):
 
 @pytest.mark.parametrize(
     ("error", "raised"),
-    [(LostWorkerError("an engine's node"), LostWorkerError), (None, Leave)],
+    [(LostWorkerError("an engine's node"), LostWorkerError), (None, GracefulExit)],
     ids=["loss", "no error"],
 )
 def test_sigterm_at_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, error, raised):
@@ -232,7 +232,7 @@ def test_sigterm_at_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, e
     run.trainer.may_write.clear()
 
     def end() -> None:
-        with run.leaving, run.saving:
+        with run.shutdown, run.saving:
             run.run_to(2)
             Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
             Timer(0.5, run.trainer.may_write.set).start()
@@ -241,11 +241,11 @@ def test_sigterm_at_the_end_of_a_run_waits_for_what_is_being_written(tmp_path, e
 
     with pytest.raises(raised):
         end()
-    assert run.leaving.asked
+    assert run.shutdown.asked
     verify(run.checkpoints.path(2))
 
 
-@pytest.mark.parametrize("at_once", [LeaveNow(), KeyboardInterrupt()], ids=["SIGTERM again", "Ctrl-C"])
+@pytest.mark.parametrize("at_once", [ImmediateExit(), KeyboardInterrupt()], ids=["SIGTERM again", "Ctrl-C"])
 def test_who_is_to_leave_at_once_waits_for_nothing(tmp_path, at_once):
     run = beside(tmp_path)
     run.trainer.may_write.clear()

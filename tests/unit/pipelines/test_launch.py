@@ -12,7 +12,7 @@ from roll_r3.config.load import load_text
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.pipelines.launch import _prepare, with_absolute_paths
+from roll_r3.pipelines.lifecycle.launch import _prepare, with_absolute_paths
 from roll_r3.tracking.progress import Progress
 
 

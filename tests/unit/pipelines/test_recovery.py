@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from roll_r3.errors import LostWorkerError
-from roll_r3.pipelines.recovery import Recoveries
+from roll_r3.pipelines.lifecycle.recovery import Recoveries
 
 LOSS = LostWorkerError("actor_train-1 died")
 

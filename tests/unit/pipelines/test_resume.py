@@ -11,10 +11,10 @@ import pytest
 from fake_run import FakeRun, config_of
 
 from roll_r3.errors import BusyError, CheckpointError, ConfigError, RollError
-from roll_r3.pipelines.resume import (
+from roll_r3.pipelines.lifecycle.resume import (
     ResumePoint,
     changes,
-    put_back,
+    rewind,
 )
 from roll_r3.saving.manifest import verify
 from roll_r3.saving.state import read_state
@@ -142,7 +142,7 @@ def test_weights_of_a_step_that_is_done_again_are_in_nobodys_way(tmp_path):
 
 def test_a_run_that_begins_again_has_no_history(tmp_path):
     run = FakeRun(config_of(tmp_path, save_hf_steps=1)).run_to(1)
-    put_back(run.run_dir, None, run.said.append)
+    rewind(run.run_dir, None, run.said.append)
     assert run.run_dir.metrics_file.read_text() == run.run_dir.samples_file.read_text() == ""
     assert run.exports.steps() == []
 
@@ -175,7 +175,7 @@ def test_metrics_that_are_none_are_refused(tmp_path, text):
     else:
         (path / "metrics.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(CheckpointError, match="does not hold the metrics"):
-        put_back(run.run_dir, ResumePoint(path, read_state(path)), run.said.append)
+        rewind(run.run_dir, ResumePoint(path, read_state(path)), run.said.append)
 
 
 def test_a_clock_that_is_set_back_does_not_choose_the_run(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
+from roll_r3.cluster.models import BatchLogProbs, BatchUpdate
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
@@ -34,12 +34,19 @@ PROMPTS = [
 ]
 
 
+def trajectory(sample_id: str, group_id: str) -> Trajectory:
+    """One token to one token."""
+    return Trajectory.one_turn(
+        sample_id, group_id, prompt_ids=[1], response_ids=[1], log_probs=[-1.0], version=0, finish_reason="stop"
+    )
+
+
 class Cluster:
     """Rollout, trainer, tokenizer and rewards: samples in `withheld` do not come, others are one token long."""
 
     data_parallel_size = 1
 
-    names: tuple[str, ...] = ()
+    names = ("actor_infer-0",)
 
     def __init__(self, withheld: dict[str, str]) -> None:
         self.withheld = withheld
@@ -49,15 +56,18 @@ class Cluster:
         """Number of passes before updates."""
         self.trained: list[Batch] = []
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        ids, log_probs = np.array([1], np.int32), np.array([-1.0], np.float32)
-        return [
+    def begin_generate(self, name: str, requests: Sequence[GenerateRequest]) -> list[int]:
+        self.results = [
             GenerateResult(
-                tuple(Trajectory(i, ids, ids, log_probs, "stop", (0,)) for i in r.sample_ids if i not in self.withheld),
+                tuple(trajectory(i, r.group_id) for i in r.sample_ids if i not in self.withheld),
                 dropped={i: self.withheld[i] for i in r.sample_ids if i in self.withheld},
             )
             for r in requests
         ]
+        return list(range(len(requests)))
+
+    def ended(self, timeout: float | None) -> dict[int, GenerateResult]:
+        return dict(enumerate(self.results))
 
     def compute_log_probs(self, batch: Batch) -> BatchLogProbs:
         self.passes += 1
@@ -141,13 +151,13 @@ def test_samples_that_the_engines_did_not_give_are_said() -> None:
     withheld = {f"step1/prompt1/sample{i}": "HTTP 500" for i in range(2)} | {"step1/prompt0/sample0": "too slow"}
     experience = pipeline(withheld, said).sample(1)
     assert said == ["step 1: left out 3 of 4 samples, which the engines did not give: HTTP 500; too slow"]
-    [sample] = experience.samples
+    [sample] = experience.scored.samples
     assert (sample.sample_id, sample.prompt_id) == ("step1/prompt0/sample1", "row-0")
 
 
 def test_nothing_is_said_where_all_came() -> None:
     said: list[str] = []
-    assert [s.prompt_id for s in pipeline({}, said).sample(1).samples] == ["row-0", "row-0", "row-1", "row-1"]
+    assert [s.prompt_id for s in pipeline({}, said).sample(1).scored.samples] == ["row-0", "row-0", "row-1", "row-1"]
     assert said == []
 
 
@@ -163,7 +173,7 @@ def test_the_penalty_comes_off_the_advantages_of_the_tokens() -> None:
     assert experience.batch.advantages_N is not None
     np.testing.assert_allclose(experience.batch.advantages_N, -0.05, rtol=1e-6)
     np.testing.assert_allclose(experience.advantages.rewards_n, -0.05, rtol=1e-6)
-    assert {s.score for s in experience.samples} == {1.0}, "the scores are as they were given"
+    assert {s.score for s in experience.scored.samples} == {1.0}, "the scores are as they were given"
 
 
 def test_a_rule_is_offered_all_that_is_known_of_a_sample() -> None:
@@ -180,12 +190,12 @@ def test_a_rule_is_offered_all_that_is_known_of_a_sample() -> None:
     }
     assert (first.finish_reason, first.num_response_tokens) == ("stop", 1)
     assert (last.row, last.prompt) == ({"tests": [1]}, "question 1")
-    assert experience.undecided_rewards == 1
+    assert experience.scored.undecided == 1
 
 
 def test_each_response_is_decoded_once_as_its_rule_reads_it() -> None:
     cluster = Cluster({})
-    samples = pipeline({}, [], cluster).sample(1).samples
+    samples = pipeline({}, [], cluster).sample(1).scored.samples
     assert cluster.decoded == [True, True, False, False]
     assert [r.response for r in cluster.scored] == ["an answer"] * 2 + ["an answer<end>"] * 2
     assert [s.response for s in samples] == [r.response for r in cluster.scored]

@@ -11,7 +11,7 @@ from roll_r3.algorithms.advantages import TokenAdvantages
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.cluster.groups import BatchLogProbs, BatchUpdate
+from roll_r3.cluster.models import BatchLogProbs, BatchUpdate
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
 from roll_r3.replay.counts import ReplayCounts
@@ -20,14 +20,15 @@ from roll_r3.tracking.names import METRICS
 
 def trajectory(name: str, prompt: int, log_probs: list[float], finish: str) -> Trajectory:
     rows = prompt + len(log_probs) - 1
-    return Trajectory(
+    return Trajectory.one_turn(
         name,
-        np.arange(prompt, dtype=np.int32),
-        np.arange(len(log_probs), dtype=np.int32),
-        np.array(log_probs, np.float32),
-        finish,  # type: ignore[arg-type]
-        (0,),
-        RoutedExperts(np.zeros((3, rows, 2), np.uint8)),
+        "a",
+        prompt_ids=range(prompt),
+        response_ids=range(len(log_probs)),
+        log_probs=log_probs,
+        version=0,
+        finish_reason=finish,  # type: ignore[arg-type]
+        routes=RoutedExperts(np.zeros((3, rows, 2), np.uint8)),
     )
 
 

@@ -10,8 +10,8 @@ import ray
 
 from roll_r3 import run
 from roll_r3.cluster import placement
-from roll_r3.cluster.groups import RolloutGroup
 from roll_r3.cluster.placement import Device, Placement
+from roll_r3.cluster.rollouts import RolloutGroup
 from roll_r3.config.devices import MAX_DEVICES
 from roll_r3.config.load import load
 from roll_r3.config.pipeline import RLVRConfig

@@ -1,4 +1,4 @@
-"""Writing what a run saves: checkpoints to go on from, and weights for transformers."""
+"""Writing of checkpoints to resume from, and of weights for transformers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from roll_r3.cluster.groups import ModelGroup
+from roll_r3.cluster.models import ModelGroup
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.writing import disk_of, explain
 from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError, RollError
-from roll_r3.pipelines.leaving import Leave, LeaveNow, Leaving
+from roll_r3.pipelines.lifecycle.shutdown import GracefulExit, ImmediateExit, Shutdown
 from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.saving.store import CHECKPOINTS, EXPORTS, Store
@@ -27,27 +27,27 @@ logger = logging.getLogger(__name__)
 
 
 def stores_of(run_dir: RunDir) -> tuple[Store, Store]:
-    """Where the checkpoints of a run are, and its weights for transformers."""
+    """Return the stores of a run's checkpoints and of its weights for transformers."""
     return Store(run_dir.saved / CHECKPOINTS), Store(run_dir.saved / EXPORTS)
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something is done after a step that is done every so many steps, and after the last one; 0: never."""
+    """Return True if an action is due after a step: every `every` steps and after the last; 0: never."""
     return every > 0 and (step % every == 0 or step == last)
 
 
 def lacks_export(config: RLVRConfig, run_dir: RunDir, step: int) -> bool:
-    """Whether a run has saved a step without exporting its weights, which was due as well."""
+    """Return True if a run has saved a step without exporting its weights, though both were due."""
     checkpoints, exports = stores_of(run_dir)
     due = is_due(step, config.save_hf_steps, config.max_steps)
     return due and checkpoints.path(step).exists() and not exports.path(step).exists()
 
 
 def try_saving(config: RLVRConfig, run_dir: RunDir) -> None:
-    """Find out before the first step whether what is to be saved can be.
+    """Check before the first step that checkpoints can be saved.
 
     Raises:
-        CheckpointError: it cannot.
+        CheckpointError: they cannot.
     """
     checkpoints, exports = stores_of(run_dir)
     store = checkpoints if config.save_steps else exports if config.save_hf_steps else None
@@ -64,8 +64,8 @@ def try_saving(config: RLVRConfig, run_dir: RunDir) -> None:
 class Checkpoints:
     """Saves the steps of a run that are due, one after the other.
 
-    A checkpoint is written in a thread beside the run. Without `checkpoint_config.async_save` the run waits for it at
-    once, and with it before the next one and at the end; the end may be an error.
+    A checkpoint is written in a thread beside the run. With `checkpoint_config.async_save` the run waits for it before
+    the next one and at the end, which may be an error. Otherwise it waits at once.
     """
 
     def __init__(
@@ -76,18 +76,17 @@ class Checkpoints:
         *,
         data: Data,
         begun: int,
-        leaving: Leaving,
+        shutdown: Shutdown,
         say: Callable[[str], None],
     ) -> None:
-        """
-        Args:
-            data: how far the run was in its prompts after step `begun`.
-            leaving: has a SIGTERM wait for what is being written while an error ends the run.
-            say: is told of everything that is saved, from the thread that writes.
+        """Args:
+        data: position of the run in its prompts after step `begun`.
+        shutdown: lets a SIGTERM wait for a checkpoint under way while an error ends the run.
+        say: takes a line for everything saved, from the writing thread.
         """
         self._config, self._run_dir, self._trainer = config, run_dir, trainer
         self._data, self._begun = data, begun
-        self._leaving, self._say = leaving, say
+        self._shutdown, self._say = shutdown, say
         self._checkpoints, self._exports = stores_of(run_dir)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
@@ -99,17 +98,18 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for what is being written, unless nothing is waited for any more. Of two errors the first one goes on,
-        and the other is said."""
+        """Wait for the checkpoint under way, except on an immediate exit. Of two errors the first is raised, and the
+        other is reported.
+        """
         self._writer.shutdown(wait=False)
-        if isinstance(error, LeaveNow | KeyboardInterrupt):
+        if isinstance(error, ImmediateExit | KeyboardInterrupt):
             return
         if error is not None and self._under_way is not None and not self._under_way.done():
             self._say("the checkpoint that is being written is completed first")
         try:
-            with self._leaving.held():
+            with self._shutdown.held():
                 self.wait()
-        except Leave:
+        except GracefulExit:
             if error is None:  # else whoever handles it sees that a SIGTERM came
                 raise
         except RollError as failure:
@@ -118,11 +118,11 @@ class Checkpoints:
             self._say(str(failure))
 
     def step_done(self, step: int, samples_seen: int) -> None:
-        """Save what is due after a step whose metrics are written.
+        """Save everything due after a step with written metrics.
 
         Raises:
             CheckpointError: something could not be written, now or since the step before, for want of space for
-                instance; what was saved before is as it was.
+                instance. Earlier checkpoints are unchanged.
         """
         start = time.perf_counter()
         if self._under_way is not None and self._under_way.done():
@@ -138,7 +138,7 @@ class Checkpoints:
         self._seconds += time.perf_counter() - start
 
     def catch_up(self, step: int) -> None:
-        """Export the weights of the step that the run goes on after, should it have ended between the two.
+        """Export the weights of the step to resume after, if the run ended between its checkpoint and its export.
 
         Raises:
             CheckpointError: as `step_done`.
@@ -147,7 +147,7 @@ class Checkpoints:
             self._export(step)
 
     def leave(self, step: int, samples_seen: int) -> None:
-        """Save a step that the run is left after, unless it is saved or no step is to be, and wait for it.
+        """Save the last step before an exit, unless it is saved or saving is off, and wait for it.
 
         Raises:
             CheckpointError: as `step_done`.
@@ -170,7 +170,7 @@ class Checkpoints:
                 self._under_way = None
 
     def seconds_waited(self) -> float:
-        """How long `step_done` has kept the run since this was last asked."""
+        """Return the seconds that `step_done` kept the run since the last call of this."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -187,7 +187,7 @@ class Checkpoints:
             self._finished(self._exports, step, began)
 
     def _begin(self, step: int, samples_seen: int) -> None:
-        """Keep what the step leaves behind, and have the rest of the checkpoint written."""
+        """Keep the state of the step, and have the rest of the checkpoint written."""
         began = time.perf_counter()
         logger.info("step %d: saving", step)
         with self._abandoned_on_failure(self._checkpoints, step):
@@ -197,7 +197,7 @@ class Checkpoints:
         self._under_way = self._writer.submit(self._complete, folder, step, sums, began)
 
     def _complete(self, folder: Path, step: int, sums: dict[str, FileSum], began: float) -> None:
-        """In the writer's thread: everything that the run need not wait for."""
+        """Write, in the writer's thread, everything that the run need not wait for."""
         with self._abandoned_on_failure(self._checkpoints, step):
             written = self._trainer.write_snapshot(folder / TRAINER)
             self._checkpoints.seal(step, sums | {f"{TRAINER}/{name}": found for name, found in written.items()})

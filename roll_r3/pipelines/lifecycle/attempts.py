@@ -9,18 +9,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from roll_r3.cluster.groups import Roles
 from roll_r3.cluster.placement import place
+from roll_r3.cluster.roles import Roles
 from roll_r3.cluster.session import ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.writing import naming
 from roll_r3.data.prompts import Prompt, prompt_batches
 from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
-from roll_r3.pipelines.checkpoints import Checkpoints
-from roll_r3.pipelines.leaving import Leave, Leaving
-from roll_r3.pipelines.recovery import Recoveries
-from roll_r3.pipelines.resume import ResumePoint, data_of, newest_point, put_back
-from roll_r3.pipelines.rlvr import Experience, RLVRPipeline, ScoredSample
+from roll_r3.pipelines.experience import Experience, ScoredSample
+from roll_r3.pipelines.lifecycle.checkpoints import Checkpoints
+from roll_r3.pipelines.lifecycle.recovery import Recoveries
+from roll_r3.pipelines.lifecycle.resume import ResumePoint, data_of, newest_point, rewind
+from roll_r3.pipelines.lifecycle.shutdown import GracefulExit, Shutdown
+from roll_r3.pipelines.rlvr import RLVRPipeline
 from roll_r3.rewards.scoring import Rewards
 from roll_r3.saving.state import TRAINER
 from roll_r3.tracking.metric_log import MetricLog, last_step
@@ -32,17 +33,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finished:
-    """What is left to show of a run whose steps are all done."""
+    """Summary of a run after its last step."""
 
     history: list[dict[str, float]]
-    """What the summary needs of every step's metrics."""
+    """Metrics of every step, as far as the summary needs them."""
     first: list[ScoredSample]
-    """Samples of the first step that the last start made."""
+    """Samples of the first step of the last attempt."""
     last: list[ScoredSample]
 
 
-class Starts:
-    """Everything that the starts of one run have in common."""
+class Attempts:
+    """Everything that the attempts of one run have in common."""
 
     def __init__(
         self,
@@ -53,22 +54,22 @@ class Starts:
         prompts: list[Prompt],
         rewards: Rewards,
         progress: Progress,
-        leaving: Leaving,
+        shutdown: Shutdown,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
         self._tokenizer, self._prompts, self._rewards = tokenizer, prompts, rewards
-        self._progress, self._leaving = progress, leaving
+        self._progress, self._shutdown = progress, shutdown
         self._device_kind: str | None = None
         """"cuda" or "cpu" once a start found out: a later one takes the same or none."""
 
     def run(self, begin: ResumePoint | None) -> Finished:
-        """Every step after those of `begin`, in as many starts as the faults of the cluster make of it.
+        """Run every step after those of `begin`, in as many attempts as faults of the cluster make necessary.
 
         Raises:
-            LostWorkerError: a worker was lost, and a new start is of no use (see `Recoveries`).
-            RollError: what no new start would mend.
-            Leave: SIGTERM; what is to be saved is saved.
+            LostWorkerError: a worker was lost, and another attempt is useless (see `Recoveries`).
+            RollError: another attempt would not help.
+            GracefulExit: SIGTERM came; everything due is saved.
         """
         say, point = self._progress.say, begin
         recoveries = Recoveries(self._config.max_recoveries, begin.state.step if begin else 0)
@@ -90,19 +91,19 @@ class Starts:
                 if useless is not None:
                     raise useless from error
             point = newest_point(self._run_dir, self._progress) or begin
-            put_back(self._run_dir, point, say)
+            rewind(self._run_dir, point, say)
             where = f"after step {point.state.step}, from {point.checkpoint}" if point else "from the beginning"
             say(f"going on {where} (new start {recoveries.count} of at most {self._config.max_recoveries})")
 
     def _judged(self, error: LostWorkerError, recoveries: Recoveries) -> LostWorkerError | None:
-        """Say what was lost, where a new start is of use; else return why none is.
+        """Report the loss if another attempt is useful; otherwise return the reason against one.
 
         Raises:
-            Leave: SIGTERM came.
+            GracefulExit: SIGTERM came.
         """
-        if self._leaving.asked:  # whoever ends the run may have ended its workers too
+        if self._shutdown.asked:  # whoever ends the run may have ended its workers too
             self._progress.say(f"LOST: {error}\nleaving without another checkpoint")
-            raise Leave from error
+            raise GracefulExit from error
         try:
             recoveries.spend(error, last_step(self._run_dir.metrics_file))
         except LostWorkerError as useless:
@@ -123,7 +124,9 @@ class Starts:
             placement = stack.enter_context(place(config, again=self._device_kind))
         self._device_kind = placement.kind
         with _lost_if(again):
-            roles = stack.enter_context(Roles(config, placement, run_dir.log_dir, self._leaving.unbroken, progress.say))
+            roles = stack.enter_context(
+                Roles(config, placement, run_dir.log_dir, self._shutdown.unbroken, progress.say)
+            )
         engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
         with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"), _lost_if(again):
             roles.start()
@@ -143,9 +146,9 @@ class Starts:
         log = stack.enter_context(MetricLog(run_dir, config.track_with))
         with progress.stage("sending the first weights"), _lost_if(again):
             pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
-        leaving, say = self._leaving, progress.say
+        shutdown, say = self._shutdown, progress.say
         saving = stack.enter_context(
-            Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, leaving=leaving, say=say)
+            Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, shutdown=shutdown, say=say)
         )
         if done:
             saving.catch_up(done)
@@ -161,25 +164,25 @@ class Starts:
         path = self._run_dir.samples_file
         with naming(path), path.open("a") as samples_file:
             try:
-                with self._leaving.as_raised():
+                with self._shutdown.as_raised():
                     for step in range(done + 1, self._config.max_steps + 1):
                         experience = pipeline.sample(step)
-                        with self._leaving.held():
+                        with self._shutdown.held():
                             shown = self._learn(pipeline, experience, log, saving, samples_file)
                             before, done = before or shown, step
                         del experience  # else its routes would lie in the object store while the next step is sampled
-                    with self._leaving.held():
+                    with self._shutdown.held():
                         saving.wait()  # the last checkpoint, too, is whole before a SIGTERM ends who writes it
-            except Leave:
+            except GracefulExit:
                 self._progress.say(f"SIGTERM: leaving after step {done}")
-                with self._leaving.held():
+                with self._shutdown.held():
                     saving.leave(done, pipeline.samples_seen)
         return before, shown
 
     def _learn(
         self, pipeline: RLVRPipeline, experience: Experience, log: MetricLog, saving: Checkpoints, samples_file: TextIO
     ) -> list[ScoredSample]:
-        """The second half of a step with everything that belongs to it; the samples that are shown of it."""
+        """Run the second half of a step and everything after it; return the samples to show."""
         step, result = experience.step, pipeline.learn(experience)
         log.write(step, result.metrics | {"time/step_save": saving.seconds_waited()})
         # one sample of each of the first prompts says more than all samples of one prompt
@@ -195,10 +198,10 @@ class Starts:
 
 @contextmanager
 def _lost_if(again: bool) -> Iterator[None]:
-    """What came up before and does not in a new start is nobody's mistake either.
+    """Treat a failed start as a loss in a later attempt: the same things came up before.
 
     Raises:
-        LostWorkerError: in the place of an error of a worker, an engine or their places, in a new start.
+        LostWorkerError: in place of an error of a worker, an engine or their places, in a later attempt.
     """
     try:
         yield

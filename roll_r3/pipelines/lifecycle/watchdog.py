@@ -1,4 +1,4 @@
-"""Ends the process when a signal that should have ended it has not, because the main thread hangs in a library."""
+"""Watchdog that ends the process if a signal does not, because the main thread hangs in a library."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from collections.abc import Callable
 import psutil
 
 WATCHED = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-"""Signals that are to end the process, and their names."""
+"""Names of the signals that end the process."""
 
 
 class Watchdog:
-    """A thread that hears of signals even while the main thread runs no Python, as in a call of Ray's.
+    """A thread that receives signals even while the main thread runs no Python, as in a call of Ray's.
 
-    The interpreter's own handler writes each signal's number to a socket at once; Python's handlers, which raise, run
-    only when the main thread comes back.
+    The interpreter's own handler writes each signal's number to a socket at once. Python's handlers run only when the
+    main thread comes back.
     """
 
     def __init__(self, first_s: float, second_s: float, end: Callable[[int], None] | None = None) -> None:
@@ -43,7 +43,7 @@ class Watchdog:
         threading.Thread(target=self._watch, args=(hears,), name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """For the main thread; the process goes on."""
+        """Stop watching; for the main thread. The process stays."""
         assert self._told is not None, "start() comes first"
         signal.set_wakeup_fd(self._before)
         self._told.close()

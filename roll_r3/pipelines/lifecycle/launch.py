@@ -1,4 +1,4 @@
-"""From a checked configuration to a finished run: what is read once, the directory, the starts, the summary."""
+"""From a checked configuration to a finished run: one-time reading, directory, attempts, summary."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from roll_r3.data.prompts import read_prompts
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
-from roll_r3.pipelines.checkpoints import lacks_export, try_saving
-from roll_r3.pipelines.leaving import Leaving
-from roll_r3.pipelines.resume import changes, data_of, opened, put_back, replace_file
-from roll_r3.pipelines.starts import Starts
+from roll_r3.pipelines.lifecycle.attempts import Attempts
+from roll_r3.pipelines.lifecycle.checkpoints import lacks_export, try_saving
+from roll_r3.pipelines.lifecycle.resume import changes, data_of, opened, replace_file, rewind
+from roll_r3.pipelines.lifecycle.shutdown import Shutdown
 from roll_r3.preflight.check import require_valid
 from roll_r3.preflight.surroundings import read_surroundings
 from roll_r3.rewards.scoring import Rewards
@@ -42,19 +42,19 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
     """Run the whole training.
 
     Args:
-        origins: where the configuration's values came from, for what only the downloaded checkpoint can tell.
+        origins: origins of the configuration's values, for checks that need the downloaded checkpoint.
 
     Returns:
         The exit status, 0: every step ran.
 
     Raises:
-        RollError: what stopped the run, in words for the person who started it.
+        RollError: the reason for the run's end, in words for the person who started it.
     """
     started = time.monotonic()
     config = with_absolute_paths(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.max_steps))
-        leaving = stack.enter_context(Leaving(config.sigterm_grace_period))
+        shutdown = stack.enter_context(Shutdown(config.sigterm_grace_period))
         run_dir, point = stack.enter_context(opened(config, datetime.now(UTC), progress))
         done = point.state.step if point else 0
         if point is not None and done >= config.max_steps and not lacks_export(config, run_dir, done):
@@ -70,22 +70,22 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
             data = data_of(prompts, config.seed)
             check_resumable(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=data)
             changed = changes(config, point)
-            put_back(run_dir, point, progress.say)
+            rewind(run_dir, point, progress.say)
             progress.say(f"going on after step {point.state.step}, from {point.checkpoint}")
             for change in changed:
                 progress.say(change)
         replace_file(run_dir.path / "config.yaml", to_yaml(config))
         try_saving(config, run_dir)
-        starts = Starts(
+        attempts = Attempts(
             config,
             run_dir=run_dir,
             tokenizer=tokenizer,
             prompts=prompts,
             rewards=rewards,
             progress=progress,
-            leaving=leaving,
+            shutdown=shutdown,
         )
-        finished = starts.run(point)
+        finished = attempts.run(point)
     summary = run_summary(
         run_dir.path,
         finished.history,
@@ -99,8 +99,10 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
 
 
 def with_absolute_paths(config: RLVRConfig) -> RLVRConfig:
-    """Checkpoints that are directories here, and the engine's interpreter where it is a file here, by their absolute
-    paths: workers may start in another directory."""
+    """Make paths absolute: checkpoints that are directories here, and the engine's interpreter if it is a file here.
+
+    Workers may start in another directory.
+    """
 
     def absolute(name: str) -> str:
         return str(Path(name).absolute()) if Path(name).is_dir() else name
@@ -126,8 +128,7 @@ def with_absolute_paths(config: RLVRConfig) -> RLVRConfig:
 
 
 def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: Progress) -> tuple[Any, Any]:
-    """Everything that can be wrong without a cluster: checkpoint, tokenizer, data, rewards, whose processes start
-    meanwhile."""
+    """Check everything that needs no cluster: checkpoint, tokenizer, data, rewards. Starts the rewards' processes."""
     with progress.stage("reading checkpoint, tokenizer, prompts and rewards"):
         checkpoint = resolve_checkpoint(checkpoint_of(config, "actor_train"))
         facts = read_facts(checkpoint)

@@ -17,10 +17,10 @@ import pytest
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
-from roll_r3.pipelines import starts
-from roll_r3.pipelines.leaving import Leave, Leaving
+from roll_r3.pipelines.lifecycle import attempts
+from roll_r3.pipelines.lifecycle.attempts import Attempts
+from roll_r3.pipelines.lifecycle.shutdown import GracefulExit, Shutdown
 from roll_r3.pipelines.rlvr import StepResult
-from roll_r3.pipelines.starts import Starts
 from roll_r3.tracking.run_dir import RunDir
 
 
@@ -50,16 +50,16 @@ class Pipeline:
         return StepResult({}, [])
 
 
-def starts_of(tmp_path: Path, leaving: Leaving | None = None) -> Starts:
+def attempts_of(tmp_path: Path, shutdown: Shutdown | None = None) -> Attempts:
     anything = MagicMock()
-    return Starts(
+    return Attempts(
         RLVRConfig(exp_name="exp", pretrain="p", max_steps=3, actor_train={}, actor_infer={}),
         run_dir=RunDir(tmp_path, tmp_path),
         tokenizer=None,
         prompts=[],
         rewards=anything,
         progress=anything,
-        leaving=leaving or Leaving(60.0),
+        shutdown=shutdown or Shutdown(60.0),
     )
 
 
@@ -68,7 +68,7 @@ def test_a_steps_routes_are_let_go_before_the_next_is_sampled(tmp_path: Path) ->
     checkpoints: Any = MagicMock()
     checkpoints.seconds_waited.return_value = 1.5
     log: Any = MagicMock()
-    starts_of(tmp_path)._steps(pipeline, 0, log, checkpoints)
+    attempts_of(tmp_path)._steps(pipeline, 0, log, checkpoints)
     assert pipeline.kept == [0, 0, 0]
     assert [call.args for call in log.write.call_args_list] == [(step, {"time/step_save": 1.5}) for step in (1, 2, 3)]
     assert [call.args for call in checkpoints.step_done.call_args_list] == [(step, 0) for step in (1, 2, 3)]
@@ -87,8 +87,8 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(tmp_path: Pat
     checkpoints.seconds_waited.return_value = 0.0
     checkpoints.wait.side_effect = wait
     checkpoints.leave.side_effect = lambda step, _: done.append(f"left after {step}")
-    with pytest.raises(Leave), Leaving(60.0) as leaving:
-        starts_of(tmp_path, leaving)._steps(Pipeline(), 0, MagicMock(), checkpoints)
+    with pytest.raises(GracefulExit), Shutdown(60.0) as shutdown:
+        attempts_of(tmp_path, shutdown)._steps(Pipeline(), 0, MagicMock(), checkpoints)
     assert done == ["written", "left after 3"]
 
 
@@ -105,8 +105,8 @@ def test_sigterm_while_a_call_of_rays_is_waiting_saves_the_newest_step(tmp_path:
 
     checkpoints: Any = MagicMock()
     checkpoints.seconds_waited.return_value = 0.0
-    with pytest.raises(Leave), Leaving(60.0) as leaving:
-        starts_of(tmp_path, leaving)._steps(Waiting(), 0, MagicMock(), checkpoints)
+    with pytest.raises(GracefulExit), Shutdown(60.0) as shutdown:
+        attempts_of(tmp_path, shutdown)._steps(Waiting(), 0, MagicMock(), checkpoints)
     checkpoints.leave.assert_called_once_with(1, 0)
 
 
@@ -114,12 +114,12 @@ def test_sigterm_while_a_call_of_rays_is_waiting_saves_the_newest_step(tmp_path:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stand-in for everything brought up by a start; `steps` is the outcome of its steps."""
     cluster: Any = MagicMock()
-    for name in ("ray_cluster", "place", "Roles", "RLVRPipeline", "MetricLog", "Checkpoints", "put_back"):
-        monkeypatch.setattr(starts, name, getattr(cluster, name))
-    monkeypatch.setattr(starts, "data_of", MagicMock())
-    monkeypatch.setattr(starts, "prompt_batches", MagicMock())
-    monkeypatch.setattr(starts, "newest_point", lambda *_: None)
-    monkeypatch.setattr(Starts, "_steps", cluster.steps)
+    for name in ("ray_cluster", "place", "Roles", "RLVRPipeline", "MetricLog", "Checkpoints", "rewind"):
+        monkeypatch.setattr(attempts, name, getattr(cluster, name))
+    monkeypatch.setattr(attempts, "data_of", MagicMock())
+    monkeypatch.setattr(attempts, "prompt_batches", MagicMock())
+    monkeypatch.setattr(attempts, "newest_point", lambda *_: None)
+    monkeypatch.setattr(Attempts, "_steps", cluster.steps)
     for name in ("ray_cluster", "place", "Roles", "MetricLog", "Checkpoints"):
         getattr(cluster, name).return_value.__exit__.return_value = False
     return cluster
@@ -146,11 +146,11 @@ def test_what_does_not_come_up_in_a_new_start_is_a_loss(
     starting = operator.attrgetter(method)(cluster)
     starting.side_effect = [DEFAULT, error, DEFAULT]
     point: Any = SimpleNamespace(checkpoint=tmp_path, state=MagicMock(step=0, samples_seen=0))
-    starts_of(tmp_path).run(point)
+    attempts_of(tmp_path).run(point)
     assert starting.call_count == 3
     starting.side_effect = error
     with pytest.raises(type(error), match="no GPU memory") as caught:
-        starts_of(tmp_path).run(point)
+        attempts_of(tmp_path).run(point)
     assert caught.value is error, "in the first start it is a setting more often than a fault"
 
 
@@ -158,12 +158,12 @@ def test_a_loss_is_said_before_the_rest_is_taken_down(tmp_path: Path, cluster: A
     """Report the loss first: the shutdown may hang in a process of Ray, and its parts must know of the loss."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     happened: list[str] = []
-    starts = starts_of(tmp_path)
-    starts._progress.say.side_effect = happened.append
+    made = attempts_of(tmp_path)
+    made._progress.say.side_effect = happened.append
     cluster.steps.side_effect = [LostWorkerError("actor_train-0 died"), ([], [])]
     exits = cluster.Roles.return_value.__exit__
     exits.side_effect = lambda *error: happened.append(f"taken down after {error[-3]}")
-    starts.run(SimpleNamespace(checkpoint=tmp_path, state=MagicMock(step=0, samples_seen=0)))  # type: ignore[arg-type]
+    made.run(SimpleNamespace(checkpoint=tmp_path, state=MagicMock(step=0, samples_seen=0)))  # type: ignore[arg-type]
     assert happened[0] == "LOST: actor_train-0 died"
     assert happened[1] == f"taken down after {LostWorkerError}"
     assert happened[-1] == "taken down after None"
@@ -171,16 +171,16 @@ def test_a_loss_is_said_before_the_rest_is_taken_down(tmp_path: Path, cluster: A
 
 def test_a_loss_of_no_use_is_raised_once_and_as_it_is(tmp_path: Path, cluster: Any) -> None:
     cluster.steps.side_effect = [LostWorkerError("actor_train-0 died")]
-    starts = starts_of(tmp_path)
+    made = attempts_of(tmp_path)
     with pytest.raises(LostWorkerError, match="died\nthe run had not made a step"):
-        starts.run(None)
-    starts._progress.say.assert_not_called()
+        made.run(None)
+    made._progress.say.assert_not_called()
 
 
 def test_a_loss_that_only_the_end_of_ray_tells_is_one(tmp_path: Path, cluster: Any) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     cluster.steps.side_effect = [RuntimeError("of Ray's"), ([], [])]
     cluster.ray_cluster.return_value.__exit__.side_effect = [LostWorkerError("Ray failed"), False]
-    starts = starts_of(tmp_path)
-    starts.run(SimpleNamespace(checkpoint=tmp_path, state=MagicMock(step=0, samples_seen=0)))  # type: ignore[arg-type]
-    assert next(call.args[0] for call in starts._progress.say.call_args_list) == "LOST: Ray failed"
+    made = attempts_of(tmp_path)
+    made.run(SimpleNamespace(checkpoint=tmp_path, state=MagicMock(step=0, samples_seen=0)))  # type: ignore[arg-type]
+    assert next(call.args[0] for call in made._progress.say.call_args_list) == "LOST: Ray failed"

@@ -1,4 +1,4 @@
-"""Where a run begins: at the checkpoint's weights, or at a step that an earlier one saved."""
+"""The beginning of a run: the checkpoint's weights, or a step saved by an earlier run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from roll_r3.config.writing import UNMAKEABLE
 from roll_r3.config.yaml_file import parse_yaml, to_yaml
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import BusyError, CheckpointError, ConfigError
-from roll_r3.pipelines.checkpoints import stores_of
+from roll_r3.pipelines.lifecycle.checkpoints import stores_of
 from roll_r3.saving.manifest import verify, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, Data, RunState, fingerprint, read_state
 from roll_r3.saving.store import CHECKPOINTS, Store, mark_newest, newest_run, runs_saved
@@ -31,14 +31,14 @@ from roll_r3.tracking.run_dir import RunDir
 
 _MAX_METRICS = 1 << 30
 _NAMED = 5
-"""Runs that a message lists."""
+"""Number of runs listed by a message."""
 COMPARING = "comparing the checkpoint with its checksums"
-"""A stage that reads all of it: hours for terabytes on a slow disk."""
+"""Name of a stage that reads a whole checkpoint: hours for terabytes on a slow disk."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a run goes on from."""
+    """Point to resume a run from."""
 
     checkpoint: Path
     """Whole: every byte of it was compared with its checksum."""
@@ -47,18 +47,17 @@ class ResumePoint:
 
 @contextmanager
 def opened(config: RLVRConfig, now: datetime, progress: Progress) -> Iterator[tuple[RunDir, ResumePoint | None]]:
-    """The directory of the run, which nobody else writes in meanwhile, and what `resume_from_checkpoint` asks for;
-    None: start from `pretrain`.
+    """Lock the directory of the run, and find the point to resume from; None: start from `pretrain`.
 
-    A run that goes on is looked at under the lock: another process that is about to leave it may save once more.
+    A run to resume is inspected under the lock: a process about to exit may save once more.
 
     Args:
-        progress: is told what is found, and of every damaged checkpoint on the way.
+        progress: takes a line about the point found, and about every damaged checkpoint before it.
 
     Raises:
-        ConfigError: the checkpoint that is named is none, or is damaged; the directory cannot be made.
+        ConfigError: the named checkpoint is not one, or is damaged; the directory cannot be made.
         BusyError: another process runs there.
-        CheckpointError: there are checkpoints to go on from, and all are damaged.
+        CheckpointError: there are checkpoints to resume from, and all are damaged.
     """
     named, run = None, None
     experiment = Path(saving_dir(config)).absolute() / config.exp_name
@@ -87,7 +86,7 @@ def opened(config: RLVRConfig, now: datetime, progress: Progress) -> Iterator[tu
 
 
 def _directory(config: RLVRConfig, now: datetime, run: str | None) -> RunDir:
-    """A new directory, or that of a run that goes on."""
+    """Return a new directory, or that of the run to resume."""
     where, saving = (config.output_dir, config.exp_name), saving_dir(config)
     try:
         if run is not None:
@@ -104,7 +103,7 @@ def _directory(config: RLVRConfig, now: datetime, run: str | None) -> RunDir:
 
 
 def _others(experiment: Path, busy: str | None) -> str:
-    """The runs to go on with instead of one that another process runs in."""
+    """List runs to resume instead of one that another process runs."""
     others = [name for name in runs_saved(experiment) if name != busy]
     if not others:
         return ""
@@ -129,7 +128,7 @@ def _named(path: Path, say: Callable[[str], None]) -> ResumePoint:
 
 
 def newest_point(run_dir: RunDir, progress: Progress) -> ResumePoint | None:
-    """The newest whole checkpoint of a run, which this process has the lock of; None: it has none.
+    """Return the newest whole checkpoint of a run locked by this process; None: it has none.
 
     Raises:
         CheckpointError: it has some, and all are damaged.
@@ -145,10 +144,10 @@ def newest_point(run_dir: RunDir, progress: Progress) -> ResumePoint | None:
     return None if newest is None else ResumePoint(newest, read_state(newest))
 
 
-def put_back(run_dir: RunDir, point: ResumePoint | None, say: Callable[[str], None]) -> None:
-    """Make the run's files those of the step that it goes on from: what came after it is done again.
+def rewind(run_dir: RunDir, point: ResumePoint | None, say: Callable[[str], None]) -> None:
+    """Rewind the run's files to the step to resume after; later steps are done again.
 
-    What there is of later steps, checkpoints that are all damaged and exports, is renamed.
+    Results of later steps, damaged checkpoints and exports are renamed.
 
     Args:
         point: None: the run begins again.
@@ -165,7 +164,7 @@ def put_back(run_dir: RunDir, point: ResumePoint | None, say: Callable[[str], No
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
+    """Write a file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     write_durably(partial, text)
     partial.replace(path)
@@ -205,10 +204,10 @@ def _metrics_of(checkpoint: Path) -> str:
 
 
 def changes(config: RLVRConfig, point: ResumePoint) -> list[str]:
-    """The fields that are not as in the run so far, and how.
+    """Return the fields that differ from the run so far, with both values.
 
     Raises:
-        CheckpointError: the checkpoint does not say what they were.
+        CheckpointError: the checkpoint does not hold the earlier values.
     """
     path = point.checkpoint / CONFIG
     try:
@@ -238,6 +237,6 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def data_of(prompts: Sequence[Prompt], seed: int, drawn: Sequence[tuple[int, int]] = ()) -> Data:
-    """How far a run is in these prompts."""
+    """Return the position of a run in these prompts."""
     sha256 = fingerprint([(p.token_ids, p.ground_truth, p.domain) for p in prompts])
     return Data(prompts=len(prompts), sha256=sha256, seed=seed, drawn=tuple(drawn))

@@ -14,7 +14,7 @@ from threading import Event
 import psutil
 import pytest
 
-from roll_r3.pipelines.leaving import EXIT_STATUS, Leave, LeaveNow, Leaving
+from roll_r3.pipelines.lifecycle.shutdown import EXIT_STATUS, GracefulExit, ImmediateExit, Shutdown
 
 
 def sigterm() -> None:
@@ -23,7 +23,7 @@ def sigterm() -> None:
 
 def test_it_leaves_at_once_where_nothing_is_held():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)
-    with pytest.raises(Leave) as raised, Leaving(60):
+    with pytest.raises(GracefulExit) as raised, Shutdown(60):
         sigterm()
     assert raised.value.code == EXIT_STATUS == 143
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)) == before
@@ -31,9 +31,9 @@ def test_it_leaves_at_once_where_nothing_is_held():
 
 
 def held(*actions: Callable[[], object], grace_s: float = 60) -> None:
-    """Run these actions while leaving is held back, then check that the process leaves."""
-    with Leaving(grace_s) as leaving:
-        with leaving.held():
+    """Run these actions while shutdown is held back, then check that the process exits."""
+    with Shutdown(grace_s) as shutdown:
+        with shutdown.held():
             for action in actions:
                 action()
         pytest.fail("it did not leave")
@@ -41,7 +41,7 @@ def held(*actions: Callable[[], object], grace_s: float = 60) -> None:
 
 def test_what_is_held_is_finished_first():
     done: list[str] = []
-    with pytest.raises(Leave):
+    with pytest.raises(GracefulExit):
         held(sigterm, lambda: done.append("the step"))
     assert done == ["the step"]
 
@@ -50,14 +50,14 @@ def test_what_is_saved_afterwards_is_held_too():
     done: list[str] = []
 
     def leave() -> None:
-        with Leaving(60) as leaving:
+        with Shutdown(60) as shutdown:
             try:
                 sigterm()
-            except Leave:
-                with leaving.held():
+            except GracefulExit:
+                with shutdown.held():
                     done.append("saved")
 
-    with pytest.raises(Leave):
+    with pytest.raises(GracefulExit):
         leave()
     assert done == ["saved"]
 
@@ -69,7 +69,7 @@ def test_an_error_of_what_is_held_is_not_hidden():
 
 def test_the_grace_period_ends_what_is_held():
     start = time.monotonic()
-    with pytest.raises(LeaveNow):
+    with pytest.raises(ImmediateExit):
         held(sigterm, lambda: time.sleep(30), grace_s=0.05)
     assert time.monotonic() - start < 10
 
@@ -77,13 +77,13 @@ def test_the_grace_period_ends_what_is_held():
 @pytest.mark.parametrize(("grace_s", "rings_after"), [(300.0, 285.0), (20.0, 10.0)])
 def test_time_is_kept_back_to_take_things_down(grace_s: float, rings_after: float):
     seconds: list[float] = []
-    with pytest.raises(Leave):
+    with pytest.raises(GracefulExit):
         held(sigterm, lambda: seconds.append(signal.getitimer(signal.ITIMER_REAL)[0]), grace_s=grace_s)
     assert seconds[0] == pytest.approx(rings_after, abs=2.0)
 
 
 def test_a_second_one_waits_for_nothing():
-    with pytest.raises(LeaveNow):
+    with pytest.raises(ImmediateExit):
         held(sigterm, sigterm)
 
 
@@ -96,17 +96,17 @@ def interrupted() -> None:
 
 
 def test_what_was_raised_comes_out_of_a_call_that_replaced_it():
-    with pytest.raises(Leave) as raised, Leaving(60) as leaving, leaving.as_raised():
+    with pytest.raises(GracefulExit) as raised, Shutdown(60) as shutdown, shutdown.as_raised():
         interrupted()
     assert raised.value.code == EXIT_STATUS
-    with pytest.raises(Leave), Leaving(60):
+    with pytest.raises(GracefulExit), Shutdown(60):
         interrupted()
-    with pytest.raises(LeaveNow):
+    with pytest.raises(ImmediateExit):
         held(sigterm, interrupted)
 
 
 def test_an_exit_without_a_signal_stays_as_it_is():
-    with pytest.raises(SystemExit) as raised, Leaving(60) as leaving, leaving.as_raised():
+    with pytest.raises(SystemExit) as raised, Shutdown(60) as shutdown, shutdown.as_raised():
         raise SystemExit(3)
     assert raised.value.code == 3
 
@@ -115,68 +115,68 @@ def test_what_must_not_be_broken_is_left_at_its_end():
     done: list[str] = []
 
     def leave() -> None:
-        with Leaving(60) as leaving:
-            with leaving.unbroken():
+        with Shutdown(60) as shutdown:
+            with shutdown.unbroken():
                 sigterm()
                 done.append("all members were called")
             pytest.fail("it did not leave")
 
-    with pytest.raises(Leave):
+    with pytest.raises(GracefulExit):
         leave()
     assert done == ["all members were called"]
 
 
 def test_what_takes_things_down_is_not_left_a_second_time():
-    with Leaving(60) as leaving:
-        with pytest.raises(Leave):
+    with Shutdown(60) as shutdown:
+        with pytest.raises(GracefulExit):
             sigterm()
-        with leaving.unbroken():
+        with shutdown.unbroken():
             pass
-        with pytest.raises(Leave), leaving.held(), leaving.unbroken():
+        with pytest.raises(GracefulExit), shutdown.held(), shutdown.unbroken():
             pass
 
 
 def test_what_must_not_be_broken_within_what_is_held_ends_with_that():
     done: list[str] = []
 
-    def unbroken(leaving: Leaving) -> None:
-        with leaving.unbroken():
+    def unbroken(shutdown: Shutdown) -> None:
+        with shutdown.unbroken():
             sigterm()
         done.append("the step goes on")
 
     def leave() -> None:
-        with Leaving(60) as leaving, leaving.held():
-            unbroken(leaving)
+        with Shutdown(60) as shutdown, shutdown.held():
+            unbroken(shutdown)
 
-    with pytest.raises(Leave):
+    with pytest.raises(GracefulExit):
         leave()
     assert done == ["the step goes on"]
 
 
 def test_other_threads_hold_nothing():
     """Hold from a thread, as a writer of checkpoints does at any time."""
-    with Leaving(60) as leaving, ThreadPoolExecutor(1) as pool:
+    with Shutdown(60) as shutdown, ThreadPoolExecutor(1) as pool:
         held = Event()
 
         def call() -> None:
-            with leaving.unbroken():
+            with shutdown.unbroken():
                 held.set()
                 time.sleep(0.3)
 
         pool.submit(call)
         assert held.wait(10)
-        with pytest.raises(Leave):
+        with pytest.raises(GracefulExit):
             sigterm()
 
 
 def test_nothing_happens_without_one():
-    with Leaving(60) as leaving, leaving.held():
+    with Shutdown(60) as shutdown, shutdown.held():
         pass
 
 
 def test_a_terminal_that_goes_away_ends_nothing_nor_what_is_started() -> None:
     before = signal.getsignal(signal.SIGHUP)
-    with Leaving(60):
+    with Shutdown(60):
         os.kill(os.getpid(), signal.SIGHUP)
         child = subprocess.run(["sh", "-c", "kill -HUP $$; echo alive"], capture_output=True, text=True, check=False)
     assert child.stdout == "alive\n"
@@ -185,10 +185,10 @@ def test_a_terminal_that_goes_away_ends_nothing_nor_what_is_started() -> None:
 
 HANGS = """
 import ctypes, os, signal, subprocess, sys, threading
-from roll_r3.pipelines import leaving
-leaving.LATE_S = 0.5
+from roll_r3.pipelines.lifecycle import shutdown
+shutdown.LATE_S = 0.5
 libc = ctypes.CDLL(None)
-with leaving.Leaving(float(sys.argv[1])):
+with shutdown.Shutdown(float(sys.argv[1])):
     child = subprocess.Popen(["sleep", "100"])
     os.kill(child.pid, signal.SIGSTOP)
     locked = ctypes.create_string_buffer(64)  # a mutex, taken twice: a wait that no signal ends

@@ -14,7 +14,9 @@ import ray
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.cluster.groups import FAILED_STOP_TIMEOUT, STOP_TIMEOUT, ModelGroup, Roles, _Member
+from roll_r3.cluster.group import Member
+from roll_r3.cluster.models import ModelGroup
+from roll_r3.cluster.roles import FAILED_STOP_TIMEOUT, STOP_TIMEOUT, Roles
 from roll_r3.strategies.base import TrainResult
 
 
@@ -68,7 +70,7 @@ def test_a_call_goes_out_to_every_rank_or_to_none() -> None:
     for rank in range(2):
         handle = MagicMock()
         handle.close.remote.side_effect = lambda rank=rank: happened.append(f"rank {rank}") or f"call {rank}"
-        members.append(_Member(f"actor_train-{rank}", handle, Path("log")))
+        members.append(Member(f"actor_train-{rank}", handle, Path("log")))
     calls = ModelGroup(members, unbroken).begin_close()
     assert happened == ["begin", "rank 0", "rank 1", "end"]
     assert list(calls) == ["call 0", "call 1"]
@@ -77,10 +79,17 @@ def test_a_call_goes_out_to_every_rank_or_to_none() -> None:
 def test_what_an_update_finds_is_in_the_order_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Return results from two shards, one of two ranks each; none if the batch has old log-probabilities."""
     monkeypatch.setattr(ray, "put", lambda value: value)
-    one = np.ones(1, np.float32)
     batch = Batch.from_trajectories(
         [
-            Trajectory(f"s{i}", np.full(length, i, np.int32), np.full(1, i, np.int32), one, "stop", (0,))
+            Trajectory.one_turn(
+                f"s{i}",
+                "group",
+                prompt_ids=[i] * length,
+                response_ids=[i],
+                log_probs=[1.0],
+                version=0,
+                finish_reason="stop",
+            )
             for i, length in enumerate((5, 3, 4, 2))
         ]
     )

@@ -1,4 +1,4 @@
-"""Whether a run that lost a worker goes on by itself."""
+"""Decision to resume a run that lost a worker."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from roll_r3.errors import LostWorkerError
 
 
 class Recoveries:
-    """Counts how often a run has gone on by itself without getting any further."""
+    """Counter of attempts without progress."""
 
     def __init__(self, limit: int, begun: int) -> None:
-        """
-        Args:
-            limit: of new starts in a row that get no further.
-            begun: steps that were done when the run started.
+        """Args:
+        limit: number of attempts in a row without progress.
+        begun: number of steps done when the run started.
         """
         self._limit = limit
         self._begun = self._furthest = begun
@@ -20,13 +19,13 @@ class Recoveries:
         """New starts since the run last got further."""
 
     def spend(self, error: LostWorkerError, reached: int) -> None:
-        """Allow one more new start.
+        """Allow one more attempt.
 
         Args:
             reached: the last step that is done.
 
         Raises:
-            LostWorkerError: it is of no use.
+            LostWorkerError: another attempt is useless.
         """
         if not self._limit:
             raise error

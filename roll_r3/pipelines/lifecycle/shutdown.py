@@ -1,6 +1,6 @@
-"""SIGTERM: a step that has begun to change weights is finished, the newest is saved, and the process leaves in time.
+"""Shutdown on SIGTERM: finish a step that has begun to change weights, save the newest step, and exit in time.
 
-SIGHUP does nothing: a run does not need its terminal.
+SIGHUP is ignored: a run does not need its terminal.
 """
 
 from __future__ import annotations
@@ -12,47 +12,47 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
-from roll_r3.pipelines.watchdog import Watchdog
+from roll_r3.pipelines.lifecycle.watchdog import Watchdog
 
 EXIT_STATUS = 128 + signal.SIGTERM
 TAKE_DOWN_S = 15.0
-"""Seconds of the grace period, at most half of it, that are kept back for ending the run's processes."""
+"""Seconds of the grace period, at most half of it, reserved for ending the run's processes."""
 
 
 LATE_S = 2.0
-"""Seconds after its time that a process is killed which has not left."""
+"""Seconds after its deadline at which a process is killed."""
 
 
-class LeaveNow(SystemExit):
-    """Nothing is waited for any more: the grace period is all but over, or a second SIGTERM came."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_STATUS)
-
-
-class Leave(SystemExit):
-    """SIGTERM came. Never raised between a step's first change of a weight and the end of what belongs to the step."""
+class ImmediateExit(SystemExit):
+    """Request to exit without waiting for anything: the grace period is nearly over, or a second SIGTERM came."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_STATUS)
 
 
-class Leaving:
-    """Takes SIGTERM for as long as its block runs; for the main thread."""
+class GracefulExit(SystemExit):
+    """Request to exit after SIGTERM. Never raised between a step's first change of a weight and the step's end."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_STATUS)
+
+
+class Shutdown:
+    """Handler of SIGTERM while its block runs; for the main thread."""
 
     def __init__(self, grace_s: float) -> None:
         """
         Args:
-            grace_s: seconds from SIGTERM to the end; `LeaveNow` comes before it, in time for the processes to be ended.
+            grace_s: seconds from SIGTERM to the end; `ImmediateExit` is raised early enough to end the processes.
         """
         take_down_s = min(TAKE_DOWN_S, grace_s / 2)
         self._wait_s = grace_s - take_down_s
         self._watchdog = Watchdog(grace_s + LATE_S, take_down_s + LATE_S)
         self.asked = False
-        """SIGTERM came."""
+        """True once SIGTERM came."""
         self._held = False
-        self._raised: Leave | LeaveNow | None = None
-        """By the newest signal."""
+        self._raised: GracefulExit | ImmediateExit | None = None
+        """Raised by the newest signal."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -76,18 +76,17 @@ class Leaving:
 
     @contextmanager
     def as_raised(self) -> Iterator[None]:
-        """Out of the block comes what a signal raised in it, also where it interrupted a call of Ray's, which raises a
-        SystemExit of its own in its place."""
+        """Raise from the block exactly the exit of a signal. An interrupted call of Ray's replaces it by its own."""
         try:
             yield
         except SystemExit as error:
-            if self._raised is None or isinstance(error, Leave | LeaveNow):
+            if self._raised is None or isinstance(error, GracefulExit | ImmediateExit):
                 raise
             raise self._raised from error
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A SIGTERM that comes while the block runs, or came before it, raises `Leave` at its end."""
+        """Raise `GracefulExit` at the end of the block, for a SIGTERM during the block or before it."""
         self._held = True
         try:
             with self.as_raised():
@@ -95,12 +94,14 @@ class Leaving:
         finally:
             self._held = False
         if self.asked:
-            raise Leave
+            raise GracefulExit
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
-        """A SIGTERM that comes while the block runs raises `Leave` at its end. For what is quick; a thread that is not
-        the main one never sees a signal."""
+        """Hold a SIGTERM back until the end of the block, and raise `GracefulExit` there. For quick blocks.
+
+        Only the main thread sees signals.
+        """
         if self._held or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -110,19 +111,19 @@ class Leaving:
         finally:
             self._held = False
         if self.asked and not before:
-            self._raise(Leave())
+            self._raise(GracefulExit())
 
     def _on_term(self, signum: int, frame: FrameType | None) -> None:
         if self.asked:
-            self._raise(LeaveNow())
+            self._raise(ImmediateExit())
         self.asked = True
         signal.setitimer(signal.ITIMER_REAL, self._wait_s)
         if not self._held:
-            self._raise(Leave())
+            self._raise(GracefulExit())
 
     def _on_alarm(self, signum: int, frame: FrameType | None) -> None:
-        self._raise(LeaveNow())
+        self._raise(ImmediateExit())
 
-    def _raise(self, error: Leave | LeaveNow) -> NoReturn:
+    def _raise(self, error: GracefulExit | ImmediateExit) -> NoReturn:
         self._raised = error
         raise error

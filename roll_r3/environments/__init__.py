@@ -1,0 +1,1 @@
+"""Environments: the other side of a conversation with the policy."""

@@ -1,0 +1,182 @@
+"""From sampled groups to a batch to learn from: rewards, log-probabilities of all sides, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from roll_r3.algorithms.advantages import TokenAdvantages, token_advantages
+from roll_r3.batch.batch import Batch
+from roll_r3.batch.trajectory import Trajectory
+from roll_r3.cluster.models import BatchLogProbs, ModelGroup
+from roll_r3.config.derived import algorithm_of, forces_ratio, needs_old_log_probs
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.prompts import Prompt
+from roll_r3.errors import RollError
+from roll_r3.pipelines.step_metrics import StepClock
+from roll_r3.rewards.calls import Response
+from roll_r3.rewards.scoring import Rewards
+from roll_r3.strategies.base import GenerateResult
+from roll_r3.tracking.progress import Progress
+
+SampledGroup = tuple[Prompt, GenerateResult]
+_REASONS = 4
+"""Number of reasons for dropped samples shown in a line."""
+
+
+class Decoder(Protocol):
+    """Part of a Hugging Face tokenizer needed by rewards."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """A response with its reward, as read by the reward's rule."""
+
+    sample_id: str
+    prompt_id: str
+    """The id of its row in the data."""
+    prompt: str
+    response: str
+    ground_truth: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Samples with a reward."""
+
+    trajectories: list[Trajectory]
+    samples: list[ScoredSample]
+    """In the order of `trajectories`."""
+    failed: int
+    """Number of responses left out because they have no reward."""
+    undecided: int
+    """Number of responses with score 0 because a judge gave up on them."""
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each trajectory."""
+        return [t.group_id for t in self.trajectories]
+
+    @property
+    def scores(self) -> list[float]:
+        return [sample.score for sample in self.samples]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Training data of a step: samples with rewards, advantages and the log-probabilities of all sides."""
+
+    step: int
+    clock: StepClock
+    results: list[GenerateResult]
+    scored: Scored
+    advantages: TokenAdvantages
+    batch: Batch
+    """The scored samples; fillers may follow them."""
+    old: BatchLogProbs | None
+    """The trainer's before the update; None: the update finds them (see `needs_old_log_probs`)."""
+
+
+class ExperienceMaker:
+    """Makes the training data of a step; no weight changes."""
+
+    def __init__(
+        self,
+        config: RLVRConfig,
+        *,
+        decoder: Decoder,
+        rewards: Rewards,
+        trainer: ModelGroup,
+        reference: ModelGroup | None,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._algorithm = algorithm_of(config)
+        self._decoder, self._rewards = decoder, rewards
+        self._trainer, self._reference = trainer, reference
+        self._progress = progress
+
+    def make(self, step: int, groups: Sequence[SampledGroup], clock: StepClock) -> Experience:
+        """Score the samples and look at them with the trainer and the reference.
+
+        Raises:
+            RollError: no sample is left.
+        """
+        with self._progress.stage("rewards", step), clock.stage("reward"):
+            scored = score(step, groups, self._rewards, self._decoder, self._progress.say)
+            batch = Batch.from_trajectories(scored.trajectories).filled_up(self._samples_multiple())
+        if self._reference is not None:
+            with self._progress.stage("reference", step), clock.stage("reference"):
+                reference = self._reference.compute_log_probs(replace(batch, routes=None))
+                batch = replace(batch, ref_log_probs_N=reference.log_probs_N)
+        old = None
+        with clock.stage("old_log_probs"):
+            if needs_old_log_probs(self._config, batch.num_samples):
+                with self._progress.stage("old log-probs", step):
+                    old = self._trainer.compute_log_probs(batch)
+                batch = replace(batch, old_log_probs_N=old.log_probs_N)
+        advantages = token_advantages(batch, np.array(scored.scores), scored.groups, self._algorithm)
+        batch = replace(batch, advantages_N=advantages.advantages_N)
+        if forces_ratio(self._config, batch.num_samples):
+            batch = replace(batch, old_log_probs_N=None)
+        return Experience(step, clock, [result for _, result in groups], scored, advantages, batch, old)
+
+    def _samples_multiple(self) -> int:
+        """Return a divisor of the number of samples: they fill the mini-batches of every rank."""
+        args = self._config.actor_train.training_args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self._trainer.data_parallel_size
+        return int(np.lcm(size, self._reference.data_parallel_size)) if self._reference else size
+
+
+def score(
+    step: int, groups: Sequence[SampledGroup], rewards: Rewards, decoder: Decoder, say: Callable[[str], None]
+) -> Scored:
+    """Score the samples of a step; report dropped ones with the reasons.
+
+    Raises:
+        RollError: no sample is left.
+    """
+    found = [(p, t, _response(p, t, rewards, decoder)) for p, result in groups for t in result.trajectories]
+    dropped = [why for _, result in groups for why in result.dropped.values()]
+    reasons = sorted(set(dropped))[:_REASONS]
+    if dropped:
+        say(
+            f"step {step}: left out {len(dropped)} of {len(dropped) + len(found)} samples, which the engines did not "
+            f"give: {'; '.join(reasons)}"
+        )
+    scores = rewards.score([response for _, _, response in found])
+    if scores.failed:
+        say(f"step {step}: left out {scores.failed} of {len(found)} responses, which have no reward: {scores.why}")
+    trajectories, samples = [], []
+    for (prompt, t, response), value in zip(found, scores.scores, strict=True):
+        if value is not None:
+            trajectories.append(t)
+            samples.append(
+                ScoredSample(t.sample_id, prompt.prompt_id, prompt.text, response.response, prompt.ground_truth, value)
+            )
+    if not trajectories:
+        raise RollError(
+            "no sample of the step is left: " + "; ".join([*reasons, scores.why] if scores.why else reasons)
+        )
+    return Scored(trajectories, samples, scores.failed, scores.undecided)
+
+
+def _response(prompt: Prompt, trajectory: Trajectory, rewards: Rewards, decoder: Decoder) -> Response:
+    """Return the values of a sample for a reward rule."""
+    ids = trajectory.response_ids.tolist()
+    return Response(
+        response=decoder.decode(ids, skip_special_tokens=rewards.skips_special_tokens(prompt.domain)),
+        ground_truth=prompt.ground_truth,
+        domain=prompt.domain,
+        prompt=prompt.text,
+        messages=prompt.messages,
+        row=prompt.row,
+        finish_reason=trajectory.finish_reason,
+        num_response_tokens=len(ids),
+    )

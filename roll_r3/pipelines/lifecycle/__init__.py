@@ -1,0 +1,1 @@
+"""The life of a run: launch, attempts, checkpoints, resumption and shutdown."""
