@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from roll_r3.config.derived import checkpoint_of, runs_megatron
 from roll_r3.config.load import load
+from roll_r3.config.model_role import model_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.report import InvalidConfigError, has_errors, render
 from roll_r3.config.strategies import MegatronConfig
@@ -30,6 +30,7 @@ from roll_r3.saving.manifest import sync_directory, verify
 from roll_r3.saving.state import CONFIG, TRAINER
 from roll_r3.strategies.base import ProcessInfo
 from roll_r3.strategies.registry import STRATEGIES
+from roll_r3.trainers import world
 
 EXIT_OK, EXIT_FAILED, EXIT_CHECKPOINT, EXIT_INTERRUPTED = 0, 1, 2, 130
 _INFER = {"megatron_train": "megatron_infer", "fsdp2_train": "fsdp2_infer"}
@@ -88,11 +89,10 @@ def export(checkpoint: Path, output: Path, *, pretrain: str | None = None, devic
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {error}") from error
     config = _on_one_rank(_config_of(checkpoint), pretrain)
     source = resolve_checkpoint(checkpoint_of(config, "actor_train"))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    process = ProcessInfo(master_port=port, device=device)
+    store = world.host_store("127.0.0.1")
+    process = ProcessInfo(master_port=store.port, device=device)
     kind = STRATEGIES[_INFER[config.actor_train.strategy_args.strategy_name]].load_model()
-    strategy = kind(config, "actor_train", process, model_path=str(source))
+    strategy = kind(model_role(config, "actor_train", checkpoint=str(source)), process)
     partial = output.absolute().with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     strategy.initialize()

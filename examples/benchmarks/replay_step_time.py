@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import statistics
 import tempfile
 import time
@@ -34,17 +33,20 @@ from examples.benchmarks.measuring import Report, ratio, rounded, routes_of
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.model_role import model_role
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.workers import ReplayMode
 from roll_r3.models.facts import ModelFacts, read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
 from roll_r3.strategies.base import ProcessInfo
+from roll_r3.trainers.world import host_store
 
 if TYPE_CHECKING:
     from roll_r3.trainers.megatron.strategy import MegatronTrain
 
 logger = logging.getLogger(__name__)
 
-ARMS = {"R3": "R3", "without": "disable", "control": "disable"}
+ARMS: dict[str, ReplayMode] = {"R3": "R3", "without": "disable", "control": "disable"}
 """Kind of step -> its replay mode. The control is a second one without, to show the noise of the machine."""
 MICRO_BATCHES = 2
 """Number of micro-batches per step."""
@@ -109,7 +111,8 @@ def compare(checkpoint: Path, model: Model, layout: Layout, rounds: int) -> Repo
     """Run steps of each kind alternately, in the processes of the layout."""
     batch = batch_of(checkpoint, model)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (layout, str(checkpoint), batch, rounds, _free_port(), folder)
+        store = host_store("127.0.0.1")
+        arguments = (layout, str(checkpoint), batch, rounds, store.port, folder)
         # a rank that fails ends the others
         spawn(_run_rank, arguments, nprocs=layout.processes)
         ranks = [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(layout.processes)]
@@ -206,7 +209,7 @@ def trainer(checkpoint: str, layout: Layout, batch: Batch, process: ProcessInfo)
             "actor_infer": {"router_replay": {"mode": "R3"}},
         }
     )
-    strategy = MegatronTrain(config, "actor_train", process)
+    strategy = MegatronTrain(model_role(config, "actor_train"), process)
     strategy.initialize()
     return strategy
 
@@ -224,7 +227,7 @@ def _run_rank(rank: int, layout: Layout, checkpoint: str, batch: Batch, rounds: 
     shares = []
     for number in range(rounds + 1):
         for arm in ARMS if number % 2 else reversed(ARMS):
-            strategy.replay_mode = ARMS[arm]  # type: ignore[assignment]
+            strategy.replay_mode = ARMS[arm]
             wall_start, cpu_start = time.perf_counter(), time.process_time()
             result = strategy.train_step(batches[ARMS[arm]], number + 1)
             wall_taken, cpu_taken = time.perf_counter() - wall_start, time.process_time() - cpu_start
@@ -238,9 +241,3 @@ def _run_rank(rank: int, layout: Layout, checkpoint: str, batch: Batch, rounds: 
     agreement = replayed.agreed / replayed.compared
     report = {"wall": wall, "cpu": cpu, "share": shares, "agreement": agreement}
     (Path(folder) / str(rank)).write_text(json.dumps(report))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

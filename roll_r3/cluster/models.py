@@ -18,10 +18,11 @@ from roll_r3.cluster.group import Calls, Member, Unbroken, WorkerGroup
 from roll_r3.cluster.placement import Placement
 from roll_r3.cluster.signs import SIGNS
 from roll_r3.cluster.workers import WRITING, ModelWorker
+from roll_r3.config.model_role import Role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.replay.counts import ReplayCounts
 from roll_r3.saving.manifest import FileSum
-from roll_r3.strategies.base import LogProbResult, Role, TrainResult
+from roll_r3.strategies.base import LogProbResult, TrainResult
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.signs import SIGNS, Identity, identity
 from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
+from roll_r3.config.model_role import Role, model_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import CheckpointError, ConfigError, EngineError
 from roll_r3.models.checkpoint import resolve_checkpoint
@@ -34,7 +34,6 @@ from roll_r3.strategies.base import (
     LogProbResult,
     ModelClass,
     ProcessInfo,
-    Role,
     RolloutStrategy,
     Snapshot,
     TrainResult,
@@ -43,6 +42,7 @@ from roll_r3.strategies.base import (
     WeightTarget,
 )
 from roll_r3.strategies.registry import STRATEGIES
+from roll_r3.trainers import world
 
 logger = logging.getLogger(__name__)
 
@@ -170,17 +170,11 @@ class ModelWorker:
         It listens from now on, so nobody else can take the port while the ranks are still importing.
         """
         ip = ray.util.get_node_ip_address()
-        listener = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
-        port = listener.getsockname()[1]
-        self._store = torch.distributed.TCPStore(
-            ip, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-        return ip, port
+        self._store = world.host_store(ip)
+        return ip, self._store.port
 
     def initialize(self, master: tuple[str, int]) -> tuple[int, int, bool]:
         """Load the model. Returns (data-parallel rank, data-parallel size, returns results)."""
-        # as under torchrun: the store is there already, and every rank, the first one too, is its client
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         worker = getattr(self._config, self._role)
         entry = STRATEGIES[worker.strategy_args.strategy_name]
         process = replace(self._process, master_addr=master[0], master_port=master[1])
@@ -195,7 +189,8 @@ class ModelWorker:
 
     def _made(self, strategy: ModelClass[Strategy], process: ProcessInfo) -> Strategy:
         checkpoint = resolve_checkpoint(checkpoint_of(self._config, self._role))
-        return strategy(self._config, self._role, process, model_path=str(checkpoint), read_routes=read_routes)
+        role = model_role(self._config, self._role, checkpoint=str(checkpoint))
+        return strategy(role, process, read_routes=read_routes)
 
     @property
     def _learning(self) -> TrainStrategy:

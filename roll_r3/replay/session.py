@@ -315,7 +315,7 @@ class RecordSession(RoutingSession[LayerRecord]):
     """Records native routing. Its `chosen` is set when it closes."""
 
     chosen: list[torch.Tensor]
-    """Choices per micro-batch, int64 [L, t, K] over the layers of all chunks, in `local_layers` order."""
+    """Choices per micro-batch, int64 [L, t, K] over the layers of all chunks, chunk after chunk."""
 
     def __enter__(self) -> Self:
         self._num_tokens: list[int] = []

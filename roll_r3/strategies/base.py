@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,13 @@ import numpy.typing as npt
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.route_pieces import ReadRoutes, read_held
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.model_role import ModelRole
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling import Sampling
 from roll_r3.replay.counts import ReplayCounts
 
 if TYPE_CHECKING:
     import torch
-
-Role = Literal["actor_train", "reference"]
-"""Sections of the configuration that run a model in training ranks."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,15 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """A rank's place in its torch.distributed world, as torchrun would say it."""
+    """Place of a rank in its torch.distributed world, as torchrun describes it."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
+    """Port of the store at which the ranks meet. Somebody hosts it already (see `roll_r3.trainers.world.host_store`);
+    under torchrun the agent does."""
     device: str = "cpu"
     """"cpu" (gloo) or "cuda" (NCCL)."""
 
@@ -315,20 +315,11 @@ _Strategy_co = TypeVar("_Strategy_co", bound=InferStrategy, covariant=True)
 class ModelClass(Protocol[_Strategy_co]):
     """Makes an `InferStrategy` or a `TrainStrategy`. Nothing is loaded yet."""
 
-    def __call__(
-        self,
-        config: RLVRConfig,
-        role: Role,
-        process: ProcessInfo,
-        *,
-        model_path: str | None = None,
-        read_routes: ReadRoutes = read_held,
-    ) -> _Strategy_co:
+    def __call__(self, role: ModelRole, process: ProcessInfo, *, read_routes: ReadRoutes = read_held) -> _Strategy_co:
         """
         Args:
-            role: the section of `config` that this rank belongs to.
+            role: settings of the role that this rank belongs to.
             process: this rank's place in the world.
-            model_path: checkpoint directory, where the configuration names none that is on this disk.
             read_routes: reads `batch.routes`; by default this process must hold them.
 
         Raises:

@@ -1,7 +1,7 @@
 """Names of strategies, their abilities, and the places of their code. Importing this module imports no engine.
 
-To add a strategy: a typed config in `roll_r3.config.strategies`, a module under engines/ or trainers/, a row here,
-and a line in `tests/types/contracts.py`, where the checker of types compares the class with its contract.
+To add a strategy: a typed config in `roll_r3.config.strategies`, a package in engines/ or a backend in trainers/, a row
+here, and a line in `tests/types/contracts.py`, where mypy compares the class with its contract.
 """
 
 from __future__ import annotations

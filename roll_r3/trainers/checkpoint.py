@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.trainers import world
-from roll_r3.trainers.together import together
+from roll_r3.trainers.all_ranks import raise_on_all_ranks
 
 State = dict[str, torch.Tensor]
 """Name -> a tensor equal on every rank, or this rank's part of one: a DTensor, or another type with a description for
@@ -42,7 +42,7 @@ class Snapshot:
             state: copies in host memory (see `host_copy`).
         """
         self._state = state
-        self._group = world.beside()
+        self._group = world.side_group()
 
     def write(self, path: Path) -> None:
         """As `strategies.base.Snapshot.write`.
@@ -50,11 +50,11 @@ class Snapshot:
         A part held by several ranks is written by one of them, balanced so that all write about the same amount.
         """
         failing = f"the checkpoint {path} was not written"
-        with together(RollError, failing, self._group):
+        with raise_on_all_ranks(RollError, failing, self._group):
             if path.exists():
                 raise RollError(f"{path} already exists: a checkpoint never overwrites another")
         partial = path.with_name(f"{path.name}.partial")
-        with together(RollError, failing, self._group):
+        with raise_on_all_ranks(RollError, failing, self._group):
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -63,7 +63,7 @@ class Snapshot:
             state_dict_saver.save(self._state, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
             raise RollError(f"{failing}: {_reasons(error)}") from error
-        with together(RollError, failing, self._group):
+        with raise_on_all_ranks(RollError, failing, self._group):
             if dist.get_rank() == 0:
                 os.rename(partial, path)
 
@@ -85,7 +85,7 @@ def load(states: Sequence[State], path: Path, *, within: str = "") -> None:
     reader = HuggingFaceStorageReader(str(path))
     names: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(names, {name for state in states for name in state})
-    with together(ConfigError, failing):
+    with raise_on_all_ranks(ConfigError, failing):
         if not path.is_dir():
             raise ConfigError("the directory does not exist")
         metadata = reader.read_metadata()

@@ -1,4 +1,4 @@
-"""Optimizer steps that are not made, because a figure of theirs is not finite."""
+"""Skipped optimizer steps: those with a gradient or loss that is not finite."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ logger = logging.getLogger(__name__)
 
 
 class LossSum:
-    """The loss of one optimizer step, as far as it arises on this rank; it stays on its device until it is read."""
+    """This rank's part of the loss of one optimizer step; it stays on its device until it is read."""
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
 
     def add(self, loss: torch.Tensor) -> None:
-        """Of one micro-batch; a scalar."""
+        """Add the loss of one micro-batch, a scalar."""
         self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
 
     def is_finite(self) -> bool:
-        """True where this rank has none, as on all pipeline stages but the last."""
+        """Return True also where this rank has no loss, as on all pipeline stages but the last."""
         return self._sum is None or bool(torch.isfinite(self._sum))
 
 
 class FiniteSteps:
-    """Decides, alike on all ranks, which optimizer steps are made, and how long that may go on."""
+    """Decision, the same on all ranks, to make or skip an optimizer step, and the limit on skipped ones."""
 
     def __init__(self, max_skipped: int, device: torch.device) -> None:
         """
         Args:
-            max_skipped: optimizer steps in a row that may be left out.
+            max_skipped: largest number of skipped optimizer steps in a row.
         """
         self._max_skipped = max_skipped
         self._device = device
         self._in_a_row: list[str] = []
 
-    def what_is_wrong(self, grad_norm: float, loss: LossSum) -> str:
-        """Which figures are not finite, on whatever rank; empty where the step is to be made. Collective, world-wide.
+    def non_finite(self, grad_norm: float, loss: LossSum) -> str:
+        """Return why the step must be skipped; empty where it is to be made. Collective, world-wide.
 
-        A loss may be NaN although no gradient is: where a log-probability of the policy before the update or of the
-        reference is NaN, the clamp of the log ratio leaves no gradient.
+        A loss can be NaN while every gradient is finite. Where a log-probability of the old policy or of the
+        reference is NaN, the clamp of the log ratio passes no gradient.
 
         Args:
-            grad_norm: before clipping, over all that this rank's norm is of.
-            loss: before it is known which ranks have one.
+            grad_norm: norm before clipping, over all parameters in this rank's norm.
+            loss: this rank's part.
         """
         flags = torch.tensor([not math.isfinite(grad_norm), not loss.is_finite()], device=self._device).int()
         dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -58,28 +58,28 @@ class FiniteSteps:
         return f"the loss is not finite (the gradient norm is {grad_norm:g})" if in_loss else ""
 
     def made(self) -> None:
-        """An optimizer step was made."""
+        """Note a completed optimizer step."""
         self._in_a_row = []
 
-    def skipped(self, step: int, number: int, why: str) -> str:
-        """One was not; what to tell of it.
+    def skipped(self, step: int, number: int, reason: str) -> str:
+        """Note and log a skipped optimizer step; return the text for the run's log.
 
         Args:
-            step: the training step.
-            number: of the optimizer step in it, counted from 1.
-            why: as `what_is_wrong` said.
+            step: training step.
+            number: optimizer step in it, counted from 1.
+            reason: result of `non_finite`.
 
         Raises:
-            RollError: it is one more in a row than allowed.
+            RollError: one more in a row than allowed.
         """
-        text = f"step {step}: {why}: optimizer step {number} was left out"
+        text = f"step {step}: {reason}: optimizer step {number} was left out"
         self._in_a_row.append(text)
         logger.warning("%s (%d in a row)", text, len(self._in_a_row))
         if len(self._in_a_row) > self._max_skipped:
             before = self._in_a_row[:-1][-_SHOWN:]
             earlier = f" Before it, without one that was made in between: {'; '.join(before)}." if before else ""
             raise RollError(
-                f"{why}: the optimizer did not step (step {step}, optimizer step {number}), which makes "
+                f"{reason}: the optimizer did not step (step {step}, optimizer step {number}), which makes "
                 f"{len(self._in_a_row)} in a row where max_skipped_steps allows {self._max_skipped}.{earlier} Look for "
                 "extreme ratios or log-probabilities in the metrics; a lower learning_rate or clip range is the usual "
                 "cure"
@@ -88,4 +88,4 @@ class FiniteSteps:
 
 
 _SHOWN = 5
-"""Of the steps that were left out before, so many are named."""
+"""Number of earlier skipped steps named in the error."""

@@ -1,4 +1,4 @@
-"""What is computed from a micro-batch's logits: log-probabilities, or its share of the policy loss."""
+"""Values computed from a micro-batch's logits: log-probabilities, or its share of the policy loss."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.trainers.finite import LossSum
 
 TokenValues = tuple[torch.Tensor, torch.Tensor]
-"""Log-probabilities of the labels, and entropies; fp32 [B, S] of this rank."""
+"""Log-probabilities of the labels, and entropies, in nats; fp32 [B, S] of this rank."""
 Objective = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, TokenValues]]
-"""(micro-batch, logits [B, S, V]) -> (loss, what to return); called where the logits are."""
+"""(micro-batch, logits [B, S, V]) -> (loss, values to return); called on the ranks with the logits."""
 LabelValues = Callable[[torch.Tensor, torch.Tensor, bool], TokenValues]
-"""(logits [B, S, V], labels [B, S], whether the entropy is differentiable) -> values under the sampling temperature."""
+"""(logits [B, S, V], labels [B, S], True for a differentiable entropy) -> values under the sampling temperature."""
 
 
 def log_prob_objective(token_values: LabelValues, device: torch.device) -> Objective:
-    """Log-probabilities and entropies; there is nothing to learn, so the loss is 0."""
+    """Return the objective of a pass without gradients: log-probabilities and entropies, with a loss of 0."""
 
     def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
         values = token_values(logits_BSV, micro.tensor(micro.batch.labels_N, 0, device), False)
@@ -42,12 +42,12 @@ def policy_objective(
     stats: TokenStats,
     total: LossSum,
 ) -> Objective:
-    """The policy loss of each micro-batch: its share of the optimizer step's loss.
+    """Return the objective of training: each micro-batch's share of the optimizer step's loss.
 
-    A batch without old log-probabilities has the live ones, detached, in their place: its ratio is exactly 1.
+    In a batch without old log-probabilities the live ones, detached, take their place: the ratio is exactly 1.
 
     Args:
-        denominator: of the whole optimizer step, over all data-parallel ranks.
+        denominator: denominator of the whole optimizer step, over all data-parallel ranks.
         stats: receives the token statistics and the terms of the loss.
         total: receives the losses.
     """
@@ -79,7 +79,12 @@ def policy_objective(
 
 
 def placed(batch: Batch, micro_batches: Sequence[MicroBatch], values: Sequence[TokenValues]) -> npt.NDArray[np.float32]:
-    """(Log-probability, entropy) of every input of the batch that was cut, 0 for those that other ranks hold. [N, 2]"""
+    """Return (log-probability, entropy) of every input of the batch; 0 for inputs of other ranks. fp32 [N, 2]
+
+    Args:
+        micro_batches: all micro-batches of `batch`.
+        values: values of each of them.
+    """
     found_N2 = np.zeros((int(batch.lengths_n.sum()), 2), np.float32)
     for micro, pair in zip(micro_batches, values, strict=True):
         if micro.counted:

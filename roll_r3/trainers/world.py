@@ -1,7 +1,9 @@
-"""The torch.distributed world of this process, which the strategies that live in it share."""
+"""World of torch.distributed in this process, shared by all strategies of the process."""
 
 from __future__ import annotations
 
+import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -10,27 +12,41 @@ import torch.distributed as dist
 from roll_r3.strategies.base import ProcessInfo
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""After which a rank that waits for another gives up."""
+"""Time after which a rank gives up waiting for another."""
 
 _members = 0
-"""Strategies of this process that use the world."""
-_beside: dist.ProcessGroup | None = None
+"""Number of strategies of this process in the world."""
+_side_group: dist.ProcessGroup | None = None
+
+
+def host_store(address: str) -> dist.TCPStore:
+    """Start the store of one world on a free port of `address`, and return it. Its `port` is for `ProcessInfo`.
+
+    The store listens from the moment the port is chosen, so nobody else can take the port while ranks still import.
+    The caller keeps the store until the world has ended. No rank hosts it by itself: each is a client, as under
+    torchrun, whose agent hosts the store.
+    """
+    listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def join(process: ProcessInfo) -> torch.device:
-    """Make the world, or share the one that a strategy of this process made; collective.
+    """Join the world of `process`, or share this process's own one; collective.
 
     Returns:
-        The device that models of this process live on.
+        Device of this process's models.
     """
     global _members
     device = torch.device("cuda", process.local_rank) if process.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        store = dist.TCPStore(process.master_addr, process.master_port, timeout=COLLECTIVE_TIMEOUT)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{process.master_addr}:{process.master_port}",
+            # torchrun restarts ranks on the store that it hosts: keys of an earlier attempt must not be read
+            store=dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
             rank=process.rank,
             world_size=process.world_size,
             timeout=COLLECTIVE_TIMEOUT,
@@ -39,19 +55,21 @@ def join(process: ProcessInfo) -> torch.device:
     return device
 
 
-def beside() -> dist.ProcessGroup:
-    """A second group of all ranks, over their hosts (gloo), for what a thread does while another one trains: calls of
-    two threads over one group would be taken for each other's. The first call makes it, and is collective."""
-    global _beside
-    if _beside is None:
-        _beside = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    return _beside
+def side_group() -> dist.ProcessGroup:
+    """Return a second group of all ranks, over their hosts (gloo), for a thread at work during training.
+
+    Calls of two threads over one group would be mixed up. The first call makes the group, and is collective.
+    """
+    global _side_group
+    if _side_group is None:
+        _side_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return _side_group
 
 
 def leave() -> None:
-    """Undo one `join`; the last one takes the world down."""
-    global _members, _beside
+    """Undo one `join`; the last one shuts the world down."""
+    global _members, _side_group
     _members -= 1
     if _members == 0:
         dist.destroy_process_group()
-        _beside = None
+        _side_group = None

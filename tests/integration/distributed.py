@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from roll_r3.strategies.base import ProcessInfo
+from roll_r3.trainers.world import host_store
 
 GRACE = 5.0
 """Seconds for the other ranks after a failure of one: they may wait for it in a collective call."""
@@ -47,9 +47,9 @@ class Gang:
         """
         if not self._processes:
             self._start()
-        port = _free_port()
+        store = host_store("127.0.0.1")
         for rank, pipe in enumerate(self._pipes):
-            pipe.send((function, ProcessInfo(rank, self.size, rank, "127.0.0.1", port), args))
+            pipe.send((function, ProcessInfo(rank, self.size, rank, "127.0.0.1", store.port), args))
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
@@ -116,9 +116,3 @@ def _serve(pipe: Connection) -> None:
         pipe.send(answer)
         del function, process, args, answer
         gc.collect()  # process groups in reference cycles keep their threads and sockets
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -37,15 +37,15 @@ def raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, n
     if case.mode == "R2":
         strategy.compute_log_probs(part)
     found = {}
-    step = strategy.optimizer.step
+    step = strategy.backend.optimizer.step
 
     def keep_then_step(norm: float) -> Any:
-        for name, parameter in strategy.model.module.named_parameters():
+        for name, parameter in strategy.backend.model.module.named_parameters():
             assert parameter.grad.dtype is torch.float32
             found[name] = parameter.grad.to_local().numpy().copy()
         return step(norm)
 
-    strategy.optimizer.step = keep_then_step
+    strategy.backend.optimizer.step = keep_then_step
     strategy.train_step(part, step=1)
     strategy.close()
     return found

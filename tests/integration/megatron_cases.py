@@ -22,6 +22,7 @@ from epsilon import with_one_epsilon
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.routes import RoutedExperts
+from roll_r3.config.model_role import ModelRole, Role, model_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.facts import read_facts
 from roll_r3.platform import megatron_cpu
@@ -111,6 +112,10 @@ class Case:
             reference=reference if self.options.get("use_kl_loss") else None,
             **self.options,
         )
+
+    def view(self, dp_size: int = 1, name: Role = "actor_train") -> ModelRole:
+        """View of the configuration for the ranks of one role."""
+        return model_role(self.config(dp_size), name)
 
     @property
     def model_parallel_size(self) -> int:
@@ -207,26 +212,26 @@ class Outcome:
     """True if no router holds anything after the step."""
 
 
-def open_strategy(process: ProcessInfo, case: Case, role: str = "actor_train") -> Any:
-    """The strategy of a role, its model built."""
+def open_strategy(process: ProcessInfo, case: Case, role: Role = "actor_train") -> Any:
+    """Return the strategy of a role, with its model built."""
     from roll_r3.strategies.registry import STRATEGIES
 
     kind = "train" if role == "actor_train" else "infer"
-    config = case.config(process.world_size // case.model_parallel_size)
-    strategy = STRATEGIES[f"{case.engine}_{kind}"].load_model()(config, role, process)
+    view = case.view(process.world_size // case.model_parallel_size, role)
+    strategy = STRATEGIES[f"{case.engine}_{kind}"].load_model()(view, process)
     strategy.initialize()
     return strategy
 
 
 def at_rest(strategy: Any) -> bool:
-    """No router of the model holds anything of a session."""
-    if isinstance(strategy.model.routers[0], list):
+    """Return True where no router of the model holds anything of a session."""
+    if isinstance(strategy.backend.model.routers[0], list):
         megatron_cpu.install()
         from megatron.core.transformer.moe.router_replay import RouterReplay
 
-        routers = [router for chunk in strategy.model.routers for router in chunk]
+        routers = [router for chunk in strategy.backend.model.routers for router in chunk]
         return not RouterReplay.global_router_replay_instances and not any(router.attached for router in routers)
-    return not any(router.attached or router.module._forward_hooks for router in strategy.model.routers)
+    return not any(router.attached or router.module._forward_hooks for router in strategy.backend.model.routers)
 
 
 def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
@@ -254,8 +259,8 @@ def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
 
 
 def held_copies(strategy: Any) -> dict[tuple[Any, ...], str]:
-    """What `Outcome.held` is. Under FSDP2 ranks hold parts, none twice."""
-    if not hasattr(strategy.model, "chunks"):
+    """Return `Outcome.held`; empty under FSDP2, where ranks hold parts, none twice."""
+    if not hasattr(strategy.backend.model, "chunks"):
         return {}
     from megatron.core import parallel_state as mpu
 
@@ -266,7 +271,7 @@ def held_copies(strategy: Any) -> dict[tuple[Any, ...], str]:
         (*(experts if ".experts." in name else dense), index, name): hashlib.sha256(
             parameter.detach().float().cpu().numpy().tobytes()
         ).hexdigest()
-        for index, chunk in enumerate(strategy.model.chunks)
+        for index, chunk in enumerate(strategy.backend.model.chunks)
         for name, parameter in chunk.named_parameters()
     }
 

@@ -78,7 +78,7 @@ def _train_and_save(process: ProcessInfo, case: Case, batch: Batch, path: Path) 
     strategy.snapshot().write(path)
     vocab = len(read_weights(case.checkpoint)["model.embed_tokens.weight"])
     log_probs_N = strategy.compute_log_probs(_every_label(vocab)).log_probs_N
-    temperature = strategy.config.actor_infer.generating_args.temperature
+    temperature = strategy.role.temperature
     strategy.close()
     if log_probs_N is None:
         return None

@@ -60,7 +60,7 @@ def test_logits_of_a_bf16_model_are_not_rounded(
 def _around_the_head(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, Any]:
     """Return the logits' distance from the exact product, as they are and rounded, and the gradient's relative one."""
     strategy = open_strategy(process, case)
-    model = strategy.model.module if case.engine == "fsdp2" else unwrapped(strategy.model.chunks[-1])
+    model = strategy.backend.model.module if case.engine == "fsdp2" else unwrapped(strategy.backend.model.chunks[-1])
     layer = model.lm_head if case.engine == "fsdp2" else model.output_layer
     seen: dict[str, torch.Tensor] = {}
 
@@ -74,13 +74,13 @@ def _around_the_head(process: ProcessInfo, case: Case, batch: Batch) -> dict[str
     weight = layer.weight if layer.weight is not None else model.shared_embedding_or_output_weight()
     sharded = case.engine == "fsdp2"
     weight_VH = (weight.full_tensor().bfloat16() if sharded else weight).detach().double()
-    step = strategy.optimizer.step
+    step = strategy.backend.optimizer.step
 
     def gradient_then_step(norm: float) -> Any:
         seen["weight_grad"] = weight.grad.full_tensor() if sharded else weight.main_grad.clone()
         return step(norm)
 
-    strategy.optimizer.step = gradient_then_step
+    strategy.backend.optimizer.step = gradient_then_step
     strategy.train_step(shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size), step=1)
     hidden, grad = seen["hidden"], seen["grad"]
     if case.engine == "megatron":  # sequence parallelism: a rank has its part of the tokens, and of the vocabulary

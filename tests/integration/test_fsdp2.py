@@ -184,7 +184,7 @@ def test_the_reference_routes_by_itself(gang: Gangs, tiny_moe: Path) -> None:
 
 def _reference_beside_actor(process: ProcessInfo, case: Case, batch: Batch) -> np.ndarray:
     actor, reference = open_strategy(process, case), open_strategy(process, case, "reference")
-    assert reference.model.routers[0].module is not actor.model.routers[0].module
+    assert reference.backend.model.routers[0].module is not actor.backend.model.routers[0].module
     actor.train_step(batch, step=1)
     result = reference.compute_log_probs(batch)
     assert result.replay is None
@@ -258,7 +258,8 @@ def _bf16_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[torch.d
     strategy = open_strategy(process, case)
     part = shard(batch, process.rank, process.world_size)
     seen = []
-    hook = strategy.model.module.lm_head.register_forward_hook(lambda m, x, y: seen.append((x[0].dtype, y.dtype)))
+    lm_head = strategy.backend.model.module.lm_head
+    hook = lm_head.register_forward_hook(lambda m, x, y: seen.append((x[0].dtype, y.dtype)))
     head = dict(exported(strategy))["lm_head.weight"]
     losses, shares = [], []
     for step in range(1, 9):
@@ -266,6 +267,6 @@ def _bf16_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[torch.d
         shares.append(float((dict(exported(strategy))["lm_head.weight"] != head).mean()))
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
     hook.remove()
-    dtype = next(strategy.model.module.parameters()).dtype
+    dtype = next(strategy.backend.model.module.parameters()).dtype
     strategy.close()
     return dtype, [shares[0], shares[-1]], losses[0]

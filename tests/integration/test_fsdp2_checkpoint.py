@@ -67,14 +67,14 @@ def _step_of(strategy: Any, process: ProcessInfo, batch: Batch, step: int) -> tu
     metrics = strategy.train_step(shard(batch, process.rank, process.world_size), step=step).metrics
     digests = {
         name: sha256((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numpy().tobytes()).hexdigest()
-        for name, tensor in strategy._state().items()
+        for name, tensor in strategy.backend.state().items()
     }
     return metrics["actor/lr"], dict(exported(strategy)), digests
 
 
 def _two_steps_saved_and_one_more(process: ProcessInfo, case: Case, batch: Batch, path: Path) -> tuple[Any, ...]:
     strategy = open_strategy(process, case)
-    for name, buffer in strategy.model.module.named_buffers():
+    for name, buffer in strategy.backend.model.module.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.add_(1.0)  # differs from the model's own checkpoint
     for step in (1, 2):
@@ -136,7 +136,7 @@ def _changed_checkpoint(process: ProcessInfo, case: Case, path: Path, change: st
     from roll_r3.trainers import checkpoint
 
     strategy = open_strategy(process, case)
-    saved, name = strategy._state(), "model.model.norm.weight"
+    saved, name = strategy.backend.state(), "model.model.norm.weight"
     if change == "one more":
         saved["model.other"] = torch.ones(3)
     elif change == "one less":
@@ -145,7 +145,7 @@ def _changed_checkpoint(process: ProcessInfo, case: Case, path: Path, change: st
         saved[name] = torch.ones(5)
     checkpoint.Snapshot(saved).write(path)
     with torch.no_grad():
-        for tensor in strategy._state().values():
+        for tensor in strategy.backend.state().values():
             tensor.fill_(7)
     with pytest.MonkeyPatch.context() as patch:
         if change == "unreadable on one rank" and process.rank == 1:
@@ -156,7 +156,8 @@ def _changed_checkpoint(process: ProcessInfo, case: Case, path: Path, change: st
             patch.setattr(HuggingFaceStorageReader, "read_metadata", unreadable)
         with pytest.raises(ConfigError) as refused:
             strategy.load_checkpoint(path)
-    kept = {n: t for n, t in strategy._state().items() if n != "optimizer.done"}  # of which each call makes another
+    # each call makes another tensor of the number of steps
+    kept = {n: t for n, t in strategy.backend.state().items() if n != "optimizer.done"}
     assert all(((t.to_local() if isinstance(t, DTensor) else t) == 7).all() for t in kept.values())
     strategy.close()
     return str(refused.value)

@@ -121,7 +121,7 @@ def _recorded_then_trained(process: ProcessInfo, case: Case, batch: Batch, moved
     strategy = open_strategy(process, case)
     with torch.no_grad():
         strategy.compute_log_probs(shard(batch, process.rank ^ moved, 2))
-        for router in strategy.model.routers:  # routes of their own would now be others
+        for router in strategy.backend.model.routers:  # routes of their own would now be others
             router.module.weight.neg_()
     counts = strategy.train_step(shard(batch, process.rank, 2), step=1).replay
     assert counts.trainable_replayed == counts.trainable > 0
@@ -170,8 +170,8 @@ def _audited_steps(process: ProcessInfo, case: Case, batch: Batch) -> tuple[list
 
 
 def _hooks_on_experts(strategy: Any) -> int:
-    layers = strategy.model.module.model.layers
-    return sum(len(layers[router.layer].mlp.experts._forward_pre_hooks) for router in strategy.model.routers)
+    layers = strategy.backend.model.module.model.layers
+    return sum(len(layers[router.layer].mlp.experts._forward_pre_hooks) for router in strategy.backend.model.routers)
 
 
 def test_the_audit_names_what_went_wrong(gang: Gangs, tiny_moe: Path) -> None:

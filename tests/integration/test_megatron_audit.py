@@ -16,6 +16,7 @@ from distributed import Gang
 from megatron_cases import FULL_RECOMPUTE, INTERLEAVED, LAYERS, TOP_K, Case, make_batch, shard
 
 from roll_r3.batch.batch import Batch
+from roll_r3.config.model_role import model_role
 from roll_r3.errors import ReplayError
 from roll_r3.replay.counts import ReplayCounts
 from roll_r3.strategies.base import ProcessInfo
@@ -35,7 +36,7 @@ def _strategy(process: ProcessInfo, case: Case, **audit: Any) -> Any:
     actor = config.actor_train
     replay = actor.router_replay.model_copy(update={"audit": True, **audit})
     config = config.model_copy(update={"actor_train": actor.model_copy(update={"router_replay": replay})})
-    strategy = MegatronTrain(config, "actor_train", process)
+    strategy = MegatronTrain(model_role(config, "actor_train"), process)
     strategy.initialize()
     return strategy
 
@@ -43,7 +44,12 @@ def _strategy(process: ProcessInfo, case: Case, **audit: Any) -> Any:
 def _dispatchers(strategy: Any) -> list[Any]:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    return [m.token_dispatcher for chunk in strategy.model.chunks for m in chunk.modules() if isinstance(m, MoELayer)]
+    return [
+        m.token_dispatcher
+        for chunk in strategy.backend.model.chunks
+        for m in chunk.modules()
+        if isinstance(m, MoELayer)
+    ]
 
 
 def _at_rest(strategy: Any) -> bool:
@@ -169,10 +175,10 @@ def test_a_wrong_row_is_named(mistake: str, size: int, layout: dict, said: str, 
 def _fails(process: ProcessInfo, mistake: str, case: Case, batch: Batch) -> tuple[str, bool]:
     strategy = _strategy(process, case)
     part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
-    before = [p.clone() for chunk in strategy.model.chunks for p in chunk.parameters()]
+    before = [p.clone() for chunk in strategy.backend.model.chunks for p in chunk.parameters()]
     with _mistake(mistake), pytest.raises(ReplayError, match="the audit of the dispatch found") as caught:
         strategy.train_step(part, step=1)
-    after = [p for chunk in strategy.model.chunks for p in chunk.parameters()]
+    after = [p for chunk in strategy.backend.model.chunks for p in chunk.parameters()]
     untouched = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert _at_rest(strategy)
     good = strategy.train_step(part, step=1).replay

@@ -130,7 +130,7 @@ def test_weights_alone_are_read_into_a_model_that_does_not_train(
 def _weights_alone(process: ProcessInfo, case: Case, path: Path) -> dict[str, Any]:
     from roll_r3.trainers.megatron.strategy import MegatronInfer
 
-    strategy = MegatronInfer(case.config(), "actor_train", process)
+    strategy = MegatronInfer(case.view(), process)
     strategy.initialize()
     strategy.load_weights(path)
     weights = dict(exported(strategy))
@@ -195,11 +195,11 @@ def _memory(strategy: Any) -> dict[str, str]:
     """Return digests of this rank's inputs of the next step."""
     tensors = {
         f"{number} {name}": tensor
-        for number, chunk in enumerate(strategy.model.chunks)
+        for number, chunk in enumerate(strategy.backend.model.chunks)
         for name, tensor in chunk.state_dict(keep_vars=True).items()
         if tensor is not None
     }
-    for number, slot in enumerate(strategy.optimizer.slots()):
+    for number, slot in enumerate(strategy.backend.optimizer.slots()):
         if slot.main is not None:
             tensors |= {f"slot {number} main": slot.main, f"slot {number} step": slot.state["step"]}
             tensors |= {f"slot {number} {moment}": slot.state[moment] for moment in ("exp_avg", "exp_avg_sq")}

@@ -93,7 +93,7 @@ def test_a_rate_of_0_moves_nothing(gang: Gangs, deepseek: Path) -> None:
 def _trainer(process: ProcessInfo, case: Case) -> Any:
     from roll_r3.trainers.megatron.strategy import MegatronTrain
 
-    strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
+    strategy = MegatronTrain(case.view(process.world_size // case.model_parallel_size), process)
     strategy.initialize()
     return strategy
 
@@ -108,7 +108,7 @@ def _biases(process: ProcessInfo, case: Case, batch: Batch) -> tuple[Weights, di
     """Return the biases after a step: the exported ones by checkpoint name, and those in this rank's layers."""
     strategy = _trainer(process, case)
     _step(strategy, batch)
-    routers = [router for chunk in strategy.model.routers for router in chunk]
+    routers = [router for chunk in strategy.backend.model.routers for router in chunk]
     assert not any(router.module.local_tokens_per_expert.any() for router in routers)
     biases = {name: bias for name, bias in exported(strategy) if name.endswith("e_score_correction_bias")}
     live = {router.layer: router.module.expert_bias.cpu().numpy().copy() for router in routers}

@@ -95,12 +95,12 @@ def _reference_beside_actor(process: ProcessInfo, case: Case, batch: Batch) -> N
     from roll_r3.replay.session import ReplaySession
     from roll_r3.trainers.megatron.strategy import MegatronInfer, MegatronTrain
 
-    actor = MegatronTrain(case.config(), "actor_train", process)
-    frozen = MegatronInfer(case.config(), "reference", process)
+    actor = MegatronTrain(case.view(), process)
+    frozen = MegatronInfer(case.view(name="reference"), process)
     for strategy in (actor, frozen):
         strategy.initialize()
     assert RouterReplay.global_router_replay_instances == []
-    frozen_routers = [router.module for chunk in frozen.model.routers for router in chunk]
+    frozen_routers = [router.module for chunk in frozen.backend.model.routers for router in chunk]
     assert len(frozen_routers) == LAYERS // 2
     seen = []
     with pytest.MonkeyPatch.context() as patch:
@@ -153,7 +153,7 @@ def test_a_saved_checkpoint_is_the_trained_policy(
 def _train_and_save(process: ProcessInfo, case: Case, batch: Batch, path: Path):
     from roll_r3.trainers.megatron.strategy import MegatronTrain
 
-    strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
+    strategy = MegatronTrain(case.view(process.world_size // case.model_parallel_size), process)
     strategy.initialize()
     part = shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size)
     strategy.train_step(part, step=1)

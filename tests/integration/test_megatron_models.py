@@ -229,7 +229,7 @@ def test_export_is_bit_exact(
 def _export_twice(process: ProcessInfo, case: Case) -> tuple[dict[str, tuple[str, np.ndarray]], ...]:
     from roll_r3.trainers.megatron.strategy import MegatronTrain
 
-    strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
+    strategy = MegatronTrain(case.view(process.world_size // case.model_parallel_size), process)
     strategy.initialize()
     found = [
         {n: (str(t.dtype), t.float().cpu().numpy().copy()) for n, t in strategy.export_weights()} for _ in range(2)
@@ -254,7 +254,7 @@ def test_a_saved_checkpoint_keeps_what_the_trainer_does_not_hold(gang: Gangs, tm
 def _save(process: ProcessInfo, case: Case, path: Path) -> None:
     from roll_r3.trainers.megatron.strategy import MegatronTrain
 
-    strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
+    strategy = MegatronTrain(case.view(process.world_size // case.model_parallel_size), process)
     strategy.initialize()
     strategy.save_hf(path)
     strategy.close()

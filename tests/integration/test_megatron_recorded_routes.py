@@ -115,6 +115,6 @@ def _strategy(process: ProcessInfo, case: Case) -> Any:
     from roll_r3.trainers.megatron.strategy import MegatronTrain
 
     assert SAMPLES == 8
-    strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
+    strategy = MegatronTrain(case.view(process.world_size // case.model_parallel_size), process)
     strategy.initialize()
     return strategy

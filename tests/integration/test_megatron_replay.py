@@ -117,15 +117,15 @@ def _raw_gradients(process: ProcessInfo, case: Case, batch: Batch) -> dict[str, 
     if case.mode == "R2":
         strategy.compute_log_probs(part)
     found = {}
-    step = strategy.optimizer.step
+    step = strategy.backend.optimizer.step
 
     def keep_then_step(norm):
-        for number, chunk in enumerate(strategy.model.chunks):
+        for number, chunk in enumerate(strategy.backend.model.chunks):
             for name, parameter in chunk.named_parameters():
                 found[f"{number}.{name}"] = parameter.main_grad.numpy().copy()
         return step(norm)
 
-    strategy.optimizer.step = keep_then_step
+    strategy.backend.optimizer.step = keep_then_step
     strategy.train_step(part, step=1)
     strategy.close()
     return found
@@ -253,7 +253,7 @@ def _fail_then_train(process: ProcessInfo, case: Case, batch: Batch) -> dict:
     from roll_r3.trainers.megatron import schedule
 
     strategy = _strategy(process, case)
-    routers = [router for chunk in strategy.model.routers for router in chunk]
+    routers = [router for chunk in strategy.backend.model.routers for router in chunk]
     assert [router.layer for router in routers] == list(range(LAYERS))
 
     def at_rest() -> bool:
@@ -302,11 +302,11 @@ def _fail_then_train(process: ProcessInfo, case: Case, batch: Batch) -> dict:
         fails("but its rows are")
 
     with pytest.MonkeyPatch.context() as patch:  # rows are queued, but backward does not recompute
-        patch.setattr(strategy.model.config, "recompute_granularity", None)
+        patch.setattr(strategy.backend.model.config, "recompute_granularity", None)
         fails("backward did not recompute the router of layer 0")
 
     with pytest.MonkeyPatch.context() as patch:  # backward recomputes, though nothing was queued
-        patch.setitem(vars(strategy.model), "routers", [[replace(r, recomputed=False) for r in routers]])
+        patch.setitem(vars(strategy.backend.model), "routers", [[replace(r, recomputed=False) for r in routers]])
         fails("the router of layer 3 ran outside a micro-batch")
 
     strategy.train_step(batch, step=1)
@@ -352,6 +352,6 @@ def _with_mistake(process: ProcessInfo, mistake: str, case: Case, batch: Batch):
 def _strategy(process: ProcessInfo, case: Case):
     from roll_r3.trainers.megatron.strategy import MegatronTrain
 
-    strategy = MegatronTrain(case.config(process.world_size // case.model_parallel_size), "actor_train", process)
+    strategy = MegatronTrain(case.view(process.world_size // case.model_parallel_size), process)
     strategy.initialize()
     return strategy

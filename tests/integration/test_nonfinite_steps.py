@@ -126,17 +126,17 @@ def take_step(strategy: Any, batch: Batch, step: int) -> Any:
 def remembered(strategy: Any) -> Remembered:
     """Return copies of this rank's state: weights, masters, moments, biases, counts."""
     found: dict[str, Any] = {}
-    if hasattr(strategy.model, "chunks"):
-        for index, chunk in enumerate(strategy.model.chunks):
+    if hasattr(strategy.backend.model, "chunks"):
+        for index, chunk in enumerate(strategy.backend.model.chunks):
             for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
                 found[f"{index}.{name}"] = tensor
-        for index, slot in enumerate(strategy.optimizer.slots()):
+        for index, slot in enumerate(strategy.backend.optimizer.slots()):
             found |= {f"slot {index}.{name}": value for name, value in (("main", slot.main), *slot.state.items())}
-        found["lr"] = torch.tensor([group["lr"] for group in strategy.optimizer._optimizer.param_groups])
-        found["done"] = torch.tensor(strategy.optimizer.done)
+        found["lr"] = torch.tensor([group["lr"] for group in strategy.backend.optimizer._optimizer.param_groups])
+        found["done"] = torch.tensor(strategy.backend.optimizer.done)
     else:
-        found = strategy._state()
-        for index, kept in enumerate(strategy.optimizer._optimizer.state.values()):
+        found = strategy.backend.state()
+        for index, kept in enumerate(strategy.backend.optimizer._optimizer.state.values()):
             found[f"{index}.step"] = kept["step"]
     assert any("exp_avg_sq" in name for name in found)
     return {
@@ -226,7 +226,7 @@ def _broken_weight(process: ProcessInfo, case: Case, batch: Batch) -> None:
     strategy = open_strategy(process, case)
     if process.rank == 1:
         with torch.no_grad():
-            next(p for chunk in strategy.model.chunks for p in chunk.parameters()).fill_(math.nan)
+            next(p for chunk in strategy.backend.model.chunks for p in chunk.parameters()).fill_(math.nan)
     for step in (1, 2):
         assert take_step(strategy, batch, step).skipped
     with pytest.raises(RollError, match="3 in a row"):

@@ -14,6 +14,7 @@ from distributed import Gang
 from megatron_cases import Case, make_batch, shard
 
 from roll_r3.batch.batch import Batch
+from roll_r3.config.model_role import model_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.platform import megatron_cpu
 from roll_r3.preflight.plan.make import make_plan
@@ -82,7 +83,7 @@ def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
     from roll_r3.trainers.megatron.bridge import unwrap
     from roll_r3.trainers.megatron.strategy import MegatronTrain
 
-    strategy = MegatronTrain(config, "actor_train", process)
+    strategy = MegatronTrain(model_role(config, "actor_train"), process)
     strategy.initialize()
     under_way = most = 0
 
@@ -96,13 +97,13 @@ def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
         nonlocal under_way
         under_way -= 1
 
-    models = [unwrap(chunk) for chunk in strategy.model.chunks]
+    models = [unwrap(chunk) for chunk in strategy.backend.model.chunks]
     for model in models:
         model.register_forward_hook(forward_ran)
     strategy.train_step(shard(batch, strategy.data_parallel_rank, strategy.data_parallel_size), step=1)
     assert under_way == 0
     parameters = [dict(model.named_parameters()) for model in models]
-    buffers = [b for chunk in strategy.model.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    buffers = [b for chunk in strategy.backend.model.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     gathered = gathered_bytes(strategy)
     measured = Measured(
         place=(
@@ -115,12 +116,14 @@ def measure(process: ProcessInfo, config: RLVRConfig, batch: Batch) -> Measured:
             mpu.get_expert_data_parallel_rank(),
         ),
         layers=[tuple(layer.layer_number - 1 for layer in model.decoder.layers) for model in models],
-        moe_layers=[tuple(router.layer for router in chunk) for chunk in strategy.model.routers],
+        moe_layers=[tuple(router.layer for router in chunk) for chunk in strategy.backend.model.routers],
         parameters=[sum(p.numel() for p in named.values()) for named in parameters],
         expert_parameters=[sum(p.numel() for name, p in named.items() if ".experts." in name) for named in parameters],
         weights=sum(p.nbytes for named in parameters for p in named.values()),
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
-        optimizer=_optimizer_bytes(strategy.optimizer._optimizer, [p for named in parameters for p in named.values()]),
+        optimizer=_optimizer_bytes(
+            strategy.backend.optimizer._optimizer, [p for named in parameters for p in named.values()]
+        ),
         most_under_way=most,
         gathered=gathered,
     )

@@ -25,9 +25,9 @@ from roll_r3.models.hf.head import compute_logits_in_fp32
 from roll_r3.models.hf.norms import set_latent_epsilon
 from roll_r3.models.hf.parts import parts_of
 from roll_r3.models.hf.routers import find_routers
+from roll_r3.trainers.all_ranks import raise_on_all_ranks
 from roll_r3.trainers.fsdp2.routers import HookedRouter
 from roll_r3.trainers.fsdp2.weights import CheckpointReader
-from roll_r3.trainers.together import together
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -139,7 +139,7 @@ def _fill_and_shard(
     compute = DTYPES[args.dtype] if args.dtype != "fp32" else None
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     inner = model.model
-    with together(ConfigError, "the model was not built"):
+    with raise_on_all_ranks(ConfigError, "the model was not built"):
         reader = CheckpointReader(path)
     with reader as checkpoint:
         for index, layer in enumerate(inner.layers):
@@ -186,7 +186,7 @@ def _fill(
             raise ConfigError(f"fsdp2 cannot fill {', '.join(unknown)}: checkpoints do not contain it")
         module.to_empty(device=device)
         tensors = [*module.named_parameters(), *persistent_buffers(module)]
-        with together(ConfigError, "the model was not built"), torch.no_grad():
+        with raise_on_all_ranks(ConfigError, "the model was not built"), torch.no_grad():
             if dist.get_rank() == 0:
                 for name, tensor in tensors:
                     checkpoint.fill(tensor, prefix + name, architecture)

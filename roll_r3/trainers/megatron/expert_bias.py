@@ -20,10 +20,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils.hooks import RemovableHandle
 
 from roll_r3.batch.token_map import PADDING
-from roll_r3.replay.observer import Observer
+from roll_r3.trainers.backend import StepObserver
 
 
-class RealTokenCounts(Observer):
+class RealTokenCounts(StepObserver):
     """Removes padding slots, and micro-batches used only to fill the pipeline, from the experts' loads."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -52,7 +52,7 @@ class RealTokenCounts(Observer):
             for router in (router for routers in self._routers for router in routers):
                 router.local_tokens_per_expert.zero_()
 
-    def put_back(self) -> None:
+    def rewind(self) -> None:
         """Undo the move of the biases at the end of the schedule."""
         routers = (router for routers in self._routers for router in routers)
         for router, bias in zip(routers, self._biases, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +76,6 @@ def adopt_routers(chunk: Any) -> list[Router]:
         for module in layer.modules()
         if isinstance(module, TopKRouter)
     ]
-
-
-def local_layers(routers: Sequence[Sequence[Router]]) -> list[int]:
-    """Global layers of all routers of this rank, in the order of the chunks."""
-    return [router.layer for chunk in routers for router in chunk]
 
 
 def recomputes_router(config: TransformerConfig, index_in_chunk: int) -> bool:

@@ -1,4 +1,4 @@
-"""What one rank alone may fail at, such as reading or writing a file, fails on all ranks or on none."""
+"""Failures of one rank alone, such as reading or writing a file, raised on all ranks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from roll_r3.errors import RollError
 
 
 @contextmanager
-def together(kind: type[RollError], failing: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Whatever a rank raises in this block, every rank raises at its end; collective, and so a barrier.
+def raise_on_all_ranks(kind: type[RollError], failing: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Raise an error of one rank's block on every rank, at the block's end; collective, and so a barrier.
 
-    Else the others would wait, in the next collective call, for a rank that never comes. The block itself holds no
-    collective call.
+    Otherwise the other ranks would wait in the next collective call forever. The block itself holds no collective
+    call.
 
     Args:
-        failing: begins the text of the error.
-        group: of all ranks; None: the one that training uses.
+        failing: beginning of the error's text.
+        group: all ranks; None: training's group.
 
     Raises:
-        kind: some rank's block raised; with each text that there is, and the first rank that says so.
+        kind: some rank's block raised. The text has each distinct reason, with the first rank to give it.
 
     Example:
-        with together(RollError, f"{path} was not made"):
+        with raise_on_all_ranks(RollError, f"{path} was not made"):
             if dist.get_rank() == 0:
                 path.mkdir()
     """
