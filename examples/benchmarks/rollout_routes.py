@@ -30,15 +30,15 @@ import numpy as np
 import psutil
 
 from examples.benchmarks.measuring import Report, ratio
+from roll_r3.config.engine_role import engine_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling import Sampling
-from roll_r3.engines.answers import Asked
-from roll_r3.engines.sampling import SampleRequest
-from roll_r3.engines.sglang.payload import read_sample
+from roll_r3.engines.sample import Asked, SampleRequest
+from roll_r3.engines.sglang.codec import SglangCodec
 from roll_r3.engines.sglang.strategy import SglangRollout
 from roll_r3.models.facts import ModelFacts
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.base import GenerateRequest
+from roll_r3.strategies.base import EnginePlace, GenerateRequest
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def make_engine(shape: Shape, checkpoint: Path, folder: Path, mode: str) -> Sgla
             },
         }
     )
-    return SglangRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=folder / f"{mode}.log")
+    return SglangRollout(engine_role(config), EnginePlace(0, "cpu", (), folder / f"{mode}.log"))
 
 
 def draw(shape: Shape, rng: np.random.Generator) -> list[GenerateRequest]:
@@ -109,9 +109,9 @@ def draw(shape: Shape, rng: np.random.Generator) -> list[GenerateRequest]:
 
 
 async def one_round(engine: SglangRollout, page: int, requests: list[GenerateRequest]) -> Round:
-    engine._sharing.engine_keeps(page)
-    client, num_bytes = engine._client, 0
-    assert client is not None
+    sampler, client, num_bytes = engine._sampler, engine._client, 0
+    assert sampler is not None and client is not None
+    sampler.sharing.engine_keeps(page)
     post = client.post
 
     async def counted(path: str, request: dict[str, Any], timeout_s: float, *most_bytes: int) -> bytes:
@@ -175,7 +175,7 @@ def long_answer(rows: int, layers: int, experts: int, top_k: int) -> tuple[bytes
     }
     body = json.dumps({"text": "", "output_ids": list(range(rows)), "meta_info": meta}).encode()
     facts = ModelFacts("benchmark", layers, tuple(range(layers)), experts, top_k, 1, 1, 2 * rows, 2 * rows)
-    return body, Asked(SampleRequest((0,), "s", 0), rows, 0, record_routes=True), facts
+    return body, Asked(SampleRequest((0,), "s", 0, Sampling(rows)), 0), facts
 
 
 async def decoding(shape: Shape) -> dict[str, float]:
@@ -194,7 +194,7 @@ async def decoding(shape: Shape) -> dict[str, float]:
     longest = []
     for _ in range(15):
         start = time.perf_counter()
-        await asyncio.to_thread(read_sample, body, asked, facts)
+        await asyncio.to_thread(SglangCodec().read, body, asked, facts)
         times.append(time.perf_counter() - start)
         await asyncio.sleep(0.002)
         longest.append(max(pauses))

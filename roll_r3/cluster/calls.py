@@ -149,7 +149,7 @@ class Waiting:
         """Seconds of the longest calls of a kind so far; 0: there was none."""
         return self._longest.get(kind, 0.0)
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         logger.warning("%s", text)
         if self._say is not None:
             self._say(text)
@@ -201,7 +201,7 @@ class Watch:
             self._look_at(worker, seconds)
         if self.spent >= self._say_at:
             self._say_at = self.spent + SAY_EVERY
-            self._waiting.tell(f"still waiting for {_listed(pending)}, after {self.spent:.0f} s{self._of()}")
+            self._waiting.report(f"still waiting for {_listed(pending)}, after {self.spent:.0f} s{self._of()}")
         limit = self._limits.call
         if limit is not None and self.spent > max(limit, 2 * self._waiting.longest(self._kind) + ADDED):
             for worker in self._workers:
@@ -218,9 +218,9 @@ class Watch:
     def _look_at(self, worker: Watched, seconds: float) -> None:
         silent = worker.silent
         if worker.tick(seconds):
-            if worker.said:
-                worker.said = False
-                self._waiting.tell(f"{worker.name} goes on after {silent:.0f} s without a sign of life")
+            if worker.reported:
+                worker.reported = False
+                self._waiting.report(f"{worker.name} goes on after {silent:.0f} s without a sign of life")
             return
         limits, ended = self._limits, worker.state in ("stopped", "gone")
         limit, field = (limits.stopped, "stopped") if ended else (limits.silent, "silent")
@@ -231,10 +231,10 @@ class Watch:
                 f"{worker.name} gave no sign of life for {worker.silent:.0f} s: {said}; worker_timeouts.{field} is "
                 f"{limit:g}"
             )
-        if not worker.said and worker.silent >= min(SILENT_AFTER, limit / 2 if limit else SILENT_AFTER):
-            worker.said = True
+        if not worker.reported and worker.silent >= min(SILENT_AFTER, limit / 2 if limit else SILENT_AFTER):
+            worker.reported = True
             end = f"it is taken as lost after {limit:g} s" if limit is not None else "nothing ends the wait"
-            self._waiting.tell(
+            self._waiting.report(
                 f"{worker.name} gives no sign of life for {worker.silent:.0f} s: {_process(worker)}; {end} "
                 f"(worker_timeouts.{field})"
             )

@@ -48,7 +48,7 @@ def ray_cluster(config: RLVRConfig, say: Callable[[str], None] = logger.warning)
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # a thread that is late would start another Ray otherwise, open to everyone, by any call
+    # otherwise a late thread would start another Ray, open to everyone, by any call
     auto_init_hook.enable_auto_connect = False
     address = given_address()
     with _joined(address) if address else _own(config, say):

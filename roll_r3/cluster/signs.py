@@ -76,7 +76,7 @@ class Watched:
         """Seconds without a sign of life, for a worker with at least one."""
         self.state = ""
         """Result of the last look while it is silent; empty: none yet."""
-        self.said = False
+        self.reported = False
         """True once its silence was reported."""
         self._handle, self._every = handle, every
         self._ping: ray.ObjectRef[Identity] | None = None

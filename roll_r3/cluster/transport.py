@@ -99,7 +99,7 @@ def read_routes(requests: Sequence[RouteRequest]) -> list[Pieces]:
         else:
             far[request.routes.keeper].append(i)
     with _as_lost_worker():
-        # begun first: others cut while this process reads what is near
+        # first, so that others cut while this process reads what is near
         parcels = {
             keeper: _actor(keeper).cut_routes.remote([requests[i] for i in asked]) for keeper, asked in far.items()
         }

@@ -21,6 +21,7 @@ from roll_r3.cluster.logs import log_to_file
 from roll_r3.cluster.signs import SIGNS, Identity, identity
 from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
+from roll_r3.config.engine_role import engine_role
 from roll_r3.config.model_role import Role, model_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import CheckpointError, ConfigError, EngineError
@@ -28,6 +29,7 @@ from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below
 from roll_r3.strategies.base import (
+    EnginePlace,
     GenerateRequest,
     GenerateResult,
     InferStrategy,
@@ -66,14 +68,8 @@ class RolloutWorker:
         self._generating: dict[int, asyncio.Future[asyncio.Task[GenerateResult]]] = {}
         """Number of a call -> its request under way."""
         server_log = log_path.with_name(f"{log_path.stem}-server.log")
-        self._strategy: RolloutStrategy = entry.load_rollout()(
-            config=config,
-            engine_index=engine_index,
-            device=device,
-            gpu_ids=gpu_ids,
-            log_path=server_log,
-            node_address=ray.util.get_node_ip_address(),
-        )
+        place = EnginePlace(engine_index, device, gpu_ids, server_log, ray.util.get_node_ip_address())
+        self._strategy: RolloutStrategy = entry.load_rollout()(engine_role(config), place)
 
     @ray.method(concurrency_group=SIGNS)
     async def alive(self) -> Identity:

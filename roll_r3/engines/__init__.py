@@ -1,1 +1,1 @@
-"""Rollout strategies: what any engine needs lies here, each engine has a folder of its own."""
+"""Rollout engines: the common parts, and one folder per engine."""

@@ -1,4 +1,4 @@
-"""A server's answer to one sample, checked: what must hold whatever the engine. Pure functions.
+"""Checks of a server's answer to one sample, common to all engines. Pure functions.
 
 Shape legend: P prompt tokens, R response tokens; L all decoder layers, K experts per token.
 """
@@ -20,107 +20,82 @@ import pybase64
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import FinishReason, Trajectory
 from roll_r3.config.readable import readable
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
+from roll_r3.engines.sample import Asked, Sample, SampleError
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.checks import check_log_probs, compact_routes
 
-_ID_BYTES = 4
-"""Of an expert's id, in the largest type that an engine uses."""
-_TOKEN_BYTES = 4096
-"""Room for a response token: its id, its log-probability with all that an engine says beside it, its text."""
-_HEAD_BYTES = 1 << 20
-"""Room for what an answer holds besides."""
 _ROUTES = re.compile(rb'(?<!\\)"routed_experts"\s*:\s*"')
 _START = 200
-"""Bytes of an answer that a message shows."""
+"""Bytes of an answer shown by a message."""
 MISREAD = (ValueError, KeyError, TypeError, OverflowError, AttributeError)
-"""What comes of reading an answer that is not in the form that it should have."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What an answer must be an answer to."""
-
-    sample: SampleRequest
-    max_new_tokens: int
-    """An answer that was cut earlier than that is refused."""
-    weight_version: int
-    """Of the weights that must have produced every token."""
-    record_routes: bool
-    """Whether routes were asked for and must be there."""
-    stop_strings: tuple[str, ...] = ()
-    """The texts that may end the response."""
-
-    def most_bytes(self, facts: ModelFacts) -> int:
-        """What an answer can take at most, with room to spare: routes of the longest response in base64, and text."""
-        rows = len(self.sample.prompt_ids) + self.max_new_tokens - 1 - self.sample.first_row
-        routes = rows * facts.num_layers * facts.top_k * _ID_BYTES if self.record_routes else 0
-        return 4 * (routes // 3 + 1) + self.max_new_tokens * _TOKEN_BYTES + _HEAD_BYTES
+"""Errors from reading a malformed answer."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine said, under one set of names."""
+    """Answer of any engine, under one set of names."""
 
     finish_reason: FinishReason
     ended_by: int | str | None
-    """The end token or the stop string that ended the response; None where the engine does not name one."""
+    """End token or stop string of the response; None if the engine does not name one."""
     response_ids_R: npt.NDArray[np.int32]
     log_prob_entries: Sequence[Sequence[Any]]
-    """(log-probability, token id) of each sampled token; what else an entry holds is not looked at."""
+    """(log-probability, token id, ...) of each sampled token; the rest of an entry is ignored."""
     weight_versions: Sequence[str]
-    """Every version that the engine says took part."""
+    """Every version reported by the engine."""
     prompt_tokens: int
-    """How many tokens of the prompt the engine saw."""
+    """Number of prompt tokens seen by the engine."""
     cached_tokens: int
-    """How many of them came from its prefix cache, for certain; 0 where it does not say."""
+    """Number of these taken from its prefix cache for certain; 0 if it does not say."""
 
 
 @contextmanager
 def reading(what: str, body: bytes) -> Iterator[None]:
-    """A block that reads an answer. Raises SampleError, with `what` and how the answer begins, where it raises one of
-    MISREAD."""
+    """Turn errors of MISREAD into SampleError, with `what` and the first bytes of the answer."""
     try:
         yield
     except MISREAD as error:
         raise SampleError(f"{what}: {readable(error)}; it starts {body[:_START]!r}") from error
 
 
-def whole(value: Any, name: str) -> int:
-    """A number that is written as a whole one. Raises ValueError: `3.0`, `"3"` and `true` are none."""
+def integer(value: Any, name: str) -> int:
+    """Return a JSON integer. Raises ValueError for anything else, such as `3.0`, `"3"` or `true`."""
     if type(value) is not int:
-        raise ValueError(f"{name} is {readable(repr(value))}, which is no whole number")
+        raise ValueError(f"{name} must be an integer, got {readable(repr(value))}")
     return value
 
 
-def true_or_false(value: Any, name: str) -> bool:
-    """Raises ValueError: `0`, `"false"` and `null` are neither."""
+def boolean(value: Any, name: str) -> bool:
+    """Return a JSON boolean. Raises ValueError for anything else, such as `0`, `"false"` or `null`."""
     if type(value) is not bool:
-        raise ValueError(f"{name} is {readable(repr(value))}, which is neither true nor false")
+        raise ValueError(f"{name} must be true or false, got {readable(repr(value))}")
     return value
 
 
 def text(value: Any, name: str) -> str:
-    """Raises ValueError: it is none."""
+    """Return a JSON string. Raises ValueError for anything else."""
     if type(value) is not str:
-        raise ValueError(f"{name} is {readable(repr(value))}, which is no text")
+        raise ValueError(f"{name} must be a string, got {readable(repr(value))}")
     return value
 
 
 def token_ids(values: Any) -> npt.NDArray[np.int32]:
-    """A list of whole numbers, int32 [R]. Raises one of MISREAD: numpy alone would take `1.5`, `"3"` and `true`."""
+    """Return a JSON list of integers as int32 [R].
+
+    Raises one of MISREAD for anything else: numpy alone would accept `1.5`, `"3"` and `true`.
+    """
     if not isinstance(values, list) or not set(map(type, values)) <= {int}:
-        raise ValueError(f"the token ids {readable(repr(values))} are no list of whole numbers")
+        raise ValueError(f"token ids must be a list of integers, got {readable(repr(values))}")
     return np.array(values, np.int32)
 
 
 def read_finish_reason(kind: Any, detail: str) -> FinishReason:
-    """Raises SampleError unless the response came to an end of its own.
+    """Return why the response ended. Raises SampleError unless it stopped or reached its length.
 
     Args:
-        kind: what the engine calls the reason.
-        detail: what it said besides.
+        kind: the engine's name of the reason.
+        detail: the engine's explanation.
     """
     if kind == "abort":
         raise SampleError(f"the engine aborted the request: {readable(detail)}")
@@ -130,30 +105,28 @@ def read_finish_reason(kind: Any, detail: str) -> FinishReason:
 
 
 def _check_end(answer: Answer, stop_strings: Sequence[str]) -> None:
-    """A response that stopped must hold what stopped it: without it the policy would never learn to stop.
+    """Check that a stopped response holds its end token: without it the policy would never learn to stop.
 
     Raises:
-        SampleError: the end token is not the last one, the stop string was not asked for, or there is neither.
+        SampleError: the end token is not the last one, the stop string was not requested, or there is neither.
     """
     end, last = answer.ended_by, int(answer.response_ids_R[-1])
     if answer.finish_reason != "stop" or (end == last if isinstance(end, int) else end in stop_strings):
         return
     if isinstance(end, int):
-        raise SampleError(
-            f"the response was ended by token {end}, but its last token is {last}: the end token was taken away"
-        )
+        raise SampleError(f"token {end} ended the response, but its last token is {last}: the end token was removed")
     if end is None:
-        raise SampleError(f"the response stopped, but its last token {last} is no end token")
-    raise SampleError(f"the engine ended the response with {readable(repr(end))}, which is no stop string of the run")
+        raise SampleError(f"the response stopped, but its last token {last} is not an end token")
+    raise SampleError(f"the engine ended the response with {readable(repr(end))}, which is not a requested stop string")
 
 
 def parsed(body: bytes) -> tuple[Any, memoryview | None]:
-    """The JSON of an answer without the text of its `routed_experts`, and that text, undecoded and uncopied.
+    """Parse an answer apart from the text of `routed_experts`; return the JSON, and this text undecoded and uncopied.
 
-    Routes are nearly all of a long answer, and a parser would make a string of them while nothing else can run. Base64
-    needs no escapes, so its text ends at the next quotation mark; the name in quotation marks cannot be part of
-    another string, where they would be escaped. What is left of them in the JSON is an empty text, by which a reader
-    sees that they stood where they belong.
+    Routes are nearly all of a long answer, and a parser would build a string of them while holding the GIL. Base64
+    needs no escapes, so its text ends at the next quotation mark. The quoted name cannot be part of another string,
+    where its quotation marks would be escaped. The JSON keeps an empty string in place of the routes, so a reader can
+    check their position.
 
     Raises:
         ValueError: as `parsed_json`, or routes are there twice.
@@ -168,7 +141,7 @@ def parsed(body: bytes) -> tuple[Any, memoryview | None]:
 
 
 def parsed_json(body: bytes | str) -> Any:
-    """Of an answer that holds no routes. Raises ValueError: it is not JSON, or is nested too deeply."""
+    """Parse an answer without routes. Raises ValueError: not JSON, or nested too deeply."""
     try:
         return json.loads(body)
     except RecursionError as error:
@@ -176,7 +149,7 @@ def parsed_json(body: bytes | str) -> Any:
 
 
 def decoded(payload: memoryview | None) -> bytes:
-    """Base64 of `routed_experts`, decoded. Raises RouteError."""
+    """Decode the base64 text of `routed_experts`. Raises RouteError."""
     if payload is None:
         raise RouteError("routed_experts is missing or not text: the server did not record")
     try:
@@ -188,18 +161,18 @@ def decoded(payload: memoryview | None) -> bytes:
 def checked_sample(
     asked: Asked, answer: Answer, facts: ModelFacts, routes_of: Callable[[int], npt.NDArray[np.integer]]
 ) -> Sample:
-    """Check an answer against what was asked for.
+    """Check an answer against its request, and return it as a sample.
 
     Args:
-        routes_of: reads the answer's routes, [rows, L, K] with every decoder layer in it, given how many rows there
-            must be; raises RouteError. Called only where routes were asked for.
+        routes_of: reads the answer's routes, [rows, L, K] with every decoder layer, given the expected number of rows;
+            raises RouteError. Called only if routes were requested.
 
     Raises:
-        SampleError: cut short by the engine, of stale weights, of another prompt, or stopped by a token that is not
-            there.
+        SampleError: cut short by the engine, of stale weights, of another prompt, or stopped by an absent token.
         RouteError: log-probabilities or routes break their contract.
     """
     response_ids_R, prompt_ids = answer.response_ids_R, asked.sample.prompt_ids
+    max_new_tokens = asked.sample.sampling.max_new_tokens
     if stale := sorted({version for version in answer.weight_versions if version != str(asked.weight_version)}):
         versions = readable(", ".join(stale[:5]))
         raise SampleError(f"the answer comes from weights of version {versions}, not {asked.weight_version}")
@@ -209,18 +182,18 @@ def checked_sample(
         raise SampleError(f"the response has shape {list(response_ids_R.shape)}, not one row of sampled tokens")
     if response_ids_R.min() < 0 or response_ids_R.max() >= facts.vocab_size:
         raise SampleError(f"a response token is outside the vocabulary of {facts.vocab_size}")
-    if len(response_ids_R) > asked.max_new_tokens:
-        raise SampleError(f"the response has {len(response_ids_R)} tokens, more than the {asked.max_new_tokens} asked")
-    if answer.finish_reason == "length" and len(response_ids_R) != asked.max_new_tokens:
+    if len(response_ids_R) > max_new_tokens:
+        raise SampleError(f"the response has {len(response_ids_R)} tokens, more than the requested {max_new_tokens}")
+    if answer.finish_reason == "length" and len(response_ids_R) != max_new_tokens:
         raise SampleError(
-            f"the engine cut the response after {len(response_ids_R)} of {asked.max_new_tokens} tokens: "
+            f"the engine cut the response after {len(response_ids_R)} of {max_new_tokens} tokens: "
             "its context or its cache is too small for the prompt and the response (of a server: "
             "strategy_config.context_length, max_total_tokens)"
         )
-    _check_end(answer, asked.stop_strings)
+    _check_end(answer, asked.sample.sampling.stop_strings)
     log_probs_R = _log_probs(answer.log_prob_entries, response_ids_R)
     routes = None
-    if asked.record_routes:
+    if asked.sample.record_routes:
         num_rows = len(prompt_ids) + len(response_ids_R) - 1 - asked.sample.first_row
         routes = _routes(routes_of(num_rows), num_rows, facts).after_unknown(asked.sample.first_row)
     trajectory = Trajectory.one_turn(
@@ -237,11 +210,11 @@ def checked_sample(
 
 
 def _log_probs(entries: Sequence[Sequence[Any]], response_ids_R: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """Each entry must belong to the token at its place."""
+    """Return the log-probabilities [R], each checked against the token at its place."""
     try:
         values = [entry[0] for entry in entries]
         if not set(map(type, values)) <= {float, int}:
-            raise ValueError("some are no numbers")
+            raise ValueError("some are not numbers")
         log_probs_R = np.array(values, np.float32)
         ids_R = token_ids([entry[1] for entry in entries])
     except (*MISREAD, IndexError) as error:

@@ -1,4 +1,4 @@
-"""Requests that an engine has under way together: they share one watch over the engine and one verdict on it."""
+"""Requests in flight together at one engine: they share one watch over it and one verdict on it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from roll_r3.strategies.base import GenerateResult
 
 
 class Burst:
-    """The requests from the first one to an idle engine until the last one has its result.
+    """Requests from the first one to an idle engine until the last one has its result.
 
     Use it as a context manager, entered once per request.
     """
 
-    def __init__(self, watch: Callable[[], Coroutine[Any, Any, None]], closed: Callable[[], Coroutine[Any, Any, str]]):
+    def __init__(
+        self, watch: Callable[[], Coroutine[Any, Any, None]], why_closed: Callable[[], Coroutine[Any, Any, str]]
+    ) -> None:
         """
         Args:
-            watch: runs while requests are under way.
-            closed: asked once per burst: why the engine would not answer requests; empty when it would.
+            watch: runs while requests are in flight.
+            why_closed: called once per burst; returns why the engine would not answer requests, or empty.
         """
-        self._watch, self._ask_closed = watch, closed
+        self._watch, self._ask_why_closed = watch, why_closed
         self._running = 0
         self._tasks: list[asyncio.Task[Any]] = []
 
     async def __aenter__(self) -> Self:
         if not self._running:
-            self._asked, self._brought = 0, False
-            self._fruitless: list[GenerateResult] = []
+            self._requests, self._success = 0, False
+            self._failed: list[GenerateResult] = []
             self._changed = asyncio.Event()
-            self._closed = asyncio.create_task(self._ask_closed())
+            self._closed = asyncio.create_task(self._ask_why_closed())
             self._tasks = [asyncio.create_task(self._watch()), self._closed]
         self._running += 1
-        self._asked += 1
+        self._requests += 1
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -45,24 +47,25 @@ class Burst:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def closed(self) -> str:
+    async def why_closed(self) -> str:
+        """Return why the engine would not answer requests; empty if it would."""
         return await asyncio.shield(self._closed)
 
-    def brought(self) -> None:
-        """Note that a sample came."""
-        self._brought = True
+    def succeeded(self) -> None:
+        """Record a request with a sample."""
+        self._success = True
         self._changed.set()
 
-    async def brought_nothing(self, result: GenerateResult) -> list[GenerateResult]:
-        """Hold the result of a request of which no sample came until that says something about the engine.
+    async def failures(self, result: GenerateResult) -> list[GenerateResult]:
+        """Hold the result of a request without any sample until the engine can be judged.
 
         Returns:
-            All such results, where the engine was asked for several prompts and none brought a sample: it is broken.
-            Of a single prompt that would be too little to say so. Empty as soon as another request brings a sample.
+            All such results, if the burst had several requests and none returned a sample: the engine is broken. One
+            request is too little evidence. Empty as soon as another request returns a sample.
         """
-        self._fruitless.append(result)
+        self._failed.append(result)
         self._changed.set()
-        while not self._brought and len(self._fruitless) < self._running:
+        while not self._success and len(self._failed) < self._running:
             self._changed.clear()
             await self._changed.wait()
-        return [] if self._brought or self._asked == 1 else self._fruitless
+        return [] if self._success or self._requests == 1 else self._failed

@@ -1,4 +1,4 @@
-"""The requests that a rollout sends to its server, over one HTTP session."""
+"""HTTP client of one server, for the engine's own requests."""
 
 from __future__ import annotations
 
@@ -8,39 +8,40 @@ from typing import Any
 import aiohttp
 
 from roll_r3.config.readable import readable
-from roll_r3.engines.sampling import SampleError
+from roll_r3.engines.sample import SampleError
 
 _PLAIN_ANSWER = 64 << 20
-"""Bytes that an answer without routes may have."""
+"""Largest answer without routes, in bytes."""
 
 
 class UnreachableError(SampleError):
-    """No connection: the server is not up yet, is gone, or dropped the line."""
+    """No connection: the server is not up yet, is gone, or closed it."""
 
 
 class ServerClient:
-    """Must be made and closed in the event loop that uses it."""
+    """One HTTP session. Create and close it in the event loop of its requests."""
 
     def __init__(self, host: str, port: int, api_key: str, *, keyed_path: str) -> None:
         """
         Args:
-            keyed_path: something cheap to GET, which the server answers to whoever has the key and to nobody else.
+            keyed_path: path of a cheap GET, answered only to holders of the key.
         """
         self._keyed_path = keyed_path
+        self.port = port
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._base = f"http://{authority}"
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {api_key}", "Accept-Encoding": "identity"},
-            auto_decompress=False,  # what is small as it comes could fill the memory when it is unpacked
-            # A fresh connection per request: the server drops idle ones after 5 s, and a request that is just being
-            # written to a dropped one fails.
+            auto_decompress=False,  # a small compressed answer could unpack to more than the memory
+            # A fresh connection per request: the server closes idle ones after 5 s, and a request sent just then
+            # fails.
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )
 
     async def healthy(self, timeout_s: float) -> bool:
-        """True once the server can generate, and knows the key: another server on the same port does not."""
+        """Return True once the server can generate and accepts the key, unlike another server on the same port."""
         try:
-            for path in ("/health", self._keyed_path):  # the first may ask for no key
+            for path in ("/health", self._keyed_path):  # the first may need no key
                 async with self._get(path, timeout_s) as response:
                     if response.status != 200:
                         return False
@@ -49,7 +50,7 @@ class ServerClient:
         return True
 
     async def alive(self, timeout_s: float) -> bool:
-        """True if the part of the server that generates answers, without being asked to generate anything."""
+        """Return True if the generating part of the server answers. Nothing is generated."""
         try:
             async with self._get(self._keyed_path, timeout_s) as response:
                 return response.status == 200
@@ -57,11 +58,11 @@ class ServerClient:
             return False
 
     async def get(self, path: str, timeout_s: float) -> bytes:
-        """The body of the answer.
+        """Return the body of the answer.
 
         Raises:
-            UnreachableError: no connection, or it broke.
-            SampleError: an HTTP error, no answer in time, or one that is too large.
+            UnreachableError: no connection, or a broken one.
+            SampleError: an HTTP error, a timeout, or a too large answer.
         """
         return await self._body(self._get(path, timeout_s), timeout_s, _PLAIN_ANSWER)
 
@@ -71,10 +72,10 @@ class ServerClient:
     async def post(
         self, path: str, request: dict[str, Any], timeout_s: float, most_bytes: int = _PLAIN_ANSWER
     ) -> bytes:
-        """As `get`, of a request with a body.
+        """Send a JSON body; the rest is as in `get`.
 
         Args:
-            most_bytes: an answer with more is refused, and no more of it is read than that.
+            most_bytes: limit of the answer; reading stops there.
         """
         answering = self._session.post(
             self._base + path, json=request, timeout=_timeout(timeout_s), allow_redirects=False
@@ -91,9 +92,7 @@ class ServerClient:
                     chunks.append(chunk)
                     num_bytes += len(chunk)
                     if num_bytes > most_bytes:
-                        raise SampleError(
-                            f"the answer has more than {most_bytes} bytes, which is more than what was asked for takes"
-                        )
+                        raise SampleError(f"the answer has more than {most_bytes} bytes, the limit for this request")
                 body = b"".join(chunks)
                 status = response.status
         except TimeoutError as error:

@@ -1,7 +1,7 @@
-"""The directory that every server has, and what becomes of it, and of shared memory, when all who knew them are killed.
+"""Directory of each server, and removal of directories and shared memory after their owners were killed.
 
-A directory's name says whose it is: temporary directories may lie on a disk that several machines or containers share,
-and the number of a process means something on one of them only.
+The name of a directory identifies its owner. Temporary directories may be on a disk shared by several machines or
+containers, and a process id is valid on one of them only.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import psutil
 from roll_r3.engines import segments
 
 _BEGIN = "roll_r3-server-"
-"""What the names begin with; where and by which process it was made follow."""
+"""Start of the names; the machine and the process id follow."""
 _HELD = "shared_memory"
-"""In such a directory: a file that names the shared memory of the server, should nobody who knows it be left."""
+"""File in such a directory with the names of the server's shared memory, for removal after a kill."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-"""Drawn anew whenever a kernel starts; containers see that of their machine."""
+"""Random id of each start of the kernel; containers see the id of their machine."""
 _NAMESPACE = Path("/proc/self/ns/pid")
-"""Of the processes that this one sees. The number of a machine's first one is the same on every Linux."""
+"""Namespace of process ids. The initial one has the same number on every Linux machine."""
 
 
 def make() -> Path:
-    """A new directory that nobody else may look into.
+    """Create a directory closed to other users.
 
     Raises:
-        OSError: there is no room for one.
+        OSError: no space left.
     """
     return Path(tempfile.mkdtemp(prefix=f"{_BEGIN}{here() or 'somewhere'}-{os.getpid()}-"))
 
@@ -43,26 +43,26 @@ def remove(folder: Path) -> None:
 
 
 def note(folder: Path, held: Iterable[str]) -> None:
-    """Write down what a server holds in shared memory, all at once: half a name could be another's."""
+    """Record a server's shared memory, in one atomic write: half a name could be the name of another's."""
     text = "\n".join(sorted(held))
-    with contextlib.suppress(OSError):  # a full disk: it is of use only if this process is killed
+    with contextlib.suppress(OSError):  # a full disk: the file is only needed if this process is killed
         new = folder / f"{_HELD}.new"
         new.write_bytes(os.fsencode(text))
         new.replace(folder / _HELD)
 
 
 def remove_orphaned() -> None:
-    """Directories and shared memory of servers whose makers were killed before they could.
+    """Remove directories and shared memory of servers with killed owners.
 
-    Only what was made here, since this machine was started; nothing where that cannot be told. Another user's cannot
-    be removed, and are not tried.
+    Only those made here since the start of this machine are removed; none if it is unknown. Those of other users
+    cannot be removed, and are skipped.
     """
     if not (place := here()):
         return
     own = f"{_BEGIN}{place}-"
     for folder in Path(tempfile.gettempdir()).glob(f"{own}*"):
-        maker = re.match(r"([0-9]{1,9})-", folder.name.removeprefix(own))  # anybody may make others
-        with contextlib.suppress(OSError):  # another looks after them too
+        maker = re.match(r"([0-9]{1,9})-", folder.name.removeprefix(own))  # any user may create others
+        with contextlib.suppress(OSError):  # another process may remove them at the same time
             if maker and not psutil.pid_exists(int(maker[1])) and folder.lstat().st_uid == os.getuid():
                 if (folder / _HELD).is_file():
                     segments.remove(os.fsdecode((folder / _HELD).read_bytes()).splitlines())
@@ -70,11 +70,13 @@ def remove_orphaned() -> None:
 
 
 def here() -> str:
-    """Where the number of a process names the same one: one start of one machine, and who is seen from this process.
-    Empty: it cannot be told."""
+    """Return an id of the scope in which process ids are unique: one start of one machine, and one namespace.
+
+    Empty if it is unknown.
+    """
     try:
         boot, namespace = _BOOT.read_bytes().strip(), _NAMESPACE.stat().st_ino
     except OSError:
         return ""
-    # short, for the sockets of some engines must not have long paths
+    # short: sockets of some engines must not have long paths
     return blake2s(boot + b" %d" % namespace, digest_size=6).hexdigest() if boot else ""

@@ -1,4 +1,4 @@
-"""A server as a child process: its log, its death, and its end with everything it started. No engine is named here."""
+"""A server as a child process: its log, its exit, and its end with everything it started. No engine is named here."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from roll_r3.processes import FOLDER_VARIABLE
 logger = logging.getLogger(__name__)
 
 GRACE_S = 8.0
-"""Seconds that a server gets to end in order."""
+"""Seconds for a server to end in order."""
 _POLL_S = 0.1
 _GONE_S = 10.0
-"""Seconds that the kernel may take to end a killed process; one with a GPU gives much memory back."""
+"""Seconds for the kernel to end a killed process; one with a GPU has much memory to free."""
 _LOG_TAIL_BYTES = 64 * 1024
 _NOTE_S = 0.5
-"""Seconds between two looks at what a server that starts holds in shared memory; what it makes between the last one and
-its death stays there."""
+"""Seconds between two looks at the shared memory of a starting server. Memory made between the last look and its death
+stays there."""
 
 
 def free_port(host: str) -> int:
-    """A port of `host` that nothing listened on just now; whoever binds it later may still come second."""
+    """Return a port of `host` without a listener. Another process may still bind it first."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
@@ -41,19 +41,19 @@ def free_port(host: str) -> int:
 
 
 class ServerProcess:
-    """One child in a process group of its own, with all its output in a log file, and a directory of its own whose
-    name is in its environment (`FOLDER_VARIABLE`).
+    """One child in a process group of its own, with all its output in a log file.
 
-    The child is polled, not awaited through the event loop's child watcher: that works in any thread and under any
-    event loop, and notices a death within a tenth of a second.
+    It has a directory of its own, named by `FOLDER_VARIABLE` in its environment. The child is polled, not awaited
+    through the event loop's child watcher: polling works in any thread and under any event loop, and notices an exit
+    within a tenth of a second.
     """
 
     def __init__(self, name: str, log_path: Path, *, hide: str = "") -> None:
         """
         Args:
             name: for messages ("engine 0").
-            log_path: appended to; its directory is made.
-            hide: a secret that is blotted out of what `log_tail` returns.
+            log_path: opened for appending; its directory is created.
+            hide: secret to replace in the result of `log_tail`.
         """
         self._name = name
         self.log_path = log_path
@@ -65,14 +65,14 @@ class ServerProcess:
         self._segments: set[str] = set()
         self._folder: Path | None = None
         self._starting = False
-        """What it holds in shared memory grows."""
+        """True while its shared memory may grow."""
         self._all_gone = False
-        """Nothing of its process group is left: the number may be another's by now."""
+        """True once its process group is gone: the number may belong to another group by now."""
 
     def launch(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start the child and its watch; needs a running event loop. What is left of the child before it is removed.
+        """Start the child and its watch; needs a running event loop. Leftovers of the previous child are removed.
 
-        The calling thread must live as long as the child where the child asks the kernel to die with its parent.
+        The calling thread must live as long as the child, if the child has the kernel kill it with its parent.
 
         Raises:
             EngineError: the program does not exist or may not be run, or the disk has no room for its log or directory.
@@ -81,7 +81,7 @@ class ServerProcess:
         self._remove_what_it_left()
         try:
             folders.remove_orphaned()
-            self._segments_before = segments.existing()  # what was left by those before is not among them any more
+            self._segments_before = segments.existing()  # without leftovers, which were just removed
             self._folder = folders.make()
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.log_path.open("ab") as log:
@@ -115,7 +115,7 @@ class ServerProcess:
 
     @property
     def death(self) -> asyncio.Task[int]:
-        """Done when the child has exited; its result is the exit code (negative: the signal)."""
+        """Task of the child's exit. Its result is the exit code (negative: the signal)."""
         assert self._death is not None, "launch() comes first"
         return self._death
 
@@ -124,13 +124,15 @@ class ServerProcess:
         return self._process is not None and self._process.poll() is None
 
     def started(self) -> None:
-        """The child and its children hold in shared memory all that they will: it is not looked for any more."""
+        """Stop looking for shared memory: the child and its children have all they will use."""
         self._note_shared_memory()
         self._starting = False
 
     def _note_shared_memory(self) -> None:
-        """Remember what the child and its children hold in shared memory by now: `stop` or the next `launch` removes
-        it, should they be killed before they can, or the next launch of anybody's, should this process be killed too.
+        """Record the shared memory of the child and its children.
+
+        If they are killed before they can remove it, `stop` or the next `launch` does. If this process is killed too,
+        the next launch by any process does.
         """
         if self._process is None or self._folder is None:
             return
@@ -142,7 +144,7 @@ class ServerProcess:
             folders.note(self._folder, held)
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines that this child wrote."""
+        """Return the last lines of this child's output."""
         if not self.log_path.exists():
             return ""
         with self.log_path.open("rb") as log:
@@ -154,7 +156,7 @@ class ServerProcess:
         return "\n".join(text.splitlines()[-lines:])
 
     def obituary(self) -> str:
-        """How the child ended, and the end of its log: the text of an error."""
+        """Return how the child ended, and the end of its log, for an error message."""
         code = None if self._process is None else self._process.poll()
         if code is None:
             how = "is not running" if self._process is None else "is still running"
@@ -165,11 +167,10 @@ class ServerProcess:
         return f"process {self.pid} {how}; the end of {self.log_path}:\n{self.log_tail()}"
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
-        """End the whole process group: ask, wait `grace_s`, kill, and wait until all are gone; without a grace they are
-        killed at once.
+        """End the whole process group: SIGTERM, wait `grace_s`, SIGKILL, and wait until all are gone.
 
-        Safe to call twice. Their shared memory and their directory go too, and a successor finds the devices' memory
-        free.
+        Without a grace period they are killed at once. Safe to call twice. Their shared memory and their directory are
+        removed, and a successor finds the devices' memory free.
         """
         process = self._process
         if process is None or self._all_gone:
@@ -179,16 +180,16 @@ class ServerProcess:
         if grace_s:
             signal_group(process.pid, signal.SIGTERM)
             await asyncio.wait([self.death], timeout=grace_s)
-        # Children that outlived the leader are still in its group, so this is not only for a deaf leader.
+        # Children that outlived the leader are still in its group, so this is needed even if the leader ended.
         signal_group(process.pid, signal.SIGKILL)
-        # Now, for whoever ends this process may not give it the time to see all of them gone.
+        # Now: this process may be ended before all of them are gone.
         self._remove_what_it_left()
         deadline = time.monotonic() + _GONE_S
         while (left := _living(process.pid)) and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
         self._all_gone = not left
         if left:
-            logger.warning("%s: processes %s do not die even of SIGKILL", self._name, left)
+            logger.warning("%s: processes %s survive SIGKILL", self._name, left)
         else:
             await asyncio.wait([self.death], timeout=_GONE_S)
 
@@ -201,7 +202,7 @@ class ServerProcess:
 
 
 def _living(group: int) -> list[int]:
-    """Its processes, without those that are dead and wait for their parent to take note."""
+    """Return the processes of a group, without zombies."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
@@ -211,6 +212,6 @@ def _living(group: int) -> list[int]:
 
 
 def signal_group(group: int, number: signal.Signals) -> None:
-    """To every process of a group, which may be gone."""
+    """Send a signal to every process of a group. The group may be gone."""
     with contextlib.suppress(ProcessLookupError):  # all of it is gone already
         os.killpg(group, number)

@@ -1,4 +1,4 @@
-"""Named shared memory: what processes that are killed leave in /dev/shm. Linux only; elsewhere there is nothing."""
+"""Named shared memory left in /dev/shm by killed processes. Linux only; elsewhere there is nothing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _SHM = Path("/dev/shm")
 
 
 def existing() -> frozenset[str]:
-    """Paths of all that there are."""
+    """Return the paths of all segments."""
     return frozenset(str(path) for path in _SHM.iterdir()) if _SHM.is_dir() else frozenset()
 
 
 def mapped(pids: Iterable[int], among: Iterable[str]) -> set[str]:
-    """Paths of those of `among` that processes have mapped.
+    """Return the paths in `among` mapped by the given processes.
 
-    Found by inode: a semaphore is made under one name and linked to another, and the kernel shows the first.
+    Compared by inode: a semaphore is created under one name and linked to another, and the kernel shows the first.
     """
     names = {}
     for path in among:
@@ -34,7 +34,7 @@ def mapped(pids: Iterable[int], among: Iterable[str]) -> set[str]:
 
 
 def remove(paths: Iterable[str]) -> None:
-    """Take names away; whoever has the memory mapped keeps it. What is no name of shared memory stays."""
+    """Unlink segments; processes keep those they have mapped. Paths outside shared memory are skipped."""
     for path in map(Path, paths):
         if path.parent == _SHM:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A server's command line and environment, as far as they do not depend on the engine."""
+"""Command line and environment of a server: the parts common to all engines."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Collection, Mapping
 from roll_r3.config.strategies import ServerConfig
 
 EVERY_ADDRESS = ("0.0.0.0", "::")
-"""Hosts that a server listens on but that nobody can connect to from elsewhere."""
+"""Hosts for a server to bind, but not for other nodes to connect to."""
 
 CPU_SAMPLES = 64
-"""Samples that an engine on a CPU decodes at once, and whose longest its cache holds, unless the configuration says how
-many."""
+"""Default number of samples decoded at once on a CPU. The cache has room for as many of the longest samples."""
 
 Argument = str | int | float | bool | None
 
@@ -20,17 +19,17 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 
 
 def losing_routes(config: ServerConfig, reasons: Mapping[str, str]) -> list[str]:
-    """One message for each entry of `server_args` that has a reason there."""
+    """Return one message for each entry of `server_args` listed in `reasons`."""
     return [f"server_args.{name}: {reasons[name]}" for name in config.server_args if name in reasons]
 
 
 def refused(config: ServerConfig, reasons: Mapping[str, str], known: Collection[str], engine: str) -> list[str]:
-    """One message for each other entry of `server_args` that cannot be. Empty when all is well.
+    """Return one message for each other refused entry of `server_args`.
 
     Args:
-        reasons: argument -> why it is refused.
-        known: further arguments that are refused elsewhere.
-        engine: its name, for messages.
+        reasons: argument -> reason of the refusal.
+        known: further arguments, refused elsewhere.
+        engine: name of the engine, for messages.
     """
     typed = set(type(config).model_fields) - {"server_args"}
     whole_names = {*typed, *reasons, *known}
@@ -41,7 +40,7 @@ def refused(config: ServerConfig, reasons: Mapping[str, str], known: Collection[
         elif name in typed:
             reason = f"write strategy_config.{name} instead"
         elif name not in whole_names and (whole := sorted(other for other in whole_names if other.startswith(name))):
-            reason = f"{engine} takes it for {' or '.join(whole[:3])}: write the whole name"
+            reason = f"{engine} reads it as {' or '.join(whole[:3])}: write the whole name"
         else:
             reason = reasons.get(name)
         if reason:
@@ -50,10 +49,10 @@ def refused(config: ServerConfig, reasons: Mapping[str, str], known: Collection[
 
 
 def command_line(arguments: Mapping[str, Argument], *, negated: Collection[str] = ()) -> list[str]:
-    """Arguments as flags: True is a bare one; False and None are left out.
+    """Return arguments as flags: True becomes a bare flag; False and None are left out.
 
     Args:
-        negated: names that, where they are False, become `--no-name` instead.
+        negated: names whose False becomes `--no-name` instead.
     """
     line: list[str] = []
     for name, value in arguments.items():
@@ -68,7 +67,7 @@ def command_line(arguments: Mapping[str, Argument], *, negated: Collection[str] 
 
 
 def without_rank(inherited: Mapping[str, str]) -> dict[str, str]:
-    """An environment without a trainer's place in its world, and without the key to Ray, which are not the server's."""
+    """Return an environment without a trainer's rank and Ray's key; they are not for the server."""
     return {
         name: value for name, value in inherited.items() if name not in _RANK_VARIABLES and not name.startswith(_OURS)
     }

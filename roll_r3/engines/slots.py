@@ -1,4 +1,4 @@
-"""How many may go on at once, with a door for those who must not wait."""
+"""Semaphore with a fast lane for urgent tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 
 class Slots:
-    """A semaphore: first come, first served, but for the urgent, who come before the others.
+    """A semaphore: first come, first served, but urgent tasks come before all others.
 
     Example:
         >>> async def three() -> int:
@@ -27,7 +27,7 @@ class Slots:
         self._waiting: list[tuple[bool, int, int, asyncio.Future[None]]] = []
 
     async def acquire(self, count: int = 1, *, urgent: bool = False) -> None:
-        """Wait for `count` slots, at most `total` of them, and take them together."""
+        """Wait for `count` slots, at most `total`, and take them together."""
         self._arrivals += 1
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (not urgent, self._arrivals, count, turn))
@@ -39,16 +39,17 @@ class Slots:
                 self.release(count)
             else:
                 turn.cancel()
-                self._admit()  # it may have stood before one that needs fewer
+                self._admit()  # a task behind it may need fewer
             raise
 
     def release(self, count: int = 1) -> None:
+        """Give `count` slots back."""
         self.free += count
         self._admit()
 
     @asynccontextmanager
     async def hold(self, *, urgent: bool = False) -> AsyncIterator[None]:
-        """One slot, for as long as the block runs."""
+        """Hold one slot within the block."""
         await self.acquire(urgent=urgent)
         try:
             yield

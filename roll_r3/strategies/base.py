@@ -17,8 +17,8 @@ import numpy.typing as npt
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.route_pieces import ReadRoutes, read_held
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.engine_role import EngineRole
 from roll_r3.config.model_role import ModelRole
-from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling import Sampling
 from roll_r3.replay.counts import ReplayCounts
 
@@ -50,6 +50,22 @@ class ProcessInfo:
     under torchrun the agent does."""
     device: str = "cpu"
     """"cpu" (gloo) or "cuda" (NCCL)."""
+
+
+@dataclass(frozen=True)
+class EnginePlace:
+    """Place of one rollout engine."""
+
+    engine_index: int
+    """Number of the engine in the role; names it and varies its seed."""
+    device: str
+    """"cpu" or "cuda"."""
+    gpu_ids: tuple[int, ...]
+    """GPUs of the engine on its node; empty on a CPU."""
+    log_path: Path
+    """Log of the engine's own output."""
+    node_address: str = "127.0.0.1"
+    """Address of the node for other nodes."""
 
 
 @dataclass(frozen=True)
@@ -170,24 +186,7 @@ class RolloutStrategy(Protocol):
 class RolloutClass(Protocol):
     """Makes a `RolloutStrategy`. Nothing is started yet."""
 
-    def __call__(
-        self,
-        *,
-        config: RLVRConfig,
-        engine_index: int,
-        device: str,
-        gpu_ids: tuple[int, ...],
-        log_path: Path,
-        node_address: str = "127.0.0.1",
-    ) -> RolloutStrategy:
-        """
-        Args:
-            engine_index: number of this engine in the role.
-            device: "cpu" or "cuda".
-            gpu_ids: the engine's GPUs on this node.
-            log_path: of the engine's own output.
-            node_address: where other nodes reach this one.
-        """
+    def __call__(self, role: EngineRole, place: EnginePlace) -> RolloutStrategy: ...
 
 
 @dataclass(frozen=True)

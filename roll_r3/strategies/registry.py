@@ -95,7 +95,7 @@ STRATEGIES: dict[str, StrategyEntry] = {
         capabilities=Capabilities(records_routes=True),
         builder=Builder.TRANSFORMERS,
         factory="roll_r3.engines.hf.strategy:HfRollout",
-        weight_channel="roll_r3.engines.sglang.weights:SglangWeightChannel",
+        weight_channel="roll_r3.engines.hf.weights:HfWeightChannel",
     ),
     "megatron_train": StrategyEntry(
         kind="train",

@@ -1,4 +1,4 @@
-"""Which tensors an update request holds: a size to fill."""
+"""Grouping of tensors into update requests, by size."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Weight = tuple[str, torch.Tensor]
 
 
 def fill_buckets(units: Iterable[list[Weight]], size: int) -> Iterator[list[Weight]]:
-    """Group weights as they come; a bucket is closed once it holds `size` bytes.
+    """Group weights in order; a bucket is closed once it holds `size` bytes.
 
     Args:
-        units: weights, in lists of those that must share a bucket.
+        units: lists of weights; the weights of a list share a bucket.
     """
     bucket: list[Weight] = []
     held = 0

@@ -1,12 +1,12 @@
-"""New weights from one training rank to every engine, broadcast tensor by tensor; no file in between.
+"""New weights from one training rank to every engine, broadcast tensor by tensor, without files.
 
-Runs in the trainer, which has no engine: an update is a few HTTP calls to each server, and a torch.distributed group
-in which the trainer is rank 0 and the engines' tensor-parallel ranks follow, in the order of the targets. How an engine
-calls these calls is in its own folder.
+This runs in the trainer. An update is a few HTTP calls to each server, and broadcasts in a torch.distributed group. The
+trainer is rank 0; the engines' tensor-parallel ranks follow in the order of the targets. The names of the calls are in
+the folder of each engine.
 
-What an update may never leave behind is an engine that samples from half-written weights unnoticed. So `begin` marks
-the servers' weight version as incomplete before the first tensor, and only `end` writes the new number: answers in
-between carry a version that no rollout accepts. After a failure the mark stays, and the channel refuses further use.
+An engine must never sample from half-written weights unnoticed. So `begin` marks the servers' weight version as
+incomplete before the first tensor, and only `end` writes the new number. Rollouts refuse answers with the mark. After a
+failure the mark stays, and the channel refuses further use.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from roll_r3.weights.target import ServerTarget
 logger = logging.getLogger(__name__)
 
 _LEAVE_S = 20.0
-"""Seconds that engines get to leave a group."""
+"""Seconds for engines to leave a group."""
 _LONGEST_ANSWER = 1 << 20
-"""Bytes of an engine's answer that are read; they say that it succeeded, or why it did not."""
+"""Bytes read of an engine's answer, with its success or its error."""
 _SHOWN = 1000
-"""Characters of it that a message shows."""
+"""Characters of an answer in a message."""
 _KEPT_IN_FP32 = ("e_score_correction_bias",)
-"""Endings of names that engines hold in fp32 whatever their precision; all others are sent in the engine's."""
+"""Endings of the names of tensors kept in fp32 by every engine. The others are sent in the engine's precision."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where an engine's ranks join the group."""
+    """Meeting point of an engine's ranks."""
 
     address: str
     port: int
@@ -62,7 +62,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Tensors:
-    """What one request brings, in the order of its broadcasts."""
+    """Tensors of one request, in the order of its broadcasts."""
 
     names: list[str]
     dtypes: list[str]
@@ -70,9 +70,9 @@ class Tensors:
 
 
 class ServerWeightChannel(ABC):
-    """The sending end. Implements `roll_r3.strategies.base.WeightChannel`; every method blocks.
+    """Sending end. Implements `roll_r3.strategies.base.WeightChannel`; every method blocks.
 
-    Not for use from several threads at once. The group is joined by the first `begin`.
+    Do not use it from several threads at once. The first `begin` joins the group.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class ServerWeightChannel(ABC):
         Args:
             targets: one per engine.
             device: "cpu" (gloo) or "cuda" (NCCL); the current device is used.
-            timeout_s: limit of one call, that is of one bucket on every engine.
-            join_timeout_s: limit of joining the group.
+            timeout_s: timeout of one call (one bucket) on every engine.
+            join_timeout_s: timeout of joining the group.
         """
         self._targets = tuple(targets)
         self._device = device
@@ -101,7 +101,7 @@ class ServerWeightChannel(ABC):
         self._failure: str | None = None
 
     def begin(self, version: int) -> None:
-        """Open an update that will raise the weight version to `version`.
+        """Open an update to weight version `version`.
 
         Raises:
             EngineError: an engine refused or is gone, or an earlier update failed.
@@ -117,43 +117,44 @@ class ServerWeightChannel(ABC):
     def buckets(
         self, weights: Iterable[tuple[str, torch.Tensor]], size: int
     ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """Group weights for `send`: about `size` bytes each, and together what the engine must be given at once."""
+        """Group weights for `send`, about `size` bytes each; tensors needed together share a bucket."""
 
     @abstractmethod
     def _enter(self, target: ServerTarget, meeting: Meeting) -> None:
-        """Have an engine's ranks join the group; returns when they have."""
+        """Have an engine's ranks join the group, and wait for them."""
 
     @abstractmethod
     def _open(self, target: ServerTarget, version: str) -> None:
-        """Have an engine expect tensors; what it samples from now on carries `version`."""
+        """Have an engine expect tensors, and mark its samples with `version` from now on."""
 
     @abstractmethod
     def _take(self, target: ServerTarget, tensors: Tensors, version: str) -> None:
-        """Have an engine receive tensors; returns when they are in the model."""
+        """Have an engine receive tensors, and wait until they are in the model."""
 
     @abstractmethod
     def _close(self, target: ServerTarget, version: str) -> None:
-        """Have an engine go on with what it received and with empty caches, as `version`."""
+        """Have an engine sample from the received weights with empty caches, as `version`."""
 
     @abstractmethod
     def _leave(self, target: ServerTarget) -> None:
         """Have an engine's ranks leave the group."""
 
     def _succeeded(self, answer: str) -> bool:
-        """Whether an answer with status 200 says so too. A subclass whose engine may say otherwise reads it."""
+        """Return True if an answer with status 200 is a success. Subclasses override it if their engine may differ."""
         return True
 
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Send (Hugging Face name, whole tensor) pairs.
 
         Raises:
-            EngineError: an engine failed; it must not be used any more.
+            EngineError: an engine failed and must not be used again.
         """
         self._check_usable()
         assert self._group is not None, "begin() comes first"
         assert self._version is not None, "begin() comes first"
         # Engines of one role share a configuration, hence a precision.
-        tensors = [(name, self._as_sent(name, tensor)) for name, tensor in bucket]
+        dtype = self._targets[0].dtype
+        tensors = [(name, as_sent(name, tensor, dtype, self._device)) for name, tensor in bucket]
         sent = Tensors(
             names=[name for name, _ in tensors],
             dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
@@ -168,7 +169,7 @@ class ServerWeightChannel(ABC):
 
         self._on_every_engine(lambda target: self._take(target, sent, version), meanwhile=broadcast)
         for work in works:
-            work.wait()  # every engine has answered, so this only returns what is known
+            work.wait()  # returns at once: every engine has answered
 
     def end(self) -> None:
         """Close the update: new version, caches flushed, each checked on every engine.
@@ -183,7 +184,7 @@ class ServerWeightChannel(ABC):
         self._version = None
 
     def close(self) -> None:
-        """Leave the group; engines that are gone already are of no concern, and none is waited for long."""
+        """Leave the group. Engines may be gone already, and none is waited for long."""
         if self._group is None:
             return
         self._timeout_s = min(self._timeout_s, _LEAVE_S)
@@ -194,18 +195,12 @@ class ServerWeightChannel(ABC):
                 logger.info("%s did not leave the weight group: %s", name, future.exception() if future.done() else "")
         self._abandon_group()
 
-    def _as_sent(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()
-        if tensor.is_floating_point() and not name.endswith(_KEPT_IN_FP32):
-            tensor = tensor.to(getattr(torch, self._targets[0].dtype))
-        return tensor.to(self._device).contiguous()
-
     def _join(self) -> None:
-        """Rank 0 listens, tells each engine where, and waits until all are there."""
+        """Listen as rank 0, send the address to each engine, and wait until all have joined."""
         host = _address_towards(self._targets[0])
         timeout = timedelta(seconds=self._join_timeout_s)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # Bound here, to one address: the store by itself would listen on all of them. It takes the socket over.
+        # Bound to one address here: the store itself would listen on all of them. It takes over the socket.
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.bind((host, 0))
         listener.listen()
@@ -233,9 +228,9 @@ class ServerWeightChannel(ABC):
             )
         )
         try:
-            self._on_every_engine(enter, beside=joined)
+            self._on_every_engine(enter, also=joined)
         except EngineError:
-            joined.add_done_callback(_leave_if_joined)  # it may yet come about, with nobody to use it
+            joined.add_done_callback(_leave_if_joined)  # it may still succeed
             raise
         self._group = joined.result()
         set_timeout(self._group, self._timeout_s)
@@ -246,22 +241,22 @@ class ServerWeightChannel(ABC):
         call: Callable[[ServerTarget], None],
         *,
         meanwhile: Callable[[], None] | None = None,
-        beside: Future[Any] | None = None,
+        also: Future[Any] | None = None,
     ) -> None:
-        """Make a call to all engines at once and wait for all, or until the first one fails.
+        """Call all engines at once, and wait for all or for the first failure.
 
         Args:
-            meanwhile: this rank's part, run once the calls are on their way; must not block.
-            beside: another future that must succeed as well.
+            meanwhile: this rank's part, run after the calls were sent; must not block.
+            also: another required future.
         """
         calls = [_in_thread(partial(call, target)) for target in self._targets]
-        futures = [*calls, beside] if beside is not None else calls
+        futures = [*calls, also] if also is not None else calls
         try:
             if meanwhile is not None:
                 meanwhile()
             done, pending = wait(futures, timeout=self._timeout_s + 10.0, return_when=FIRST_EXCEPTION)
-            # An engine's own words say more than a broken connection of the group does.
-            for future in sorted(done, key=lambda future: future is beside):
+            # An engine's own message says more than a broken connection of the group.
+            for future in sorted(done, key=lambda future: future is also):
                 future.result()
             if pending:
                 raise EngineError(f"{len(pending)} of {len(futures)} calls of a weight update did not return")
@@ -290,10 +285,10 @@ class ServerWeightChannel(ABC):
         timeout_s: float | None = None,
         may_be_missing: bool = False,
     ) -> None:
-        """One call, checked.
+        """Make one call and check its answer.
 
         Args:
-            may_be_missing: an engine without the endpoint does not need the call.
+            may_be_missing: True if an engine without the endpoint does not need the call.
         """
         connection = http.client.HTTPConnection(target.host, target.port, timeout=timeout_s or self._timeout_s)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {target.api_key}"}
@@ -312,8 +307,16 @@ class ServerWeightChannel(ABC):
             raise EngineError(f"{target.name} refused {path} ({response.status}): {readable(text, _SHOWN)}")
 
 
+def as_sent(name: str, tensor: torch.Tensor, dtype: str, device: str) -> torch.Tensor:
+    """Return a weight in the precision and on the device for sending."""
+    tensor = tensor.detach()
+    if tensor.is_floating_point() and not name.endswith(_KEPT_IN_FP32):
+        tensor = tensor.to(getattr(torch, dtype))
+    return tensor.to(device).contiguous()
+
+
 def incomplete(version: int) -> str:
-    """The weight version of an engine whose update is not over; no rollout accepts it."""
+    """Return the weight version of an engine during an update; rollouts refuse it."""
     return f"{version}-incomplete"
 
 
@@ -323,7 +326,7 @@ def _leave_if_joined(joined: Future[dist.ProcessGroup]) -> None:
 
 
 def _address_towards(target: ServerTarget) -> str:
-    """This machine's address on the way to an engine: loopback for a loopback engine."""
+    """Return this machine's address on the route to an engine; loopback for a loopback engine."""
     try:
         with socket.create_connection((target.host, target.port), timeout=5.0) as probe:
             return str(probe.getsockname()[0])
@@ -332,13 +335,13 @@ def _address_towards(target: ServerTarget) -> str:
 
 
 def _in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Run in a daemon thread: unlike a pool's, it cannot keep the process from ending when a peer hangs."""
+    """Run in a daemon thread: unlike a pool's thread, it cannot keep the process alive while a peer hangs."""
     future: Future[Any] = Future()
 
     def run() -> None:
         try:
             future.set_result(function())
-        except Exception as error:  # noqa: BLE001  handed to whoever waits
+        except Exception as error:  # noqa: BLE001  passed to the waiting thread
             future.set_exception(error)
 
     threading.Thread(target=run, name="weight-update", daemon=True).start()

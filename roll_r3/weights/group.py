@@ -1,4 +1,4 @@
-"""The process group over which weights travel: the trainer is rank 0, the engines' ranks follow."""
+"""Process group for weights: the trainer is rank 0, the engines' ranks follow."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch.distributed.distributed_c10d import (
 )
 
 _TABLES = ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "pg_coalesce_state")
-"""What torch keeps of each group, by the group."""
+"""Tables of torch with an entry per group."""
 
 
 def join_group(
     store: Store, name: str, *, rank: int, world_size: int, backend: str, timeout_s: float
 ) -> dist.ProcessGroup:
-    """Enter the group beside whatever groups this process has; blocks until all ranks are there.
+    """Join the group, independently of the process's other groups; block until all ranks are there.
 
-    Prefix and helper are those of SGLang's own `init_custom_process_group`: all ranks must name their keys alike.
+    Prefix and helper are those of SGLang's own `init_custom_process_group`: all ranks must use the same keys.
     """
     group, _ = _new_process_group_helper(
         world_size,
@@ -41,21 +41,21 @@ def join_group(
 
 
 def set_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
-    """Limit of one broadcast from now on; until then it is that of joining."""
+    """Set the timeout of each broadcast; before, it is the timeout of joining."""
     _set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def leave_group(group: dist.ProcessGroup) -> None:
-    """Cut the connections and forget the group; what it still waits for must not hold this process."""
+    """Close the connections and forget the group, without waiting for its pending operations."""
     group.abort()
     _forget(group)
     threading.Thread(target=group.shutdown, name="weight-group", daemon=True).start()
 
 
 def _forget(group: dist.ProcessGroup) -> None:
-    """Take a group out of torch's tables, as `destroy_process_group` does once the group is shut down.
+    """Remove a group from torch's tables, as `destroy_process_group` does after the shutdown.
 
-    Done by the thread that leaves: it may end every group next, which empties the same tables.
+    The leaving thread does this itself: it may end every group next, and that empties the same tables.
     """
     for name in _TABLES:
         getattr(_world, name, {}).pop(group, None)
@@ -68,7 +68,7 @@ def _forget(group: dist.ProcessGroup) -> None:
 
 
 def from_the_trainer() -> dist.BroadcastOptions:
-    """Options of a broadcast in that group."""
+    """Return the options of a broadcast in this group."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
     return options

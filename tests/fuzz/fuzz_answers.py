@@ -13,7 +13,6 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,10 @@ from fuzz_harness import Verdict, Wrong, mutated, replanted
 from hypothesis import strategies as st
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.engines.answers import Asked
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
-from roll_r3.engines.sglang import payload as sglang
-from roll_r3.engines.vllm import payload as vllm
+from roll_r3.config.sampling import Sampling
+from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
+from roll_r3.engines.sglang import codec as sglang
+from roll_r3.engines.vllm import codec as vllm
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import facts_of
 
@@ -164,9 +163,11 @@ class Engine:
     """Path to the routes in the answer."""
 
 
+_VLLM = vllm.VllmCodec("", trust_remote_code=False)
+_VLLM.end_tokens = frozenset({END})
 ENGINES = {
-    "sglang": Engine(SGLANG, sglang.read_sample, sglang_says, ("meta_info",)),
-    "vllm": Engine(VLLM, partial(vllm.read_sample, end_tokens=(END,)), vllm_says, ("choices", 0)),
+    "sglang": Engine(SGLANG, sglang.SglangCodec().read, sglang_says, ("meta_info",)),
+    "vllm": Engine(VLLM, _VLLM.read, vllm_says, ("choices", 0)),
 }
 METRICS = b"""# TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="32",cache_dtype="auto",enable_prefix_caching="True",engine="0"} 1.0
@@ -292,7 +293,7 @@ class Answers:
         name, body = value
         if name in SIDES:
             return self._judge_side(body, *SIDES[name])
-        asked = Asked(SampleRequest(PROMPT, "s", 0), max_new_tokens=MOST, weight_version=VERSION, record_routes=True)
+        asked = Asked(SampleRequest(PROMPT, "s", 0, Sampling(MOST)), VERSION)
         try:
             found = ENGINES[name].read(body, asked, FACTS).trajectory
         except (SampleError, RouteError) as error:

@@ -12,7 +12,7 @@ from fuzz_harness import Verdict, Wrong, mutated
 from hypothesis import strategies as st
 
 from roll_r3.engines.client import ServerClient
-from roll_r3.engines.sampling import SampleError
+from roll_r3.engines.sample import SampleError
 
 TIMEOUT = 0.5
 BOMB = gzip.compress(bytes(300 << 20), 1)

@@ -221,7 +221,7 @@ def killed_under_its_requests(fault: Fault, world: World) -> None:
         results = world.sample()
     seconds = time.monotonic() - struck
     world.assert_undisturbed(results, 1)
-    kept = paths[rollout.generate_path]
+    kept = paths[rollout._parts.codec.path]
     assert 10 <= kept < 32, "the fault came in between"
     (again,) = [line for line in world.said if line.startswith("samples asked for again")]
     lost = int(again.rpartition(" ")[2])
@@ -231,7 +231,7 @@ def killed_under_its_requests(fault: Fault, world: World) -> None:
     target = world.rollouts.weight_targets()[0]
     assert target.port != port and target.api_key != key
     (line,) = [line for line in world.said if line.startswith("actor_infer-0 failed")]
-    died = f"engine 0 ({rollout.engine}) died"
+    died = f"engine 0 ({rollout._parts.program.engine}) died"
     assert line.startswith(f"actor_infer-0 failed, and is started again (1 of 3 times before a step is done): {died}")
     fault.user_sees(f"actor_infer-0 failed, and is started again (1 of 3 times ...): {died}: ...")
     fault.recovered(seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,10 +16,12 @@ from epsilon import with_one_epsilon
 from transformers import AutoModelForCausalLM
 
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.engine_role import EngineRole
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling import Sampling
 from roll_r3.engines.process import ServerProcess
-from roll_r3.engines.sampling import SampleRequest
+from roll_r3.engines.sample import SampleRequest
+from roll_r3.engines.sampling import Sampler
 from roll_r3.engines.server import ServerRollout
 from roll_r3.engines.sharing import PromptSharing
 from roll_r3.engines.slots import Slots
@@ -86,13 +89,18 @@ SMALL_SERVER = {"max_total_tokens": 8192, "max_running_requests": 64, "startup_t
 
 
 def one_group(prompt_ids: tuple[int, ...], sample_ids: tuple[str, ...], seeds: tuple[int, ...]) -> GenerateRequest:
-    """A group that asks for what an engine of these tests is configured to give."""
+    """A group; `generate` fills in the settings of the engine's role."""
     return GenerateRequest(prompt_ids, sample_ids, seeds, "group", Sampling(RESPONSE_LENGTH), record_routes=True)
 
 
-async def generate(rollout: RolloutStrategy, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-    """Ask for many groups at once; results in their order."""
-    return await asyncio.gather(*map(rollout.generate, requests))
+async def generate(
+    rollout: RolloutStrategy, requests: Sequence[GenerateRequest], **sampling: Any
+) -> list[GenerateResult]:
+    """Request many groups at once, with the engine's settings and these changes; results come in request order."""
+    role: EngineRole = rollout._role  # type: ignore[attr-defined]
+    settings = replace(role.sampling, **sampling)
+    asked = [replace(one, sampling=settings, record_routes=role.record_routes) for one in requests]
+    return await asyncio.gather(*map(rollout.generate, asked))
 
 
 class Rollout(Generic[RolloutT]):
@@ -105,8 +113,8 @@ class Rollout(Generic[RolloutT]):
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 900.0) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, timeout_s))
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        return self.run(generate(self.rollout, requests))
+    def generate(self, requests: Sequence[GenerateRequest], **sampling: Any) -> list[GenerateResult]:
+        return self.run(generate(self.rollout, requests, **sampling))
 
     def close(self) -> None:
         self.run(self.rollout.stop())
@@ -164,7 +172,7 @@ def one_by_one(requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
 class Sent:
     """Recorder of a rollout's requests to its server, and of the answers' sizes in bytes."""
 
-    def __init__(self, rollout: ServerRollout[Any]) -> None:
+    def __init__(self, rollout: ServerRollout) -> None:
         client = rollout._client
         assert client is not None
         self.requests: list[dict[str, Any]] = []
@@ -188,16 +196,16 @@ class Sent:
 class Evicting(PromptSharing):
     """Prompt sharing with eviction: after each cached prompt, other requests push it out of the cache."""
 
-    def __init__(self, rollout: ServerRollout[Any], others: Sequence[GenerateRequest]) -> None:
-        super().__init__(rollout._ask_or_wait, self._prime_and_evict, rollout._recomputed, Slots(64), at_once=64)
-        self._rollout = rollout
+    def __init__(self, sampler: Sampler, others: Sequence[GenerateRequest]) -> None:
+        super().__init__(sampler.ask, self._prime_and_evict, sampler.recomputed, Slots(64), running_requests=64)
+        self._sampler = sampler
         self._others = others
-        self.engine_keeps(rollout._sharing._page)
+        self.engine_keeps(sampler.sharing._page)
 
     async def _prime_and_evict(self, wanted: SampleRequest) -> None:
-        await self._rollout._prime(wanted)
+        await self._sampler.prime(wanted)
         for request in one_by_one(self._others):
-            await self._rollout._prime(SampleRequest(request.prompt_ids, "other", 0))
+            await self._sampler.prime(SampleRequest(request.prompt_ids, "other", 0, wanted.sampling))
 
 
 def trajectories(results: Sequence[GenerateResult]) -> dict[str, Trajectory]:

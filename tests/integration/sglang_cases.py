@@ -7,8 +7,10 @@ from typing import Any
 
 from rollout_cases import RESPONSE_LENGTH, SMALL_SERVER, Rollout, rollout_config
 
+from roll_r3.config.engine_role import engine_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.engines.sglang.strategy import SglangRollout
+from roll_r3.strategies.base import EnginePlace
 
 
 def configuration(
@@ -33,6 +35,4 @@ def configuration(
 class Engine(Rollout[SglangRollout]):
     def __init__(self, config: RLVRConfig, log_path: Path, engine_index: int = 0) -> None:
         self.log_path = log_path
-        super().__init__(
-            SglangRollout(config=config, engine_index=engine_index, device="cpu", gpu_ids=(), log_path=log_path)
-        )
+        super().__init__(SglangRollout(engine_role(config), EnginePlace(engine_index, "cpu", (), log_path)))

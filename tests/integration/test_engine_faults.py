@@ -148,7 +148,7 @@ def test_a_server_started_again_answers_nothing_before_its_weights_are_back(worl
     world.rollouts.each(lambda engine, _: engine.rollout.restart(), [0])
     with pytest.raises(EngineError, match="has the checkpoint's weights: an update comes first"):
         world.rollouts.each(lambda engine, _: generate(engine.rollout, requests(1, 1)), [0])
-    assert rollout._weight_version == 0
+    assert rollout._sampler.weight_version == 0
 
 
 def servers(run: Run) -> list[psutil.Process]:

@@ -26,11 +26,12 @@ from rollout_cases import (
 )
 from safetensors.torch import load_file, save_file
 
+from roll_r3.config.engine_role import engine_role
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.engines.hf.strategy import HfRollout
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
-from roll_r3.strategies.base import GenerateResult, ProcessInfo, WeightTarget
+from roll_r3.strategies.base import EnginePlace, GenerateResult, ProcessInfo, WeightTarget
 from roll_r3.strategies.registry import STRATEGIES
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -61,7 +62,7 @@ class Engine(Rollout[HfRollout]):
             model_args={"trust_remote_code": trust},
             response_length=LONGEST,
         ).model_copy(update={"fp32_lm_head": fp32_lm_head})
-        super().__init__(HfRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=Path("unused")))
+        super().__init__(HfRollout(engine_role(config), EnginePlace(0, "cpu", (), Path("unused"))))
         self.run(self.rollout.start())
 
 
@@ -111,7 +112,7 @@ def test_routes_and_log_probs_are_those_of_a_plain_forward(tmp_path, start, name
 
 def test_an_fp32_head_does_not_round_the_logits_of_a_bf16_engine(tiny_moe, start):
     engine = start(tiny_moe, dtype="bfloat16", fp32_lm_head=True)
-    head, seen = engine.rollout._model.lm_head, []
+    head, seen = engine.rollout._model.model.lm_head, []
     head.register_forward_hook(lambda _, inputs, logits: seen.append((inputs[0][0, -1], logits[0, -1])))
     (t,) = trajectories(engine.generate(requests(1, 1))).values()
     hidden_RH, logits_RV = (torch.stack(part) for part in zip(*seen, strict=True))
@@ -257,7 +258,7 @@ def test_an_update_that_is_not_whole_leaves_an_engine_that_answers_nothing(tiny_
 )
 def test_a_weight_that_the_model_has_not_is_refused(tiny_moe, start, update, name, shape, held):
     refused = update(start(tiny_moe), {name: torch.ones(shape)}, 1)
-    assert refused.startswith("engine 0 (transformers) refused /update_weights_from_distributed (400)")
+    assert refused.startswith("engine 0 (transformers) did not take the weights: ")
     assert f"{name} has shape [{shape}], the model has {held}" in refused
 
 
@@ -281,7 +282,7 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path, lost):
     weights = load_file(checkpoint / "model.safetensors")
     del weights[lost]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=rf"lacks weights that make up {re.escape(lost)} \(1 in all\)"):
+    with pytest.raises(ConfigError, match=rf"lacks the weights of {re.escape(lost)} \(1 in all\)"):
         Engine(checkpoint)
 
 
@@ -295,7 +296,7 @@ def test_weights_that_are_pickled_are_never_read(tmp_path):
 
 def test_a_forward_that_failed_leaves_no_routes_to_the_next(tiny_moe, start):
     engine = start(tiny_moe)
-    failing = engine.rollout._model.model.layers[2].register_forward_pre_hook(lambda *args: 1 // 0)
+    failing = engine.rollout._model.model.model.layers[2].register_forward_pre_hook(lambda *args: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         engine.generate(requests(1, 1))
     failing.remove()

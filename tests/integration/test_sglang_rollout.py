@@ -131,8 +131,9 @@ def test_a_prompts_rows_are_fetched_once_and_are_those_of_every_sample(engine: E
 def test_samples_whose_prompt_left_the_cache_are_asked_for_again(
     engine: Engine, old_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evicting = Evicting(engine.rollout, long_requests(16, length=149))
-    monkeypatch.setattr(engine.rollout, "_sharing", evicting)
+    sampler = engine.rollout._sampler
+    evicting = Evicting(sampler, long_requests(16, length=149))
+    monkeypatch.setattr(sampler, "sharing", evicting)
     asked = long_requests(1, 4)
     results = engine.generate(asked)
     assert results[0].retries >= 3
@@ -140,10 +141,8 @@ def test_samples_whose_prompt_left_the_cache_are_asked_for_again(
     assert evicting.shareable_rows(asked[0]) == 0, "nothing is shared for a while"
 
 
-def test_stop_tokens_and_stop_strings_end_a_response(engine: Engine, old_weights: Path, monkeypatch) -> None:
-    settings = engine.rollout._generating.model_copy(update=STOPS)
-    monkeypatch.setattr(engine.rollout, "_generating", settings)
-    assert_stopped_where_asked(engine.generate(requests(6, 8)), old_weights)
+def test_stop_tokens_and_stop_strings_end_a_response(engine: Engine, old_weights: Path) -> None:
+    assert_stopped_where_asked(engine.generate(requests(6, 8), **STOPS), old_weights)
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine: Engine) -> None:

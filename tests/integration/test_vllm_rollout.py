@@ -35,9 +35,9 @@ from safetensors.torch import load_file
 from vllm_cases import HEAD_DIM, Engine, configuration, require_environment
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.engines.answers import Asked
-from roll_r3.engines.sampling import SampleRequest
-from roll_r3.engines.vllm.payload import read_npy
+from roll_r3.config.sampling import Sampling
+from roll_r3.engines.sample import Asked, SampleRequest
+from roll_r3.engines.vllm.codec import read_npy
 from roll_r3.engines.vllm.strategy import VllmRollout
 from roll_r3.engines.vllm.weights import VllmWeightChannel
 from roll_r3.errors import ConfigError, EngineError
@@ -159,7 +159,7 @@ def test_samples_of_a_prompt_differ_and_preemption_loses_no_row(engine, old_weig
 def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
     """Check vLLM's partial answer: it is exact, although the strategy refuses it."""
     client, facts = engine.rollout._client, read_facts(old_weights)
-    request = engine.rollout.request(Asked(SampleRequest((1, 2, 3), "x", 1), 180, 0, record_routes=True))
+    request = engine.rollout._parts.codec.request(Asked(SampleRequest((1, 2, 3), "x", 1, Sampling(180)), 0))
     request["sampling_params"]["ignore_eos"] = True
 
     async def aborted(after_s: float) -> dict[str, Any]:
@@ -209,8 +209,9 @@ def test_a_prompts_rows_are_fetched_once_and_are_those_of_every_sample(engine, o
 
 
 def test_samples_whose_prompt_left_the_cache_are_asked_for_again(engine, old_weights, monkeypatch):
-    evicting = Evicting(engine.rollout, long_requests(12, length=149))
-    monkeypatch.setattr(engine.rollout, "_sharing", evicting)
+    sampler = engine.rollout._sampler
+    evicting = Evicting(sampler, long_requests(12, length=149))
+    monkeypatch.setattr(sampler, "sharing", evicting)
     (result,) = engine.generate(long_requests(1, 4))
     assert result.retries >= 3
     assert_is_what_the_model_computes([result], old_weights)
@@ -273,8 +274,8 @@ def test_new_weights_arrive_and_stale_answers_are_refused(engine, old_weights, n
 
 
 def test_a_request_in_flight_over_an_update_is_refused_and_asked_for_again(engine, new_weights):
-    """Update during a request: vLLM aborts it, holds the second attempt, and answers it from the new weights."""
-    version = engine.rollout._weight_version + 1
+    """vLLM aborts it, holds the second attempt until the update is over, and answers it from the new weights."""
+    version = engine.rollout._sampler.weight_version + 1
     channel = channel_to(engine)
 
     async def scenario() -> list[GenerateResult]:
@@ -318,8 +319,8 @@ def test_an_update_that_brings_a_tensor_twice_is_refused(old_weights, tmp_path):
 
 
 def test_an_update_that_is_not_whole_leaves_an_engine_that_answers_nothing(engine, new_weights):
-    """Run late: nothing can be sampled from this engine afterwards."""
-    version = engine.rollout._weight_version + 1
+    """Nothing can be sampled from this engine afterwards."""
+    version = engine.rollout._sampler.weight_version + 1
     weights = load_file(new_weights / "model.safetensors")
     del weights["model.layers.2.mlp.experts.3.up_proj.weight"]
     channel = channel_to(engine)

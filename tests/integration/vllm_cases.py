@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from rollout_cases import RESPONSE_LENGTH, SMALL_SERVER, Rollout, rollout_config
 
+from roll_r3.config.engine_role import engine_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.engines.vllm.strategy import VllmRollout
+from roll_r3.strategies.base import EnginePlace
 
 HEAD_DIM = 32
 """Smallest attention head of vLLM's CPU kernel; the tiny models' default is 16."""
@@ -47,9 +49,7 @@ def configuration(
 class Engine(Rollout[VllmRollout]):
     def __init__(self, config: RLVRConfig, log_path: Path, engine_index: int = 0) -> None:
         self.log_path = log_path
-        super().__init__(
-            VllmRollout(config=config, engine_index=engine_index, device="cpu", gpu_ids=(), log_path=log_path)
-        )
+        super().__init__(VllmRollout(engine_role(config), EnginePlace(engine_index, "cpu", (), log_path)))
 
     def metric(self, name: str) -> float:
         """Return the sum of one of vLLM's counters over its labels."""

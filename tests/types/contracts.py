@@ -7,6 +7,7 @@ with these lines.
 from __future__ import annotations
 
 from roll_r3.engines.hf.strategy import HfRollout
+from roll_r3.engines.hf.weights import HfWeightChannel
 from roll_r3.engines.sglang.strategy import SglangRollout
 from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.engines.vllm.strategy import VllmRollout
@@ -16,6 +17,6 @@ from roll_r3.trainers.fsdp2.strategy import Fsdp2Infer, Fsdp2Train
 from roll_r3.trainers.megatron.strategy import MegatronInfer, MegatronTrain
 
 ROLLOUT: list[RolloutClass] = [SglangRollout, VllmRollout, HfRollout]
-CHANNEL: list[ChannelClass] = [SglangWeightChannel, VllmWeightChannel]
+CHANNEL: list[ChannelClass] = [SglangWeightChannel, VllmWeightChannel, HfWeightChannel]
 TRAIN: list[ModelClass[TrainStrategy]] = [MegatronTrain, Fsdp2Train]
 INFER: list[ModelClass[InferStrategy]] = [MegatronInfer, Fsdp2Infer]

@@ -32,8 +32,8 @@ PICKLES_IN_THE_GROUP = {
     "roll_r3/trainers/checkpoint.py",
     "roll_r3/batch/data_parallel.py",
     "roll_r3/trainers/megatron/export.py",
-    "roll_r3/trainers/megatron/strategy.py",
-    "roll_r3/trainers/together.py",
+    "roll_r3/trainers/megatron/backend.py",
+    "roll_r3/trainers/all_ranks.py",
 }
 """What sends objects between the ranks of a trainer, which torch pickles."""
 

@@ -1,1 +1,1 @@
-"""Rollout by a transformers model in this process: the contract of a rollout, in the plainest code that keeps it."""
+"""Rollout by a transformers model in this process: the contract of a rollout in the plainest code."""

@@ -1,4 +1,4 @@
-"""Where each tensor of a checkpoint lies in the model."""
+"""Memory of each tensor of a checkpoint in a transformers model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from roll_r3.models.hf.parts import parts_of
 
 
 def tensors_by_name(model: torch.nn.Module, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Name in the checkpoint's files -> the model's memory for it. A tied output layer has no name of its own."""
+    """Return name in the checkpoint -> the model's memory. A tied output layer has no name of its own."""
     state = model.state_dict(keep_vars=True)
     if state["lm_head.weight"] is state["model.embed_tokens.weight"]:
         del state["lm_head.weight"]

@@ -1,4 +1,4 @@
-"""The experts that transformers' routers choose, by hooks: nothing of the model is changed.
+"""Recording of the experts chosen by transformers' routers, with hooks and without changes to the model.
 
 Shape legend: N tokens of a forward, M MoE layers, K experts per token.
 """
@@ -15,7 +15,7 @@ from roll_r3.models.hf.routers import RouterOutput
 
 
 class RouteRecorder:
-    """What the routers chose since `take` or `clear` was called last."""
+    """Choices of the routers since the last call of `take` or `clear`."""
 
     def __init__(self, routers: Sequence[torch.nn.Module]) -> None:
         self._chosen: list[list[torch.Tensor]] = [[] for _ in routers]
@@ -29,18 +29,18 @@ class RouteRecorder:
         return record
 
     def clear(self) -> None:
-        """Forget what a forward that failed has left."""
+        """Discard the choices of a failed forward."""
         for forwards in self._chosen:
             forwards.clear()
 
     def take(self) -> torch.Tensor:
-        """Expert ids of the one forward since. [M, N, K] on the CPU
+        """Return the expert ids of the one forward since then. [M, N, K] on the CPU
 
         Raises:
-            RouteError: there was none or more than one, or a router had no part in it or more than one.
+            RouteError: a router did not run exactly once.
         """
         calls = [len(forwards) for forwards in self._chosen]
         if set(calls) != {1}:
-            raise RouteError(f"the routers of the MoE layers ran {calls} times, where each runs once in a forward")
+            raise RouteError(f"the routers of the MoE layers ran {calls} times; each must run once in a forward")
         ids_MNK = torch.stack([forwards.pop() for forwards in self._chosen])
         return ids_MNK.cpu()

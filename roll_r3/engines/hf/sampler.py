@@ -12,19 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from roll_r3.config.workers import GeneratingArgs
+from roll_r3.config.sampling import Sampling
 from roll_r3.engines.hf.routers import RouteRecorder
-
-
-@dataclass(frozen=True)
-class Job:
-    """One sample to take."""
-
-    prompt_ids: tuple[int, ...]
-    """One or more."""
-    sample_id: str
-    seed: int
-    group_id: str = ""
+from roll_r3.engines.sample import SampleRequest
 
 
 @dataclass
@@ -33,10 +23,10 @@ class Sampled:
 
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    """Under the temperature, of the whole distribution."""
+    """Log-probabilities under the temperature, of the whole distribution."""
     finish_reason: Literal["stop", "length"] = "length"
     routes: list[torch.Tensor] = field(default_factory=list)
-    """Expert ids of the processed tokens, prompt first, in parts of [M, R, K]; empty when none are recorded."""
+    """Expert ids of the processed tokens, prompt first, in parts of [M, R, K]; empty if none are recorded."""
 
 
 @dataclass(frozen=True)
@@ -46,33 +36,32 @@ class Stop:
     token_ids: frozenset[int]
     strings: tuple[str, ...]
     decode: Callable[[Sequence[int]], str]
-    """Token ids -> text, special tokens included."""
+    """Function from token ids to text, special tokens included."""
 
     def ends(self, token_ids: Sequence[int]) -> bool:
-        """True if the last token is an end token, or completes a stop string."""
+        """Return True if the last token is an end token, or completes a stop string."""
         if token_ids[-1] in self.token_ids:
             return True
         if not self.strings:
             return False
         longest = max(len(text.encode()) for text in self.strings)
-        tail = self.decode(token_ids[-longest - 1 :])  # a token is a byte at least
+        tail = self.decode(token_ids[-longest - 1 :])  # a token is at least one byte
         return any(text in tail for text in self.strings)
 
 
 @torch.inference_mode()
 def sample(
     model: Any,
-    jobs: Sequence[Job],
-    settings: GeneratingArgs,
+    jobs: Sequence[SampleRequest],
+    settings: Sampling,
     *,
-    max_new_tokens: int,
     stop: Stop,
     recorder: RouteRecorder | None,
 ) -> list[Sampled]:
-    """One batch, decoded until each sample has stopped or is as long as it may be. Results in the order of `jobs`.
+    """Decode one batch until each sample has stopped or reached its length. Results in the order of `jobs`.
 
-    A sample's tokens follow from its seed and its own probabilities. What shares the batch reaches those by rounding
-    alone: another batch shape is another order of sums.
+    A sample's tokens follow from its seed and its own probabilities. The other samples of the batch change these by
+    rounding only: another batch shape is another order of sums.
 
     Raises:
         RouteError: a router did not run exactly once in a forward.
@@ -86,7 +75,7 @@ def sample(
     results = [Sampled() for _ in jobs]
     running = list(range(len(jobs)))
     cache = None
-    for _ in range(max_new_tokens):
+    for _ in range(settings.max_new_tokens):
         output = model(
             input_ids=inputs_BS,
             attention_mask=mask_BS,
@@ -121,12 +110,12 @@ def sample(
 
 
 def choose(log_probs_BV: torch.Tensor, draws_B: torch.Tensor, *, top_p: float, top_k: int) -> torch.Tensor:
-    """A token for each row, by inversion of the distribution function. [B]
+    """Choose a token for each row, by inversion of the distribution function. [B]
 
     Args:
         draws_B: uniform in [0, 1), fp64.
-        top_p: the likeliest tokens are kept until they have this much together.
-        top_k: so many of the likeliest are kept; -1: all.
+        top_p: cumulated probability of the kept likeliest tokens.
+        top_k: number of kept likeliest tokens; -1: all.
     """
     probs_BV = log_probs_BV.double().exp()
     if top_p < 1 or top_k > 0:
@@ -142,7 +131,7 @@ def choose(log_probs_BV: torch.Tensor, draws_B: torch.Tensor, *, top_p: float, t
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, 1 where they are real), padded on the left. [B, S] each"""
+    """Return ids padded on the left, and a mask with 1 for real ids. [B, S] each"""
     longest = max(map(len, prompts))
     ids_BS = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask_BS = torch.zeros_like(ids_BS)

@@ -1,7 +1,7 @@
-"""What SGLang must be given in one update request.
+"""Grouping of tensors for SGLang, fused ones in one update request.
 
-SGLang 0.5.23 fuses the two down-projections of latent attention when both come in one request. A half that comes
-without the other is dropped, and nothing says so.
+SGLang 0.5.23 fuses the two down-projections of latent attention if both come in one request. It drops a single half
+silently.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _FUSED = (".q_a_proj.", ".kv_a_proj_with_mqa.")
 
 
 def fill_fused_buckets(weights: Iterable[Weight], size: int) -> Iterator[list[Weight]]:
-    """Group weights as they come; a bucket is closed once it holds `size` bytes.
+    """Group weights in order; a bucket is closed once it holds `size` bytes.
 
-    A fused half waits for the other one. What has none, as where the query is not of low rank, comes last.
+    A fused half waits for the other one. A half without another (the query is not of low rank) comes last.
     """
     return fill_buckets(_units(weights), size)
 
 
 def _units(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
-    """Weights one by one, but for the two that must come together."""
+    """Yield weights one by one, except the two halves to fuse."""
     waiting: dict[str, torch.Tensor] = {}
     for name, tensor in weights:
         other = _other_half(name)
@@ -39,6 +39,7 @@ def _units(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
 
 
 def _other_half(name: str) -> str | None:
+    """Return the name of the tensor to fuse with, or None."""
     for half, other in (_FUSED, _FUSED[::-1]):
         if half in name:
             return name.replace(half, other)

@@ -1,8 +1,8 @@
-"""The server's main program: SGLang's own, with the key taken from the environment instead of the command line.
+"""Main program of an SGLang server: SGLang's own, with the key from the environment instead of the command line.
 
-Run by file path under the interpreter that has SGLang, which need not have roll_r3, so it imports the standard library
-and SGLang only. Processes that SGLang spawns run the top of this file again before anything else: what a CPU needs is
-put in place there for all of them.
+It runs by file path under SGLang's interpreter. It need not have roll_r3, so only the standard library
+and SGLang are imported. Processes spawned by SGLang run the top of this file first: the modules needed on a CPU are put
+on their path there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if cpu_path := os.environ.get(CPU_PATH_VARIABLE):
 
 
 class HiddenKey(str):
-    """A key that does not show where SGLang logs its settings."""
+    """A key hidden in SGLang's log of its settings."""
 
     def __repr__(self) -> str:
         return "'<hidden>'"
@@ -36,11 +36,11 @@ def main() -> None:
     key = HiddenKey(os.environ.pop(KEY_VARIABLE))
     shared["leave_folder"](__file__)
 
-    # By name, because only the interpreter that runs this has SGLang; spawned processes do not come this far.
+    # By name: only this interpreter has SGLang. Spawned processes do not come this far.
     launch = import_module("sglang.launch_server")
     server_args = import_module("sglang.srt.server_args").prepare_server_args(sys.argv[1:])
     server_args.api_key = key
-    # Its ranks would meet at a store that listens on every address of this machine, and asks for no key.
+    # By default its ranks meet at a store that listens on every address of this machine without a key.
     folder = os.environ.pop(shared["FOLDER_VARIABLE"])
     os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{folder}/store"
     os.environ |= {"MASTER_ADDR": server_args.host, "MASTER_PORT": str(server_args.port)}  # names for shared memory

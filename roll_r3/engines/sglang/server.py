@@ -1,4 +1,4 @@
-"""The SGLang server's command line and environment, as functions of the configuration. SGLang is not imported."""
+"""Command line and environment of an SGLang server, from the configuration. SGLang is not imported."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from roll_r3.engines.server_args import (
 from roll_r3.engines.sglang import launcher
 
 CPU_PATH = Path(platform.__path__[0]) / "sglang_cpu"
-"""Modules that a server without a GPU needs; last on its import path."""
+"""Modules for a server without a GPU; last on its import path."""
 
 _NO_REPLICAS = "SGLang refuses weight updates to data-parallel replicas; give actor_infer more devices instead"
-_OTHER_WEIGHTS = "the trainer's weights would not fit an engine that holds others"
+_OTHER_WEIGHTS = "the trainer's weights would not fit an engine with other ones"
 _OWNED = "this strategy sets it itself"
 
-_MOVED = "it was not verified that experts which are moved or copied are recorded by their number in the model"
+_MOVED = "it was not verified that moved or copied experts are recorded by their number in the model"
 _LOSE_ROUTES: dict[str, str] = {
     "pp_size": "pipeline stages do not gather their layers; use tp_size",
     "pipeline_parallel_size": "pipeline stages do not gather their layers; use tp_size",
@@ -34,26 +34,26 @@ _LOSE_ROUTES: dict[str, str] = {
     "enable_lmcache": "prefixes that come back from an external cache carry no routes",
     "disaggregation_mode": "the prefill server's routes do not travel to the decode server",
     "speculative_algorithm": "draft tokens are not recorded with theirs",
-    "speculative_draft_model_path": "it belongs to speculative decoding, with which routed experts are not recorded",
+    "speculative_draft_model_path": "routed experts are not recorded with speculative decoding",
     "skip_tokenizer_init": "routed experts come in another form with it",
     "enable_eplb": _MOVED,
     "ep_num_redundant_experts": _MOVED,
     "init_expert_location": _MOVED,
 }
-"""Features with which routed experts would be missing or wrong."""
+"""Features with missing or wrong routed experts."""
 
 _RUNNER = "moe_runner_backend"
 RECORDING_RUNNER = "triton"
-"""The one that hands its experts' ids to SGLang's recorder on every GPU."""
-_OWN_TOP_K = "its kernel chooses the experts itself, so that none are recorded"
+"""Runner with recorded experts on every GPU."""
+_OWN_TOP_K = "its kernel chooses the experts itself, so none are recorded"
 _RUNNERS_LOSE_ROUTES: dict[str, str] = {
-    "auto": "on a Blackwell GPU SGLang takes flashinfer_trtllm for it, which records no experts",
+    "auto": "on a Blackwell GPU SGLang takes it as flashinfer_trtllm, which records no experts",
     "flashinfer_trtllm": _OWN_TOP_K,
     "experimental_sgl_trtllm": _OWN_TOP_K,
     "flashinfer_mxfp4": _OWN_TOP_K,
     "triton_kernel": _OWN_TOP_K,
 }
-"""Values of `moe_runner_backend` with which SGLang's TopK never reaches its recorder."""
+"""Values of `moe_runner_backend` without SGLang's recorder."""
 
 _REFUSED: dict[str, str] = {
     "enable_return_routed_experts": "it follows actor_infer.router_replay.mode",
@@ -67,15 +67,15 @@ _REFUSED: dict[str, str] = {
     "model": f"{_OWNED}, from pretrain or actor_infer.model_args.model_name_or_path",
     "trust_remote_code": f"{_OWNED}, from actor_infer.model_args.trust_remote_code",
     "port": f"{_OWNED}: a free one is taken",
-    "api_key": f"{_OWNED}: a fresh one for every start, which never shows on a command line",
+    "api_key": f"{_OWNED}: a fresh one for every start, never on a command line",
     "admin_api_key": f"{_OWNED}: the one key opens everything",
     "device": f"{_OWNED}, from device_type",
     "base_gpu_id": f"{_OWNED}, from actor_infer.device_mapping",
     "random_seed": f"{_OWNED}, from seed",
     "weight_version": f"{_OWNED}: it counts weight updates",
     "skip_server_warmup": f"{_OWNED}: it warms the server up with a checked generation",
-    "preferred_sampling_params": "it would change what generating_args says",
-    "config": "a file could set what is refused here; write its entries under server_args",
+    "preferred_sampling_params": "it would override generating_args",
+    "config": "a file could set refused arguments; write its entries under server_args",
     "tokenizer_worker_num": "SGLang does not support an API key with it",
     "ssl_keyfile": "the client speaks plain HTTP",
     "ssl_certfile": "the client speaks plain HTTP",
@@ -96,10 +96,10 @@ _REFUSED: dict[str, str] = {
 
 
 def args_that_lose_routes(config: SglangConfig, *, record_routes: bool) -> list[str]:
-    """One message for each entry of `server_args` with which routed experts would be missing or wrong.
+    """Return one message for each entry of `server_args` with missing or wrong routed experts.
 
     Args:
-        record_routes: they are asked for. Some entries are harmless where they are not.
+        record_routes: True if routes are requested. Some entries are harmless otherwise.
     """
     found = losing_routes(config, _LOSE_ROUTES)
     runner = config.server_args.get(_RUNNER)
@@ -109,7 +109,7 @@ def args_that_lose_routes(config: SglangConfig, *, record_routes: bool) -> list[
 
 
 def refused_server_args(config: SglangConfig) -> list[str]:
-    """One message for each other entry of `server_args` that cannot be. Empty when all is well."""
+    """Return one message for each other refused entry of `server_args`."""
     return refused(config, _REFUSED, _LOSE_ROUTES, "SGLang")
 
 
@@ -125,20 +125,19 @@ def server_arguments(
     record_routes: bool,
     fp32_lm_head: bool,
 ) -> list[str]:
-    """SGLang's command line, without the key.
+    """Return SGLang's command line, without the key.
 
-    An entry of `server_args` that is True becomes a bare flag. One that is False is left out: SGLang's flags are off
-    unless they are given.
+    In `server_args` True becomes a bare flag. False is left out: SGLang's flags are off by default.
 
     Args:
-        context_length: used unless the configuration names one.
+        context_length: default of the configuration's.
     """
     arguments: dict[str, Argument] = {
         "model_path": model_path,
         "trust_remote_code": trust_remote_code,
         "host": config.host,
         "port": port,
-        "load_format": "safetensors",  # else files of pickles would do where there are none
+        "load_format": "safetensors",  # otherwise pickles are accepted if there are none
         "device": device,
         "dtype": config.dtype,
         "tp_size": config.tp_size,
@@ -153,7 +152,7 @@ def server_arguments(
         "enable_fp32_lm_head": fp32_lm_head,
         "weight_version": "0",
         "skip_server_warmup": True,
-        "sleep_on_idle": True,  # else each of its schedulers takes a core to look for requests while the trainer trains
+        "sleep_on_idle": True,  # otherwise each scheduler polls on a core of its own while the trainer trains
         "log_level_http": "warning",
     }
     if device == "cpu":
@@ -163,7 +162,7 @@ def server_arguments(
             "attention_backend": config.attention_backend or "torch_native",
             "sampling_backend": "pytorch",
             "grammar_backend": "none",
-            "enable_deterministic_inference": True,  # what makes SGLang look at a request's seed
+            "enable_deterministic_inference": True,  # without it SGLang ignores a request's seed
         }
     elif record_routes:
         arguments[_RUNNER] = RECORDING_RUNNER
@@ -183,9 +182,9 @@ def server_environment(
     gpu_ids: tuple[int, ...],
     key: str,
 ) -> dict[str, str]:
-    """The environment that a server starts with; `inherited` is this process's own."""
+    """Return the environment of a server; `inherited` is this process's own."""
     environment = without_rank(inherited)
-    # With it log-probabilities would no longer be those under the sampling temperature.
+    # It would return log-probabilities before the sampling temperature.
     environment.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
     environment |= {
         launcher.KEY_VARIABLE: key,
@@ -193,7 +192,7 @@ def server_environment(
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a directory here
-        # A crashed server would stay up for 5 s (60 s with CUDA) to write dumps, and requests would wait as long.
+        # A crashed server would stay up for 5 s (60 s with CUDA) to write dumps, with requests waiting.
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
     }

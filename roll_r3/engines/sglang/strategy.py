@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
+from roll_r3.config.engine_role import EngineRole
 from roll_r3.config.strategies import SglangConfig
-from roll_r3.engines.answers import Asked
 from roll_r3.engines.client import ServerClient
-from roll_r3.engines.sampling import Sample
+from roll_r3.engines.parts import Parts
 from roll_r3.engines.server import ServerRollout
-from roll_r3.engines.sglang.payload import read_cache_page, read_sample
+from roll_r3.engines.sglang.codec import SglangCodec, read_cache_page
 from roll_r3.engines.sglang.server import (
     args_that_lose_routes,
     refused_server_args,
@@ -21,76 +20,81 @@ from roll_r3.engines.sglang.server import (
 )
 from roll_r3.engines.sglang.version import check_version
 from roll_r3.models.facts import ModelFacts
+from roll_r3.strategies.base import EnginePlace
 
 _CALL_S = 60.0
+_SERVER_INFO = "/server_info"
+"""Path of the server's state. The scheduler answers it, between two batches."""
 
 
-class SglangRollout(ServerRollout[SglangConfig]):
+class SglangRollout(ServerRollout):
     """One engine.
 
-    On a CPU a sample's seed decides its tokens, given the weights and, in the last bits of bf16, what else is in its
-    batches. On a GPU SGLang looks at it only with `server_args: {enable_deterministic_inference: true}`.
+    On a CPU a sample's seed decides its tokens, given the weights and, in the last bits of bf16, the other samples in
+    its batches. On a GPU SGLang uses the seed only with `server_args: {enable_deterministic_inference: true}`.
     """
+
+    def __init__(self, role: EngineRole, place: EnginePlace) -> None:
+        settings = role.settings
+        assert isinstance(settings, SglangConfig), "the registry gives each strategy its own settings"
+        program = SglangProgram(role, place, settings)
+        super().__init__(role, place, Parts(program, SglangCodec(), SglangStatus(), settings))
+
+
+class SglangProgram:
+    """SGLang's server program. Implements `roll_r3.engines.parts.Program`."""
 
     engine = "SGLang"
     package = "sglang"
-    generate_path = "/generate"
-    keyed_path = "/server_info"  # whose internal state the scheduler tells, between two batches
+    keyed_path = _SERVER_INFO
+
+    def __init__(self, role: EngineRole, place: EnginePlace, settings: SglangConfig) -> None:
+        self._role, self._place, self._settings = role, place, settings
 
     @property
     def python(self) -> str:
-        return self._config.python or sys.executable
+        return self._settings.python or sys.executable
 
     def problems(self, facts: ModelFacts) -> list[str]:
-        return args_that_lose_routes(self._config, record_routes=self._record_routes) + refused_server_args(
-            self._config
-        )
+        return [
+            *args_that_lose_routes(self._settings, record_routes=self._role.record_routes),
+            *refused_server_args(self._settings),
+        ]
 
     def check_version(self, text: str) -> str | None:
         return check_version(text)
 
     def command(self, checkpoint: str, facts: ModelFacts, port: int) -> list[str]:
         arguments = server_arguments(
-            self._config,
+            self._settings,
             model_path=checkpoint,
-            trust_remote_code=self._model_args.trust_remote_code,
-            device=self._device,
+            trust_remote_code=self._role.trust_remote_code,
+            device=self._place.device,
             port=port,
-            seed=self._seed,
-            context_length=min(self._wanted_context, facts.context_length),
-            record_routes=self._record_routes,
-            fp32_lm_head=self._fp32_lm_head,
+            seed=self._role.seed + self._place.engine_index,
+            context_length=min(self._role.context_length, facts.context_length),
+            record_routes=self._role.record_routes,
+            fp32_lm_head=self._role.fp32_lm_head,
         )
-        return server_command(self._config, arguments)
+        return server_command(self._settings, arguments)
 
-    def environment(self) -> dict[str, str]:
-        return server_environment(self._config, os.environ, device=self._device, gpu_ids=self._gpu_ids, key=self._key)
+    def environment(self, key: str) -> dict[str, str]:
+        return server_environment(
+            self._settings, os.environ, device=self._place.device, gpu_ids=self._place.gpu_ids, key=key
+        )
+
+
+class SglangStatus:
+    """State of an SGLang server. Implements `roll_r3.engines.parts.Status`."""
+
+    async def prepare(self, client: ServerClient) -> None:
+        """Do nothing: an answering server is ready."""
+
+    async def why_closed(self, client: ServerClient, weight_version: int) -> str:
+        return ""
+
+    async def recomputed(self, client: ServerClient) -> int:
+        return 0  # each answer has its own count
 
     async def cache_page(self, client: ServerClient) -> int:
-        return read_cache_page(await client.get("/server_info", _CALL_S))
-
-    def request(self, asked: Asked) -> dict[str, Any]:
-        request: dict[str, Any] = {
-            "input_ids": list(asked.sample.prompt_ids),
-            "sampling_params": {
-                "max_new_tokens": asked.max_new_tokens,
-                "temperature": self._generating.temperature,
-                "top_p": self._generating.top_p,
-                "top_k": self._generating.top_k,
-                "sampling_seed": asked.sample.seed,
-                "skip_special_tokens": False,
-            },
-            "return_logprob": True,
-        }
-        if self._generating.stop_token_ids:
-            request["sampling_params"]["stop_token_ids"] = list(self._generating.stop_token_ids)
-        if asked.stop_strings:
-            request["sampling_params"]["stop"] = list(asked.stop_strings)
-        if asked.record_routes:
-            request |= {"return_routed_experts": True, "routed_experts_start_len": asked.sample.first_row}
-        if asked.sample.cache_key:
-            request["extra_key"] = asked.sample.cache_key
-        return request
-
-    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
-        return read_sample(body, asked, facts)
+        return read_cache_page(await client.get(_SERVER_INFO, _CALL_S))

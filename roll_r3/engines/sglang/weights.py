@@ -1,7 +1,4 @@
-"""New weights for SGLang servers: the calls of its update API. How they travel is in `rollout/weights.py`.
-
-hf_infer answers the same calls.
-"""
+"""New weights for SGLang servers: the calls of its update API. Their transport is in `weights/channel.py`."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ _NOTHING = Tensors([], [], [])
 
 
 class SglangWeightChannel(ServerWeightChannel):
-    """The sending end for SGLang servers."""
+    """Sending end for SGLang servers."""
 
     def buckets(
         self, weights: Iterable[tuple[str, torch.Tensor]], size: int
     ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """Group weights for `send`: about `size` bytes each, and together what SGLang fuses."""
+        """Group weights for `send`, about `size` bytes each, and tensors fused by SGLang together."""
         return fill_fused_buckets(weights, size)
 
     def _enter(self, target: ServerTarget, meeting: Meeting) -> None:
@@ -40,7 +37,7 @@ class SglangWeightChannel(ServerWeightChannel):
         self._post(target, "/init_weights_update_group", request, timeout_s=self._join_timeout_s)
 
     def _succeeded(self, answer: str) -> bool:
-        """SGLang reports a failed update in its answer, whatever the status; /flush_cache answers in prose."""
+        """Read the answer: SGLang may report a failure with status 200. /flush_cache answers in prose."""
         if not answer.lstrip().startswith(("{", "[")):
             return True
         try:
@@ -50,12 +47,12 @@ class SglangWeightChannel(ServerWeightChannel):
         return not isinstance(said, dict) or said.get("success", True) is True
 
     def _open(self, target: ServerTarget, version: str) -> None:
-        # releases that update without a session do not have the endpoint
+        # some releases update without a session and lack the endpoint
         self._post(target, "/begin_weight_update", {}, may_be_missing=True)
         self._take(target, _NOTHING, version)
 
     def _take(self, target: ServerTarget, tensors: Tensors, version: str) -> None:
-        """Without tensors: the one call that changes the version in all of a server's processes."""
+        """Send tensors, or none to change the version only: no other call changes it in all processes of a server."""
         request: dict[str, Any] = {**asdict(tensors), "group_name": self._group_name}
         request |= {"flush_cache": False, "weight_version": version}
         self._post(target, "/update_weights_from_distributed", request)

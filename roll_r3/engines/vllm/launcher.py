@@ -1,7 +1,7 @@
-"""The server's main program: vLLM's own, behind a door that wants the key, which comes by the environment.
+"""Main program of a vLLM server: vLLM's own, with middleware for the key from the environment.
 
-Run by file path under the interpreter that has vLLM, which need not have roll_r3, so it imports the standard library,
-vLLM and `roll_r3_vllm`, which lies on the import path that the strategy sets.
+It runs by file path under vLLM's interpreter. It need not have roll_r3, so only the standard library,
+vLLM and `roll_r3_vllm` are imported; the strategy sets the import path of the last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     shared = runpy.run_path(str(Path(__file__).parents[2] / "processes.py"))
     shared["die_with_parent"](int(os.environ.pop(PARENT_VARIABLE)))
     shared["leave_folder"](__file__)
-    # By name, because only the interpreter that runs this has them.
+    # By name: only this interpreter has them.
     access: Any = import_module("roll_r3_vllm.access")
     access.KEY = os.environ.pop(KEY_VARIABLE).encode()
     entry = import_module("vllm.entrypoints.launchers.api_server.entry")

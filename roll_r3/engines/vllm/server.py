@@ -1,4 +1,4 @@
-"""The vLLM server's command line and environment, as functions of the configuration. vLLM is not imported."""
+"""Command line and environment of a vLLM server, from the configuration. vLLM is not imported."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from roll_r3.engines.vllm import launcher
 from roll_r3.models.size import Shape
 
 PLUGIN_PATH = Path(__file__).parent / "plugin"
-"""What every server needs besides vLLM, on its import path."""
+"""Import path of the plugin for every server."""
 CPU_PATH = Path(platform.__path__[0]) / "vllm_cpu"
-"""What a server without a GPU needs besides that."""
+"""Import path of the modules for a server without a GPU."""
 
 _BLOCK = 32
-"""Tokens of a block of the cache: what a CPU's kernel takes. On a GPU vLLM has its own; this only rounds."""
+"""Tokens per block of the cache, as required by the CPU kernel. On a GPU vLLM has its own; there this only rounds."""
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 _PYTHON_VARIABLES = ("PYTHONPATH", "PYTHONHOME")
-"""They are about the interpreter that runs roll_r3: its packages would stand in for those that vLLM pins."""
+"""Variables for the interpreter of roll_r3: its packages would replace those pinned by vLLM."""
 
 _OWNED = "this strategy sets it itself"
 _NO_REPLICAS = "weights are sent to one replica; give actor_infer more devices instead"
 _ONE_NODE = "an engine lives on one node"
-_OTHER_WEIGHTS = "the trainer's weights would not fit an engine that holds others"
-_ONE_DIRECTORY = "everything is read from the checkpoint's directory, where the trainer reads it"
-_OTHER_SAMPLING = "it would change what is sampled after log-probabilities are taken"
+_OTHER_WEIGHTS = "the trainer's weights would not fit an engine with other ones"
+_ONE_DIRECTORY = "everything is read from the checkpoint's directory, as in the trainer"
+_OTHER_SAMPLING = "it would change the samples after log-probabilities are taken"
 _OTHER_CODE = "routes are recorded by vLLM's own classes"
-_OFFLOADED = "the trainer's weights are written where the engine computes"
+_OFFLOADED = "the trainer's weights are written to the device of the engine"
 _SPECULATION = "draft tokens are not recorded with theirs"
 _CONTEXT_PARALLEL = "vLLM does not gather routes over context-parallel ranks"
 _TRANSFER = "prefixes that come from elsewhere carry no routes"
-_MOVED = "it was not verified that experts which are moved or copied are recorded by their number in the model"
+_MOVED = "it was not verified that moved or copied experts are recorded by their number in the model"
 
 _LOSE_ROUTES: dict[str, str] = {
     "pipeline_parallel_size": "pipeline stages do not gather their layers; use tp_size",
     "pp": "pipeline stages do not gather their layers; use tp_size",
-    "enable_prefix_caching": "what records routes shares the prefix cache, which is on",
-    "no_enable_prefix_caching": "what records routes shares the prefix cache",
+    "enable_prefix_caching": "the recorder of routes shares the prefix cache, which is on",
+    "no_enable_prefix_caching": "the recorder of routes shares the prefix cache",
     "speculative_config": _SPECULATION,
     "speculative_model": _SPECULATION,
     "spec_method": _SPECULATION,
@@ -72,7 +72,7 @@ _LOSE_ROUTES: dict[str, str] = {
     "model_impl": _OTHER_CODE,
     "model_class_overrides": _OTHER_CODE,
 }
-"""Features with which routed experts would be missing or wrong."""
+"""Features with missing or wrong routed experts."""
 
 _REFUSED: dict[str, str] = {
     "enable_return_routed_experts": "it follows actor_infer.router_replay.mode",
@@ -97,7 +97,7 @@ _REFUSED: dict[str, str] = {
     "revision": _ONE_DIRECTORY,
     "code_revision": _ONE_DIRECTORY,
     "hf_config_path": _ONE_DIRECTORY,
-    "hf_token": f"{_ONE_DIRECTORY}, and a command line can be read by anybody",
+    "hf_token": f"{_ONE_DIRECTORY}, and every user can read a command line",
     "config_format": _ONE_DIRECTORY,
     "tokenizer": _ONE_DIRECTORY,
     "tokenizer_revision": _ONE_DIRECTORY,
@@ -108,9 +108,9 @@ _REFUSED: dict[str, str] = {
     "trust_remote_code": f"{_OWNED}, from actor_infer.model_args.trust_remote_code",
     "port": f"{_OWNED}: a free one is taken",
     "uds": f"{_OWNED}: a free port is taken",
-    "api_key": f"{_OWNED}: a fresh one for every start, which never shows on a command line",
-    "middleware": f"{_OWNED}: it asks for the key",
-    "root_path": "the client asks for paths as they are",
+    "api_key": f"{_OWNED}: a fresh one for every start, never on a command line",
+    "middleware": f"{_OWNED}: it checks the key",
+    "root_path": "the client uses the server's own paths",
     "seed": f"{_OWNED}, from seed",
     "max_model_len": "write strategy_config.context_length instead",
     "max_num_seqs": "write strategy_config.max_running_requests instead",
@@ -121,16 +121,16 @@ _REFUSED: dict[str, str] = {
     "kv_cache_memory_bytes": "write strategy_config.max_total_tokens instead",
     "block_size": f"{_OWNED} where it matters, on a CPU",
     "weight_transfer_config": f"{_OWNED}: the trainer sends weights its own way",
-    "enable_scale_out": f"{_OWNED}: it asks for tokens, not for text",
+    "enable_scale_out": f"{_OWNED}: it requests tokens, not text",
     "enable_prompt_tokens_details": f"{_OWNED}, where routes are recorded",
     "logprobs_mode": f"{_OWNED}, from generating_args.temperature",
-    "max_logprobs": "the strategy asks for those of the sampled tokens",
+    "max_logprobs": "the strategy requests those of the sampled tokens",
     "logits_processors": _OTHER_SAMPLING,
     "watermark_config": _OTHER_SAMPLING,
-    "generation_config": "it would change what generating_args says",
-    "override_generation_config": "it would change what generating_args says",
+    "generation_config": "it would override generating_args",
+    "override_generation_config": "it would override generating_args",
     "skip_tokenizer_init": "the server must know where a sequence ends",
-    "config": "a file could set what is refused here; write its entries under server_args",
+    "config": "a file could set refused arguments; write its entries under server_args",
     "grpc": "the client speaks HTTP",
     "ssl_keyfile": "the client speaks plain HTTP",
     "ssl_certfile": "the client speaks plain HTTP",
@@ -151,21 +151,21 @@ _REFUSED: dict[str, str] = {
 }
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Sizes of an attention head that vLLM 0.32's kernel for CPUs takes."""
+"""Sizes of an attention head supported by vLLM 0.32's CPU kernel."""
 
 
 def args_that_lose_routes(config: VllmConfig) -> list[str]:
-    """One message for each entry of `server_args` with which routed experts would be missing or wrong."""
+    """Return one message for each entry of `server_args` with missing or wrong routed experts."""
     return losing_routes(config, _LOSE_ROUTES)
 
 
 def refused_server_args(config: VllmConfig) -> list[str]:
-    """One message for each other entry of `server_args` that cannot be. Empty when all is well."""
+    """Return one message for each other refused entry of `server_args`."""
     return refused(config, _REFUSED, _LOSE_ROUTES, "vLLM")
 
 
 def cpu_lacks_a_kernel(shape: Shape) -> str:
-    """Why vLLM does not serve a model of this shape on a CPU; empty when it does."""
+    """Return why vLLM does not serve a model of this shape on a CPU; empty if it does."""
     if shape.latent is not None:
         return "it does not serve latent attention there"
     if shape.key_dim not in CPU_HEADS:
@@ -174,7 +174,7 @@ def cpu_lacks_a_kernel(shape: Shape) -> str:
 
 
 def cache_bytes(config: VllmConfig, shape: Shape, tokens: int, block: int) -> int:
-    """Memory of a cache of `tokens` on each device, in whole blocks and with the one that vLLM keeps for itself."""
+    """Return the bytes of a cache of `tokens` on each device, in whole blocks, plus one block reserved by vLLM."""
     if shape.latent is not None:
         values = shape.latent.key_value_rank + shape.latent.rotary_dim
     else:
@@ -196,15 +196,15 @@ def server_arguments(
     record_routes: bool,
     shape: Shape,
 ) -> list[str]:
-    """vLLM's command line, without the key.
+    """Return vLLM's command line, without the key.
 
-    An entry of `server_args` that is True becomes a bare flag, one that is False the flag with `no-` before it.
+    In `server_args` True becomes a bare flag, and False the flag with `no-` before it.
 
     Args:
-        temperature: of sampling. At 1 vLLM's raw log-probabilities are those that are wanted, and truncation leaves
-            them alone; else they must be taken after the division, which is after any truncation too.
-        context_length: used unless the configuration names one.
-        shape: of the model; the cache's memory follows from it.
+        temperature: of sampling. At 1 vLLM's raw log-probabilities are the right ones, and truncation does not change
+            them. At other values they must be taken after the division, hence after truncation too.
+        context_length: default of the configuration's.
+        shape: of the model; it determines the cache's memory.
     """
     context = config.context_length or context_length
     arguments: dict[str, Argument] = {
@@ -212,7 +212,7 @@ def server_arguments(
         "trust_remote_code": trust_remote_code,
         "host": config.host,
         "port": port,
-        "load_format": "safetensors",  # else files of pickles would do where there are none
+        "load_format": "safetensors",  # otherwise pickles are accepted if there are none
         "dtype": config.dtype,
         "tensor_parallel_size": config.tp_size,
         "distributed_executor_backend": "mp",
@@ -222,7 +222,7 @@ def server_arguments(
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enable_return_routed_experts": record_routes,
         "enable_scale_out": True,
-        "enable_prompt_tokens_details": record_routes,  # how much of a prompt came from the cache
+        "enable_prompt_tokens_details": record_routes,  # number of cached prompt tokens
         "logprobs_mode": "raw_logprobs" if temperature == 1 else "processed_logprobs",
         "weight_transfer_config": json.dumps({"backend": "roll_r3"}),
         "disable_uvicorn_access_log": True,
@@ -230,7 +230,7 @@ def server_arguments(
     tokens = config.max_total_tokens
     if device == "cpu":
         running = config.max_running_requests or CPU_SAMPLES
-        tokens = tokens or context * running  # by itself vLLM takes nearly all of a machine's memory for the cache
+        tokens = tokens or context * running  # vLLM's default is nearly all of a machine's memory
         arguments |= {"enforce_eager": True, "block_size": _BLOCK, "max_num_seqs": running}
     if tokens is not None:
         arguments["kv_cache_memory_bytes"] = cache_bytes(config, shape, tokens, _BLOCK)
@@ -243,7 +243,7 @@ def server_command(config: VllmConfig, arguments: list[str]) -> list[str]:
 
 
 def settings_left_out(inherited: Mapping[str, str]) -> list[str]:
-    """Names of vLLM's own settings, which a server does not inherit: nobody wrote them into the file."""
+    """Return the names of vLLM's variables. A server does not inherit them: they are not in the configuration."""
     return sorted(name for name in inherited if name.startswith("VLLM_"))
 
 
@@ -255,7 +255,7 @@ def server_environment(
     gpu_ids: tuple[int, ...],
     key: str,
 ) -> dict[str, str]:
-    """The environment that a server starts with; `inherited` is this process's own."""
+    """Return the environment of a server; `inherited` is this process's own."""
     left_out = {*_PYTHON_VARIABLES, *settings_left_out(inherited)}
     environment = {name: value for name, value in without_rank(inherited).items() if name not in left_out}
     plugins, path = ["roll_r3_vllm"], [str(PLUGIN_PATH)]
@@ -265,7 +265,7 @@ def server_environment(
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a directory here
-        "VLLM_SERVER_DEV_MODE": "1",  # the update API; our own door guards it
+        "VLLM_SERVER_DEV_MODE": "1",  # the update API; our middleware guards it
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -273,14 +273,14 @@ def server_environment(
     if device == "cuda":
         environment |= {
             "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpu_ids),
-            "VLLM_USE_V2_MODEL_RUNNER": "1",  # the one that records routes
+            "VLLM_USE_V2_MODEL_RUNNER": "1",  # this runner records routes
         }
     else:
         plugins, path = [*plugins, "roll_r3_vllm_cpu"], [*path, str(CPU_PATH)]
         environment |= {
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",  # its small operations are several times slower with a pool of threads
-            # else every engine's ranks would be tied to the same first cores
+            # otherwise the ranks of every engine are bound to the same first cores
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "TORCHDYNAMO_DISABLE": "1",  # compiling needs a C++ compiler and Triton
         }

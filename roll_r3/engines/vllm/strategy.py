@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
-from typing import Any
 
+from roll_r3.config.engine_role import EngineRole
 from roll_r3.config.readable import readable
 from roll_r3.config.strategies import VllmConfig
-from roll_r3.engines.answers import Asked
 from roll_r3.engines.client import ServerClient
-from roll_r3.engines.sampling import Sample
+from roll_r3.engines.parts import Parts
 from roll_r3.engines.server import ServerRollout
-from roll_r3.engines.vllm.payload import (
-    read_cache_page,
-    read_preemptions,
-    read_sample,
-    read_weight_version,
-)
+from roll_r3.engines.vllm.codec import VllmCodec, read_cache_page, read_preemptions, read_weight_version
 from roll_r3.engines.vllm.server import (
     args_that_lose_routes,
     cpu_lacks_a_kernel,
@@ -33,104 +26,93 @@ from roll_r3.engines.vllm.version import check_version
 from roll_r3.models.checkpoint import resolve_checkpoint
 from roll_r3.models.facts import ModelFacts
 from roll_r3.models.size import Shape, shape_of
+from roll_r3.strategies.base import EnginePlace
 
 logger = logging.getLogger(__name__)
 
 _CALL_S = 60.0
+_WEIGHT_INFO = "/weight_info"
+_METRICS = "/metrics"
 
 
-class VllmRollout(ServerRollout[VllmConfig]):
-    """One engine. A sample's seed decides its tokens, given the weights and what shares its batches."""
+class VllmRollout(ServerRollout):
+    """One engine. A sample's seed decides its tokens, given the weights and the other samples in its batches."""
+
+    def __init__(self, role: EngineRole, place: EnginePlace) -> None:
+        settings = role.settings
+        assert isinstance(settings, VllmConfig), "the registry gives each strategy its own settings"
+        codec = VllmCodec(role.checkpoint, trust_remote_code=role.trust_remote_code)
+        super().__init__(role, place, Parts(VllmProgram(role, place, settings), codec, VllmStatus(), settings))
+
+
+class VllmProgram:
+    """vLLM's server program. Implements `roll_r3.engines.parts.Program`."""
 
     engine = "vLLM"
     package = "vllm"
-    generate_path = "/inference/v1/generate"
-    keyed_path = "/weight_info"
-    _end_tokens: frozenset[int] = frozenset()
-    """Known once the server answers."""
+    keyed_path = _WEIGHT_INFO
+
+    def __init__(self, role: EngineRole, place: EnginePlace, settings: VllmConfig) -> None:
+        self._role, self._place, self._settings = role, place, settings
 
     @property
     def python(self) -> str:
-        return self._config.python
+        return self._settings.python
 
     def problems(self, facts: ModelFacts) -> list[str]:
-        problems = args_that_lose_routes(self._config) + refused_server_args(self._config)
-        if self._device == "cpu" and (lack := cpu_lacks_a_kernel(self._shape())):
+        problems = args_that_lose_routes(self._settings) + refused_server_args(self._settings)
+        if self._place.device == "cpu" and (lack := cpu_lacks_a_kernel(self._shape())):
             problems.append(f"on a CPU vLLM cannot run this model: {lack}")
         return problems
 
     def _shape(self) -> Shape:
-        return shape_of(json.loads((resolve_checkpoint(self._model_path) / "config.json").read_text()))
+        return shape_of(json.loads((resolve_checkpoint(self._role.checkpoint) / "config.json").read_text()))
 
     def check_version(self, text: str) -> str | None:
-        return check_version(text, device=self._device)
+        return check_version(text, device=self._place.device)
 
     def command(self, checkpoint: str, facts: ModelFacts, port: int) -> list[str]:
         arguments = server_arguments(
-            self._config,
+            self._settings,
             model_path=checkpoint,
-            trust_remote_code=self._model_args.trust_remote_code,
-            device=self._device,
+            trust_remote_code=self._role.trust_remote_code,
+            device=self._place.device,
             port=port,
-            seed=self._seed,
-            temperature=self._generating.temperature,
-            context_length=min(self._wanted_context, facts.context_length),
-            record_routes=self._record_routes,
+            seed=self._role.seed + self._place.engine_index,
+            temperature=self._role.sampling.temperature,
+            context_length=min(self._role.context_length, facts.context_length),
+            record_routes=self._role.record_routes,
             shape=self._shape(),
         )
-        return server_command(self._config, arguments)
+        return server_command(self._settings, arguments)
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, key: str) -> dict[str, str]:
         if names := settings_left_out(os.environ):
-            logger.warning("%s: its server does not inherit %s", self._name, ", ".join(names))
-        return server_environment(self._config, os.environ, device=self._device, gpu_ids=self._gpu_ids, key=self._key)
+            logger.warning(
+                "engine %d (vLLM): its server does not inherit %s", self._place.engine_index, ", ".join(names)
+            )
+        return server_environment(
+            self._settings, os.environ, device=self._place.device, gpu_ids=self._place.gpu_ids, key=key
+        )
+
+
+class VllmStatus:
+    """State of a vLLM server. Implements `roll_r3.engines.parts.Status`."""
 
     async def prepare(self, client: ServerClient) -> None:
-        """Read the checkpoint's end tokens. vLLM calls the weights that it loaded "default"."""
-        self._end_tokens = await asyncio.to_thread(self._read_end_tokens)
-        await client.post("/update_weight_version", {"new_version": str(self._weight_version)}, _CALL_S)
+        """Number the loaded weights 0. vLLM calls them "default"."""
+        await client.post("/update_weight_version", {"new_version": "0"}, _CALL_S)
 
-    def _read_end_tokens(self) -> frozenset[int]:
-        from roll_r3.models.hf.tokenizer import read_end_tokens, read_tokenizer  # seconds to import
-
-        checkpoint = resolve_checkpoint(self._model_path)
-        tokenizer = read_tokenizer(checkpoint, trust_remote_code=self._model_args.trust_remote_code)
-        return read_end_tokens(checkpoint, tokenizer).union(self._generating.stop_token_ids)
-
-    async def why_closed(self, client: ServerClient) -> str:
-        """While an update is open, or after one that failed, requests would wait for an engine that is paused."""
-        version = read_weight_version(await client.get("/weight_info", _CALL_S))
-        if version != str(self._weight_version):
-            return f"the answer would come from weights of version {readable(version)}, not {self._weight_version}"
+    async def why_closed(self, client: ServerClient, weight_version: int) -> str:
+        """Compare weight versions. During an update, or after a failed one, requests would wait in a paused engine."""
+        version = read_weight_version(await client.get(_WEIGHT_INFO, _CALL_S))
+        if version != str(weight_version):
+            return f"the answer would come from weights of version {readable(version)}, not {weight_version}"
         return ""
 
     async def recomputed(self, client: ServerClient) -> int:
-        """Preemptions: vLLM's answers say what was cached when a sample began, not whether it had to begin again."""
-        return read_preemptions(await client.get("/metrics", _CALL_S))
+        """Count preemptions. vLLM's answers give what was cached when a sample began, not whether it began again."""
+        return read_preemptions(await client.get(_METRICS, _CALL_S))
 
     async def cache_page(self, client: ServerClient) -> int:
-        return read_cache_page(await client.get("/metrics", _CALL_S))
-
-    def request(self, asked: Asked) -> dict[str, Any]:
-        sample = asked.sample
-        request: dict[str, Any] = {
-            "token_ids": list(sample.prompt_ids),
-            "sampling_params": {
-                "max_tokens": asked.max_new_tokens,
-                "temperature": self._generating.temperature,
-                "top_p": self._generating.top_p,
-                "top_k": self._generating.top_k,
-                "seed": sample.seed,
-                "logprobs": 0,  # of the sampled token alone
-                "detokenize": False,
-                "routed_experts_prompt_start": sample.first_row if asked.record_routes else len(sample.prompt_ids),
-            },
-        }
-        if self._generating.stop_token_ids:
-            request["sampling_params"]["stop_token_ids"] = list(self._generating.stop_token_ids)
-        if sample.cache_key:
-            request["cache_salt"] = sample.cache_key
-        return request
-
-    def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
-        return read_sample(body, asked, facts, self._end_tokens)
+        return read_cache_page(await client.get(_METRICS, _CALL_S))

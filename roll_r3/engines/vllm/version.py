@@ -1,4 +1,4 @@
-"""Which vLLM releases this strategy works with."""
+"""Supported vLLM releases."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ TESTED = Version("0.32.0")
 
 
 def check_version(text: str, *, device: str) -> str | None:
-    """What to warn about, or None.
+    """Return a warning about a release, or None.
 
     Args:
-        text: the installed release, with or without a local part such as `+cpu`.
-        device: "cpu", where only the release that was tested runs; "cuda", where no build for CPUs does; or another.
+        text: installed release, with or without a local part such as `+cpu`.
+        device: "cpu" accepts the tested release only; "cuda" refuses builds for CPUs.
 
     Raises:
-        EngineError: a release outside the window, a build for CPUs that is to run on GPUs, or text that is no version.
+        EngineError: a release outside the window, a build for CPUs on GPUs, or text without a version.
     """
     try:
         version = Version(text)
     except InvalidVersion as error:
-        raise EngineError(f"vLLM calls its version {text!r}, which cannot be read: {error}") from error
+        raise EngineError(f"vLLM's version {text!r} cannot be read: {error}") from error
     if device == "cuda" and "cpu" in (version.local or "").split("."):
         raise EngineError(
             f"vLLM {version} is built for CPUs and sees no GPU. Take the environment away and run "
@@ -33,12 +33,12 @@ def check_version(text: str, *, device: str) -> str | None:
         return None
     if device == "cpu":
         raise EngineError(
-            f"vLLM {version} is not {TESTED}: on a CPU routes are recorded by a model runner that fits this release "
+            f"vLLM {version} is not {TESTED}: on a CPU the model runner that records routes fits this release "
             "only. Run `make vllm-env`"
         )
     if release < TESTED:
         raise EngineError(
-            f"vLLM {version} is too old: {TESTED} or later is needed, whose update API and routed experts this "
-            f"strategy speaks. Install vllm=={TESTED} where strategy_config.python points"
+            f"vLLM {version} is too old: {TESTED} or later is needed for its update API and routed experts. "
+            f"Install vllm=={TESTED} where strategy_config.python points"
         )
-    return f"vLLM {version} is newer than {TESTED}, the release that this strategy was tested with"
+    return f"vLLM {version} is newer than {TESTED}, the tested release"

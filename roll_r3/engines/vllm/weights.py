@@ -1,8 +1,8 @@
-"""New weights for vLLM servers: the calls of its update API. How they travel is in `rollout/weights.py`, how they are
-received in `plugin/roll_r3_vllm/weights.py`, which runs in the server's ranks.
+"""New weights for vLLM servers: the calls of its update API.
 
-While an update is open vLLM's layers have no memory, so generation is paused: what is in flight is aborted, what
-arrives waits. After a failure it stays paused.
+Their transport is in `weights/channel.py`. The receiving end is `plugin/roll_r3_vllm/weights.py`, in the server's
+ranks. vLLM's layers have no memory during an update, so generation is paused: requests in flight are aborted, new ones
+wait. After a failure it stays paused.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from roll_r3.weights.target import ServerTarget
 
 
 class VllmWeightChannel(ServerWeightChannel):
-    """The sending end for vLLM servers."""
+    """Sending end for vLLM servers."""
 
     def buckets(
         self, weights: Iterable[tuple[str, torch.Tensor]], size: int
     ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """Group weights for `send`: about `size` bytes each. vLLM holds a layer back until it is whole."""
+        """Group weights for `send`, about `size` bytes each. vLLM writes a layer once it is whole."""
         return fill_buckets(([weight] for weight in weights), size)
 
     def _enter(self, target: ServerTarget, meeting: Meeting) -> None:
@@ -40,7 +40,7 @@ class VllmWeightChannel(ServerWeightChannel):
         self._post(target, "/init_weight_transfer_engine", request, timeout_s=self._join_timeout_s)
 
     def _open(self, target: ServerTarget, version: str) -> None:
-        self._post(target, "/pause?mode=abort", {})  # which empties the caches too
+        self._post(target, "/pause?mode=abort", {})  # it empties the caches too
         self._post(target, "/update_weight_version", {"new_version": version})
         self._post(target, "/start_weight_update", {})
 

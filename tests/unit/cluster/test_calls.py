@@ -79,7 +79,7 @@ class Worker:
 
     def __init__(self, name: str, *, silent_from: float = 1e9, until: float = 1e9, state: str = "stopped") -> None:
         self.name, self.identity = name, Identity("node", 123, 1)
-        self.silent, self.state, self.said, self.killed = 0.0, "", False, False
+        self.silent, self.state, self.reported, self.killed = 0.0, "", False, False
         self._from, self._until, self._seen, self._spent = silent_from, until, state, 0.0
 
     def tick(self, seconds: float) -> bool:
@@ -211,3 +211,43 @@ def test_rays_own_processes_are_watched(monkeypatch: pytest.MonkeyPatch, state: 
     assert clock.now - 1000 == pytest.approx(seconds, abs=1)
     assert clock.now == 1000 or seconds > 0, "before a call that would be answered at once"
     assert killed == ["all"]
+
+
+def test_calls_are_taken_as_they_end_and_more_may_go_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, under_way = waiting_for([]), dict.fromkeys("abc", ("engine-0", NOTHING))
+    clock = Clock(monkeypatch, {"a": 5.0, "b": 5.0, "c": 20.0, "d": 9.0})
+    watch = waiting.watch("generate")
+    taken = []
+    while under_way:
+        ended = waiting.take(under_way, watch)  # type: ignore[arg-type]
+        taken.append(ended)
+        under_way = {ref: worker for ref, worker in under_way.items() if ref not in ended}
+        if len(taken) == 1:
+            under_way["d"] = ("engine-1", NOTHING)
+    assert taken == [{"a": "of a", "b": "of b"}, {"d": "of d"}, {"c": "of c"}], "all that have ended come together"
+    assert clock.now == pytest.approx(1020, abs=1)
+
+
+def test_a_take_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = waiting_for([])
+    clock = Clock(monkeypatch, {"a": 50.0})
+    watch = waiting.watch("generate")
+    for timeout in (0.0, 2.5):
+        assert waiting.take({"a": ("engine-0", NOTHING)}, watch, timeout) == {}  # type: ignore[dict-item]
+    assert clock.now == 1002.5
+
+
+def test_a_result_begins_the_wait_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that bring something every 50 seconds are neither reported nor lost, however long it takes in all."""
+    said: list[str] = []
+    waiting = waiting_for(said, Worker("engine-0"), call=55.0)
+    Clock(monkeypatch, {str(i): 50.0 * (i + 1) for i in range(5)} | {"stuck": 1e9})
+    under_way = dict.fromkeys([*map(str, range(5)), "stuck"], ("engine-0", NOTHING))
+    watch = waiting.watch("generate")
+    for _ in range(5):
+        for ref in waiting.take(under_way, watch):  # type: ignore[arg-type]
+            del under_way[ref]  # type: ignore[arg-type]
+        watch.came()
+    assert said == [] and waiting.longest("generate") == pytest.approx(50, abs=2)
+    with pytest.raises(LostWorkerError, match=r"engine-0 did not answer within 16\d s \(generate\)"):
+        waiting.take(under_way, watch)  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def test_requests_share_a_watch_and_a_question_and_the_next_burst_has_its_own() 
     async def scenario(engine: Engine) -> None:
         async def request() -> str:
             async with engine.burst as burst:
-                return await burst.closed()
+                return await burst.why_closed()
 
         assert await asyncio.gather(request(), request(), request()) == ["closed"] * 3
         assert (engine.watches, engine.questions, engine.watching) == (1, 1, 0)
@@ -60,14 +60,14 @@ def test_requests_share_a_watch_and_a_question_and_the_next_burst_has_its_own() 
 async def fruitless(engine: Engine, name: str) -> list[str]:
     async with engine.burst as burst:
         await asyncio.sleep(0)  # as every request asks a server first
-        return sorted(i for result in await burst.brought_nothing(dropped(name)) for i in result.dropped)
+        return sorted(i for result in await burst.failures(dropped(name)) for i in result.dropped)
 
 
 async def fruitful(engine: Engine, rounds: int) -> None:
     async with engine.burst as burst:
         for _ in range(rounds):
             await asyncio.sleep(0)
-        burst.brought()
+        burst.succeeded()
 
 
 def test_an_engine_that_brings_nothing_to_several_prompts_is_broken() -> None:
@@ -97,7 +97,7 @@ def test_a_sample_that_comes_before_or_after_speaks_for_the_engine() -> None:
 
         async def holding() -> None:
             async with engine.burst as burst:
-                burst.brought()
+                burst.succeeded()
                 await asyncio.sleep(0.05)
 
         assert await asyncio.gather(holding(), late()) == [None, []]

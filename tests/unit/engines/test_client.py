@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 from aiohttp import web
 
-from roll_r3.engines.answers import Asked
+from roll_r3.config.sampling import Sampling
 from roll_r3.engines.client import ServerClient
-from roll_r3.engines.sampling import SampleError, SampleRequest
+from roll_r3.engines.sample import Asked, SampleError, SampleRequest
 from roll_r3.models.facts import ModelFacts, read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
 
@@ -73,11 +73,11 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
 
 @pytest.mark.parametrize(("first_row", "rows"), [(0, 1099), (64, 1035)])
 def test_the_longest_answer_fits_and_little_more(facts: ModelFacts, first_row: int, rows: int) -> None:
-    asked = Asked(SampleRequest((1,) * 100, "s", 0, first_row), 1000, 0, record_routes=True)
+    asked = Asked(SampleRequest((1,) * 100, "s", 0, Sampling(1000), first_row=first_row), 0)
     routes = "A" * (4 * -(-rows * facts.num_layers * facts.top_k * 4 // 3))
     entries = [(-123.45678901234567, 151_935, "Donaudampfschifffahrt")] * 1000
     body = {"output_ids": [151_935] * 1000, "meta_info": {"output_token_logprobs": entries, "routed_experts": routes}}
     most = asked.most_bytes(facts)
     assert len(json.dumps(body)) <= most <= len(json.dumps(body)) + (6 << 20)
-    plain = Asked(SampleRequest((1,) * 100, "s", 0), 1000, 0, record_routes=False)
+    plain = Asked(SampleRequest((1,) * 100, "s", 0, Sampling(1000), record_routes=False), 0)
     assert plain.most_bytes(facts) < most - len(routes) + 8

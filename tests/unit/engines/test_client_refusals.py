@@ -10,7 +10,7 @@ from typing import TypeVar
 import pytest
 
 from roll_r3.engines.client import ServerClient
-from roll_r3.engines.sampling import SampleError
+from roll_r3.engines.sample import SampleError
 
 T = TypeVar("T")
 

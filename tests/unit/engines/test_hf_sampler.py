@@ -45,7 +45,7 @@ def test_a_forward_is_recorded_once_by_every_router_in_their_order():
     first, last = (Recorded(), Recorded())
     recorder = RouteRecorder([first, last])
     last(torch.ones(3, 2))
-    with pytest.raises(RouteError, match=r"ran \[0, 1\] times, where each runs once"):
+    with pytest.raises(RouteError, match=r"ran \[0, 1\] times; each must run once"):
         recorder.take()
     first(torch.zeros(3, 2))
     assert recorder.take()[:, 0].tolist() == [[0, 0], [1, 1]]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.sampling import Sampling
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest, sample_group
+from roll_r3.config.strategies import SglangConfig
+from roll_r3.engines.parts import Parts
+from roll_r3.engines.sample import Sample, SampleError, SampleRequest
+from roll_r3.engines.sampling import Sampler
 from roll_r3.errors import EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 
@@ -79,11 +83,18 @@ class Sharing:
         return {sample_id: trajectory(request.prompt_ids, sample_id, 99) for sample_id in self.back or ()}
 
 
+def sampler(engine: Engine, max_retries: int, sharing: Sharing | None) -> Sampler:
+    settings = SglangConfig(max_retries=max_retries)
+    nothing: Any = None
+    made = Sampler(Parts(nothing, nothing, nothing, settings), nothing, nothing, nothing, running_requests=8)
+    made.ask = engine.ask  # type: ignore[method-assign]
+    made.sharing = sharing or Sharing()  # type: ignore[assignment]
+    return made
+
+
 def run(engine: Engine, max_retries: int = 2, sharing: Sharing | None = None) -> list[GenerateResult]:
     async def all_at_once() -> list[GenerateResult]:
-        return await asyncio.gather(
-            *(sample_group(request, engine.ask, sharing or Sharing(), max_retries) for request in REQUESTS)
-        )
+        return await asyncio.gather(*map(sampler(engine, max_retries, sharing).generate, REQUESTS))
 
     return asyncio.run(all_at_once())
 
@@ -146,7 +157,7 @@ def test_ids_and_seeds_must_pair() -> None:
         prompt_ids=(1,), sample_ids=("a", "b"), seeds=(1,), group_id="group", sampling=SAMPLING, record_routes=True
     )
     with pytest.raises(ValueError, match="2 sample ids came with 1 seeds"):
-        asyncio.run(sample_group(request, Engine().ask, Sharing(), max_retries=0))
+        asyncio.run(sampler(Engine(), 0, None).generate(request))
 
 
 def test_a_group_that_shared_its_prompt_is_asked_for_nothing_more() -> None:

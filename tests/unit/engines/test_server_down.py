@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -16,16 +17,19 @@ import psutil
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.engine_role import engine_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling import Sampling
-from roll_r3.engines import liveness, server
+from roll_r3.engines import health, server, startup
 from roll_r3.engines.client import UnreachableError
 from roll_r3.engines.process import _NOTE_S, ServerProcess
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
+from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
 from roll_r3.engines.server import ServerRollout
-from roll_r3.engines.sglang.strategy import SglangRollout
+from roll_r3.engines.sglang.strategy import SglangProgram, SglangRollout
+from roll_r3.engines.startup import Startup, WarmUp
 from roll_r3.errors import ConfigError, EngineError, RouteError
-from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.models.facts import ModelFacts
+from roll_r3.strategies.base import EnginePlace, GenerateRequest, GenerateResult
 
 SAMPLING = Sampling(max_new_tokens=8)
 REQUESTS = [
@@ -33,19 +37,50 @@ REQUESTS = [
     GenerateRequest((2,), ("b0", "b1"), (2, 3), "group", SAMPLING, record_routes=True),
 ]
 
-Ask = Callable[[SampleRequest], Awaitable[Sample]]
+FACTS = ModelFacts("test", 1, (0,), 4, 2, 1, 1, 260, 64)
 
 
 class Client:
-    """Client with or without signs of life."""
+    """A server's client: gives signs of life or none, and answers requests of `Codec`."""
 
     breathes = True
+    port = 1
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.answer: Callable[[SampleRequest], Sample] = sample
+
+    async def post(self, path: str, request: dict[str, Any], timeout_s: float, most_bytes: int) -> Sample:
+        self.asked.append(request["wanted"].sample_id)
+        try:
+            return self.answer(request["wanted"])
+        except Silence:
+            await asyncio.Event().wait()
+            raise
 
     async def alive(self, timeout_s: float) -> bool:
         await asyncio.sleep(0 if self.breathes else timeout_s)
         return self.breathes
 
     async def close(self) -> None: ...
+
+
+class Codec:
+    """Passes requests and samples as they are."""
+
+    path = "/generate"
+
+    def load(self) -> None: ...
+
+    def request(self, asked: Asked) -> dict[str, Any]:
+        return {"wanted": asked.sample}
+
+    def read(self, body: Any, asked: Asked, facts: ModelFacts) -> Sample:
+        return body
+
+
+class Silence(Exception):
+    """No answer ever comes."""
 
 
 def sample(wanted: SampleRequest) -> Sample:
@@ -61,9 +96,7 @@ def sample(wanted: SampleRequest) -> Sample:
     return Sample(trajectory, from_cache=True)
 
 
-def run(
-    tmp_path: Path, scenario: Callable[[ServerRollout[Any]], Awaitable[None]], *, hang_timeout: float = 60.0
-) -> None:
+def run(tmp_path: Path, scenario: Callable[[ServerRollout], Awaitable[None]], *, hang_timeout: float = 60.0) -> None:
     config = RLVRConfig.model_validate(
         {
             "exp_name": "test",
@@ -79,9 +112,10 @@ def run(
     )
 
     async def with_a_server() -> None:
-        engine = SglangRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=tmp_path / "log")
+        engine = SglangRollout(engine_role(config), EnginePlace(0, "cpu", (), tmp_path / "log"))
+        engine._parts = replace(engine._parts, codec=Codec())
         engine._process.launch([sys.executable, "-c", "import time; time.sleep(600)"], os.environ)
-        engine._client = Client()  # type: ignore[assignment]
+        engine._connect(Client(), FACTS)  # type: ignore[arg-type]
         try:
             await scenario(engine)
         finally:
@@ -90,21 +124,16 @@ def run(
     asyncio.run(with_a_server())
 
 
-async def generate(engine: ServerRollout[Any], requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+async def generate(engine: ServerRollout, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
     """Ask for all of them at once."""
     return await asyncio.gather(*map(engine.generate, requests))
 
 
-def answering(engine: ServerRollout[Any], answer: Callable[[SampleRequest], Sample]) -> list[str]:
-    """Let the engine answer like this; return the ids of requested samples."""
-    asked: list[str] = []
-
-    async def ask(wanted: SampleRequest, *, max_new_tokens: int) -> Sample:
-        asked.append(wanted.sample_id)
-        return answer(wanted)
-
-    engine._ask = ask  # type: ignore[method-assign]
-    return asked
+def answering(engine: ServerRollout, answer: Callable[[SampleRequest], Sample]) -> list[str]:
+    """Have the engine answer like this; the ids of the samples that it is asked for."""
+    assert isinstance(engine._client, Client)
+    engine._client.answer = answer
+    return engine._client.asked
 
 
 def bad(wanted: SampleRequest) -> Sample:
@@ -116,7 +145,7 @@ def lost_of(results: list[GenerateResult]) -> list[tuple[str, ...]]:
 
 
 def test_an_engine_none_of_whose_answers_is_usable_is_down_and_asked_for_nothing_more(tmp_path: Path) -> None:
-    async def scenario(engine: ServerRollout[Any]) -> None:
+    async def scenario(engine: ServerRollout) -> None:
         asked = answering(engine, bad)
         results = await generate(engine, REQUESTS)
         assert lost_of(results) == [("a0", "a1"), ("b0", "b1")]
@@ -136,7 +165,7 @@ def test_an_engine_none_of_whose_answers_is_usable_is_down_and_asked_for_nothing
 def test_samples_that_fail_beside_or_alone_are_dropped(
     tmp_path: Path, requests: list[GenerateRequest], good: tuple[str, ...]
 ) -> None:
-    async def scenario(engine: ServerRollout[Any]) -> None:
+    async def scenario(engine: ServerRollout) -> None:
         answering(engine, lambda wanted: sample(wanted) if wanted.sample_id in good else bad(wanted))
         results = await generate(engine, requests)
         assert lost_of(results) == [()] * len(requests)
@@ -150,7 +179,7 @@ def test_samples_that_fail_beside_or_alone_are_dropped(
 def test_what_a_dying_server_refuses_is_lost_not_dropped(tmp_path: Path, error: SampleError) -> None:
     """Notice its exit a moment later."""
 
-    async def scenario(engine: ServerRollout[Any]) -> None:
+    async def scenario(engine: ServerRollout) -> None:
         def answer(wanted: SampleRequest) -> Sample:
             if wanted.sample_id == "a0":
                 return sample(wanted)
@@ -168,18 +197,18 @@ def test_what_a_dying_server_refuses_is_lost_not_dropped(tmp_path: Path, error: 
 
 
 def test_a_server_without_a_sign_of_life_is_killed_under_its_requests(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(liveness, "_REFUSED_S", 0.0)
+    monkeypatch.setattr(health, "_REFUSED_S", 0.0)
 
-    async def scenario(engine: ServerRollout[Any]) -> None:
-        async def never(wanted: SampleRequest, *, max_new_tokens: int) -> Sample:
-            if wanted.sample_id == "a0":
-                return sample(wanted)
-            await asyncio.Event().wait()
-            raise AssertionError
-
-        engine._ask = never  # type: ignore[method-assign]
+    async def scenario(engine: ServerRollout) -> None:
         assert isinstance(engine._client, Client)
         engine._client.breathes = False
+
+        def only_a0(wanted: SampleRequest) -> Sample:
+            if wanted.sample_id == "a0":
+                return sample(wanted)
+            raise Silence
+
+        answering(engine, only_a0)
         results = await generate(engine, REQUESTS)
         assert [t.sample_id for t in results[0].trajectories] == ["a0"]
         assert lost_of(results) == [("a1",), ("b0", "b1")]
@@ -192,7 +221,7 @@ def test_a_server_without_a_sign_of_life_is_killed_under_its_requests(tmp_path: 
 
 
 def test_a_silent_server_without_requests_is_found_by_asking(tmp_path: Path) -> None:
-    async def scenario(engine: ServerRollout[Any]) -> None:
+    async def scenario(engine: ServerRollout) -> None:
         assert isinstance(engine._client, Client)
         assert await engine.why_down(ask=True) == ""
         engine._client.breathes = False
@@ -204,7 +233,7 @@ def test_a_silent_server_without_requests_is_found_by_asking(tmp_path: Path) -> 
 
 
 def test_a_server_started_again_is_a_new_one_and_not_asked_before_its_weights(tmp_path: Path) -> None:
-    async def scenario(engine: ServerRollout[Any]) -> None:
+    async def scenario(engine: ServerRollout) -> None:
         answering(engine, bad)
         await generate(engine, REQUESTS)
         await engine.on_weights_updated(4)
@@ -212,13 +241,13 @@ def test_a_server_started_again_is_a_new_one_and_not_asked_before_its_weights(tm
 
         async def start() -> None:
             engine._process.launch([sys.executable, "-c", "import time; time.sleep(600)"], os.environ)
-            engine._client = Client()  # type: ignore[assignment]
+            engine._connect(Client(), FACTS)  # type: ignore[arg-type]
 
         engine.start = start  # type: ignore[method-assign]
         await engine.restart()
         assert not old.running and engine._process.running
         assert engine._key != key
-        assert engine._weight_version == 0, "as its server says"
+        assert engine._sampler is not None and engine._sampler.weight_version == 0, "as its server says"
         assert await engine.why_down(ask=True) == ""
         with pytest.raises(EngineError, match="has the checkpoint's weights: an update comes first"):
             await generate(engine, REQUESTS)
@@ -234,8 +263,9 @@ def startable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a start of any checkpoint reach the launch."""
     monkeypatch.setattr(server, "resolve_checkpoint", lambda _: Path("/models/tiny"))
     monkeypatch.setattr(server, "read_facts", lambda _: None)
-    monkeypatch.setattr(SglangRollout, "problems", lambda *_: [])
-    monkeypatch.setattr(SglangRollout, "environment", lambda _: dict(os.environ))
+    monkeypatch.setattr(SglangProgram, "problems", lambda *_: [])
+    monkeypatch.setattr(SglangProgram, "environment", lambda *_: dict(os.environ))
+    monkeypatch.setattr(SglangProgram, "check_version", lambda *_: None)
 
 
 @pytest.mark.usefixtures("startable")
@@ -243,7 +273,7 @@ def startable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_launched_by_a_start_under_which_the_engine_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    async def scenario(engine: ServerRollout[Any]) -> None:
+    async def scenario(engine: ServerRollout) -> None:
         reached, go_on = asyncio.Event(), asyncio.Event()
 
         async def installed_version(*_: object) -> str:
@@ -251,8 +281,7 @@ def test_nothing_is_launched_by_a_start_under_which_the_engine_was_stopped(
             await go_on.wait()
             return "0.0.0"
 
-        engine._installed_version = installed_version  # type: ignore[method-assign]
-        engine.check_version = lambda _: None  # type: ignore[method-assign]
+        monkeypatch.setattr(Startup, "_installed_version", installed_version)
         monkeypatch.setattr(ServerProcess, "launch", lambda *_: pytest.fail("launched"))
         starting = asyncio.create_task(getattr(engine, method)())
         await reached.wait()
@@ -278,16 +307,13 @@ def test_a_start_that_could_not_read_the_model_can_be_tried_again(
 
     monkeypatch.setattr(server, "read_facts", read_facts)
 
-    async def scenario(engine: ServerRollout[Any]) -> None:
+    async def scenario(engine: ServerRollout) -> None:
         async def launch(*_: object) -> Client:
             engine._process.launch(["sleep", "600"], os.environ)
-            engine._client = Client()  # type: ignore[assignment]
             return Client()
 
-        monkeypatch.setattr(engine, "_launch", launch)
-        for name in ("_installed_version", "_warm_up"):
-            monkeypatch.setattr(engine, name, AsyncMock(return_value="0.0.0"))
-        monkeypatch.setattr(engine, "check_version", lambda _: None)
+        monkeypatch.setattr(Startup, "launch", launch)
+        monkeypatch.setattr(WarmUp, "run", AsyncMock())
         with pytest.raises(ConfigError, match="Input/output error"):
             await engine.restart()
         await engine.restart()
@@ -310,16 +336,18 @@ print("child", child.pid, "error: [Errno 98] Address already in use", flush=True
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux's shared memory")
 @pytest.mark.usefixtures("startable")
 def test_an_attempt_whose_port_was_taken_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = [Path(f"/dev/shm/roll_r3_test_{os.getpid()}_{attempt}") for attempt in range(server._LAUNCHES)]
+    held = [Path(f"/dev/shm/roll_r3_test_{os.getpid()}_{attempt}") for attempt in range(startup.LAUNCHES)]
     attempts = iter(held)
 
-    async def scenario(engine: ServerRollout[Any]) -> None:
-        monkeypatch.setattr(
-            engine, "command", lambda *_: [sys.executable, "-c", TAKEN, str(next(attempts)), str(4 * _NOTE_S)]
-        )
+    async def scenario(engine: ServerRollout) -> None:
+        def command(*_: object) -> list[str]:
+            return [sys.executable, "-c", TAKEN, str(next(attempts)), str(4 * _NOTE_S)]
+
+        monkeypatch.setattr(SglangProgram, "command", command)
+        monkeypatch.setattr(Startup, "_installed_version", AsyncMock(return_value="0.0.0"))
         await engine._process.stop(grace_s=0.0)
         with pytest.raises(EngineError, match=r"did not start: process \d+ exited with code 0"):
-            await engine._launch("/models/tiny", None, dict(os.environ))  # type: ignore[arg-type]
+            await engine.start()
         await engine.stop()
 
     try:
@@ -340,10 +368,12 @@ def test_an_interpreter_that_never_says_what_it_has_is_given_up_and_killed(tmp_p
     python.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {said}\nwait\n")
     python.chmod(0o755)
 
-    async def scenario(engine: ServerRollout[Any]) -> None:
-        engine._config = engine._config.model_copy(update={"python": str(python), "startup_timeout": 1.0})
+    async def scenario(engine: ServerRollout) -> None:
+        settings = engine._settings.model_copy(update={"python": str(python), "startup_timeout": 1.0})
+        program = SglangProgram(engine._role, engine._place, settings)
+        engine._parts, engine._settings = replace(engine._parts, program=program, settings=settings), settings
         with pytest.raises(
-            EngineError, match=r"did not say within 1 s \(strategy_config.startup_timeout\) which SGLang"
+            EngineError, match=r"did not report its SGLang release within 1 s \(strategy_config.startup_timeout\)"
         ):
             await asyncio.wait_for(engine.start(), 30)
         child = int(said.read_text())

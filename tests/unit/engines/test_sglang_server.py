@@ -6,9 +6,11 @@ import ast
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from roll_r3.config.engine_role import engine_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import SglangConfig
 from roll_r3.engines.server_args import without_rank
@@ -26,6 +28,7 @@ from roll_r3.engines.sglang.server import (
 from roll_r3.engines.sglang.strategy import SglangRollout
 from roll_r3.engines.sglang.version import check_version
 from roll_r3.errors import EngineError
+from roll_r3.strategies.base import EnginePlace
 
 KEY = "a-very-secret-key"
 
@@ -197,10 +200,10 @@ def _names_runners(node: ast.Assign) -> bool:
         ("config", "f.yaml", "file"),
         ("quantization", "fp8", "would not fit"),
         ("json_model_override_args", "{}", "trainer's model"),
-        ("speculative_algo", "EAGLE", "takes it for speculative_algorithm"),
-        ("dp", 2, "takes it for dp_size"),
-        ("pp_s", 2, "takes it for pp_size"),
-        ("context_len", 2, "takes it for context_length"),
+        ("speculative_algo", "EAGLE", "reads it as speculative_algorithm"),
+        ("dp", 2, "reads it as dp_size"),
+        ("pp_s", 2, "reads it as pp_size"),
+        ("context_len", 2, "reads it as context_length"),
     ],
 )
 def test_owned_arguments_are_refused(name: str, value: str | int, reason: str) -> None:
@@ -254,7 +257,7 @@ def test_a_key_does_not_show_in_a_dictionary_of_settings() -> None:
 
 @pytest.mark.parametrize("text", ["0.5.11", "0.5.10.post1", "0.5.7", "0.4.9", "0.5.12rc1"])
 def test_releases_before_the_window_are_refused_with_the_reason(text: str) -> None:
-    with pytest.raises(EngineError, match=r"too old.*another one.*sglang==0\.5\.23"):
+    with pytest.raises(EngineError, match=r"too old.*another request.*sglang==0\.5\.23"):
         check_version(text)
 
 
@@ -270,10 +273,10 @@ def test_releases_inside_the_window_pass_and_newer_ones_warn() -> None:
 def test_a_server_on_every_address_is_reached_at_its_nodes(tmp_path, host, reached):
     settings = {"strategy_args": {"strategy_config": {"host": host}}}
     config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer=settings)
-    engine = SglangRollout(
-        config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=tmp_path / "log", node_address="10.1.2.3"
-    )
-    assert engine.reachable_host == reached
+    engine = SglangRollout(engine_role(config), EnginePlace(0, "cpu", (), tmp_path / "log", "10.1.2.3"))
+    engine._client = SimpleNamespace(port=7)
+    target = engine.weight_target()
+    assert (target.host, target.port, target.api_key) == (reached, 7, engine._key)
 
 
 def test_the_key_to_ray_does_not_leak_into_the_server() -> None:

@@ -13,7 +13,7 @@ import pytest
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.sampling import Sampling
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
+from roll_r3.engines.sample import Sample, SampleError, SampleRequest
 from roll_r3.engines.sharing import PromptSharing
 from roll_r3.engines.slots import Slots
 from roll_r3.errors import EngineError, RouteError
@@ -66,7 +66,7 @@ class Engine:
         self.preempted: set[str] = set()
         self.preemptions = 0
         self.silent = False
-        self.sharing = PromptSharing(self.ask, self.prime, self.recomputed, Slots(slots), at_once=slots)
+        self.sharing = PromptSharing(self.ask, self.prime, self.recomputed, Slots(slots), running_requests=slots)
         self.sharing.engine_keeps(1)
 
     async def prime(self, wanted: SampleRequest) -> None:
@@ -175,7 +175,7 @@ def test_a_group_among_which_the_weights_changed_is_in_doubt(monkeypatch: pytest
 
 def test_no_more_samples_wait_in_the_engine_than_it_decodes_at_once() -> None:
     engine = Engine(slots=8)
-    engine.sharing = PromptSharing(engine.ask, engine.prime, engine.recomputed, Slots(8), at_once=4)
+    engine.sharing = PromptSharing(engine.ask, engine.prime, engine.recomputed, Slots(8), running_requests=4)
     engine.sharing.engine_keeps(1)
     twin = GenerateRequest(PROMPT, ("e", "f", "g", "h"), (10, 11, 12, 13), "group", SAMPLING, record_routes=True)
     engine.share(GROUP, twin)
@@ -293,6 +293,7 @@ def test_only_groups_with_something_to_share_share() -> None:
 
     assert (rows(65), rows(300), rows(300, samples=1)) == (64, 299, 0)
     assert rows(64) == 0, "too short"
+    assert sharing.shareable_rows(replace(GROUP, record_routes=False)) == 0
     sharing.engine_keeps(32)
     assert (rows(300), rows(289), rows(288), rows(65), rows(64)) == (288, 288, 256, 64, 0)
     sharing.engine_keeps(0)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.engine_role import EngineRole, engine_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling import Sampling
-from roll_r3.engines.answers import Asked
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
-from roll_r3.engines.server import ServerRollout
-from roll_r3.engines.sglang.strategy import SglangRollout
-from roll_r3.engines.vllm.strategy import VllmRollout
+from roll_r3.config.strategies import SglangConfig
+from roll_r3.engines.parts import Parts
+from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
+from roll_r3.engines.sampling import Sampler
+from roll_r3.engines.sglang.codec import SglangCodec
+from roll_r3.engines.sglang.strategy import SglangStatus
+from roll_r3.engines.startup import WarmUp
+from roll_r3.engines.vllm.codec import VllmCodec
+from roll_r3.engines.vllm.strategy import VllmStatus
+from roll_r3.models.facts import ModelFacts
 from roll_r3.strategies.base import GenerateRequest
 
-STRATEGIES = {"sglang": SglangRollout, "vllm": VllmRollout}
 SAMPLING = Sampling(max_new_tokens=8)
 TRAJECTORY = Trajectory.one_turn(
     "x", "", prompt_ids=[0], response_ids=[0], log_probs=[0.0], version=0, finish_reason="stop"
@@ -33,7 +37,7 @@ vllm:num_preemptions_total{engine="1",model_name="m"} 2.0
 """
 
 
-def rollout(name: str, prompt_length: int = 300, **generating: Any) -> ServerRollout[Any]:
+def role(name: str, prompt_length: int = 300) -> EngineRole:
     config = RLVRConfig.model_validate(
         {
             "exp_name": "test",
@@ -41,14 +45,10 @@ def rollout(name: str, prompt_length: int = 300, **generating: Any) -> ServerRol
             "prompt_length": prompt_length,
             "response_length": 20,
             "actor_train": {},
-            "actor_infer": {
-                "router_replay": {"mode": "R3"},
-                "strategy_args": {"strategy_name": name},
-                "generating_args": generating,
-            },
+            "actor_infer": {"router_replay": {"mode": "R3"}, "strategy_args": {"strategy_name": name}},
         }
     )
-    return STRATEGIES[name](config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=Path("/dev/null"))
+    return engine_role(config)
 
 
 class Client:
@@ -59,29 +59,45 @@ class Client:
         return self.text.encode()
 
 
-def test_a_request_names_its_rows_and_its_key():
-    asked = Asked(SampleRequest((1, 2, 3), "s", 7, 2, 2, "key"), 5, 0, record_routes=True)
-    body = rollout("sglang").request(asked)
-    assert (body["return_routed_experts"], body["routed_experts_start_len"], body["extra_key"]) == (True, 2, "key")
-    body = rollout("vllm").request(asked)
-    assert (body["sampling_params"]["routed_experts_prompt_start"], body["cache_salt"]) == (2, "key")
+CODECS = {"sglang": SglangCodec(), "vllm": VllmCodec("", trust_remote_code=False)}
+STATUS = {"sglang": SglangStatus(), "vllm": VllmStatus()}
+WHOLE = SampleRequest(
+    (1, 2, 3), "s", 7, Sampling(5, 0.5, 0.9, 20, (7,), ("</a>",)), "g", first_row=2, cached_rows=2, cache_key="key"
+)
+PLAIN = SampleRequest((1, 2, 3), "s", 7, Sampling(5), record_routes=False)
+REQUESTS = {
+    "SGLang, all settings": (
+        "sglang",
+        WHOLE,
+        '{"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9, '
+        '"top_k": 20, "sampling_seed": 7, "skip_special_tokens": false, "stop_token_ids": [7], "stop": ["</a>"]}, '
+        '"return_logprob": true, "return_routed_experts": true, "routed_experts_start_len": 2, "extra_key": "key"}',
+    ),
+    "SGLang, without routes": (
+        "sglang",
+        PLAIN,
+        '{"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 5, "temperature": 1.0, "top_p": 1.0, '
+        '"top_k": -1, "sampling_seed": 7, "skip_special_tokens": false}, "return_logprob": true}',
+    ),
+    "vLLM, all settings": (
+        "vllm",
+        WHOLE,
+        '{"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 20, '
+        '"seed": 7, "logprobs": 0, "detokenize": false, "routed_experts_prompt_start": 2, "stop_token_ids": [7]}, '
+        '"cache_salt": "key"}',
+    ),
+    "vLLM, without routes (it records whatever it is asked for)": (
+        "vllm",
+        PLAIN,
+        '{"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 5, "temperature": 1.0, "top_p": 1.0, "top_k": -1, '
+        '"seed": 7, "logprobs": 0, "detokenize": false, "routed_experts_prompt_start": 3}}',
+    ),
+}
 
 
-def test_what_ends_a_response_is_named():
-    asked = Asked(SampleRequest((1, 2, 3), "s", 7), 5, 0, record_routes=False, stop_strings=("</a>",))
-    params = rollout("sglang", stop_token_ids=[7]).request(asked)["sampling_params"]
-    assert (params["stop_token_ids"], params["stop"]) == ([7], ["</a>"])
-    assert rollout("vllm", stop_token_ids=[7]).request(asked)["sampling_params"]["stop_token_ids"] == [7]
-
-
-def test_without_a_key_and_routes_none_are_named():
-    asked = Asked(SampleRequest((1, 2, 3), "s", 7), 5, 0, record_routes=False)
-    assert not {"return_routed_experts", "routed_experts_start_len", "extra_key"} & set(
-        rollout("sglang").request(asked)
-    )
-    body = rollout("vllm").request(asked)
-    assert "cache_salt" not in body
-    assert body["sampling_params"]["routed_experts_prompt_start"] == 3, "vLLM records whatever it is asked for"
+@pytest.mark.parametrize(("name", "wanted", "body"), REQUESTS.values(), ids=REQUESTS)
+def test_a_request_has_its_own_settings(name, wanted, body):
+    assert json.dumps(CODECS[name].request(Asked(wanted, 0))) == body
 
 
 PAGES = {
@@ -94,7 +110,7 @@ PAGES = {
 
 @pytest.mark.parametrize(("name", "text", "page"), PAGES.values(), ids=PAGES)
 def test_the_server_says_what_its_cache_keeps(name, text, page):
-    assert asyncio.run(rollout(name).cache_page(Client(text))) == page
+    assert asyncio.run(STATUS[name].cache_page(Client(text))) == page
 
 
 def server_info(page: str, off: str = "false") -> str:
@@ -114,46 +130,72 @@ LIES = [
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(("name", "text"), LIES, ids=lambda value: value[:20])
 def test_a_server_that_does_not_say_is_refused(name, text):
-    with pytest.raises(SampleError, match="does not say what the engine's cache keeps") as refused:
-        asyncio.run(rollout(name).cache_page(Client(text)))
+    with pytest.raises(SampleError, match="does not describe the engine's cache") as refused:
+        asyncio.run(STATUS[name].cache_page(Client(text)))
     assert str(refused.value).isprintable() and len(str(refused.value)) < 4000
 
 
 def test_preemptions_are_counted_over_all_of_vllm():
-    assert asyncio.run(rollout("vllm").recomputed(Client(METRICS))) == 5
-    assert asyncio.run(rollout("sglang").recomputed(Client(""))) == 0, "its answers say so themselves"
-    assert asyncio.run(rollout("vllm").recomputed(Client(METRICS.replace("3.0", "1.25e+06")))) == 1_250_002
+    assert asyncio.run(STATUS["vllm"].recomputed(Client(METRICS))) == 5
+    assert asyncio.run(STATUS["sglang"].recomputed(Client(""))) == 0, "its answers say so themselves"
+    assert asyncio.run(STATUS["vllm"].recomputed(Client(METRICS.replace("3.0", "1.25e+06")))) == 1_250_002
 
 
 @pytest.mark.parametrize("count", ["1e999", "1.2.3", "1.5", "NaN", "+Inf", "-1.0", "9" * 5000, "1e+16", "e", "\x1b[2J"])
 def test_what_is_no_count_of_preemptions_is_refused(count):
     with pytest.raises(SampleError, match="does not count preemptions") as refused:
-        asyncio.run(rollout("vllm").recomputed(Client(METRICS.replace("3.0", count))))
+        asyncio.run(STATUS["vllm"].recomputed(Client(METRICS.replace("3.0", count))))
     assert str(refused.value).isprintable() and len(str(refused.value)) < 4000
     with pytest.raises(SampleError, match="does not count preemptions"):
-        asyncio.run(rollout("vllm").recomputed(Client("")))
+        asyncio.run(STATUS["vllm"].recomputed(Client("")))
 
 
-def found_out(engine: ServerRollout[Any], monkeypatch: Any, page: int, found: bool, apart: bool) -> list[SampleRequest]:
-    asked: list[SampleRequest] = []
+class Server:
+    """Stands in for a codec, the status and the client of a server with such a prefix cache."""
 
-    async def cache_page(client: Any) -> int:
-        if page < 0:
+    path = "/generate"
+
+    def __init__(self, page: int, found: bool, apart: bool) -> None:
+        self.page, self.found, self.apart = page, found, apart
+        self.asked: list[SampleRequest] = []
+
+    def load(self) -> None: ...
+
+    async def prepare(self, client: Any) -> None: ...
+
+    async def recomputed(self, client: Any) -> int:
+        return 0
+
+    async def cache_page(self, client: Any) -> int:
+        if self.page < 0:
             raise SampleError("HTTP 404")
-        return page
+        return self.page
 
-    async def prime(wanted: SampleRequest) -> None:
-        asked.append(wanted)
+    def request(self, asked: Asked) -> dict[str, Any]:
+        return {"wanted": asked.sample}
 
-    async def ask(wanted: SampleRequest, *, max_new_tokens: int) -> Sample:
-        asked.append(wanted)
-        return Sample(TRAJECTORY, from_cache=found and (wanted.cache_key == asked[0].cache_key or not apart))
+    async def post(self, path: str, request: dict[str, Any], timeout_s: float, most_bytes: int) -> Any:
+        self.asked.append(request["wanted"])
+        return request["wanted"]
 
-    monkeypatch.setattr(engine, "cache_page", cache_page)
-    monkeypatch.setattr(engine, "_prime", prime)
-    monkeypatch.setattr(engine, "_ask", ask)
-    asyncio.run(engine._find_out_what_is_kept(Client("")))
-    return asked
+    def read(self, body: Any, asked: Asked, facts: ModelFacts) -> Sample:
+        return Sample(TRAJECTORY, from_cache=self.found and (body.cache_key == "warm-up" or not self.apart))
+
+
+class Health:
+    def require_running(self) -> None: ...
+
+    async def until_exit(self, work: Any) -> Any:
+        return await work
+
+
+def warmed_up(server: Any, prompt_length: int = 300) -> Sampler:
+    """A sampler after the warm-up; the first request is the checked sample, the others probe the cache."""
+    settings, health = SglangConfig(), cast("Any", Health())
+    parts = Parts(cast("Any", None), server, server, settings)
+    sampler = Sampler(parts, server, ModelFacts("test", 1, (0,), 4, 2, 1, 1, 260, 64), health, running_requests=8)
+    asyncio.run(WarmUp(parts, server, sampler, health, "engine 0").run(role("sglang", prompt_length), 7))
+    return sampler
 
 
 OUTCOMES = {
@@ -168,20 +210,25 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize(("page", "found", "apart", "rows", "said"), OUTCOMES.values(), ids=OUTCOMES)
-def test_prompts_are_shared_where_one_was_found_again(page, found, apart, rows, said, monkeypatch, caplog):
-    engine = rollout("sglang")
-    asked = found_out(engine, monkeypatch, page, found, apart)
+def test_prompts_are_shared_where_one_was_found_again(page, found, apart, rows, said, caplog):
+    server = Server(page, found, apart)
+    sampler = warmed_up(server)
+    asked = server.asked[1:]
     request = GenerateRequest((1,) * 300, ("a", "b"), (0, 1), "group", SAMPLING, record_routes=True)
-    assert engine._sharing.shareable_rows(request) == rows
+    assert sampler.sharing.shareable_rows(request) == rows
     assert said in caplog.text and bool(said) == bool(caplog.text), "the engine starts, and says why it shares nothing"
     if rows:
         first, second, third = asked
-        assert first == second
-        assert replace(third, cache_key=first.cache_key) == first != third
+        assert replace(first, record_routes=True) == second and not first.record_routes
+        assert replace(third, cache_key=first.cache_key) == second != third
         assert len(first.prompt_ids) == first.cached_rows + 1 == first.first_row + 1 == 65
 
 
-def test_where_no_prompt_is_long_enough_nothing_is_tried(monkeypatch, caplog):
-    assert found_out(rollout("sglang", prompt_length=64), monkeypatch, 1, True, True) == []
+def test_where_no_prompt_is_long_enough_nothing_is_tried(caplog):
+    server = Server(1, True, True)
+    warmed_up(server, prompt_length=64)
+    assert [(len(one.prompt_ids), one.sampling.max_new_tokens) for one in server.asked] == [(4, 2)]
     assert not caplog.text
-    assert len(found_out(rollout("sglang", prompt_length=65), monkeypatch, 1, True, True)) == 3
+    server = Server(1, True, True)
+    warmed_up(server, prompt_length=65)
+    assert len(server.asked) == 4

@@ -11,7 +11,7 @@ import torch
 from own_code import with_code_of_its_own
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from roll_r3.engines.hf.strategy import _read_model
+from roll_r3.engines.hf.model import _read_model
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import TINY

@@ -18,6 +18,7 @@ import torch
 from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.errors import EngineError
 from roll_r3.weights import channel as weights
+from roll_r3.weights.channel import as_sent
 from roll_r3.weights.target import ServerTarget
 
 KEY = "a-very-secret-key"
@@ -165,12 +166,11 @@ def test_a_group_that_comes_about_after_an_engine_failed_to_join_is_left(monkeyp
 
 
 def test_tensors_are_sent_in_the_engines_precision_but_for_those_it_keeps_in_fp32() -> None:
-    channel = SglangWeightChannel([target_at(1)], device="cpu")
     weight = torch.randn(4, 3).t()
-    sent = channel._as_sent("model.layers.0.mlp.gate.weight", weight)
+    sent = as_sent("model.layers.0.mlp.gate.weight", weight, "bfloat16", "cpu")
     assert sent.dtype == torch.bfloat16
     assert sent.is_contiguous()
-    assert channel._as_sent("model.layers.3.mlp.gate.e_score_correction_bias", weight).dtype == torch.float32
+    assert as_sent("model.layers.3.mlp.gate.e_score_correction_bias", weight, "bfloat16", "cpu").dtype == torch.float32
 
 
 def test_only_a_plain_success_counts() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from roll_r3.engines.sampling import SampleError
+from roll_r3.engines.sample import SampleError
 from roll_r3.engines.vllm.server import PLUGIN_PATH
-from roll_r3.engines.vllm.strategy import VllmRollout
+from roll_r3.engines.vllm.strategy import VllmStatus
 from roll_r3.engines.vllm.weights import VllmWeightChannel
 from roll_r3.errors import EngineError
 from roll_r3.weights.target import ServerTarget
@@ -134,8 +134,8 @@ def test_an_answer_without_a_version_is_a_failed_sample(text):
         async def get(self, path: str, timeout_s: float) -> bytes:
             return text
 
-    with pytest.raises(SampleError, match="does not say which weights"):
-        asyncio.run(VllmRollout.why_closed(object.__new__(VllmRollout), Client()))
+    with pytest.raises(SampleError, match="does not give the version of the weights"):
+        asyncio.run(VllmStatus().why_closed(Client(), 4))
 
 
 def test_the_version_of_other_weights_can_be_shown():
@@ -143,7 +143,5 @@ def test_the_version_of_other_weights_can_be_shown():
         async def get(self, path: str, timeout_s: float) -> bytes:
             return b'{"weight_version": "\\u001b[2J' + b"x" * 100_000 + b'"}'
 
-    rollout = object.__new__(VllmRollout)
-    rollout._weight_version = 4
-    why = asyncio.run(rollout.why_closed(Client()))
+    why = asyncio.run(VllmStatus().why_closed(Client(), 4))
     assert "weights of version \\x1b[2Jx" in why and why.isprintable() and len(why) < 1000

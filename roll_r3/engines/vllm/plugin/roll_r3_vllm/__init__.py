@@ -1,7 +1,7 @@
-"""What a vLLM server of roll_r3 has beside vLLM's own: new weights over a torch.distributed group, and a guarded door.
+"""Plugin of a vLLM server: new weights over a torch.distributed group, and a check of the key.
 
-On the import path of the server's processes, which need not have roll_r3. vLLM finds it by the metadata that lies
-beside this package, in every process that it starts.
+It is on the import path of the server's processes, which need not have roll_r3. vLLM finds it in each of its processes
+by the metadata beside this package.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import runpy
 from pathlib import Path
 
 BACKEND = "roll_r3"
-"""What `--weight-transfer-config` calls the way in which weights come."""
+"""Name of this transport in `--weight-transfer-config`."""
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes, in some more than once."""
-    # vLLM's own watch is over workers; the process above them would outlive a server that was killed.
+    """Register the transport. vLLM calls this in each of its processes, in some more than once."""
+    # vLLM watches its workers only; the process above them would outlive a killed server.
     if (parent := multiprocessing.parent_process()) is not None:
         shared = runpy.run_path(str(Path(__file__).parents[4] / "processes.py"))
         shared["die_with_parent"](parent.pid)

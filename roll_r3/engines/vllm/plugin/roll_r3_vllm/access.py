@@ -1,4 +1,4 @@
-"""Nobody talks to the server without its key: vLLM's own check leaves out what updates weights."""
+"""Check of the key on every path: vLLM's own check does not cover weight updates."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 KEY: bytes = b""
-"""Set by the server's main program before it serves."""
+"""Key of the server, set by its main program before it serves."""
 
 
 class RequireKey:
-    """ASGI middleware: any request, to whatever path, without the key is answered with 401."""
+    """ASGI middleware: answer every request without the key with 401."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         assert KEY, "the main program sets the key first"

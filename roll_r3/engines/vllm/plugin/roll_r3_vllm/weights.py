@@ -1,8 +1,8 @@
-"""The receiving end of a weight update in each of the engine's ranks: tensors come by broadcast from the trainer.
+"""Receiving end of a weight update, in each of the engine's ranks: tensors come by broadcast from the trainer.
 
-vLLM's own backends need NCCL and a trainer that has vLLM. This one takes the group that roll_r3's trainer offers every
-engine, over gloo on a CPU and over NCCL on GPUs. A layer is written once all of its tensors are there, so what is held
-besides the model is one request's tensors and the layers that it left unfinished.
+vLLM's own backends need NCCL and a trainer with vLLM. This one joins the group of roll_r3's trainer: gloo on a CPU,
+NCCL on GPUs. A layer is written once all of its tensors are there. So the memory besides the model is one request's
+tensors and the unfinished layers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from roll_r3_vllm.received import ReceivedNames
 
 JOIN_TIMEOUT = 120.0
-"""Seconds."""
+"""Seconds to join the group."""
 _EXPERT_BIAS = "e_score_correction_bias"
-"""A parameter that vLLM leaves out when it counts what a layer has received."""
+"""Parameter that vLLM does not count among the received elements of a layer."""
 
 
 # The module that the trainer joins with, by path: this interpreter need not have roll_r3.
@@ -42,7 +42,7 @@ from_the_trainer = _SHARED["from_the_trainer"]
 
 @dataclass
 class JoinInfo(WeightTransferInitInfo):
-    """Where the group's ranks meet."""
+    """Meeting point of the group's ranks."""
 
     master_address: str
     master_port: int
@@ -51,25 +51,25 @@ class JoinInfo(WeightTransferInitInfo):
     world_size: int
     group_name: str
     backend: str
-    """Of torch.distributed: "gloo" or "nccl"."""
+    """Backend of torch.distributed: "gloo" or "nccl"."""
     timeout_s: float
     """Limit of one broadcast, in seconds."""
 
 
 @dataclass
 class TensorsInfo(WeightTransferUpdateInfo):
-    """What one request brings, in the order of its broadcasts."""
+    """Tensors of one request, in the order of its broadcasts."""
 
     names: list[str]
-    """As in a Hugging Face checkpoint."""
+    """Names in a Hugging Face checkpoint."""
     dtypes: list[str]
-    """torch names."""
+    """torch names of the dtypes."""
     shapes: list[list[int]]
-    """Of whole tensors, not of a rank's part."""
+    """Shapes of whole tensors, not of a rank's part."""
 
 
 class GroupWeights(WeightTransferEngine[JoinInfo, TensorsInfo]):
-    """vLLM calls these methods in each rank: join once; then per update start, any number of receives, finish."""
+    """Methods called by vLLM in each rank: join once; then per update start, any number of receives, finish."""
 
     init_info_cls, update_info_cls = JoinInfo, TensorsInfo
 
@@ -77,7 +77,7 @@ class GroupWeights(WeightTransferEngine[JoinInfo, TensorsInfo]):
     _names: ReceivedNames
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
-        """Join the group; the trainer of an earlier run is left behind."""
+        """Join the group, and leave that of an earlier trainer."""
         self.shutdown()
         self._names = ReceivedNames()
         store = TCPStore(
@@ -101,10 +101,10 @@ class GroupWeights(WeightTransferEngine[JoinInfo, TensorsInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: TensorsInfo) -> None:
-        """Receive the named tensors and hand them to the model's own loader.
+        """Receive the named tensors and pass them to the model's own loader.
 
         Raises:
-            ValueError: a name that the model has not, or that this update has brought already.
+            ValueError: a name unknown to the model, or already in this update.
         """
         if self._group is None:
             raise RuntimeError("this rank has not joined the group")
@@ -120,23 +120,21 @@ class GroupWeights(WeightTransferEngine[JoinInfo, TensorsInfo]):
             self.model.load_weights(received)
 
     def finish_weight_update(self) -> None:
-        """Write what was left unfinished.
+        """Write the unfinished layers.
 
         Raises:
-            ValueError: tensors are missing; vLLM would go on with what its memory held.
+            ValueError: tensors are missing; vLLM would use whatever its memory held.
         """
         if missing := self._names.missing():
-            raise ValueError(
-                f"{len(missing)} tensors that the first update brought never came: {', '.join(missing[:5])} ..."
-            )
+            raise ValueError(f"{len(missing)} tensors of the first update never came: {', '.join(missing[:5])} ...")
         if lacking := unfinished_layers(self.model):
-            raise ValueError(f"weights of {len(lacking)} layers never came whole: {', '.join(lacking[:5])} ...")
+            raise ValueError(f"weights of {len(lacking)} layers are incomplete: {', '.join(lacking[:5])} ...")
         biases = sum(name.endswith(_EXPERT_BIAS) for name, _ in self.model.named_parameters())
         if (came := self._names.ending_in(_EXPERT_BIAS)) < biases:
             raise ValueError(f"{came} tensors {_EXPERT_BIAS} came, the model has {biases}")
         finalize_layerwise_reload(self.model, self.model_config)
         for layer in self.model.modules():
-            if _is_tied(self.model, layer):  # a CPU's kernel holds a copy of its own, of the weights before
+            if _is_tied(self.model, layer):  # a CPU kernel holds a copy of the previous weights
                 layer.quant_method.process_weights_after_loading(layer)
         self._names.finish()
 
@@ -147,16 +145,16 @@ class GroupWeights(WeightTransferEngine[JoinInfo, TensorsInfo]):
 
 
 def unfinished_layers(model: torch.nn.Module) -> list[str]:
-    """Names of the modules that an update has not filled.
+    """Return the names of the modules that an update did not fill.
 
-    Where the vocabulary is padded less than the whole is all there is, and a tied output layer has nothing of its own.
+    With a padded vocabulary an embedding is never filled entirely, and a tied output layer has no weights of its own.
     """
     lacking = []
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         if not info.can_load() or not any(p is not None for p in layer._parameters.values()):
             continue
-        if is_deferred_attention_layer(layer):  # its only parameters are scales that checkpoints seldom have
+        if is_deferred_attention_layer(layer):  # its only parameters are scales, absent from most checkpoints
             continue
         if _is_tied(model, layer):
             continue
@@ -170,5 +168,5 @@ def unfinished_layers(model: torch.nn.Module) -> list[str]:
 
 
 def _is_tied(model: torch.nn.Module, layer: torch.nn.Module) -> bool:
-    """Whether a layer is the output layer of a model whose embedding has its weights."""
+    """Return True for the output layer of a model that shares the embedding's weights."""
     return isinstance(layer, ParallelLMHead) and bool(getattr(model.config, "tie_word_embeddings", False))

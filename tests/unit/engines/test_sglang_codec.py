@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.engines.answers import Asked
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
-from roll_r3.engines.sglang.payload import read_sample
+from roll_r3.config.sampling import Sampling
+from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
+from roll_r3.engines.sglang.codec import SglangCodec
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts, facts_of
 
@@ -63,11 +63,25 @@ def answer(**meta: Any) -> dict[str, Any]:
     }
 
 
-def read_whole(value: Any, *, first_row: int = 0, cached_rows: int = 0, **changes: Any) -> Sample:
-    sample = SampleRequest(PROMPT, "s", 0, first_row, cached_rows)
-    asked = {"sample": sample, "max_new_tokens": 8, "weight_version": 4, "record_routes": True}
+def read_whole(
+    value: Any,
+    *,
+    first_row: int = 0,
+    cached_rows: int = 0,
+    record_routes: bool = True,
+    **sampling: Any,
+) -> Sample:
+    sample = SampleRequest(
+        PROMPT,
+        "s",
+        0,
+        Sampling(**{"max_new_tokens": 8, **sampling}),
+        record_routes=record_routes,
+        first_row=first_row,
+        cached_rows=cached_rows,
+    )
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return read_sample(body, Asked(**{**asked, **changes}), FACTS)
+    return SglangCodec().read(body, Asked(sample, 4), FACTS)
 
 
 def read(value: Any, **changes: Any) -> Trajectory:
@@ -87,7 +101,7 @@ def test_a_good_answer_becomes_a_trajectory() -> None:
 def test_the_stop_string_that_was_asked_for_may_end_a_response() -> None:
     ended = answer(finish_reason={"type": "stop", "matched": "</answer>"})
     assert read(ended, stop_strings=("x", "</answer>")).finish_reason == "stop"
-    with pytest.raises(SampleError, match="'</answer>', which is no stop string"):
+    with pytest.raises(SampleError, match="'</answer>', which is not a requested stop string"):
         read(ended, stop_strings=("x",))
 
 
@@ -164,12 +178,12 @@ def test_broken_routes_are_refused(payload: Any, message: str) -> None:
 
 
 BAD_LOG_PROBS = {
-    "one too few": ([[-0.5, 9, None], [-1.5, 8, None]], "got 2 log-probabilities for 3"),
+    "one too few": ([[-0.5, 9, None], [-1.5, 8, None]], "got 2 log-probabilities for 3 sampled tokens"),
     "not a number": ([[-0.5, 9, None], [float("nan"), 8, None], [0.0, 258, None]], "finite"),
     "infinite": ([[-0.5, 9, None], [float("-inf"), 8, None], [0.0, 258, None]], "finite"),
     "above zero": ([[-0.5, 9, None], [0.5, 8, None], [0.0, 258, None]], "not above 0"),
     "of another token": ([[-0.5, 9, None], [-1.5, 7, None], [0.0, 258, None]], "other tokens"),
-    "null": ([[-0.5, 9, None], [None, 8, None], [0.0, 258, None]], "no numbers"),
+    "null": ([[-0.5, 9, None], [None, 8, None], [0.0, 258, None]], "not numbers"),
     "not entries": ([-0.5, -1.5, 0.0], "cannot be read"),
 }
 
@@ -193,11 +207,17 @@ BAD_ANSWERS = {
     "unfinished": (answer(finish_reason=None), "cannot be read"),
     "stopped by a token that is not there": (
         {**answer(finish_reason={"type": "stop", "matched": 7})},
-        "ended by token 7, but its last token is 258",
+        "token 7 ended the response, but its last token is 258",
     ),
-    "stopped by nothing": (answer(finish_reason={"type": "stop"}), "last token 258 is no end token"),
-    "logits of NaN": (answer(finish_reason={"type": "stop", "matched": "NaN happened"}), "'NaN happened', which is no"),
-    "stopped by what is neither": (answer(finish_reason={"type": "stop", "matched": 258.0}), "matched is 258.0"),
+    "stopped by nothing": (answer(finish_reason={"type": "stop"}), "last token 258 is not an end token"),
+    "logits of NaN": (
+        answer(finish_reason={"type": "stop", "matched": "NaN happened"}),
+        "'NaN happened', which is not",
+    ),
+    "stopped by what is neither": (
+        answer(finish_reason={"type": "stop", "matched": 258.0}),
+        "matched must be an integer, got 258.0",
+    ),
     "a truncated prompt": (answer(prompt_tokens=2), "2 prompt tokens of 3"),
     "no tokens": ({**answer(output_token_logprobs=[]), "output_ids": []}, "shape"),
     "a token outside the vocabulary": ({**answer(), "output_ids": [9, 8, 260]}, "vocabulary of 260"),
@@ -224,14 +244,14 @@ NO_NUMBERS = {
 
 @pytest.mark.parametrize("changes", NO_NUMBERS.values(), ids=NO_NUMBERS)
 def test_what_is_no_whole_number_is_no_token(changes: dict[str, Any]) -> None:
-    with pytest.raises(SampleError, match="no list of whole numbers"):
+    with pytest.raises(SampleError, match="must be a list of integers"):
         read(answer() | changes)
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "cached_tokens", "num_retractions"])
 def test_a_count_that_is_no_whole_number_is_refused(name: str) -> None:
     for value in (3.0, "3", True):
-        with pytest.raises(SampleError, match=f"{name} is .*, which is no whole number"):
+        with pytest.raises(SampleError, match=f"{name} must be an integer, got"):
             read(answer(**({"cached_tokens": 3, "num_retractions": 0} | {name: value})))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from roll_r3.engines.liveness import answers, until_silent
+from roll_r3.engines.health import answers, until_silent
 
 SECONDS = 30.0
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.engines.answers import Asked
-from roll_r3.engines.sampling import Sample, SampleError, SampleRequest
-from roll_r3.engines.vllm.payload import read_npy, read_sample
+from roll_r3.config.sampling import Sampling
+from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
+from roll_r3.engines.vllm.codec import VllmCodec, read_npy
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts, facts_of
 
@@ -80,16 +80,31 @@ def answer(**choice: Any) -> dict[str, Any]:
 
 
 def read_whole(
-    value: Any, model: ModelFacts = FACTS, *, first_row: int = 0, cached_rows: int = 0, **changes: Any
+    value: Any,
+    model: ModelFacts = FACTS,
+    *,
+    first_row: int = 0,
+    cached_rows: int = 0,
+    record_routes: bool = True,
+    **sampling: Any,
 ) -> Sample:
-    sample = SampleRequest(PROMPT, "s", 0, first_row, cached_rows)
-    asked = {"sample": sample, "max_new_tokens": 8, "weight_version": 4, "record_routes": True}
+    sample = SampleRequest(
+        PROMPT,
+        "s",
+        0,
+        Sampling(**{"max_new_tokens": 8, **sampling}),
+        record_routes=record_routes,
+        first_row=first_row,
+        cached_rows=cached_rows,
+    )
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return read_sample(body, Asked(**{**asked, **changes}), model, END_TOKENS)
+    codec = VllmCodec("", trust_remote_code=False)
+    codec.end_tokens = END_TOKENS
+    return codec.read(body, Asked(sample, 4), model)
 
 
-END_TOKENS = {0, 258}
-"""End tokens; 0 is the last token of answers of one token."""
+END_TOKENS = frozenset({0, 258})
+"""0 is the last token of the answers of one token."""
 
 
 def read(value: Any, model: ModelFacts = FACTS, **changes: Any) -> Trajectory:
@@ -222,11 +237,11 @@ def test_any_field_of_any_form_is_read_or_refused(field, value):
 
 
 BAD_LOG_PROBS = {
-    "one too few": ([(-0.5, 9), (-1.5, 8)], "got 2 log-probabilities for 3"),
+    "one too few": ([(-0.5, 9), (-1.5, 8)], "got 2 log-probabilities for 3 sampled tokens"),
     "infinite": ([(-0.5, 9), (float("-inf"), 8), (0.0, 258)], "finite"),
     "above zero": ([(-0.5, 9), (0.5, 8), (0.0, 258)], "not above 0"),
     "of another token": ([(-0.5, 9), (-1.5, 7), (0.0, 258)], "other tokens"),
-    "null": ([(-0.5, 9), (None, 8), (0.0, 258)], "no numbers"),
+    "null": ([(-0.5, 9), (None, 8), (0.0, 258)], "not numbers"),
 }
 
 
@@ -264,7 +279,7 @@ BAD_ANSWERS = {
     "cut short": (answer(finish_reason="length"), "after 3 of 8 tokens"),
     "a truncated prompt": ({**answer(), "usage": {"prompt_tokens": 2}}, "2 prompt tokens of 3"),
     "a token outside the vocabulary": (answer(token_ids=[9, 8, 260]), "vocabulary of 260"),
-    "stopped without an end token": (answer(**without_its_end()), "last token 8 is no end token"),
+    "stopped without an end token": (answer(**without_its_end()), "last token 8 is not an end token"),
     "two choices": ({**answer(), "choices": answer()["choices"] * 2}, "cannot be read"),
     "not JSON": (b"<html>", "cannot be read"),
     "no log-probabilities": (answer(logprobs=None), "cannot be read"),
@@ -278,13 +293,13 @@ def test_broken_answers_are_refused(value, message):
 
 
 def test_more_tokens_than_were_asked_for_are_refused():
-    with pytest.raises(SampleError, match="3 tokens, more than the 2 asked"):
+    with pytest.raises(SampleError, match="3 tokens, more than the requested 2"):
         read(answer(), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("ids", [[9.0, 8, 258], ["9", 8, 258], [True, 8, 258]])
 def test_what_is_no_whole_number_is_no_token(ids):
-    with pytest.raises(SampleError, match="no list of whole numbers"):
+    with pytest.raises(SampleError, match="must be a list of integers"):
         read(answer(token_ids=ids))
 
 

@@ -1,0 +1,48 @@
+"""Settings that go out with each request, and the room of an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from roll_r3.config.derived import samples_at_once, sampling
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.sampling import Sampling
+
+
+def config(strategy: str = "sglang", settings: dict[str, Any] | None = None, **generating: Any) -> RLVRConfig:
+    infer = {
+        "strategy_args": {"strategy_name": strategy, "strategy_config": settings or {}},
+        "generating_args": generating,
+    }
+    fields = {"exp_name": "x", "pretrain": "p", "response_length": 30, "actor_train": {}, "actor_infer": infer}
+    return RLVRConfig.model_validate(fields)
+
+
+def test_training_samples_as_generating_args_say() -> None:
+    assert sampling(config()) == Sampling(max_new_tokens=30)
+    given = {
+        "max_new_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 20,
+        "stop_token_ids": (3,),
+        "stop_strings": ("</a>",),
+    }
+    assert sampling(config(**given)) == Sampling(**given)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "room"),
+    [
+        ("hf_infer", {}, 64),
+        ("hf_infer", {"max_running_requests": 4}, 4),
+        ("sglang", {}, 512),
+        ("sglang", {"max_concurrent_requests": 8}, 8),
+        ("vllm", {"max_running_requests": 16}, 16),
+        ("vllm", {"max_running_requests": 16, "max_concurrent_requests": 8}, 8),
+    ],
+)
+def test_an_engines_room_is_the_smallest_of_its_limits(strategy: str, settings: dict[str, Any], room: int) -> None:
+    assert samples_at_once(config(strategy, settings)) == room
