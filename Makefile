@@ -58,7 +58,7 @@ lint: install
 	@$(PYTHON) -m roll_r3.config.docs --check
 	@$(PYTHON) -m roll_r3.config.schema --check
 	@$(PYTHON) -m roll_r3.preflight.rule_pages --check
-	@$(PYTHON) -m roll_r3.config.roll_yaml --check
+	@$(PYTHON) -m roll_r3.from_roll --check
 	@$(PYTHON) -m roll_r3.tracking.names --check
 	@$(PYTHON) -m docs.packages --check
 
@@ -70,7 +70,7 @@ docs: install ## write the generated pages, the diagram of the packages, and the
 	@$(PYTHON) -m roll_r3.config.docs
 	@$(PYTHON) -m roll_r3.config.schema
 	@$(PYTHON) -m roll_r3.preflight.rule_pages
-	@$(PYTHON) -m roll_r3.config.roll_yaml
+	@$(PYTHON) -m roll_r3.from_roll
 	@$(PYTHON) -m roll_r3.tracking.names
 	@$(PYTHON) -m docs.packages
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from roll_r3.config.derived import checkpoint_of, runs_megatron
+from roll_r3.config.findings.report import InvalidConfigError, has_errors, render
 from roll_r3.config.load import load
 from roll_r3.config.model_role import model_role
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import InvalidConfigError, has_errors, render
 from roll_r3.config.strategies import MegatronConfig
 from roll_r3.errors import CheckpointError, ConfigError, RollError
 from roll_r3.models.checkpoint import resolve_checkpoint

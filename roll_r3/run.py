@@ -19,11 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from roll_r3.config.derived import checkpoint_of, devices_per_node, model_workers
+from roll_r3.config.findings.report import Finding, InvalidConfigError, Origins, as_json, has_errors, render
+from roll_r3.config.findings.write_errors import explain
 from roll_r3.config.load import LoadedConfig, load
-from roll_r3.config.report import Finding, InvalidConfigError, Origins, as_json, has_errors, render
-from roll_r3.config.writing import explain
-from roll_r3.config.yaml_file import to_yaml
+from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.errors import ConfigError, RollError
+from roll_r3.from_roll.translator import ROLL
 from roll_r3.preflight.check import check
 from roll_r3.preflight.plan.make import make_plan
 from roll_r3.preflight.plan.plan import Plan
@@ -101,7 +102,7 @@ def _starts_run(options: argparse.Namespace) -> bool:
 
 
 def _run(options: argparse.Namespace) -> int:
-    loaded = load(options.config, options.overrides)
+    loaded = load(options.config, options.overrides, ROLL)
     surroundings = (elsewhere if options.elsewhere else read_surroundings)(loaded.config)
     findings = check(loaded, surroundings)
     if has_errors(findings):

@@ -168,7 +168,7 @@ class Watch:
     """
 
     def __init__(self, waiting: Waiting, kind: str) -> None:
-        self._waiting, self._kind, self._limits = waiting, kind, waiting.limits
+        self._waiting, self.kind, self._limits = waiting, kind, waiting.limits
         self._workers = waiting.watched()
         self._stopped_daemons: dict[str, float] = {}
         self._looked = time.monotonic()
@@ -178,8 +178,8 @@ class Watch:
 
     def came(self) -> None:
         """Note a result: the wait for the next one begins."""
-        self._waiting.lasted(self._kind, self.spent)
-        self.spent, self._say_at = 0.0, max(SAY_AFTER, 2 * self._waiting.longest(self._kind))
+        self._waiting.lasted(self.kind, self.spent)
+        self.spent, self._say_at = 0.0, max(SAY_AFTER, 2 * self._waiting.longest(self.kind))
 
     def look(self, pending: Sequence[str]) -> None:
         """Check signs of life, at most every `TICK` seconds.
@@ -203,7 +203,7 @@ class Watch:
             self._say_at = self.spent + SAY_EVERY
             self._waiting.report(f"still waiting for {_listed(pending)}, after {self.spent:.0f} s{self._of()}")
         limit = self._limits.call
-        if limit is not None and self.spent > max(limit, 2 * self._waiting.longest(self._kind) + ADDED):
+        if limit is not None and self.spent > max(limit, 2 * self._waiting.longest(self.kind) + ADDED):
             for worker in self._workers:
                 if worker.name in pending:
                     worker.kill()
@@ -213,7 +213,7 @@ class Watch:
             )
 
     def _of(self) -> str:
-        return f" ({self._kind})" if self._kind else ""
+        return f" ({self.kind})" if self.kind else ""
 
     def _look_at(self, worker: Watched, seconds: float) -> None:
         silent = worker.silent

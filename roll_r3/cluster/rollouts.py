@@ -35,6 +35,7 @@ class RolloutGroup(WorkerGroup):
         super().__init__(members, waiting=waiting)
         self._numbers = count()
         self._under_way: dict[Any, tuple[str, Path]] = {}
+        self._restarting: set[Any] = set()
         self._watch: Watch | None = None
 
     @classmethod
@@ -76,6 +77,7 @@ class RolloutGroup(WorkerGroup):
         member = self._named(name)
         ref: Hashable = member.handle.restart.remote()
         self._under_way[ref] = (member.name, member.log)
+        self._restarting.add(ref)
         return ref
 
     def ended(self, timeout: float | None) -> dict[Hashable, Any]:
@@ -84,11 +86,13 @@ class RolloutGroup(WorkerGroup):
         Raises:
             WorkerError: a worker failed or died.
         """
-        if self._watch is None:
-            self._watch = self._waiting.watch("generate")
+        kind = "restart" if self._under_way.keys() <= self._restarting else "generate"
+        if self._watch is None or self._watch.kind != kind:
+            self._watch = self._waiting.watch(kind)
         results: dict[Any, Any] = self._waiting.take(self._under_way, self._watch, timeout)
         for ref in results:
             del self._under_way[ref]
+            self._restarting.discard(ref)
         if results:
             self._watch.came()
         if not self._under_way:

@@ -1,4 +1,4 @@
-"""View of the configuration for the algorithms: the settings that advantages, aggregation and the loss read."""
+"""View of the configuration for the algorithms: settings of advantages, aggregation and the loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from roll_r3.config.pipeline import RolloutCorrectionConfig
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """Settings of the algorithms, under their names in `RLVRConfig`, which describes them.
+    """Settings of the algorithms, under their names in `RLVRConfig`, with the descriptions there.
 
     Made by `roll_r3.config.derived.algorithm_of`. Defaults live in `RLVRConfig` alone.
     """

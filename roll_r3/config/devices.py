@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from roll_r3.config.report import show_value
+from roll_r3.config.findings.report import show_value
 
 MAX_DEVICES = 1 << 16
 """Largest number of devices of a cluster, and so of a role. Devices are numbered from 0."""

@@ -1,45 +1,52 @@
-"""The dialect of a file: ROLL's keys and defaults, or roll_r3's. It is decided once, and a report begins with it."""
+"""Dialect of a file: ROLL's keys and defaults, or roll_r3's. It is decided once, and a report begins with it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 DialectName = Literal["roll", "roll_r3"]
 KEY = "dialect"
-"""The root key that decides, whatever else stands in the file."""
+"""Root key with the dialect; it takes precedence over all other keys."""
 _SHOWN = 3
-"""Signs that a report names."""
+"""Number of signs shown in a report."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """Dialect of one file, and the keys that it was decided by."""
+    """Dialect of one file, and the keys that decided it."""
 
     name: DialectName
     given: bool = False
-    """The file or an override says it by the key `dialect`."""
+    """True if the file or an override has the key `dialect`."""
     rolls: tuple[str, ...] = ()
-    """Patterns of the keys that ROLL alone has, the most telling first."""
+    """Patterns of keys in ROLL alone, the strongest signs first."""
     ours: tuple[str, ...] = ()
-    """Patterns of the keys that roll_r3 alone has."""
+    """Patterns of keys in roll_r3 alone."""
 
     @property
     def is_rolls(self) -> bool:
         return self.name == "roll"
 
     def line(self, file: str) -> str:
-        """One line for people."""
+        """Return one line for a report."""
         read = f"{file} is read as a file {'for ROLL' if self.is_rolls else 'of roll_r3'} (dialect: {self.name})"
         if self.given:
-            return f"{read}, as it says"
+            return f"{read}, as stated"
         if self.is_rolls:
-            return f"{read}: {named(self.rolls)}. `dialect: roll` in the file settles it"
+            return f"{read}: {named(self.rolls)}. `dialect: roll` in the file makes it certain"
         return f"{read}, although it has keys of ROLL: {named(self.rolls)}" if self.rolls else read
 
 
+def given(data: dict[str, Any], otherwise: Dialect) -> Dialect:
+    """Return the dialect in the key `dialect`, or `otherwise` if there is none or an unknown one."""
+    names: tuple[DialectName, ...] = ("roll", "roll_r3")
+    name = next((name for name in names if name == data.get(KEY)), None)
+    return otherwise if name is None else Dialect(name, True, otherwise.rolls, otherwise.ours)
+
+
 def named(signs: tuple[str, ...]) -> str:
-    """The first signs by name, and how many more there are."""
+    """Return the first signs, and the number of others."""
     if len(signs) <= _SHOWN:
         return ", ".join(signs)
     return f"{', '.join(signs[:_SHOWN])} and {len(signs) - _SHOWN} more keys"

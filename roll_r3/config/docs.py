@@ -19,9 +19,9 @@ from pydantic_core import PydanticUndefined
 
 from roll_r3.config import generated
 from roll_r3.config.devices import parse_devices
-from roll_r3.config.explain import is_section, members
+from roll_r3.config.findings.report import show_value
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import show_value
+from roll_r3.config.reading.fields import is_section, members
 from roll_r3.config.tree import join
 
 OUTPUT = Path("docs/configuration.md")

@@ -1,7 +1,7 @@
-"""From a YAML file and overrides to a typed configuration: every mistake at once, with its place.
+"""Loading of a YAML file and overrides into a typed configuration: all mistakes at once, with their places.
 
-What is wrong is left out and the rest goes on, so that one run names the mistakes of every stage. Nothing but the YAML
-file is read: no environment, no clock, no device.
+A wrong value is removed and the rest is read on, so one run reports the mistakes of every stage. Only the YAML file is
+read: no environment, no clock, no device.
 """
 
 from __future__ import annotations
@@ -13,72 +13,65 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from roll_r3.config.dialect import Dialect
-from roll_r3.config.disk import NOTHING, why_no_file
-from roll_r3.config.explain import annotations_at, explain, is_section, members, misread_values
-from roll_r3.config.interpolate import resolve
-from roll_r3.config.overrides import apply
+from roll_r3.config.dialect import given
+from roll_r3.config.findings.report import ABSENT, MAX_FINDINGS, Finding, InvalidConfigError, Origins, limited
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import ABSENT, MAX_FINDINGS, Finding, InvalidConfigError, Origins, limited
-from roll_r3.config.roll_yaml import (
-    blame_includes,
-    dialect_of,
-    doubt,
-    given,
-    include_defaults,
-    other_pipeline,
-    translate,
-)
-from roll_r3.config.tree import Keys, at, dotted, leads_somewhere, remove
-from roll_r3.config.yaml_file import parse_yaml
+from roll_r3.config.reading.disk import MISSING, why_no_file
+from roll_r3.config.reading.explain import explain, misread_values
+from roll_r3.config.reading.fields import annotations_at, is_section, members
+from roll_r3.config.reading.overrides import apply
+from roll_r3.config.reading.yaml_file import parse_yaml
+from roll_r3.config.translator import NoTranslator, Translator, Tree
+from roll_r3.config.tree import Keys, at, dotted, is_at, remove
 
 MAX_BYTES = 1 << 20
-"""Largest file that is read."""
+"""Size limit of a file."""
+_OWN = NoTranslator()
 _MAX_ROUNDS = 100
-"""How often what is wrong is taken out and the rest is looked at again."""
+"""Limit on rounds of removing wrong values and validating the rest."""
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A typed configuration, where its values came from, and what was wrong on the way."""
+    """Typed configuration, the origins of its values, and the mistakes found while loading."""
 
     config: RLVRConfig
-    """With errors among `findings`, values that had to be left out are their defaults here."""
+    """If there are errors in `findings`, removed values have their defaults here."""
     origins: Origins
     findings: tuple[Finding, ...] = ()
     doubtful: frozenset[str] = frozenset()
-    """Dotted paths of what was left out: nothing can be said about combinations with them."""
+    """Dotted paths of removed values: rules about them cannot be checked."""
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Read, override, interpolate and validate a configuration. Rules between fields come after, in `rules`.
+def load(path: Path, overrides: Sequence[str] = (), translator: Translator = _OWN) -> LoadedConfig:
+    """Read, override, interpolate and validate a configuration. Rules between fields follow in `rules`.
 
     Args:
         path: the YAML file.
-        overrides: `a.b.c=value`, applied in order. The value is read as YAML and replaces what stands there; list
-            items are named by number (`device_mapping.0=3`); sections that are missing are made. `a.b.c=null` takes
-            the key away, as if it were not in the file; where null is a value of its own, that is set.
+        overrides: `a.b.c=value`, applied in order. The value is YAML and replaces the old one. List items have
+            numbers (`device_mapping.0=3`); missing sections are created. `a.b.c=null` removes the key, as if it were
+            not in the file; it sets null where null differs from a missing field.
+        translator: reader of files in another dialect. Without it, only a file in roll_r3's own schema can be read.
 
     Raises:
-        InvalidConfigError: the file is not one from which a configuration can be made at all, or has more than
-            `MAX_FINDINGS` mistakes, after which nothing more is looked at.
+        InvalidConfigError: no configuration can be made from the file, or it has more than `MAX_FINDINGS` mistakes;
+            reading stops there.
     """
     text, findings = _read(path)
     if text is None:
         raise InvalidConfigError(findings, Origins(str(path)))
-    return load_text(text, str(path), overrides)
+    return load_text(text, str(path), overrides, translator)
 
 
-def load_text(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """As `load`, of a text that was read from `file`."""
+def load_text(text: str, file: str, overrides: Sequence[str] = (), translator: Translator = _OWN) -> LoadedConfig:
+    """Do the same as `load`, for text read from `file`."""
     data, places, found = _parse(text, file)
     if data is None:
         raise InvalidConfigError(limited(found), Origins(file, places))
-    draft = _Draft(data, file, places, found)
+    draft = _Draft(data, file, places, found, translator)
     for override in overrides:
         draft.set(override)
     draft.decide()
-    draft.include()
     draft.resolve()
     draft.translate()
     config = draft.validated()
@@ -86,20 +79,21 @@ def load_text(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedConf
 
 
 class _Draft:
-    """A configuration on its way to its types: what is wrong is noted and taken out."""
+    """Configuration before it is typed: wrong values are noted and removed."""
 
-    def __init__(self, data: dict[str, Any], file: str, places: dict[str, str], findings: list[Finding]) -> None:
+    def __init__(
+        self, data: dict[str, Any], file: str, places: dict[str, str], findings: list[Finding], translator: Translator
+    ) -> None:
         self.data = data
         self.places = places
         self.findings: list[Finding] = []
         self.doubtful: set[str] = set()
         self._around: set[str] = set()
-        """The paths in `doubtful`, and those of the sections around them."""
+        """Paths in `doubtful`, and those of the sections around them."""
         self._file = file
-        self._includes: Any = None
-        self._unknown_includes: list[Finding] = []
-        self.dialect = dialect_of(data)
-        """Decided by the file alone: no override changes it, but for `dialect=` itself."""
+        self._translator = translator
+        self.dialect = translator.dialect_of(data)
+        """Decided by the file alone: no override changes it, except `dialect=`."""
         self._note(findings)
 
     @property
@@ -108,7 +102,7 @@ class _Draft:
 
     def set(self, override: str) -> None:
         """Apply one `a.b.c=value`."""
-        if findings := apply(override, self.data, self.places):
+        if findings := apply(override, self.data, self.places, self._translator.is_key):
             self._note(findings)
             self._doubt(override.partition("=")[0])
 
@@ -116,95 +110,86 @@ class _Draft:
         """Take an override of `dialect` into account.
 
         Raises:
-            InvalidConfigError: the file is one of another pipeline of ROLL's.
+            InvalidConfigError: the translator rejects the file.
         """
         self.dialect = given(self.data, self.dialect)
-        other = None if self.dialect.given and not self.dialect.is_rolls else other_pipeline(self.data, self.places)
-        if other is not None:
-            signs = tuple(path for path, _ in other.found)
-            self.dialect = self.dialect if self.dialect.is_rolls else Dialect("roll", rolls=signs)
-            raise InvalidConfigError([other], self.origins)
-
-    def include(self) -> None:
-        """Take in what a `defaults:` list of Hydra's names."""
-        self._includes = self.data.get("defaults")
-        self.data, self.places, self._unknown_includes = include_defaults(self.data, self.places)
+        if rejected := self._translator.reject(self.data, self.places, self.dialect):
+            finding, self.dialect = rejected
+            raise InvalidConfigError([finding], self.origins)
 
     def resolve(self) -> None:
-        """Replace every `${section.field}`. Those that need an include which is not read are named with it."""
-        self.data, unresolved = resolve(self.data, self.places)
-        findings, unresolved, blamed = blame_includes(self.data, self._includes, self._unknown_includes, unresolved)
-        for keys in blamed:
-            remove(self.data, keys)
-        self._note(findings)
-        self.leave_out(unresolved)
+        """Replace includes and every `${section.field}`."""
+        self._take(self._translator.resolve(self.data, self.places))
 
     def translate(self) -> None:
-        """Put roll_r3's own keys in the place of ROLL's."""
-        unclear = doubt(self.data, self.places, self.dialect)
-        self.data, self.places, findings = translate(self.data, self.places, self.dialect.name)
-        self._note([*findings, *unclear])
+        """Replace keys of another dialect by roll_r3's own."""
+        self._take(self._translator.translate(self.data, self.places, self.dialect))
+
+    def _take(self, tree: Tree) -> None:
+        self.data, self.places = tree.data, tree.places
+        self._note(tree.findings)
+        self.leave_out(tree.wrong)
 
     def _note(self, findings: Sequence[Finding]) -> None:
-        """Note findings about values that are left out already. Raises InvalidConfigError where they are too many."""
+        """Note findings about values already removed. Raises InvalidConfigError if there are too many."""
         self.findings += findings
         self._doubt(*(path for finding in findings if finding.severity == "error" for path, _ in finding.found))
         self._require_few()
 
     def leave_out(self, wrong: Sequence[tuple[Keys, Finding]]) -> None:
-        """Note what is wrong, unless something at the same place was noted before, and take the values out.
+        """Note findings, except at places with an earlier finding, and remove their values.
 
         Raises:
-            InvalidConfigError: that is too much.
+            InvalidConfigError: there are too many.
         """
         self.findings += [finding for _, finding in wrong if not self._is_doubtful(finding.path)]
         self._require_few()
         for keys, finding in wrong:
             if finding.found[0][1] is ABSENT:
                 self._fill_in(keys)
-            elif leads_somewhere(self.data, keys):
+            elif is_at(self.data, keys):
                 remove(self.data, keys)
             self._doubt(finding.path, dotted(keys))
 
     def _doubt(self, *paths: str) -> None:
-        """Nothing is known any more of the values at `paths`."""
+        """Mark the values at `paths` as unknown."""
         self.doubtful.update(paths)
         self._around.update(outer for path in paths for outer in _sections_of(path))
 
     def _is_doubtful(self, path: str) -> bool:
-        """Whether the value at `path`, one inside it, or a section around it is left out already."""
+        """Return true if the value at `path`, one inside it, or a section around it is already removed."""
         return path in self._around or not self.doubtful.isdisjoint(_sections_of(path))
 
     def _require_few(self) -> None:
-        # Each of them costs time in every later stage, and nobody reads on.
+        # Each finding costs time in every later stage, and nobody reads this many.
         if sum(finding.severity == "error" for finding in self.findings) > MAX_FINDINGS:
             raise InvalidConfigError(limited(self.findings), self.origins)
 
     def validated(self) -> RLVRConfig:
-        """The typed configuration of what is right."""
+        """Return the typed configuration of the remaining values."""
         self.leave_out(misread_values(self.data))
         for _ in range(_MAX_ROUNDS):
             try:
                 return RLVRConfig.model_validate(self.data)
             except ValidationError as error:
                 self.leave_out(explain(error, self.data))
-        raise AssertionError(f"{_MAX_ROUNDS} rounds left something wrong: {self.findings[-1]}")
+        raise AssertionError(f"mistakes are left after {_MAX_ROUNDS} rounds: {self.findings[-1]}")
 
     def _fill_in(self, keys: Keys) -> None:
-        """Something for a required field, so that the rest can be looked at."""
+        """Set a placeholder for a required field, so that the rest can be validated."""
         kinds = [kind for annotation in annotations_at(dotted(keys)) for kind in members(annotation)]
         at(self.data, keys[:-1])[keys[-1]] = {} if any(is_section(kind) for kind in kinds) else "missing"
 
 
 def _sections_of(path: str) -> list[str]:
-    """`path` and the paths of the sections around it."""
+    """Return `path` and the paths of the sections around it."""
     keys = path.split(".")
     return [".".join(keys[:depth]) for depth in range(1, len(keys) + 1)]
 
 
 def _read(path: Path) -> tuple[str | None, list[Finding]]:
-    """The file's text, or what is wrong with it."""
-    if (why := why_no_file(path)) not in ("", NOTHING):
+    """Return the file's text, or None and a finding."""
+    if (why := why_no_file(path)) not in ("", MISSING):
         return None, [_file_finding(f"{path} cannot be read: {why}")]
     try:
         with path.open("rb") as stream:
@@ -215,12 +200,12 @@ def _read(path: Path) -> tuple[str | None, list[Finding]]:
     except (OSError, ValueError) as error:
         return None, [_file_finding(f"{path} cannot be read: {error}")]
     if len(raw) > MAX_BYTES:
-        return None, [_file_finding(f"{path} is larger than {MAX_BYTES} bytes: this is not a configuration")]
+        return None, [_file_finding(f"{path} is larger than {MAX_BYTES} bytes, too large for a configuration")]
     return text, []
 
 
 def _parse(text: str, file: str) -> tuple[dict[str, Any] | None, dict[str, str], list[Finding]]:
-    """The top-level mapping, `file:line` of every key, and what is wrong; None: nothing can be made of it."""
+    """Return the top-level mapping, `file:line` of every key, and findings; None: no mapping can be read."""
     parsed = parse_yaml(text, file)
     data, findings = parsed.value, parsed.findings
     if isinstance(data, dict):

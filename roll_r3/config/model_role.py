@@ -14,8 +14,8 @@ from roll_r3.config.derived import (
     model_workers,
     optimizer_steps,
 )
+from roll_r3.config.findings.report import Origins, has_errors, render
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Origins, has_errors, render
 from roll_r3.config.rules import check_rules
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, ReplayMode, TrainingArgs
 from roll_r3.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from roll_r3.config.report import show_value
+from roll_r3.config.findings.report import show_value
 
 MAX_TEXT = 4096
 """Largest length of a layout as written."""

@@ -41,7 +41,7 @@ def holds(node: Any, key: str | int) -> bool:
     )
 
 
-def leads_somewhere(node: Any, keys: Keys) -> bool:
+def is_at(node: Any, keys: Keys) -> bool:
     """Return true if there is a value at `keys`."""
     for key in keys:
         if not holds(node, key):

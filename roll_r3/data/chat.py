@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from roll_r3.config.readable import readable
+from roll_r3.config.findings.readable import readable
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.columns import Message
 from roll_r3.data.faults import DataError

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from roll_r3.config.readable import printable, readable
+from roll_r3.config.findings.readable import printable, readable
 from roll_r3.data.faults import DataError, quoted, shown
 from roll_r3.data.json_text import Number, parse
 

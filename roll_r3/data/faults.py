@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from roll_r3.config.readable import printable
+from roll_r3.config.findings.readable import printable
 
 _MAX_CHARS = 60
 """Maximum number of characters of a shown value."""

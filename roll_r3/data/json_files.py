@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from roll_r3.config.readable import readable
+from roll_r3.config.findings.readable import readable
 from roll_r3.data.faults import DataError, empty, shown
 from roll_r3.data.json_text import parse
 from roll_r3.data.sources import ReadLimit

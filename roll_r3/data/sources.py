@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from roll_r3.config.disk import NOTHING, is_file, why_no_file
+from roll_r3.config.reading.disk import MISSING, is_file, why_no_file
 from roll_r3.data.faults import DataError, Faults
 from roll_r3.data.tiny_task import BUNDLED_TASKS
 
@@ -75,6 +75,6 @@ def _source_error(file: str) -> DataError | None:
     if not format_of(file):
         return DataError("format", "not a file of a known format", _WANTED)
     if why := why_no_file(Path(file)):
-        problem = f"cannot be read, {why}" if why != NOTHING else why
+        problem = f"cannot be read, {why}" if why != MISSING else why
         return DataError("nothing", problem, _WANTED)
     return None

@@ -19,7 +19,7 @@ import pybase64
 
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import FinishReason, Trajectory
-from roll_r3.config.readable import readable
+from roll_r3.config.findings.readable import readable
 from roll_r3.engines.sample import Asked, Sample, SampleError
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from roll_r3.config.readable import readable
+from roll_r3.config.findings.readable import readable
 from roll_r3.engines.sample import SampleError
 
 _PLAIN_ANSWER = 64 << 20

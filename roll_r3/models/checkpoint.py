@@ -8,9 +8,9 @@ import re
 from pathlib import Path, PurePath
 from typing import Any
 
-from roll_r3.config.disk import is_directory, is_file, read_at_most
-from roll_r3.config.readable import readable
-from roll_r3.config.report import show_value
+from roll_r3.config.findings.readable import readable
+from roll_r3.config.findings.report import show_value
+from roll_r3.config.reading.disk import is_directory, is_file, read_at_most
 from roll_r3.errors import ConfigError
 
 _REPOSITORY = re.compile(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roll_r3.config.disk import read_at_most, why_no_file
+from roll_r3.config.reading.disk import read_at_most, why_no_file
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import Architecture, read_integer, read_integer_or

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+from roll_r3.config.findings.report import show_value
 from roll_r3.config.pipeline_layout import parse_pipeline_layout
-from roll_r3.config.report import show_value
 from roll_r3.config.strategies import MegatronConfig
 
 ChunkLayers = tuple[tuple[tuple[int, ...], ...], ...]

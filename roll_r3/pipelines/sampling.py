@@ -37,6 +37,7 @@ def sample_all(pool: EnginePool, requests: Sequence[GenerateRequest]) -> list[Ge
         EngineError: an engine went down more often than the configuration allows in a step.
         WorkerError: a worker failed or died.
     """
+    assert not pool.in_flight, "results of other requests would be taken for these"
     tickets = pool.submit(requests)
     results: dict[int, GenerateResult] = {}
     while len(results) < len(tickets):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from roll_r3.config.findings.report import Finding, InvalidConfigError, Origins, has_errors
 from roll_r3.config.load import LoadedConfig
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Finding, InvalidConfigError, Origins, has_errors
 from roll_r3.config.rules import check_rules
 from roll_r3.preflight.rules import PREFLIGHT_RULES
 from roll_r3.preflight.surroundings import Surroundings

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roll_r3.config.disk import is_directory, is_file, matches, read_at_most, unseen, why_no_file
-from roll_r3.config.report import show_value
+from roll_r3.config.findings.report import show_value
+from roll_r3.config.reading.disk import is_directory, is_file, matches, read_at_most, why_no_file, why_unknown
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.checkpoint import INDEX, cached_file, is_hub_name, read_index
@@ -46,7 +46,7 @@ def find_model(name: str) -> Model | str:
     directory = Path(name)
     if is_directory(directory):
         return _read(directory / "config.json")
-    if why := unseen(directory):
+    if why := why_unknown(directory):
         return f"it cannot be read: {why}"
     if not is_hub_name(name):
         return "there is no such directory (a name on the hub has the form owner/model)"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from roll_r3.config.disk import NOTHING, is_directory, unseen, why_no_file
+from roll_r3.config.reading.disk import MISSING, is_directory, why_no_file, why_unknown
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.faults import Faults
 from roll_r3.data.rows import validate_rows
@@ -27,11 +27,11 @@ def output_problem(output_dir: str, exp_name: str) -> str:
     """Return why output_dir/exp_name cannot be written; empty if it can."""
     path = Path(output_dir).absolute() / exp_name
     for folder in (path, *path.parents):
-        if why := unseen(folder):
+        if why := why_unknown(folder):
             return f"{folder}: {why}"
         if is_directory(folder):
             return "" if os.access(folder, os.W_OK) else f"{folder} is not writable"
-        if why_no_file(folder) != NOTHING:
+        if why_no_file(folder) != MISSING:
             return f"{folder} is not a directory"
     return f"{path} cannot be made"
 
@@ -41,7 +41,7 @@ def resume_problem(name: str) -> str:
     if name in ("off", "auto"):
         return ""
     path = Path(name)
-    if why := unseen(path):
+    if why := why_unknown(path):
         return f"{name}: {why}"
     if not is_directory(path):
         return f"{name} is not a directory"

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from roll_r3.config import generated
-from roll_r3.config.report import MAX_FINDINGS, MORE
+from roll_r3.config.findings.report import MAX_FINDINGS, MORE
 from roll_r3.config.rules import RULES as CONFIG_RULES
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.table import Example, Row

@@ -11,8 +11,8 @@ from roll_r3.config.derived import (
     model_workers,
     runs_megatron,
 )
+from roll_r3.config.findings.report import Origins
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Origins
 from roll_r3.config.rules.devices import shared_with_engines
 from roll_r3.preflight.surroundings import Surroundings
 
@@ -21,7 +21,7 @@ def summary(config: RLVRConfig, origins: Origins, surroundings: Surroundings) ->
     """Return the summary of a run, and the model as known to the check."""
     only = ", on CPU slots only" if config.device_type == "auto" and shared_with_engines(config) else ""
     lines = [
-        f"valid{only}: {origins.said_first or origins.file}",
+        f"valid{only}: {origins.headline or origins.file}",
         f"  {config.exp_name}: {config.max_steps} steps of {config.rollout_batch_size} prompts x "
         f"{config.num_return_sequences_in_group} samples",
         f"  model: {_model(config, surroundings)}",

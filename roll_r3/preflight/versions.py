@@ -14,8 +14,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from roll_r3.config.derived import changed, megatron_workers, sglang, vllm
-from roll_r3.config.disk import is_file, matches
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.reading.disk import is_file, matches
 from roll_r3.config.rules.paths import ENGINE
 
 

@@ -19,7 +19,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from roll_r3.config.readable import printable, readable
+from roll_r3.config.findings.readable import printable, readable
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.rewards.calls import Response
 from roll_r3.rewards.rules import Rule

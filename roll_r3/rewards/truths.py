@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from roll_r3.config.readable import printable
+from roll_r3.config.findings.readable import printable
 from roll_r3.errors import ConfigError
 from roll_r3.rewards.calls import Response
 from roll_r3.rewards.process import Answer, Failure, Task, Undecided

@@ -18,10 +18,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from roll_r3.config.disk import read_at_most
-from roll_r3.config.readable import printable, readable
-from roll_r3.config.report import show_value
-from roll_r3.config.writing import naming
+from roll_r3.config.findings.readable import printable, readable
+from roll_r3.config.findings.report import show_value
+from roll_r3.config.findings.write_errors import with_filename
+from roll_r3.config.reading.disk import read_at_most
 from roll_r3.errors import CheckpointError, RollError
 
 MANIFEST, MARKER = "manifest.json", "complete"
@@ -181,7 +181,7 @@ def _listed(folder: Path) -> dict[str, FileSum]:
 
 def write_durably(path: Path, text: str) -> None:
     """Write a file and sync it to disk."""
-    with naming(path), path.open("w", encoding="utf-8") as stream:
+    with with_filename(path), path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -191,7 +191,7 @@ def sync_directory(folder: Path) -> None:
     """Sync the names in a directory to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with naming(folder):
+        with with_filename(folder):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

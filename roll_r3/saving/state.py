@@ -10,8 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from roll_r3.config.disk import read_at_most
-from roll_r3.config.readable import readable
+from roll_r3.config.findings.readable import readable
+from roll_r3.config.reading.disk import read_at_most
 from roll_r3.errors import CheckpointError, ConfigError
 
 STATE = "state.json"

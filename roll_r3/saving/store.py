@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 
-from roll_r3.config.disk import read_at_most
+from roll_r3.config.reading.disk import read_at_most
 from roll_r3.errors import CheckpointError
 from roll_r3.saving.manifest import FileSum, seal, sync_directory, verify, write_durably
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from roll_r3.config.writing import naming
+from roll_r3.config.findings.write_errors import with_filename
 from roll_r3.tracking.names import METRICS
 from roll_r3.tracking.report import summarised
 from roll_r3.tracking.run_dir import RunDir
@@ -44,10 +44,10 @@ class MetricLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with naming(self._path):
+            with with_filename(self._path):
                 self._file.close()
             if self._board is not None:
-                with naming(self._board_path):
+                with with_filename(self._board_path):
                     self._board.close()
         except OSError:
             if error is None:  # otherwise a full disk would be reported twice
@@ -66,14 +66,14 @@ class MetricLog:
         self.history.append(summarised(row))
         # JSON has no NaN or infinity: written as null; TensorBoard shows them
         line = {"step": step} | {n: v if math.isfinite(v) else None for n, v in row.items()}
-        with naming(self._path):
+        with with_filename(self._path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         self._show(step, row)
 
     def _show(self, step: int, row: Mapping[str, float]) -> None:
         if self._board is not None:
-            with naming(self._board_path):
+            with with_filename(self._board_path):
                 for name, value in row.items():
                     self._board.add_scalar(name, value, step)
                 self._board.flush()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from roll_r3.config.writing import explain
+from roll_r3.config.findings.write_errors import explain
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from roll_r3.config.report import show_value
+from roll_r3.config.findings.report import show_value
 from roll_r3.errors import CheckpointError, ConfigError
 from roll_r3.models.checkpoint import INDEX, own_file, tensor_files
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from roll_r3.config.readable import readable
+from roll_r3.config.findings.readable import readable
 from roll_r3.errors import EngineError
 from roll_r3.weights.group import from_the_trainer, join_group, leave_group, set_timeout
 from roll_r3.weights.target import ServerTarget

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from roll_r3 import export, run
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.config.rules.example import MINIMAL
-from roll_r3.config.yaml_file import to_yaml
 from roll_r3.data.prompts import prompt_batches
 from roll_r3.errors import CheckpointError, ConfigError, RollError
 from roll_r3.pipelines.lifecycle import resume

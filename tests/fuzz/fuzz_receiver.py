@@ -66,10 +66,10 @@ class Receiver:
         """Raise Wrong unless the model has the tensors of the call."""
         if value["key"] != "right":
             raise Wrong("a caller without the key was let in")
-        size = int(value["size"])
-        data = value["data"] if size < 0 else value["data"][:size]
+        version, size = f"{value['version']} {value['size']}".split()
+        data = value["data"] if int(size) < 0 else value["data"][: int(size)]
         sent = load(data) if data else {}
-        if self._receiver.version != value["version"] or (sent and value["version"].isdecimal()):
+        if self._receiver.version != version or (sent and version.isdecimal()):
             raise Wrong(f"the version is {self._receiver.version!r}")
         for name, tensor in self._tensors.items():
             expected = sent.get(name, torch.full(SHAPES[name], 7.0)).to(torch.float32)

@@ -14,7 +14,7 @@ from megatron_cases import Case, largest_difference, make_batch, open_strategy, 
 from sglang_cases import Engine, configuration
 
 from roll_r3.batch.batch import Batch
-from roll_r3.config.yaml_file import to_yaml
+from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.export import export
 from roll_r3.saving.manifest import file_sum, files_below
 from roll_r3.saving.state import CONFIG, TRAINER

@@ -213,7 +213,7 @@ def test_every_mistake_of_a_file_is_found_in_one_run_with_its_line(tmp_path, cap
 
 
 def test_a_file_of_roll_is_checked_like_any_other(capsys):
-    path = ROOT / "tests" / "unit" / "config" / "roll" / "sglang.yaml"
+    path = ROOT / "tests" / "unit" / "from_roll" / "files" / "sglang.yaml"
     assert run.main(["--config", str(path), "--validate-only", "--elsewhere"]) == 2
     assert "error [engines-beyond-loopback]" in capsys.readouterr().err
     reachable = "actor_infer.strategy_args.strategy_config.host=0.0.0.0"
@@ -338,7 +338,7 @@ def test_usage_errors_have_status_2():
     assert "--config" in done.stderr
 
 
-ROLLS = ROOT / "tests" / "unit" / "config" / "roll" / "sglang.yaml"
+ROLLS = ROOT / "tests" / "unit" / "from_roll" / "files" / "sglang.yaml"
 ANYWHERE = "actor_infer.strategy_args.strategy_config.host=0.0.0.0"
 """Its engines are on another node than its trainer."""
 

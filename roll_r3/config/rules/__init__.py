@@ -6,8 +6,8 @@ One module per topic. Rules about more than the YAML (model, capabilities of str
 
 from __future__ import annotations
 
+from roll_r3.config.findings.report import Finding
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Finding
 from roll_r3.config.rules import algorithm, batching, data, devices, layout, replay, rollout, saving, waiting
 from roll_r3.config.rules.table import AnyRule, check_rows
 

@@ -17,8 +17,8 @@ from roll_r3.config.derived import (
     model_workers,
     values_at,
 )
+from roll_r3.config.findings.report import Finding, Severity, show_value
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Finding, Severity, show_value
 from roll_r3.config.tree import join
 from roll_r3.errors import ConfigError
 

@@ -18,7 +18,7 @@ from socketserver import StreamRequestHandler, ThreadingTCPServer
 import torch
 from safetensors.torch import load, save
 
-from roll_r3.config.readable import readable
+from roll_r3.config.findings.readable import readable
 from roll_r3.errors import EngineError
 from roll_r3.weights.buckets import fill_buckets
 from roll_r3.weights.channel import as_sent, incomplete

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from roll_r3.config.readable import readable
+from roll_r3.config.findings.readable import readable
 from roll_r3.engines.answers import (
     Answer,
     checked_sample,

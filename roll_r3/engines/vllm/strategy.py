@@ -7,7 +7,7 @@ import logging
 import os
 
 from roll_r3.config.engine_role import EngineRole
-from roll_r3.config.readable import readable
+from roll_r3.config.findings.readable import readable
 from roll_r3.config.strategies import VllmConfig
 from roll_r3.engines.client import ServerClient
 from roll_r3.engines.parts import Parts

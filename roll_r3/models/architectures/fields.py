@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from roll_r3.config.report import show_value
+from roll_r3.config.findings.report import show_value
 
 RawConfig = Mapping[str, Any]
 """config.json as written."""

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 from roll_r3.cluster.placement import place
 from roll_r3.cluster.roles import Roles
 from roll_r3.cluster.session import ray_cluster
+from roll_r3.config.findings.write_errors import with_filename
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.writing import naming
 from roll_r3.data.prompts import Prompt, prompt_batches
 from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
 from roll_r3.pipelines.experience import Experience, ScoredSample
@@ -162,7 +162,7 @@ class Attempts:
         before: list[ScoredSample] = []
         shown: list[ScoredSample] = []
         path = self._run_dir.samples_file
-        with naming(path), path.open("a") as samples_file:
+        with with_filename(path), path.open("a") as samples_file:
             try:
                 with self._shutdown.as_raised():
                     for step in range(done + 1, self._config.max_steps + 1):

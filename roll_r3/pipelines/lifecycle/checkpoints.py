@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Self
 
 from roll_r3.cluster.models import ModelGroup
+from roll_r3.config.findings.write_errors import disk_of, explain
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.writing import disk_of, explain
-from roll_r3.config.yaml_file import to_yaml
+from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError, RollError
 from roll_r3.pipelines.lifecycle.shutdown import GracefulExit, ImmediateExit, Shutdown
 from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below, write_durably

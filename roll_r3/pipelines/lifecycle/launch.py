@@ -14,9 +14,9 @@ from typing import Any
 
 from roll_r3.cluster.logs import FORMAT
 from roll_r3.config.derived import checkpoint_of, sglang, vllm, workers
+from roll_r3.config.findings.report import Origins
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Origins
-from roll_r3.config.yaml_file import to_yaml
+from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.data.prompts import read_prompts
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint import resolve_checkpoint

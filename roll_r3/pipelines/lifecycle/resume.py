@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from roll_r3.config.derived import saving_dir
-from roll_r3.config.disk import is_directory, read_at_most
+from roll_r3.config.findings.readable import readable
+from roll_r3.config.findings.report import show_value
+from roll_r3.config.findings.write_errors import CANNOT_CREATE
 from roll_r3.config.load import MAX_BYTES
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.readable import readable
-from roll_r3.config.report import show_value
+from roll_r3.config.reading.disk import is_directory, read_at_most
+from roll_r3.config.reading.yaml_file import parse_yaml, to_yaml
 from roll_r3.config.tree import join
-from roll_r3.config.writing import UNMAKEABLE
-from roll_r3.config.yaml_file import parse_yaml, to_yaml
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import BusyError, CheckpointError, ConfigError
 from roll_r3.pipelines.lifecycle.checkpoints import stores_of
@@ -93,7 +93,7 @@ def _directory(config: RLVRConfig, now: datetime, run: str | None) -> RunDir:
             return RunDir.reopen(*where, run, saving_dir=saving)
         return RunDir.create(*where, now, saving_dir=saving)
     except OSError as error:
-        if error.errno not in UNMAKEABLE:
+        if error.errno not in CANNOT_CREATE:
             raise
         raise ConfigError(
             f"output_dir: {config.output_dir}: the run's directory cannot be made: {error}; name a directory that can "

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from roll_r3.config.derived import MegatronWorker, checkpoint_of, megatron_workers, model_workers, values_at
+from roll_r3.config.findings.report import Finding
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Finding
 from roll_r3.config.rules.table import Row, Verdict
 from roll_r3.engines.vllm.version import TESTED
 from roll_r3.models.architectures.base import RawConfig

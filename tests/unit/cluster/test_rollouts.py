@@ -56,3 +56,20 @@ def test_requests_go_out_in_one_call_and_results_come_one_by_one(ended: dict[Any
     assert group.ended(0.0) == {}
     ended |= {first[0]: "a", second[0]: "c"}
     assert group.ended(1.0) == {first[0]: "a", second[0]: "c"}
+
+
+def test_a_wait_is_named_after_its_calls(ended: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart takes longer than samples do, so each has a limit of its own."""
+    group, _ = group_of(2)
+    kinds: list[str] = []
+    watch = group._waiting.watch
+    monkeypatch.setattr(group._waiting, "watch", lambda kind: kinds.append(kind) or watch(kind))
+    restart = group.begin_restart("actor_infer-0")
+    (call,) = group.begin_generate("actor_infer-1", [request("a")])
+    group.ended(0.0)
+    ended[call] = "a"
+    group.ended(0.0)
+    group.ended(0.0)
+    ended[restart] = ""
+    group.ended(0.0)
+    assert kinds == ["generate", "restart"]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from roll_r3.config.findings.report import Finding, InvalidConfigError, has_errors
 from roll_r3.config.load import LoadedConfig, load
-from roll_r3.config.report import Finding, InvalidConfigError, has_errors
 from roll_r3.config.rules.example import MINIMAL
 
 LoadText = Callable[..., LoadedConfig]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from roll_r3.config.interpolate import resolve
-from roll_r3.config.report import InvalidConfigError
+from roll_r3.config.findings.report import InvalidConfigError
+from roll_r3.config.reading.interpolate import resolve
 from roll_r3.config.rules.example import MINIMAL
 from tests.unit.config.conftest import findings_of
 

@@ -12,10 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from roll_r3.config.findings.report import InvalidConfigError
 from roll_r3.config.load import MAX_BYTES, load
-from roll_r3.config.report import InvalidConfigError
+from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.config.rules.example import MINIMAL
-from roll_r3.config.yaml_file import to_yaml
 from roll_r3.errors import ConfigError
 from tests.unit.config.conftest import only
 
@@ -57,7 +57,7 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins(load_text):
         ("=3", "not an override"),
         ("a..b=3", "not an override"),
         ("seed =3", "not an override"),
-        ("actor_train.data_args.file_name.x=3", "holds a value"),
+        ("actor_train.data_args.file_name.x=3", "is a value, not a section"),
         ("actor_train.device_mapping.3=3", "list of 2 items"),
         ("actor_train.device_mapping.x=3", "list of 2 items"),
         ("seed=[1", "not YAML"),
@@ -201,3 +201,19 @@ def test_a_key_that_a_terminal_obeys_is_shown_as_it_is_written(load_text):
     with pytest.raises(InvalidConfigError, match=r"\\x1b\[2J\\n = 1") as refused:
         load_text(MINIMAL + '"\\e[2J\\n": 1\n')
     assert all(line.isprintable() for line in str(refused.value).split("\n"))
+
+
+def test_a_file_for_roll_needs_a_translator(load_text):
+    finding = only(load_text, f"dialect: roll\n{MINIMAL}")
+    assert (finding.rule, finding.found) == ("bad-value", (("dialect", "roll"),))
+    assert "--print-config" in finding.fix
+    assert load_text(f"dialect: roll_r3\n{MINIMAL}").config == load_text(MINIMAL).config
+
+
+def test_a_key_of_rolls_is_unknown_without_a_translator(load_text):
+    assert only(load_text, f"{MINIMAL}hydra: {{}}\n").rule == "unknown-field"
+
+
+def test_loading_does_not_import_the_translation_of_rolls_files():
+    code = "import sys, roll_r3.config.load, roll_r3.preflight.check; sys.exit('roll_r3.from_roll' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -7,9 +7,7 @@ import re
 
 import pytest
 
-from roll_r3.config.explain import PATTERNS
-from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import (
+from roll_r3.config.findings.report import (
     ABSENT,
     MAX_FINDINGS,
     MORE,
@@ -20,6 +18,8 @@ from roll_r3.config.report import (
     limited,
     render,
 )
+from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.reading.explain import PATTERNS
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE
 from tests.unit.config.conftest import findings_of, only
@@ -173,7 +173,6 @@ MANY = MAX_FINDINGS + 50
         ("seed: 1\n" * 9000, "duplicate-key", 8999),
         ("x: [" + "!x 1," * 9000 + "]\n", "yaml-tag", 9000),
         ("x: [" + ".inf," * 9000 + "]\n", "bad-value", 9000),
-        ("defaults: [" + "a," * 9000 + "]\n", "roll-include", 9000),
         ("rewards: {" + ",".join(f"r{i}: {{}}" for i in range(9000)) + "}\n", "missing-field", 9000),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 30 else "",

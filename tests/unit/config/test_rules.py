@@ -6,7 +6,7 @@ import pytest
 
 from roll_r3.batch.token_map import Layout
 from roll_r3.config.derived import token_alignment
-from roll_r3.config.report import render
+from roll_r3.config.findings.report import render
 from roll_r3.config.rules import RULES, check_rules
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.strategies import MegatronConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from roll_r3.config.writing import explain, naming
+from roll_r3.config.findings.write_errors import explain, with_filename
 
 FULL = Path("/dev/full")
 """A device without space: every write to it fails as on a full disk."""
@@ -19,9 +19,13 @@ def test_a_write_that_names_no_file_gets_its_name() -> None:
     with pytest.raises(OSError, match="No space") as plain, FULL.open("w") as stream:
         stream.write("x")
     assert plain.value.filename is None, "else this is of no use"
-    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"), naming(FULL), FULL.open("w") as stream:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '/dev/full'"),
+        with_filename(FULL),
+        FULL.open("w") as stream,
+    ):
         stream.write("x")
-    with pytest.raises(FileNotFoundError, match="'/no/such'"), naming(FULL), Path("/no/such").open():
+    with pytest.raises(FileNotFoundError, match="'/no/such'"), with_filename(FULL), Path("/no/such").open():
         pass
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from roll_r3.config.report import InvalidConfigError
+from roll_r3.config.findings.report import InvalidConfigError
+from roll_r3.config.reading.yaml_file import MAX_NODES, MAX_PATH, parse_yaml, to_yaml
 from roll_r3.config.rules.example import MINIMAL
-from roll_r3.config.yaml_file import MAX_NODES, MAX_PATH, parse_yaml, to_yaml
 from tests.unit.config.conftest import findings_of, only
 
 

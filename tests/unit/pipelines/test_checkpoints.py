@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from fake_run import FakeRun, config_of
 
-from roll_r3.config.yaml_file import to_yaml
+from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.errors import CheckpointError, LostWorkerError
 from roll_r3.pipelines.lifecycle.checkpoints import lacks_export, try_saving
 from roll_r3.pipelines.lifecycle.shutdown import GracefulExit, ImmediateExit

@@ -12,12 +12,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from roll_r3.config.explain import fields_at
+from roll_r3.config.findings.report import Finding, InvalidConfigError, as_json, has_errors, render
 from roll_r3.config.load import LoadedConfig, load_text
-from roll_r3.config.report import Finding, InvalidConfigError, as_json, has_errors, render
+from roll_r3.config.reading.fields import fields_at
+from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.tree import overlap
-from roll_r3.config.yaml_file import to_yaml
+from roll_r3.from_roll.translator import ROLL
 from roll_r3.preflight.check import check, check_config
 from roll_r3.preflight.rules import ALL_RULES
 from roll_r3.preflight.rules.surroundings_rule import SurroundingsRule
@@ -67,7 +68,7 @@ def plant(content: dict[str, Any], path: str, value: Any) -> None:
 def checked(text: str, overrides: tuple[str, ...] = ()) -> tuple[bool, tuple[Finding, ...]]:
     """Return (accepted, findings) of a configuration, after rendering every output for a user."""
     try:
-        loaded = load_text(text, "fuzz.yaml", overrides)
+        loaded = load_text(text, "fuzz.yaml", overrides, ROLL)
     except InvalidConfigError as error:
         refusal = error
     else:

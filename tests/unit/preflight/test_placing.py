@@ -13,9 +13,9 @@ from roll_r3.cluster import placement
 from roll_r3.cluster.placement import Device, Placement
 from roll_r3.cluster.rollouts import RolloutGroup
 from roll_r3.config.devices import MAX_DEVICES
+from roll_r3.config.findings.report import Finding
 from roll_r3.config.load import load
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Finding
 from roll_r3.config.rules.devices import LOOPBACK, RULES
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.table import check_rows

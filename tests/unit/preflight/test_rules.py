@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from roll_r3.config.findings.report import Origins
 from roll_r3.config.load import load_text
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.report import Origins
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE, TRAIN
 from roll_r3.config.rules.table import Row

@@ -1,0 +1,1 @@
+"""Translation of YAML files written for alibaba/ROLL."""
