@@ -29,12 +29,13 @@ from rollout_cases import (
 from safetensors.torch import load_file
 from sglang_cases import Engine, configuration
 
+from roll_r3.config.engine_role import engine_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.engines.sglang.strategy import SglangRollout
 from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.strategies.base import EnginePlace, GenerateRequest, GenerateResult
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
@@ -243,7 +244,7 @@ def test_stop_leaves_nothing(engine: Engine) -> None:
 
 def try_to_start(config: RLVRConfig, tmp_path: Path) -> None:
     log_path = tmp_path / "server.log"
-    asyncio.run(SglangRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=log_path).start())
+    asyncio.run(SglangRollout(engine_role(config), EnginePlace(0, "cpu", (), log_path)).start())
 
 
 def test_refused_server_args_stop_the_start(old_weights: Path, tmp_path: Path) -> None:

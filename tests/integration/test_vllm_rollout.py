@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from vllm_cases import HEAD_DIM, Engine, configuration, require_environment
 
 from roll_r3.batch.trajectory import Trajectory
+from roll_r3.config.engine_role import engine_role
 from roll_r3.config.sampling import Sampling
 from roll_r3.engines.sample import Asked, SampleRequest
 from roll_r3.engines.vllm.codec import read_npy
@@ -43,7 +44,7 @@ from roll_r3.engines.vllm.weights import VllmWeightChannel
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.facts import read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.strategies.base import GenerateResult
+from roll_r3.strategies.base import EnginePlace, GenerateResult
 
 pytestmark = [pytest.mark.integration, pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -405,7 +406,7 @@ def test_a_tied_model_is_updated_and_lacks_nothing_by_being_tied(tmp_path):
         del weights["model.embed_tokens.weight"]
         for bucket in first.buckets(weights.items(), 1 << 20):
             first.send(bucket)
-        with pytest.raises(EngineError, match=r"refused /finish_weight_update.*never came whole: .*embed_tokens"):
+        with pytest.raises(EngineError, match=r"refused /finish_weight_update.*are incomplete: .*embed_tokens"):
             first.end()
         first.close()
     finally:
@@ -431,7 +432,7 @@ def test_other_architectures_before_and_after_an_update(tmp_path, name):
 
 def try_to_start(config: Any, tmp_path: Path) -> None:
     log_path = tmp_path / "server.log"
-    asyncio.run(VllmRollout(config=config, engine_index=0, device="cpu", gpu_ids=(), log_path=log_path).start())
+    asyncio.run(VllmRollout(engine_role(config), EnginePlace(0, "cpu", (), log_path)).start())
 
 
 def test_what_cannot_be_stops_the_start(old_weights, tmp_path):
