@@ -25,7 +25,7 @@ from roll_r3.config.model_role import model_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.strategies import MegatronConfig
 from roll_r3.errors import CheckpointError, ConfigError, RollError
-from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.checkpoint_files import resolve_checkpoint
 from roll_r3.saving.manifest import sync_directory, verify
 from roll_r3.saving.state import CONFIG, TRAINER
 from roll_r3.strategies.base import ProcessInfo

@@ -32,7 +32,7 @@ import psutil
 from examples.benchmarks.measuring import Report, ratio
 from roll_r3.config.engine_role import engine_role
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.sample import Asked, SampleRequest
 from roll_r3.engines.sglang.codec import SglangCodec
 from roll_r3.engines.sglang.strategy import SglangRollout

@@ -15,8 +15,8 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from roll_r3.cluster.daemons import kill_all, vital
+from roll_r3.cluster.life_signs import PING_EVERY, Identity, Watched
 from roll_r3.cluster.logs import log_end
-from roll_r3.cluster.signs import PING_EVERY, Identity, Watched
 from roll_r3.config.pipeline import WorkerTimeoutsConfig
 from roll_r3.errors import LostWorkerError, RollError, WorkerError
 

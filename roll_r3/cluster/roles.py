@@ -13,10 +13,10 @@ import ray
 
 from roll_r3.cluster.calls import Say, Waiting
 from roll_r3.cluster.daemons import vital
-from roll_r3.cluster.group import Unbroken
 from roll_r3.cluster.models import ModelGroup
 from roll_r3.cluster.placement import Placement
 from roll_r3.cluster.rollouts import RolloutGroup
+from roll_r3.cluster.worker_group import Unbroken
 from roll_r3.config.pipeline import RLVRConfig
 
 logger = logging.getLogger(__name__)

@@ -17,15 +17,15 @@ import torch
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.route_pieces import Parcel, RouteRequest
+from roll_r3.cluster.life_signs import SIGNS, Identity, identity
 from roll_r3.cluster.logs import log_to_file
-from roll_r3.cluster.signs import SIGNS, Identity, identity
 from roll_r3.cluster.transport import cut, read_routes, store_routes
 from roll_r3.config.derived import checkpoint_of
 from roll_r3.config.engine_role import engine_role
 from roll_r3.config.model_role import Role, model_role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import CheckpointError, ConfigError, EngineError
-from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.checkpoint_files import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below
 from roll_r3.strategies.base import (

@@ -7,7 +7,7 @@ from dataclasses import fields
 from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.config.base import Config
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.config.strategies import HfInferConfig, MegatronConfig, ServerConfig, SglangConfig, VllmConfig
 from roll_r3.config.tree import join
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig

@@ -21,7 +21,7 @@ from roll_r3.config import generated
 from roll_r3.config.devices import parse_devices
 from roll_r3.config.findings.report import show_value
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.reading.fields import is_section, members
+from roll_r3.config.reading.field_paths import is_section, members
 from roll_r3.config.tree import join
 
 OUTPUT = Path("docs/configuration.md")

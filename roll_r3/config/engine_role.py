@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from roll_r3.config.derived import checkpoint_of, engine_room, sampling
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.config.strategies import HfInferConfig, SglangConfig, VllmConfig
 
 

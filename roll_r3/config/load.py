@@ -18,7 +18,7 @@ from roll_r3.config.findings.report import ABSENT, MAX_FINDINGS, Finding, Invali
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.disk import MISSING, why_no_file
 from roll_r3.config.reading.explain import explain, misread_values
-from roll_r3.config.reading.fields import annotations_at, is_section, members
+from roll_r3.config.reading.field_paths import annotations_at, is_section, members
 from roll_r3.config.reading.overrides import apply
 from roll_r3.config.reading.yaml_file import parse_yaml
 from roll_r3.config.translator import NoTranslator, Translator, Tree

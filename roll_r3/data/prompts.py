@@ -16,7 +16,7 @@ import numpy.typing as npt
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.chat import Chat, ChatTokenizer
 from roll_r3.data.faults import DataError, Faults
-from roll_r3.data.rows import Row, read_rows
+from roll_r3.data.row_reader import Row, read_rows
 from roll_r3.errors import ConfigError
 
 logger = logging.getLogger(__name__)

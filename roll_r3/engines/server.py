@@ -16,11 +16,11 @@ from roll_r3.engines.health import Health
 from roll_r3.engines.parts import Parts
 from roll_r3.engines.process import GRACE_S, ServerProcess
 from roll_r3.engines.sample import SampleError
-from roll_r3.engines.sampling import Sampler
+from roll_r3.engines.sampler import Sampler
 from roll_r3.engines.server_args import CPU_SAMPLES, EVERY_ADDRESS
 from roll_r3.engines.startup import Startup, WarmUp
 from roll_r3.errors import ConfigError, EngineError
-from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.checkpoint_files import resolve_checkpoint
 from roll_r3.models.facts import ModelFacts, read_facts
 from roll_r3.strategies.base import EnginePlace, GenerateRequest, GenerateResult
 from roll_r3.weights.target import ServerTarget

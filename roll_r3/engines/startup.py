@@ -15,7 +15,7 @@ from roll_r3.engines.health import Health
 from roll_r3.engines.parts import Parts
 from roll_r3.engines.process import ServerProcess, free_port, signal_group
 from roll_r3.engines.sample import SampleError, SampleRequest
-from roll_r3.engines.sampling import Sampler
+from roll_r3.engines.sampler import Sampler
 from roll_r3.engines.sharing import LEAST_ROWS
 from roll_r3.errors import EngineError, RouteError
 from roll_r3.models.facts import ModelFacts

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from roll_r3.config.findings.report import show_value
 from roll_r3.from_roll.defaults import CONDITIONAL, DEFAULTS
-from roll_r3.from_roll.rows import Row, Same, Unread, Unsupported
+from roll_r3.from_roll.key_rows import Row, Same, Unread, Unsupported
 from roll_r3.from_roll.tables import TABLES
 
 _HEADER = """\

@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any
 
 from roll_r3.config.dialect import KEY, Dialect, given
-from roll_r3.config.reading.fields import fields_at
+from roll_r3.config.reading.field_paths import fields_at
 from roll_r3.config.tree import Keys, join
 from roll_r3.from_roll.draft import Draft
-from roll_r3.from_roll.rows import field_names
+from roll_r3.from_roll.key_rows import field_names
 from roll_r3.from_roll.tables import ALL_ROWS
 
 REQUIRED = ("rewards.*.worker_cls", "actor_train.data_args.domain_interleave_probs")

@@ -9,7 +9,7 @@ from pathlib import Path
 from roll_r3.config.reading.disk import MISSING, is_directory, why_no_file, why_unknown
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.faults import Faults
-from roll_r3.data.rows import validate_rows
+from roll_r3.data.row_reader import validate_rows
 from roll_r3.errors import CheckpointError
 from roll_r3.saving.manifest import MARKER
 from roll_r3.saving.state import read_state

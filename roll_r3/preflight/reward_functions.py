@@ -15,7 +15,7 @@ from pathlib import Path
 
 from roll_r3.config.pipeline import RewardConfig
 from roll_r3.config.rules.data import BUILT_IN_REWARDS, FUNCTION
-from roll_r3.rewards.calls import CallError, call_of
+from roll_r3.rewards.functions import CallError, call_of
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _SCOPES = (*_FUNCTIONS, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

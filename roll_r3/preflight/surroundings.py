@@ -9,8 +9,8 @@ from roll_r3.config.derived import changed, checkpoint_of, saving_dir, sglang, v
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.preflight import files
-from roll_r3.preflight.checkpoints import Model, find_model, incomplete
 from roll_r3.preflight.domains import domains_without_rule
+from roll_r3.preflight.model_files import Model, find_model, incomplete
 from roll_r3.preflight.reward_functions import reward_problems
 from roll_r3.preflight.versions import find_interpreter, find_versions
 from roll_r3.strategies.registry import STRATEGIES, StrategyEntry

@@ -1,6 +1,6 @@
 """Reward rules: built-in ones by name, and `package.module:function` of the user.
 
-A rule is called in a process of `roll_r3.rewards.worker` with its requested values (see `roll_r3.rewards.calls`) and
+A rule is called in a process of `roll_r3.rewards.worker` with its requested values (`roll_r3.rewards.functions`) and
 kwargs. This module is imported there, so it imports nothing heavy.
 """
 
@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from roll_r3.errors import ConfigError
-from roll_r3.rewards.calls import Call, CallError, call_of
+from roll_r3.rewards.functions import Call, CallError, call_of
 
 BUILT_IN = {"exact_match": "roll_r3.rewards.rules:exact_match", "math": "roll_r3.rewards.math_rule:math"}
 """Name of a built-in rule -> `package.module:function`."""

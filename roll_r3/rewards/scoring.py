@@ -12,9 +12,9 @@ from typing import Self
 
 from roll_r3.config.pipeline import RewardConfig
 from roll_r3.errors import ConfigError, RollError
-from roll_r3.rewards.calls import Response
-from roll_r3.rewards.process import Failure, Task, Undecided
-from roll_r3.rewards.processes import RewardProcesses, TooManyFailuresError
+from roll_r3.rewards.functions import Response
+from roll_r3.rewards.process_pool import RewardProcesses, TooManyFailuresError
+from roll_r3.rewards.reward_process import Failure, Task, Undecided
 from roll_r3.rewards.rules import Rule
 from roll_r3.rewards.truths import Truth, check_rules, check_truths
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from roll_r3.config.findings.readable import printable
 from roll_r3.errors import ConfigError
-from roll_r3.rewards.calls import Response
-from roll_r3.rewards.process import Answer, Failure, Task, Undecided
-from roll_r3.rewards.processes import RewardProcesses
+from roll_r3.rewards.functions import Response
+from roll_r3.rewards.process_pool import RewardProcesses
+from roll_r3.rewards.reward_process import Answer, Failure, Task, Undecided
 from roll_r3.rewards.rules import TRUTH_CHECKS, Rule
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from roll_r3.errors import ConfigError
 from roll_r3.processes import die_with_parent
-from roll_r3.rewards.calls import Call
+from roll_r3.rewards.functions import Call
 from roll_r3.rewards.rules import Rule, Undecided, as_score
 
 READY, REFUSED, SCORE, UNDECIDED, FAILED = "ready", "refused", "score", "undecided", "failed"

@@ -19,7 +19,7 @@ from roll_r3.batch.route_pieces import ReadRoutes, read_held
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.engine_role import EngineRole
 from roll_r3.config.model_role import ModelRole
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.replay.counts import ReplayCounts
 
 if TYPE_CHECKING:

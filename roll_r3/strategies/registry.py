@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from roll_r3.config.base import Config
 from roll_r3.config.strategies import Fsdp2Config, HfInferConfig, MegatronConfig, SglangConfig, VllmConfig
-from roll_r3.models.architectures.fields import Builder
+from roll_r3.models.architectures.hf_fields import Builder
 from roll_r3.strategies.base import (
     Capabilities,
     ChannelClass,

@@ -10,8 +10,8 @@ from types import TracebackType
 
 from roll_r3.config.findings.write_errors import with_filename
 from roll_r3.tracking.names import METRICS
-from roll_r3.tracking.report import summarised
 from roll_r3.tracking.run_dir import RunDir
+from roll_r3.tracking.run_summary import summarised
 
 
 class MetricLog:

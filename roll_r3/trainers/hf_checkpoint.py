@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from roll_r3.config.findings.report import show_value
 from roll_r3.errors import CheckpointError, ConfigError
-from roll_r3.models.checkpoint import INDEX, own_file, tensor_files
+from roll_r3.models.checkpoint_files import INDEX, own_file, tensor_files
 
 logger = logging.getLogger(__name__)
 

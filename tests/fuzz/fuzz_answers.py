@@ -20,7 +20,7 @@ from fuzz_harness import Verdict, Wrong, mutated, replanted
 from hypothesis import strategies as st
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
 from roll_r3.engines.sglang import codec as sglang
 from roll_r3.engines.vllm import codec as vllm

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.errors import CheckpointError, ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
-from roll_r3.models.checkpoint import tensor_files
+from roll_r3.models.checkpoint_files import tensor_files
 from roll_r3.models.facts import MAX_EXPERTS, read_facts
 from roll_r3.run import main
 from roll_r3.trainers.hf_checkpoint import save_hf

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.faults import Faults
 from roll_r3.data.prompts import read_prompts
-from roll_r3.data.rows import read_rows, validate_rows
+from roll_r3.data.row_reader import read_rows, validate_rows
 from roll_r3.errors import ConfigError
 from roll_r3.models.tiny import byte_tokenizer
 

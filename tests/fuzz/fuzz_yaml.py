@@ -16,7 +16,7 @@ from fuzz_harness import HOSTILE, Verdict, Wrong, mutated
 from hypothesis import strategies as st
 
 from roll_r3.config.load import load_text
-from roll_r3.config.reading.fields import fields_at
+from roll_r3.config.reading.field_paths import fields_at
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE, PP, TRAIN
 from roll_r3.run import main

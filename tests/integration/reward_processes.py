@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from roll_r3.config.pipeline import RewardConfig
-from roll_r3.rewards.calls import Response
+from roll_r3.rewards.functions import Response
 from roll_r3.rewards.scoring import Rewards
 
 LIMIT = 1.0

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.engine_role import EngineRole
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.process import ServerProcess
 from roll_r3.engines.sample import SampleRequest
-from roll_r3.engines.sampling import Sampler
+from roll_r3.engines.sampler import Sampler
 from roll_r3.engines.server import ServerRollout
 from roll_r3.engines.sharing import PromptSharing
 from roll_r3.engines.slots import Slots

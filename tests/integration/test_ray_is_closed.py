@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from roll_r3.cluster.session import _check_is_closed
+from roll_r3.cluster.ray_session import _check_is_closed
 from roll_r3.errors import WorkerError
 
 

@@ -9,7 +9,7 @@ import pytest
 from faults import Fault, nothing_left
 from whole_run import START_TIMEOUT, Run
 
-from roll_r3.cluster.session import ray_cluster
+from roll_r3.cluster.ray_session import ray_cluster
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import LostWorkerError

@@ -23,8 +23,8 @@ from roll_r3.config.pipeline import RewardConfig
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.rewards.process import Failure, Task
-from roll_r3.rewards.processes import RewardProcesses
+from roll_r3.rewards.process_pool import RewardProcesses
+from roll_r3.rewards.reward_process import Failure, Task
 from roll_r3.rewards.rules import Rule
 from roll_r3.rewards.scoring import Rewards
 
@@ -184,9 +184,9 @@ def test_processes_die_with_the_driver(tmp_path: Path, busy: bool) -> None:
 import sys, time
 from pathlib import Path
 sys.path[:] = {sys.path!r}
-from roll_r3.rewards.calls import Response
-from roll_r3.rewards.process import Task
-from roll_r3.rewards.processes import RewardProcesses
+from roll_r3.rewards.functions import Response
+from roll_r3.rewards.reward_process import Task
+from roll_r3.rewards.process_pool import RewardProcesses
 from roll_r3.rewards.rules import Rule
 found = RewardProcesses([Rule("mine", "{MISBEHAVES}", {{}}, 600.0)], 2, Path({str(tmp_path)!r}))
 found.start()

@@ -15,7 +15,7 @@ from slow_answers import SLOW
 
 from roll_r3.config.pipeline import RewardConfig
 from roll_r3.errors import ConfigError, RollError
-from roll_r3.rewards import process
+from roll_r3.rewards import reward_process as process
 from roll_r3.rewards.scoring import Rewards
 from roll_r3.rewards.truths import Truth
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from sglang_cases import Engine, configuration
 
 from roll_r3 import processes
-from roll_r3.engines import server
+from roll_r3.engines import startup
 from roll_r3.engines.process import ServerProcess, free_port
 from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.errors import EngineError
@@ -49,7 +49,7 @@ def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             taken = [pair[0].rollout.weight_target().port]
             with pytest.MonkeyPatch.context() as patch:
                 # The second one is first sent to the port of the first, where a healthy server answers.
-                patch.setattr(server, "free_port", lambda host: taken.pop() if taken else free_port(host))
+                patch.setattr(startup, "free_port", lambda host: taken.pop() if taken else free_port(host))
                 pair[1].run(pair[1].rollout.start())
             yield pair[0], pair[1]
         finally:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from whole_run import Run, few_steps
 
-from roll_r3.cluster.session import TOKEN_VARIABLE
+from roll_r3.cluster.ray_session import TOKEN_VARIABLE
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.engines.sglang.launcher import KEY_VARIABLE
 from roll_r3.models.tiny import make_tiny_checkpoint

@@ -36,7 +36,7 @@ from vllm_cases import HEAD_DIM, Engine, configuration, require_environment
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.engine_role import engine_role
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.sample import Asked, SampleRequest
 from roll_r3.engines.vllm.codec import read_npy
 from roll_r3.engines.vllm.strategy import VllmRollout

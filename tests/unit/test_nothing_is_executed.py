@@ -31,7 +31,7 @@ PICKLES_IN_THE_GROUP = {
     "roll_r3/replay/audit.py",
     "roll_r3/trainers/checkpoint.py",
     "roll_r3/batch/data_parallel.py",
-    "roll_r3/trainers/megatron/export.py",
+    "roll_r3/trainers/megatron/weight_export.py",
     "roll_r3/trainers/megatron/backend.py",
     "roll_r3/trainers/all_ranks.py",
 }

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from roll_r3.config.findings.report import ABSENT, MAX_FINDINGS, Finding, show_value
-from roll_r3.config.reading.fields import TAG, did_you_mean, example_at, fields_at, kinds_at
+from roll_r3.config.reading.field_paths import TAG, did_you_mean, example_at, fields_at, kinds_at
 from roll_r3.config.tree import Keys, children, dotted, holds
 
 MAX_INTEGER = 2**63 - 1

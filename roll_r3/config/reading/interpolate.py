@@ -1,6 +1,9 @@
-"""`${a.b}` in a value stands for the value of another field.
+"""`${a.b}` in a value stands for the value of another field. OmegaConf resolves it; this module is its only user.
 
 Resolvers of OmegaConf, such as `${oc.env:HOME}`, are rejected: the file and the overrides alone decide what runs.
+
+Values are resolved one after the other. A value still waiting is "missing" (`???`) in OmegaConf's tree, so OmegaConf
+never follows a chain of references, and the size of the tree can be checked after every step.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from roll_r3.config.findings.report import Finding
-from roll_r3.config.tree import Keys, at, children, dotted, join, paths_below
+from roll_r3.config.tree import Keys, at, children, dotted, join, paths_below, unshared
 
 MAX_CHARACTERS = 1 << 20
-"""Limit of what all references of a configuration read, in characters; each value counts for `_VALUE` more."""
+"""Limit of a configuration with its references resolved, in characters; each value counts for `_VALUE` more."""
 _VALUE = 100
-_MAX_DEPTH = 100
-"""Sections and references around a value."""
+_MAX_PASSES = 20
+"""Limit of passes over the waiting values, in alternating order; a file in any sensible order needs one or two."""
+_MISSING = "???"
 _REFERENCE = re.compile(r"\$\{\.*[\w-]+(?:\.[\w-]+|\[[\w-]+\])*\}")
 
 
@@ -26,10 +30,19 @@ def resolve(data: dict[str, Any], places: dict[str, str]) -> tuple[dict[str, Any
     A reference without a value becomes None, with an error in the second result; so does a reference to it. `places`
     gains the origin of each value.
     """
+    resolved: dict[str, Any] = unshared(data)
     found: list[tuple[Keys, Finding]] = []
-    resolved: dict[str, Any] = _References(data).resolve((), found)
+    waiting: dict[Keys, str] = {}
     for keys, text in _texts(data, ()):
-        if "${" in text:
+        if finding := _rejected(dotted(keys), text):
+            found.append((keys, finding))
+            at(resolved, keys[:-1])[keys[-1]] = None
+        elif "${" in text:
+            waiting[keys] = text
+    if waiting:
+        for keys, reason in _References(resolved, waiting).resolve():
+            found.append((keys, _unresolved(dotted(keys), waiting[keys], reason)))
+        for keys, text in waiting.items():
             _note_origin(dotted(keys), text, at(resolved, keys), places)
     return resolved, found
 
@@ -38,84 +51,101 @@ class _UnresolvedError(Exception):
     """A reference without a value; the text gives the reason."""
 
 
+class _WaitingError(Exception):
+    """A reference to a value not resolved yet, or to none at all."""
+
+
 class _References:
-    """References of one tree. The work for all of them together is bounded by `MAX_CHARACTERS`."""
+    """References of one tree, resolved in place."""
 
-    def __init__(self, data: dict[str, Any]) -> None:
-        self._data = data
-        self._room = MAX_CHARACTERS
+    def __init__(self, data: dict[str, Any], waiting: dict[Keys, str]) -> None:
+        """
+        Args:
+            data: plain values; changed by `resolve`.
+            waiting: keys -> text of every value with a reference.
+        """
+        from omegaconf import OmegaConf  # noqa: PLC0415  slow to import, and most files have no reference
 
-    def resolve(self, keys: Keys, found: list[tuple[Keys, Finding]]) -> Any:
-        """Return a resolved copy of the value at `keys`. Appends to `found` what has no value."""
-        value = at(self._data, keys)
-        if isinstance(value, dict):
-            return {key: self.resolve((*keys, key), found) for key in value}
-        if isinstance(value, list):
-            return [self.resolve((*keys, index), found) for index in range(len(value))]
-        if not isinstance(value, str):
+        self._data, self._waiting = data, dict(waiting)
+        for keys in waiting:
+            at(data, keys[:-1])[keys[-1]] = _MISSING
+        self._tree = OmegaConf.create(data)
+        self._room = MAX_CHARACTERS - _size(data)
+
+    def resolve(self) -> Iterator[tuple[Keys, str]]:
+        """Resolve all values. Yields (keys, reason) for each without a value; it becomes None."""
+        reasons: dict[Keys, str] = {}
+        for number in range(_MAX_PASSES):
+            order = list(self._waiting.items())
+            for keys, text in order if number % 2 == 0 else reversed(order):
+                try:
+                    value = self._value(keys, text)
+                except _WaitingError as error:
+                    reasons[keys] = str(error)
+                    continue
+                except _UnresolvedError as error:
+                    yield keys, str(error)
+                    value = None
+                self._set(keys, value)
+            if len(self._waiting) == len(order):
+                break
+        for keys in list(self._waiting):
+            yield keys, reasons[keys]
+            self._set(keys, None)
+
+    def _set(self, keys: Keys, value: Any) -> None:
+        for tree in (self._data, self._tree):
+            at(tree, keys[:-1])[keys[-1]] = value
+        del self._waiting[keys]
+
+    def _value(self, keys: Keys, text: str) -> Any:
+        """Return the value of a text. Raises _UnresolvedError, or _WaitingError."""
+        values = {reference: self._read(keys, reference) for reference in set(_REFERENCE.findall(text))}
+        if _REFERENCE.fullmatch(text):
+            value = values[text]
+            self._spend(_size(value))
             return value
-        finding = _rejected(dotted(keys), value)
-        if finding is None:
-            try:
-                return self._value(keys, len(keys)) if "${" in value else value
-            except _UnresolvedError as error:
-                finding = _unresolved(dotted(keys), value, str(error))
-        found.append((keys, finding))
-        return None
-
-    def _value(self, keys: Keys, depth: int) -> Any:
-        """Return a resolved copy of the value at `keys`. Raises _UnresolvedError."""
-        value = at(self._data, keys)
-        self._spend(len(value) if isinstance(value, str) else 0, depth)
-        if isinstance(value, dict):
-            return {key: self._value((*keys, key), depth + 1) for key in value}
-        if isinstance(value, list):
-            return [self._value((*keys, index), depth + 1) for index in range(len(value))]
-        if not isinstance(value, str):
-            return value
-        if finding := _rejected(dotted(keys), value):
-            raise _UnresolvedError(finding.why)
-        if _REFERENCE.fullmatch(value):
-            return self._value(self._place(keys, value, depth), depth + 1)
-        text = _REFERENCE.sub(lambda match: self._text(keys, match[0], depth), value)
-        if "${" in text:
+        for reference, value in values.items():
+            if isinstance(value, dict | list):
+                raise _UnresolvedError(f"{reference} is a section or a list, not a part of a text")
+        self._spend(sum(len(str(values[reference])) for reference in _REFERENCE.findall(text)))
+        value = _REFERENCE.sub(lambda match: str(values[match[0]]), text)
+        if "${" in value:
             raise _UnresolvedError("its parts make another reference")
-        return text
+        return value
 
-    def _text(self, keys: Keys, reference: str, depth: int) -> str:
-        value = self._value(self._place(keys, reference, depth), depth + 1)
-        if isinstance(value, dict | list):
-            raise _UnresolvedError(f"{reference} is a section or a list, not a part of a text")
-        return str(value)
+    def _read(self, keys: Keys, reference: str) -> Any:
+        """Return the value of one reference as written at `keys`. Raises _UnresolvedError, or _WaitingError."""
+        from omegaconf import OmegaConf, errors  # noqa: PLC0415  as above
 
-    def _place(self, keys: Keys, reference: str, depth: int) -> Keys:
-        """Return the keys of the value meant by `reference`, as written at `keys`. Raises _UnresolvedError."""
-        path = reference[2:-1]
-        dots = len(path) - len(path.lstrip("."))
-        if dots > len(keys):
-            raise _UnresolvedError(f"{reference} leads out of the file")
-        place = keys[: len(keys) - dots] if dots else ()
-        for name in re.findall(r"[\w-]+", path):
-            node = at(self._data, place)
-            while isinstance(node, str) and _REFERENCE.fullmatch(node):  # a section taken from elsewhere
-                depth += 1
-                self._spend(0, depth)
-                place = self._place(place, node, depth)
-                node = at(self._data, place)
-            if isinstance(node, list) and re.fullmatch(r"-?\d{1,9}", name) and -len(node) <= int(name) < len(node):
-                place = (*place, int(name) % len(node))
-            elif isinstance(node, dict) and name in node:
-                place = (*place, name)
-            else:
-                raise _UnresolvedError(f"{reference} is not found")
-        return place
+        section = at(self._tree, keys[:-1])
+        section[keys[-1]] = reference
+        try:
+            value = section[keys[-1]]
+            return (
+                OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+                if OmegaConf.is_config(value)
+                else value
+            )
+        except (errors.InterpolationToMissingValueError, errors.MissingMandatoryValue) as error:
+            raise _WaitingError(f"{reference} leads to itself, or through too many references") from error
+        except errors.InterpolationKeyError as error:
+            raise _WaitingError(f"{reference} is not found") from error
+        except (errors.InterpolationResolutionError, RecursionError) as error:
+            raise _UnresolvedError(f"{reference} leads to itself") from error
+        finally:
+            section[keys[-1]] = _MISSING
 
-    def _spend(self, characters: int, depth: int) -> None:
-        self._room -= characters + _VALUE
-        if depth > _MAX_DEPTH:
-            raise _UnresolvedError(f"it leads to itself, or through more than {_MAX_DEPTH} sections and references")
+    def _spend(self, characters: int) -> None:
+        self._room -= characters
         if self._room < 0:
-            raise _UnresolvedError(f"all references together read more than {MAX_CHARACTERS:,} characters")
+            raise _UnresolvedError(f"with its references the configuration has more than {MAX_CHARACTERS:,} characters")
+
+
+def _size(node: Any) -> int:
+    """Return the size of a tree in characters, with `_VALUE` for each value."""
+    own = len(node) if isinstance(node, str) else 0
+    return _VALUE + own + sum(_size(value) for _, value in children(node))
 
 
 def _unresolved(path: str, text: str, reason: str) -> Finding:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from roll_r3.config.findings.report import Finding, show_value
-from roll_r3.config.reading.fields import did_you_mean, fields_at, null_is_a_value
+from roll_r3.config.reading.field_paths import did_you_mean, fields_at, null_is_a_value
 from roll_r3.config.reading.yaml_file import MAX_DEPTH, MAX_PATH, is_writable, parse_yaml
 from roll_r3.config.tree import at, is_at, join
 

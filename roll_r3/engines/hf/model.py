@@ -21,7 +21,7 @@ from roll_r3.engines.hf.weights import WeightReceiver
 from roll_r3.engines.sample import SampleRequest
 from roll_r3.errors import ConfigError, RouteError
 from roll_r3.models.architectures import ARCHITECTURES
-from roll_r3.models.checkpoint import resolve_checkpoint, safetensors_files
+from roll_r3.models.checkpoint_files import resolve_checkpoint, safetensors_files
 from roll_r3.models.facts import read_facts
 from roll_r3.models.hf.config import read_hf_config
 from roll_r3.models.hf.head import compute_logits_in_fp32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from roll_r3.models.architectures.base import Architecture
-from roll_r3.models.hf.parts import parts_of
+from roll_r3.models.hf.tensor_parts import parts_of
 
 
 def tensors_by_name(model: torch.nn.Module, architecture: Architecture) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.hf.routers import RouteRecorder
 from roll_r3.engines.sample import SampleRequest
 

@@ -26,7 +26,7 @@ from roll_r3.engines.answers import (
 )
 from roll_r3.engines.sample import Asked, Sample
 from roll_r3.errors import RouteError
-from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.checkpoint_files import resolve_checkpoint
 from roll_r3.models.facts import ModelFacts
 
 _MAGIC = b"\x93NUMPY\x01\x00"

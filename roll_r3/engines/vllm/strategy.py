@@ -23,7 +23,7 @@ from roll_r3.engines.vllm.server import (
     settings_left_out,
 )
 from roll_r3.engines.vllm.version import check_version
-from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.checkpoint_files import resolve_checkpoint
 from roll_r3.models.facts import ModelFacts
 from roll_r3.models.size import Shape, shape_of
 from roll_r3.strategies.base import EnginePlace

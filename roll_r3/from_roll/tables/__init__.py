@@ -1,6 +1,6 @@
 """Key tables: one module for each group of ROLL's keys, with its steps (`STEPS`) and its rows (`ROWS`)."""
 
-from roll_r3.from_roll.rows import Row, Step
+from roll_r3.from_roll.key_rows import Row, Step
 from roll_r3.from_roll.tables import algorithm, engines, fsdp2, learning, megatron, rewards, roles, run, sglang, vllm
 
 TABLES: dict[str, tuple[tuple[Step, ...], tuple[Row, ...]]] = {

@@ -8,7 +8,7 @@ from typing import Any
 from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.tree import Keys
 from roll_r3.from_roll.draft import Draft, is_number
-from roll_r3.from_roll.rows import ByStep, Custom, Renamed, Row, Same, Step, Unread, Unsupported
+from roll_r3.from_roll.key_rows import ByStep, Custom, Renamed, Row, Same, Step, Unread, Unsupported
 
 _ESTIMATORS = ("gae", "skip_obs_gae", "gigpo", "step_reinforce", "agentic_reinforce", "flowgrpo", "diffnft")
 _WITH_CRITIC = ("gae", "skip_obs_gae")

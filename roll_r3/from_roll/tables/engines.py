@@ -5,7 +5,7 @@ from __future__ import annotations
 from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.tree import Keys, dotted
 from roll_r3.from_roll.draft import Draft
-from roll_r3.from_roll.rows import ByStep, Row, Step, under
+from roll_r3.from_roll.key_rows import ByStep, Row, Step, under
 
 _ENGINE = "actor_infer.strategy_args.strategy_config"
 _TENSOR, _DEVICES = f"{_ENGINE}.tensor_parallel_size", "actor_infer.num_gpus_per_worker"

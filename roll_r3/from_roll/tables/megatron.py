@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from roll_r3.config.findings.report import ABSENT
-from roll_r3.config.reading.fields import fields_at
+from roll_r3.config.reading.field_paths import fields_at
 from roll_r3.config.tree import Keys, dotted
 from roll_r3.from_roll.draft import Draft
-from roll_r3.from_roll.rows import ByStep, Renamed, Row, Same, Step, Unread, Unsupported, under
+from roll_r3.from_roll.key_rows import ByStep, Renamed, Row, Same, Step, Unread, Unsupported, under
 
 _MEGATRON = "<trainer>.strategy_args.strategy_config"
 _ADDITIONAL = "additional_configs"

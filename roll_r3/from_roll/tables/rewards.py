@@ -5,7 +5,7 @@ from __future__ import annotations
 from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.tree import Keys
 from roll_r3.from_roll.draft import Draft
-from roll_r3.from_roll.rows import ByStep, Custom, Row, Step, Unread, Unsupported, under
+from roll_r3.from_roll.key_rows import ByStep, Custom, Row, Step, Unread, Unsupported, under
 
 WORKERS = {
     "MathRuleRewardWorker": (

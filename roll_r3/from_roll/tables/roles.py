@@ -7,7 +7,7 @@ from typing import Any
 from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.tree import Keys
 from roll_r3.from_roll.draft import Draft
-from roll_r3.from_roll.rows import ByStep, Row, Same, Step, Unread, Unsupported, under
+from roll_r3.from_roll.key_rows import ByStep, Row, Same, Step, Unread, Unsupported, under
 
 _CONFIG = "strategy_args.strategy_config"
 _REPLACEMENTS = {

@@ -6,7 +6,7 @@ from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.tree import Keys
 from roll_r3.from_roll.draft import Draft
 from roll_r3.from_roll.includes import DEEPSPEED
-from roll_r3.from_roll.rows import ByStep, Custom, Row, Same, Step, Unread, Unsupported
+from roll_r3.from_roll.key_rows import ByStep, Custom, Row, Same, Step, Unread, Unsupported
 
 _ROLLOUT_LOOP = "roll.distributed.scheduler.user_defined_rollout_loop.UserDefinedRolloutLoop"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from roll_r3.config.tree import Keys
 from roll_r3.from_roll.draft import Draft
-from roll_r3.from_roll.rows import Custom, Row, Same, Step, Unread, Unsupported, under
+from roll_r3.from_roll.key_rows import Custom, Row, Same, Step, Unread, Unsupported, under
 from roll_r3.from_roll.tables.engines import pass_on
 
 _SGLANG = "<sglang>.strategy_args.strategy_config"

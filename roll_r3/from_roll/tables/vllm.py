@@ -6,7 +6,7 @@ import json
 
 from roll_r3.config.tree import Keys
 from roll_r3.from_roll.draft import Draft
-from roll_r3.from_roll.rows import Custom, Renamed, Row, Same, Step, Unread, Unsupported, under
+from roll_r3.from_roll.key_rows import Custom, Renamed, Row, Same, Step, Unread, Unsupported, under
 from roll_r3.from_roll.tables.engines import pass_on
 
 _VLLM = "<vllm>.strategy_args.strategy_config"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from roll_r3.models.architectures.fields import (
+from roll_r3.models.architectures.hf_fields import (
     ALL,
     COMMON,
     MEGATRON,
@@ -18,7 +18,7 @@ from roll_r3.models.architectures.fields import (
     Refusal,
     shown,
 )
-from roll_r3.models.architectures.fields import RawConfig as RawConfig  # re-exported
+from roll_r3.models.architectures.hf_fields import RawConfig as RawConfig  # re-exported
 from roll_r3.models.architectures.rope import ROPE_TYPES, RopeTypes, rope_refusals, rotary_arguments, unknown_rope
 
 HfConfig = Any

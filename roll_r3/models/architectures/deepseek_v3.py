@@ -19,7 +19,7 @@ from roll_r3.models.architectures.base import (
     read_integer_or,
     shared_expert,
 )
-from roll_r3.models.architectures.fields import ALL, MEGATRON, TRANSFORMERS, VLLM, Fields, Refusal, names, off, only
+from roll_r3.models.architectures.hf_fields import ALL, MEGATRON, TRANSFORMERS, VLLM, Fields, Refusal, names, off, only
 from roll_r3.models.architectures.rope import rope_settings
 
 

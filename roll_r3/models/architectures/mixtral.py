@@ -13,7 +13,7 @@ from roll_r3.models.architectures.base import (
     softmax_router,
     top_one_refusals,
 )
-from roll_r3.models.architectures.fields import SGLANG, Fields, off
+from roll_r3.models.architectures.hf_fields import SGLANG, Fields, off
 from roll_r3.models.architectures.rope import ROPE_TYPES
 
 

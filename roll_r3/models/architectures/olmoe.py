@@ -15,7 +15,7 @@ from roll_r3.models.architectures.base import (
     softmax_router,
     top_one_refusals,
 )
-from roll_r3.models.architectures.fields import ALL, ENGINES, SGLANG, TRANSFORMERS, Fields, off, only
+from roll_r3.models.architectures.hf_fields import ALL, ENGINES, SGLANG, TRANSFORMERS, Fields, off, only
 
 
 def _megatron(config: HfConfig) -> dict[str, Any]:

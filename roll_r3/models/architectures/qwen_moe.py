@@ -21,7 +21,7 @@ from roll_r3.models.architectures.base import (
     softmax_router,
     top_one_refusals,
 )
-from roll_r3.models.architectures.fields import MEGATRON, SGLANG, VLLM, Fields, Refusal, off, only
+from roll_r3.models.architectures.hf_fields import MEGATRON, SGLANG, VLLM, Fields, Refusal, off, only
 
 
 def _moe_layers(config: RawConfig) -> tuple[int, ...]:

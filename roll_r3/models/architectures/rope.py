@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from roll_r3.models.architectures.fields import (
+from roll_r3.models.architectures.hf_fields import (
     ALL,
     MEGATRON,
     TRANSFORMERS,

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import unbuildable
-from roll_r3.models.architectures.fields import TRANSFORMERS
+from roll_r3.models.architectures.hf_fields import TRANSFORMERS
 from roll_r3.models.facts import read_facts
 
 

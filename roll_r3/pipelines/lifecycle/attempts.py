@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from roll_r3.cluster.placement import place
+from roll_r3.cluster.ray_session import ray_cluster
 from roll_r3.cluster.roles import Roles
-from roll_r3.cluster.session import ray_cluster
 from roll_r3.config.findings.write_errors import with_filename
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt, prompt_batches

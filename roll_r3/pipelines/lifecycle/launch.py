@@ -19,7 +19,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.data.prompts import read_prompts
 from roll_r3.errors import ConfigError
-from roll_r3.models.checkpoint import resolve_checkpoint
+from roll_r3.models.checkpoint_files import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.pipelines.lifecycle.attempts import Attempts
 from roll_r3.pipelines.lifecycle.checkpoints import lacks_export, try_saving
@@ -31,9 +31,9 @@ from roll_r3.rewards.scoring import Rewards
 from roll_r3.rewards.truths import Truth
 from roll_r3.saving.state import check_resumable
 from roll_r3.tracking.progress import Progress
-from roll_r3.tracking.report import run_summary
 from roll_r3.tracking.run_dir import RunDir
 from roll_r3.tracking.run_log import RunLog, log_threads
+from roll_r3.tracking.run_summary import run_summary
 
 logger = logging.getLogger(__name__)
 

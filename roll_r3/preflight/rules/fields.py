@@ -7,8 +7,8 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.table import Verdict
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import Architecture, unbuildable, unknown_fields
-from roll_r3.models.architectures.fields import Builder
-from roll_r3.preflight.checkpoints import Model
+from roll_r3.models.architectures.hf_fields import Builder
+from roll_r3.preflight.model_files import Model
 from roll_r3.preflight.rules.surroundings_rule import CHECKPOINTS, Pretend, SurroundingsRule, strategy_names
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.registry import STRATEGIES

@@ -26,7 +26,7 @@ from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.families import untrainable, untrainable_by_name
 from roll_r3.models.layer_map import chunk_layers
 from roll_r3.models.size import shape_of, shape_problem, width_problems
-from roll_r3.preflight.checkpoints import Model
+from roll_r3.preflight.model_files import Model
 from roll_r3.preflight.rules.surroundings_rule import (
     CHECKPOINTS,
     VLLM_INSTALLED,

@@ -13,7 +13,7 @@ from roll_r3.config.rules.table import Row, Verdict
 from roll_r3.engines.vllm.version import TESTED
 from roll_r3.models.architectures.base import RawConfig
 from roll_r3.models.facts import ModelFacts
-from roll_r3.preflight.checkpoints import Model
+from roll_r3.preflight.model_files import Model
 from roll_r3.preflight.surroundings import Surroundings
 from roll_r3.strategies.base import Capabilities
 

@@ -23,8 +23,8 @@ from roll_r3.models.facts import read_facts
 from roll_r3.models.hf.config import read_hf_config
 from roll_r3.models.hf.head import compute_logits_in_fp32
 from roll_r3.models.hf.norms import set_latent_epsilon
-from roll_r3.models.hf.parts import parts_of
 from roll_r3.models.hf.routers import find_routers
+from roll_r3.models.hf.tensor_parts import parts_of
 from roll_r3.trainers.all_ranks import raise_on_all_ranks
 from roll_r3.trainers.fsdp2.routers import HookedRouter
 from roll_r3.trainers.fsdp2.weights import CheckpointReader

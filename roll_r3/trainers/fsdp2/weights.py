@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import Architecture
-from roll_r3.models.checkpoint import tensor_files
-from roll_r3.models.hf.parts import parts_of
+from roll_r3.models.checkpoint_files import tensor_files
+from roll_r3.models.hf.tensor_parts import parts_of
 
 
 class CheckpointReader:

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import TOP_NAMES, Architecture, unbuildable
-from roll_r3.models.architectures.fields import MEGATRON
+from roll_r3.models.architectures.hf_fields import MEGATRON
 from roll_r3.trainers.megatron.spec import block_spec
 
 

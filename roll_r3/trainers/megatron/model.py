@@ -14,10 +14,10 @@ from roll_r3.config.strategies import MegatronConfig
 from roll_r3.config.workers import ModelArgs
 from roll_r3.errors import ConfigError
 from roll_r3.trainers.megatron import bridge as weights
-from roll_r3.trainers.megatron.export import WeightExport
 from roll_r3.trainers.megatron.parallel import RankLayout
 from roll_r3.trainers.megatron.routers import Router, adopt_routers
 from roll_r3.trainers.megatron.spec import has_transformer_engine
+from roll_r3.trainers.megatron.weight_export import WeightExport
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

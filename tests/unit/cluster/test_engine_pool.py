@@ -12,7 +12,7 @@ import pytest
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.engine_pool import EnginePool, joined, still_lost
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.errors import EngineError
 from roll_r3.pipelines.sampling import sample_all
 from roll_r3.strategies.base import GenerateRequest, GenerateResult

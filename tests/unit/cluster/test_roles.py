@@ -14,9 +14,9 @@ import ray
 
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.cluster.group import Member
 from roll_r3.cluster.models import ModelGroup
 from roll_r3.cluster.roles import FAILED_STOP_TIMEOUT, STOP_TIMEOUT, Roles
+from roll_r3.cluster.worker_group import Member
 from roll_r3.strategies.base import TrainResult
 
 

@@ -10,9 +10,9 @@ import pytest
 import ray
 
 from roll_r3.cluster import calls
-from roll_r3.cluster.group import Member
 from roll_r3.cluster.rollouts import RolloutGroup
-from roll_r3.config.sampling import Sampling
+from roll_r3.cluster.worker_group import Member
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.strategies.base import GenerateRequest
 
 

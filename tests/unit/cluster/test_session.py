@@ -18,7 +18,8 @@ import ray
 from ray._private import utils
 from ray._private import worker as ray_worker
 
-from roll_r3.cluster import daemons, folder, session
+from roll_r3.cluster import daemons, folder
+from roll_r3.cluster import ray_session as session
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import LostWorkerError, WorkerError
 

@@ -12,8 +12,8 @@ from unittest.mock import MagicMock
 import pytest
 import ray
 
-from roll_r3.cluster import signs
-from roll_r3.cluster.signs import Identity, Watched
+from roll_r3.cluster import life_signs as signs
+from roll_r3.cluster.life_signs import Identity, Watched
 
 
 def test_what_a_look_sees_of_a_process_and_no_other_is_killed() -> None:

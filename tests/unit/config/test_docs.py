@@ -13,7 +13,7 @@ import yaml
 
 from roll_r3.config import docs, generated, schema
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.reading.fields import annotations_at, fields_at, is_section, members
+from roll_r3.config.reading.field_paths import annotations_at, fields_at, is_section, members
 from roll_r3.config.rules.example import MINIMAL
 
 ROOT = Path(__file__).parents[3]

@@ -6,7 +6,7 @@ import pytest
 
 from roll_r3.config.findings.report import Finding
 from roll_r3.config.load import LoadedConfig, load_text
-from roll_r3.config.reading.fields import annotations_at, fields_at, members, null_is_a_value
+from roll_r3.config.reading.field_paths import annotations_at, fields_at, members, null_is_a_value
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.tree import join
 

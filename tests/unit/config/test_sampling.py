@@ -8,7 +8,7 @@ import pytest
 
 from roll_r3.config.derived import samples_at_once, sampling
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 
 
 def config(strategy: str = "sglang", settings: dict[str, Any] | None = None, **generating: Any) -> RLVRConfig:

@@ -14,7 +14,7 @@ import pytest
 
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.faults import Faults
-from roll_r3.data.rows import read_rows, validate_rows
+from roll_r3.data.row_reader import read_rows, validate_rows
 
 USER = [{"role": "user", "content": "1+1="}]
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from aiohttp import web
 
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.client import ServerClient
 from roll_r3.engines.sample import Asked, SampleError, SampleRequest
 from roll_r3.models.facts import ModelFacts, read_facts

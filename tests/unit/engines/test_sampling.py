@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.config.strategies import SglangConfig
 from roll_r3.engines.parts import Parts
 from roll_r3.engines.sample import Sample, SampleError, SampleRequest
-from roll_r3.engines.sampling import Sampler
+from roll_r3.engines.sampler import Sampler
 from roll_r3.errors import EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 

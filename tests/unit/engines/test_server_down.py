@@ -19,7 +19,7 @@ import pytest
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.engine_role import engine_role
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines import health, server, startup
 from roll_r3.engines.client import UnreachableError
 from roll_r3.engines.process import _NOTE_S, ServerProcess

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
 from roll_r3.engines.sglang.codec import SglangCodec
 from roll_r3.errors import RouteError

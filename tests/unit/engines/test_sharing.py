@@ -12,7 +12,7 @@ import pytest
 
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.sample import Sample, SampleError, SampleRequest
 from roll_r3.engines.sharing import PromptSharing
 from roll_r3.engines.slots import Slots

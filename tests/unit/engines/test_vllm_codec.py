@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
 from roll_r3.engines.vllm.codec import VllmCodec, read_npy
 from roll_r3.errors import RouteError

@@ -12,11 +12,11 @@ import pytest
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.engine_role import EngineRole, engine_role
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling import Sampling
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.config.strategies import SglangConfig
 from roll_r3.engines.parts import Parts
 from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
-from roll_r3.engines.sampling import Sampler
+from roll_r3.engines.sampler import Sampler
 from roll_r3.engines.sglang.codec import SglangCodec
 from roll_r3.engines.sglang.strategy import SglangStatus
 from roll_r3.engines.startup import WarmUp

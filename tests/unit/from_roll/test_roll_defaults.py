@@ -6,7 +6,7 @@ import pytest
 
 from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.reading.fields import annotations_at
+from roll_r3.config.reading.field_paths import annotations_at
 from roll_r3.from_roll.defaults import CONDITIONAL, DEFAULTS
 from tests.unit.from_roll.cases import at, of_roll, put, run
 

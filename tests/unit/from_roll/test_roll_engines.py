@@ -9,7 +9,7 @@ import pytest
 from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.strategies import VllmConfig
 from roll_r3.engines.vllm.server import args_that_lose_routes, refused_server_args
-from roll_r3.from_roll.rows import Custom, Unsupported
+from roll_r3.from_roll.key_rows import Custom, Unsupported
 from roll_r3.from_roll.tables import TABLES
 from tests.unit.from_roll.cases import ENGINE, at, of_roll, put, run
 

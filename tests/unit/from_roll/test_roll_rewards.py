@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from roll_r3.from_roll.translate import translate
-from roll_r3.rewards.calls import OFFERED
+from roll_r3.rewards.functions import OFFERED
 from tests.unit.from_roll.cases import of_roll
 
 

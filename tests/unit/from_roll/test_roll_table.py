@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 
 from roll_r3.config.findings.report import ABSENT
-from roll_r3.config.reading.fields import annotations_at
+from roll_r3.config.reading.field_paths import annotations_at
+from roll_r3.from_roll.key_rows import Renamed, Row, Same, Unread, Unsupported
 from roll_r3.from_roll.page import render_from_roll
 from roll_r3.from_roll.pipelines import PIPELINES
-from roll_r3.from_roll.rows import Renamed, Row, Same, Unread, Unsupported
 from roll_r3.from_roll.signs import REQUIRED
 from roll_r3.from_roll.tables import ALL_ROWS
 from tests.unit.from_roll.cases import KEYS, ROOT, at, concrete, for_pattern, of_roll, put, run

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from roll_r3.errors import ConfigError
-from roll_r3.models.checkpoint import INDEX, own_file, tensor_files
-from roll_r3.preflight.checkpoints import incomplete
+from roll_r3.models.checkpoint_files import INDEX, own_file, tensor_files
+from roll_r3.preflight.model_files import incomplete
 
 
 def with_index(folder: Path, text: str | bytes) -> Path:

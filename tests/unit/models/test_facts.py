@@ -10,7 +10,7 @@ import pytest
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import unbuildable
-from roll_r3.models.checkpoint import hub_cache, is_hub_name, resolve_checkpoint
+from roll_r3.models.checkpoint_files import hub_cache, is_hub_name, resolve_checkpoint
 from roll_r3.models.facts import facts_of, read_facts
 from roll_r3.models.tiny import make_tiny_checkpoint
 

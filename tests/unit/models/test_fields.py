@@ -11,7 +11,17 @@ from transformers import AutoConfig, GenerationConfig
 
 from roll_r3.models.architectures import ARCHITECTURES
 from roll_r3.models.architectures.base import TINY, unbuildable, unknown_fields
-from roll_r3.models.architectures.fields import ALL, COMMON, ENGINES, MEGATRON, SGLANG, TRANSFORMERS, VLLM, Fields, only
+from roll_r3.models.architectures.hf_fields import (
+    ALL,
+    COMMON,
+    ENGINES,
+    MEGATRON,
+    SGLANG,
+    TRANSFORMERS,
+    VLLM,
+    Fields,
+    only,
+)
 from roll_r3.models.known import known_configs
 
 PUBLISHED = {

@@ -15,7 +15,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
 from roll_r3.pipelines.rlvr import RLVRPipeline
-from roll_r3.rewards.calls import Response
+from roll_r3.rewards.functions import Response
 from roll_r3.rewards.scoring import Scores
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.tracking.progress import Progress

@@ -18,9 +18,9 @@ from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.sources import ReadLimit
 from roll_r3.errors import ConfigError
-from roll_r3.models.checkpoint import is_hub_name, resolve_checkpoint
-from roll_r3.preflight.checkpoints import Model, find_model, incomplete
+from roll_r3.models.checkpoint_files import is_hub_name, resolve_checkpoint
 from roll_r3.preflight.files import data_problems, output_problem
+from roll_r3.preflight.model_files import Model, find_model, incomplete
 from roll_r3.preflight.rules.files import RULES
 from roll_r3.preflight.surroundings import Surroundings, read_surroundings
 from roll_r3.preflight.versions import find_interpreter, versions_beside
@@ -178,7 +178,7 @@ SOUND = b'{"prompt": "a", "ground_truth": "b"}\n'
 
 @pytest.mark.parametrize("at", [30, 900], ids=["beginning", "end"])
 def test_a_large_file_is_read_at_both_ends(tmp_path, monkeypatch, at):
-    monkeypatch.setattr("roll_r3.data.rows.VALIDATION_LIMIT", ReadLimit(200, 1 << 20))
+    monkeypatch.setattr("roll_r3.data.row_reader.VALIDATION_LIMIT", ReadLimit(200, 1 << 20))
     monkeypatch.setattr("roll_r3.data.json_files._TAIL", len(SOUND) * 150)
     lines = [SOUND] * 1000
     path = tmp_path / "large.jsonl"
@@ -196,7 +196,7 @@ def test_a_large_file_is_read_at_both_ends(tmp_path, monkeypatch, at):
 
 
 def test_row_groups_of_a_large_parquet_file_are_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr("roll_r3.data.rows.VALIDATION_LIMIT", ReadLimit(200, 1 << 20))
+    monkeypatch.setattr("roll_r3.data.row_reader.VALIDATION_LIMIT", ReadLimit(200, 1 << 20))
     path = tmp_path / "large.parquet"
     answers = ["1"] * 2000
     pq.write_table(pa.table({"prompt": answers, "ground_truth": answers}), path, row_group_size=250)
@@ -208,8 +208,8 @@ def test_row_groups_of_a_large_parquet_file_are_sampled(tmp_path, monkeypatch):
 
 
 def test_a_large_json_file_is_read_at_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("roll_r3.data.rows.VALIDATION_LIMIT", ReadLimit(200, 1000))
-    monkeypatch.setattr("roll_r3.data.rows._FILE_MINIMUM", ReadLimit(1, 1))
+    monkeypatch.setattr("roll_r3.data.row_reader.VALIDATION_LIMIT", ReadLimit(200, 1000))
+    monkeypatch.setattr("roll_r3.data.row_reader._FILE_MINIMUM", ReadLimit(1, 1))
     path = tmp_path / "large.json"
     rows = b"[" + b",".join([SOUND] * 1000) + b"]"
     for content, expected in ((rows, None), (rows[:-1], "truncated"), (b"{" + rows, "not a list")):

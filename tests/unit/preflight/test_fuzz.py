@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from roll_r3.config.findings.report import Finding, InvalidConfigError, as_json, has_errors, render
 from roll_r3.config.load import LoadedConfig, load_text
-from roll_r3.config.reading.fields import fields_at
+from roll_r3.config.reading.field_paths import fields_at
 from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.tree import overlap

@@ -17,7 +17,7 @@ from roll_r3.config.rules.table import Row
 from roll_r3.config.tree import overlap
 from roll_r3.engines.sglang.version import TESTED
 from roll_r3.preflight.check import check_config
-from roll_r3.preflight.checkpoints import Model
+from roll_r3.preflight.model_files import Model
 from roll_r3.preflight.rules import ALL_RULES, PREFLIGHT_RULES
 from roll_r3.preflight.rules.surroundings_rule import ModelRule, Pretend, SurroundingsRule
 from roll_r3.preflight.summary import summary

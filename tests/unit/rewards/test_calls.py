@@ -10,7 +10,7 @@ import pytest
 
 from roll_r3.config.pipeline import RewardConfig
 from roll_r3.errors import ConfigError
-from roll_r3.rewards.calls import OFFERED, CallError, Response, call_of
+from roll_r3.rewards.functions import OFFERED, CallError, Response, call_of
 from roll_r3.rewards.rules import Rule
 
 RESPONSE = Response(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from roll_r3.errors import CheckpointError, ConfigError
 from roll_r3.export import export, main
-from roll_r3.models.checkpoint import INDEX
+from roll_r3.models.checkpoint_files import INDEX
 from roll_r3.trainers.hf_checkpoint import save_hf
 
 

@@ -17,9 +17,9 @@ from roll_r3.errors import BusyError
 from roll_r3.tracking.metric_log import MetricLog
 from roll_r3.tracking.names import METRICS, metrics_table
 from roll_r3.tracking.progress import Progress, format_seconds
-from roll_r3.tracking.report import run_summary
 from roll_r3.tracking.run_dir import RunDir
 from roll_r3.tracking.run_log import RunLog, log_threads
+from roll_r3.tracking.run_summary import run_summary
 
 NOW = datetime(2026, 11, 21, 12, 0, 0)
 

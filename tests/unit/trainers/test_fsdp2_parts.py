@@ -86,7 +86,7 @@ def test_gates_of_another_choice_carry_gradients_to_the_router() -> None:
 def test_a_checkpoint_is_read_as_transformers_reads_it(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from roll_r3.models.hf.parts import parts_of
+    from roll_r3.models.hf.tensor_parts import parts_of
     from roll_r3.trainers.fsdp2.weights import CheckpointReader
 
     make_tiny_checkpoint(tmp_path, name, seed=3)

@@ -21,7 +21,7 @@ from typing import Any
 
 from roll_r3.config.findings.readable import printable, readable
 from roll_r3.errors import ConfigError, RollError
-from roll_r3.rewards.calls import Response
+from roll_r3.rewards.functions import Response
 from roll_r3.rewards.rules import Rule
 from roll_r3.rewards.worker import FAILED, READY, REFUSED, SCORE, UNDECIDED
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from roll_r3.errors import RollError
-from roll_r3.rewards.process import POLL_S, Answer, Failure, Process, Task
+from roll_r3.rewards.reward_process import POLL_S, Answer, Failure, Process, Task
 from roll_r3.rewards.rules import Rule
 
 

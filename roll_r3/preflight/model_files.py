@@ -11,7 +11,7 @@ from roll_r3.config.findings.report import show_value
 from roll_r3.config.reading.disk import is_directory, is_file, matches, read_at_most, why_no_file, why_unknown
 from roll_r3.errors import ConfigError
 from roll_r3.models.architectures.base import RawConfig
-from roll_r3.models.checkpoint import INDEX, cached_file, is_hub_name, read_index
+from roll_r3.models.checkpoint_files import INDEX, cached_file, is_hub_name, read_index
 from roll_r3.models.facts import MAX_CONFIG, ModelFacts, facts_of
 from roll_r3.models.known import known_config
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from roll_r3.config.findings.report import show_value
-from roll_r3.config.reading.fields import fields_at
+from roll_r3.config.reading.field_paths import fields_at
 from roll_r3.config.tree import Keys, join
 from roll_r3.from_roll.draft import Draft
 
