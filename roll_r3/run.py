@@ -24,7 +24,7 @@ from roll_r3.config.findings.write_errors import explain
 from roll_r3.config.load import LoadedConfig, load
 from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.errors import ConfigError, RollError
-from roll_r3.from_roll.translator import ROLL
+from roll_r3.from_roll.roll_dialect import ROLL
 from roll_r3.preflight.check import check
 from roll_r3.preflight.plan.make import make_plan
 from roll_r3.preflight.plan.plan import Plan

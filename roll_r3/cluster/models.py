@@ -13,11 +13,11 @@ import ray
 
 from roll_r3.batch.batch import Batch, FloatN
 from roll_r3.batch.grouping import IntArray, assign_to_ranks
+from roll_r3.cluster.actors import WRITING, ModelWorker
 from roll_r3.cluster.calls import Waiting
 from roll_r3.cluster.life_signs import SIGNS
 from roll_r3.cluster.placement import Placement
 from roll_r3.cluster.worker_group import Calls, Member, Unbroken, WorkerGroup
-from roll_r3.cluster.workers import WRITING, ModelWorker
 from roll_r3.config.model_role import Role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.replay.counts import ReplayCounts

@@ -9,11 +9,11 @@ from typing import Any
 
 import ray
 
+from roll_r3.cluster.actors import RolloutWorker
 from roll_r3.cluster.calls import Waiting, Watch
 from roll_r3.cluster.life_signs import SIGNS
 from roll_r3.cluster.placement import Placement
 from roll_r3.cluster.worker_group import Calls, Member, WorkerGroup
-from roll_r3.cluster.workers import RolloutWorker
 from roll_r3.config.derived import engine_devices
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.devices import (

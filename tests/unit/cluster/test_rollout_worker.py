@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from roll_r3.cluster.workers import RolloutWorker
+from roll_r3.cluster.actors import RolloutWorker
 from roll_r3.config.sampling_settings import Sampling
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult

@@ -14,9 +14,9 @@ from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.reading.interpolate import resolve
 from roll_r3.config.reading.yaml_file import parse_yaml
 from roll_r3.from_roll.includes import include_defaults
+from roll_r3.from_roll.roll_dialect import ROLL
 from roll_r3.from_roll.tables import ALL_ROWS
 from roll_r3.from_roll.translate import translate
-from roll_r3.from_roll.translator import ROLL
 
 ROOT = Path(__file__).parents[3]
 FOLDER = Path(__file__).parent / "files"

@@ -10,8 +10,8 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules import check_rules
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.strategies import Fsdp2Config, VllmConfig
+from roll_r3.from_roll.roll_dialect import ROLL
 from roll_r3.from_roll.translate import translate
-from roll_r3.from_roll.translator import ROLL
 from tests.unit.from_roll.cases import FILES, FOLDER, MATH, ROOT, at, load_text, of_roll, put, read, run
 
 

@@ -18,7 +18,7 @@ from roll_r3.config.reading.field_paths import fields_at
 from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.tree import overlap
-from roll_r3.from_roll.translator import ROLL
+from roll_r3.from_roll.roll_dialect import ROLL
 from roll_r3.preflight.check import check, check_config
 from roll_r3.preflight.rules import ALL_RULES
 from roll_r3.preflight.rules.surroundings_rule import SurroundingsRule
