@@ -33,12 +33,12 @@ _HEADER = """\
 
 A run is one YAML file: `python -m roll_r3.run --config FILE [section.field=value ...]`.
 
-- `--validate-only` checks the file and starts nothing; `--plan` prints the placement of all processes; `--print-config`
-  prints the file with every default filled in. With `--elsewhere` they do not look for files and engines on this
-  machine.
+- `--validate-only` checks the file and starts nothing; `--plan` prints the placement of all processes and computes
+  their memory; `--print-config` prints the file with every default filled in. With `--elsewhere` they do not look for
+  files and engines on this machine.
 - All mistakes are reported at once (above 200, the first 200 and the number of the others), each with its rule, file
-  and line, value, reason, and a fix. `--explain RULE` explains a rule with examples, `--format json` is for
-  programs. docs/compatibility.md lists all rules.
+  and line, value, reason, and a fix. `--explain RULE` shows a rule with examples, `--format json` is for programs.
+  [compatibility.md](compatibility.md) lists all rules.
 - Editors complete and check the file with roll_r3/config/schema.json; the files in configs/ name it in their first
   line.
 - An override such as `actor_train.training_args.learning_rate=1e-5` is read as YAML and replaces the value in the
@@ -46,6 +46,8 @@ A run is one YAML file: `python -m roll_r3.run --config FILE [section.field=valu
 - `${rollout_batch_size}` stands for the value of another field; `${.name}` and `${..name}` are relative paths. Inside a
   longer text the value must not be a section or a list. Environment variables are not read: pass them as overrides.
 - Unknown fields are rejected, and so are settings without effect.
+
+Brackets hold type and default. An optional field is null or empty by default; a section has the defaults of its fields.
 """
 
 
@@ -96,20 +98,20 @@ def _section(title: str, model: type[BaseModel], titles: dict[type[BaseModel], s
     """Return the section of one model. Fields already described alike in another section are only named.
 
     Args:
-        shown: table row -> title of the section with it; extended by this section's rows.
+        shown: list item -> title of the section with it; extended by this section's items.
     """
     lines = [f"## {title}", "", " ".join((model.__doc__ or "").split()), ""]
-    rows, alike = [], dict[str, list[str]]()
+    items, alike = [], dict[str, list[str]]()
     for name, field in model.model_fields.items():
         meaning = " ".join((field.description or "").split())
-        row = generated.table_row(f"`{name}`", _type(field, titles), _default(field), meaning)
-        if row in shown:
-            alike.setdefault(shown[row], []).append(f"`{name}`")
+        item = f"- `{name}` ({_type_and_default(field, titles)}): {meaning}"
+        if item in shown:
+            alike.setdefault(shown[item], []).append(f"`{name}`")
         else:
-            shown[row] = title
-            rows.append(row)
-    if rows:
-        lines += ["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |", *rows, ""]
+            shown[item] = title
+            items.append(item)
+    if items:
+        lines += [*items, ""]
     for other, names in alike.items():
         lines += [f"As in {_link(other)}: {', '.join(names)}.", ""]
     return "\n".join(lines)
@@ -121,6 +123,19 @@ def _link(title: str) -> str:
 
 def _anchor(title: str) -> str:
     return "".join(c for c in title.replace(" ", "-") if c.isalnum() or c in "-_")
+
+
+def _type_and_default(field: FieldInfo, titles: dict[type[BaseModel], str]) -> str:
+    kind = _type(field, titles)
+    match field.default:
+        case None | {} if not field.default:
+            return f"{kind.removesuffix(' or null')}, optional"
+        case BaseModel() | dict():
+            return kind
+        case default if default is PydanticUndefined:
+            return f"{kind}, required"
+        case default:
+            return f"{kind}; `{show_value(default)}`"
 
 
 def _type(field: FieldInfo, titles: dict[type[BaseModel], str]) -> str:
@@ -157,14 +172,6 @@ def _bounds(metadata: typing.Iterable[Any]) -> str:
                 name, sign = _BOUNDS[type(constraint)]
                 shown.append(f" {sign} {getattr(constraint, name)}")
     return ",".join(shown)
-
-
-def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
-        return "required"
-    if isinstance(field.default, BaseModel | dict):
-        return "its defaults" if field.default else "none"
-    return f"`{show_value(field.default)}`"
 
 
 if __name__ == "__main__":

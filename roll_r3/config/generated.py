@@ -8,11 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def table_row(*cells: str) -> str:
-    """Return a row of a Markdown table, with the bars inside cells escaped."""
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
 def main(output: Path, render: Callable[[], str], arguments: Sequence[str] | None = None) -> int:
     """Write `output`, or with --check compare it; return the exit status.
 

@@ -48,8 +48,8 @@ class CheckpointConfig(Config):
     """Location and mode of writing checkpoints."""
 
     output_dir: str | None = None
-    """Checkpoints go to output_dir/exp_name/<run>/checkpoints/, weights for transformers to .../hf/, on a disk shared
-    by all nodes. Default: the run's `output_dir`."""
+    """Checkpoints go to `output_dir/exp_name/<run>/checkpoints/`, weights for transformers to `<run>/hf/`, on a disk
+    shared by all nodes. Default: the run's `output_dir`."""
     async_save: bool = False
     """Continue training during a write. The run waits only for the previous write and for each rank's copy to host
     memory."""
@@ -124,7 +124,7 @@ class RLVRConfig(Config):
     seed: NonNegativeInt = 42
     """Seed of all random numbers."""
     output_dir: str = "output"
-    """Runs are written to output_dir/exp_name/<run>/: worker logs, and checkpoints by default. A disk shared by all
+    """Runs are written to `output_dir/exp_name/<run>/`: worker logs, and checkpoints by default. A disk shared by all
     nodes."""
     device_type: Literal["auto", "cpu", "cuda"] = "auto"
     """Meaning of a device in `device_mapping`: a GPU (cuda) or a CPU slot (cpu). auto: GPUs if the cluster has any."""
@@ -209,7 +209,7 @@ class RLVRConfig(Config):
     reference: ReferenceConfig | None = None
     """The frozen policy; only for a KL term."""
     rewards: dict[str, RewardConfig] = {"default": RewardConfig(reward="exact_match")}
-    """Reward rules, by a name of your choice."""
+    """Reward rules, by a name of your choice. Default: `exact_match` for all domains."""
     reward_workers: PositiveInt = 4
     """Processes for reward rules, on the driver's node; each scores one of the step's samples at a time."""
     max_failed_rewards: Annotated[float, Field(ge=0, le=1)] = 0.1

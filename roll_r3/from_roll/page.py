@@ -20,14 +20,13 @@ roll_r3 reads a YAML file of ROLL's RLVR pipeline unchanged:
 python -m roll_r3.run --config rlvr_config.yaml --validate-only
 ```
 
-- A key with the same meaning is not reported.
 - A key with another form is translated; a note `roll-translated` shows it.
 - Unsupported keys would change the run: one error, `roll-unsupported`, lists them with what to write instead.
 - Keys without effect on training are dropped; the warning `roll-unread` counts them, and `--show-dropped` or
   `--format json` lists them. A value that means "off" is dropped silently.
 - A key unknown to both is an error.
 
-`--print-config` prints the file in roll_r3's schema: keep that one.
+`--print-config` prints the file in roll_r3's schema, with `dialect: roll_r3`: keep that one.
 
 Overrides may use ROLL's keys. `key=null` removes a key, a reward (`rewards.code_sandbox=null`) or a role
 (`reference=null`) as if it were not in the file, unless it is required. Where null differs from a missing field, as for
@@ -35,11 +34,11 @@ Overrides may use ROLL's keys. `key=null` removes a key, a reward (`rewards.code
 
 ## Dialect
 
-Many keys are shared, with different defaults. So a file is in one of two dialects, shown in the first line of a report
-and as `dialect` in JSON. Keys in ROLL alone count against keys in roll_r3 alone; `rewards.*.worker_cls` and
-`actor_train.data_args.domain_interleave_probs`, required by ROLL, count twice. Neither a report's suggestions nor
-overrides change the dialect; the warning `dialect-unclear` reports an uncertain one that matters. `dialect: roll` or
-`dialect: roll_r3`, in the file or as an override, decides. `--print-config` writes `dialect: roll_r3`.
+Shared keys may have different defaults, so a file is in one of two dialects, shown in the first line of a report and as
+`dialect` in JSON. Keys in ROLL alone count against keys in roll_r3 alone; `rewards.*.worker_cls` and
+`actor_train.data_args.domain_interleave_probs`, required by ROLL, count twice. Neither suggestions of a report nor
+overrides change it; the warning `dialect-unclear` reports an uncertain one that matters. `dialect: roll` or
+`dialect: roll_r3` decides.
 
 ## Other pipelines and includes
 

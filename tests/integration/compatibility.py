@@ -43,7 +43,7 @@ class Compatibility:
     def __init__(self) -> None:
         self.mixes: list[Mix] = []
         self.refused: dict[str, str] = {}
-        """Tried configuration -> reason of its refusal."""
+        """Tried configuration -> rule or reason of its refusal."""
 
     def ran(self, mix: Mix) -> None:
         """Record a mix after it passed every check."""
@@ -76,9 +76,9 @@ class Compatibility:
                 "",
                 "## Refused",
                 "",
-                "Tried by the tests; the program said why before anything ran; the whole table of rules is below.",
+                "Tried by the tests and refused before anything ran: by a rule of the list below, or with a reason.",
                 "",
-                "| What | Why |",
+                "| What | Rule or reason |",
                 "| --- | --- |",
                 *(f"| {what} | {_cell(why)} |" for what, why in sorted(self.refused.items())),
                 "",

@@ -235,4 +235,4 @@ def killed_under_its_requests(fault: Fault, world: World) -> None:
     assert line.startswith(f"actor_infer-0 failed, and is started again (1 of 3 times before a step is done): {died}")
     fault.user_sees(f"actor_infer-0 failed, and is started again (1 of 3 times ...): {died}: ...")
     fault.recovered(seconds)
-    fault.lost("nothing; samples that had not come are sampled again, with their seeds, from the same weights")
+    fault.lost("nothing; missing samples are sampled again, with their seeds and weights")

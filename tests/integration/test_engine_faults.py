@@ -81,7 +81,7 @@ def test_a_server_that_hangs_is_killed_and_started_again(fault: Fault, world: Wo
         "actor_infer-1 failed, and is started again (...): engine 1 (SGLang) gave no sign of life for 30 s ..."
     )
     fault.recovered(seconds)
-    fault.lost("nothing; samples that had not come are sampled again, with their seeds, from the same weights")
+    fault.lost("nothing; missing samples are sampled again, with their seeds and weights")
 
 
 @pytest.mark.long
@@ -127,7 +127,7 @@ def test_a_server_killed_in_an_update_is_started_again_and_all_get_the_weights(f
     assert not set(ports) & {target.port for target in world.rollouts.weight_targets()}, "half of the weights is no use"
     assert world.pool.step_done() == 2
     fault.user_sees("actor_infer-1 failed, and is started again (1 of 3 times ...): engine 1 (SGLang) died: ...")
-    fault.lost("nothing; every engine that took part is started again and gets the weights from the first on")
+    fault.lost("nothing; all engines of the update restart and get all weights")
 
 
 @pytest.mark.long
@@ -198,7 +198,7 @@ def test_a_run_whose_engine_is_killed_goes_on(fault: Fault, tmp_path: Path) -> N
     assert re.search(r"actor_infer-0 failed, and is started again \(1 of 1 times .*engine 0 \(SGLang\) died", said)
     assert "LOST" not in said
     fault.user_sees("actor_infer-0 failed, and is started again (1 of 1 times ...); rollout/engine_restarts is 1")
-    fault.lost("nothing; samples that had not come are sampled again")
+    fault.lost("nothing; missing samples are sampled again")
 
 
 def generating(where: Path) -> Run:
@@ -266,7 +266,5 @@ def test_a_server_whose_driver_is_killed_ends_by_itself(fault: Fault, tmp_path: 
         assert folders(run) == [] and not any(os.path.exists(path) for path in named)
     finally:
         run.end()
-    fault.user_sees(
-        "nothing; the server and its children end by themselves, the next one on that machine tidies up after them"
-    )
+    fault.user_sees("nothing; the server and its children end by themselves, the next one there tidies up")
     fault.lost("nothing; steps since the last checkpoint are done again")

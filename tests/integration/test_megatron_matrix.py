@@ -104,7 +104,7 @@ def test_a_configuration_is_refused(what: str, tmp_path: Path, compatibility: Co
     assert not check_rules(load(tmp_path / "run.yaml").config)
     found = [f for f in check_rules(load(tmp_path / "run.yaml", overrides).config) if f.severity == "error"]
     assert found
-    compatibility.refused[what] = f"`{found[0].rule}`: {found[0].why}"
+    compatibility.refused[what] = f"`{found[0].rule}`"
 
 
 @pytest.mark.parametrize("what", REFUSED_MODELS)

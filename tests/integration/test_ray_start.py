@@ -29,7 +29,7 @@ def test_it_is_said_in_words(fault: Fault, tmp_path, monkeypatch):
         pass
     fault.recovered(time.monotonic() - began)
     fault.user_sees("error: Ray did not start here: ..., and where its logs are, or why it has none; exit status 1")
-    fault.lost("nothing; a run that has made no step does not try again by itself")
+    fault.lost("nothing; without a step there is no restart")
 
 
 @pytest.mark.parametrize("seconds", [0.3, 2.0])

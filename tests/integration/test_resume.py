@@ -170,7 +170,7 @@ def test_nothing_outlives_a_process_group_that_is_killed(fault: Fault, tmp_path,
         fault.recovered(time.monotonic() - struck)
     finally:
         run.end()
-    fault.user_sees("nothing; engines and ranks, which have process groups of their own, end by themselves")
+    fault.user_sees("nothing; engines and ranks have process groups of their own, and end by themselves")
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
 
@@ -356,7 +356,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(fault: Fault, damaged, step):
     words = re.sub(r"\S+/(?=state)", "", words)
     fault.user_sees(f"checkpoint .../step-... is DAMAGED: {words}; looking for one before it")
     fault.recovered(seconds)
-    fault.lost("the steps from the checkpoint before it on, which are done again")
+    fault.lost("nothing; steps since the checkpoint before it are done again")
 
 
 def test_a_new_run_goes_on_from_a_path(whole, tmp_path, checkpoint):

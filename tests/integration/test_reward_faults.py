@@ -315,7 +315,7 @@ def test_what_is_seen_of_a_reward_that_failed(fault: Fault, rewards: Open, falle
         f"step 1: left out 1 of 128 responses, which have no reward: rewards.mine (my.rules:score) {said}..."
     )
     fault.recovered(time.monotonic() - began)
-    fault.lost("the responses, which the step does without; with more than max_failed_rewards the run stops")
+    fault.lost("these responses; more than max_failed_rewards stop the run")
 
 
 @pytest.mark.fault("a gradient is not finite")
@@ -332,4 +332,4 @@ def test_what_is_seen_of_an_advantage_that_overflows(fault: Fault, fallen: Run) 
     assert all(math.isfinite(metrics[2][name]) for name in ("actor_train/grad_norm", "actor/pg_loss"))
     fault.user_sees("step 2: the gradient norm is nan: optimizer step 1 was left out")
     fault.recovered(metrics[1]["time/step_train"])
-    fault.lost("that optimizer step; with more than max_skipped_steps in a row the run stops")
+    fault.lost("that optimizer step; more than max_skipped_steps in a row stop the run")

@@ -39,9 +39,9 @@ def test_a_stale_file_is_noticed(tmp_path, capsys):
 def test_every_field_is_described(section):
     page = docs.render_docs()
     for name in fields_at(section):
-        rows = [row for row in page.splitlines() if row.startswith(f"| `{name}` |")]
-        assert rows
-        assert all(row.count(" | ") == 3 and row.split(" | ")[3].strip("| ") for row in rows)
+        items = [line for line in page.splitlines() if line.startswith(f"- `{name}` (")]
+        assert items
+        assert all(item.partition("): ")[2] for item in items)
 
 
 UNITS = (

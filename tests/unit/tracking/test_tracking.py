@@ -15,7 +15,7 @@ import pytest
 
 from roll_r3.errors import BusyError
 from roll_r3.tracking.metric_log import MetricLog
-from roll_r3.tracking.names import METRICS, metrics_table
+from roll_r3.tracking.names import METRICS, metrics_page
 from roll_r3.tracking.progress import Progress, format_seconds
 from roll_r3.tracking.run_dir import RunDir
 from roll_r3.tracking.run_log import RunLog, log_threads
@@ -231,7 +231,7 @@ def test_the_summary_has_directory_rewards_and_replay():
 
 def test_docs_of_metrics_are_fresh():
     path = Path(__file__).parents[3] / "docs" / "metrics.md"
-    assert path.read_text() == metrics_table(), "run python -m roll_r3.tracking.names"
+    assert path.read_text() == metrics_page(), "run python -m roll_r3.tracking.names"
     assert all(m.unit and m.meaning for m in METRICS.values())
 
 
