@@ -65,7 +65,7 @@ class RolloutWorker:
         entry = STRATEGIES[config.actor_infer.strategy_args.strategy_name]
         self._model_path = checkpoint_of(config, "actor_infer")
         self._num_experts = 0
-        self._generating: dict[int, asyncio.Future[asyncio.Task[GenerateResult]]] = {}
+        self._generating: dict[int, asyncio.Task[GenerateResult]] = {}
         """Number of a call -> its request under way."""
         server_log = log_path.with_name(f"{log_path.stem}-server.log")
         place = EnginePlace(engine_index, device, gpu_ids, server_log, ray.util.get_node_ip_address())
@@ -87,17 +87,16 @@ class RolloutWorker:
             requests: number of a call -> its request.
         """
         for number, request in requests.items():
-            self._begun(number).set_result(asyncio.create_task(self._generate(request)))
+            self._generating[number] = asyncio.create_task(self._generate(request))
 
-    async def generated(self, number: int) -> GenerateResult:
-        """Return the result of a request, with handles in place of routes."""
-        task = await self._begun(number)
-        del self._generating[number]
-        return await task
+    async def generated(self, number: int, begun: None) -> GenerateResult:
+        """Return the result of a request, with handles in place of routes.
 
-    def _begun(self, number: int) -> asyncio.Future[asyncio.Task[GenerateResult]]:
-        """Return the future of a request's task: Ray may run `generated` before the `begin_generate` sent before it."""
-        return self._generating.setdefault(number, asyncio.get_running_loop().create_future())
+        Args:
+            begun: result of `begin_generate`. Ray keeps no order among the calls of an asyncio actor, but runs this one
+                after the call that it depends on, and has it fail if that one failed.
+        """
+        return await self._generating.pop(number)
 
     async def _generate(self, request: GenerateRequest) -> GenerateResult:
         result = await self._strategy.generate(request)

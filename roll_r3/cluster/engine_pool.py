@@ -6,6 +6,7 @@ Balancing, lost engines, retries of lost samples, restarts and weight versions a
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -22,8 +23,11 @@ from roll_r3.strategies.base import GenerateRequest, GenerateResult
 logger = logging.getLogger(__name__)
 
 LIMIT = "actor_infer.strategy_args.strategy_config.max_restarts"
-AHEAD = 2
-"""Samples given to an engine, in multiples of the number that it runs at once: the others are ready when those end."""
+AHEAD = 4
+"""Samples given to a server, in multiples of the number that it runs at once. A group counts in full until its longest
+sample ends: with 2, and lengths that vary widely, a third of a server is idle in a simulation; with 4, nothing is."""
+LEAST_GROUPS = 2
+"""Groups given to an engine, however large. The failure of one alone is too little to call the engine broken."""
 
 
 class Rollouts(Protocol):
@@ -84,7 +88,9 @@ class _Engine:
     name: str
     state: _State = _State.UP
     samples: int = 0
-    """Samples under way."""
+    """Samples under way, those of a group until all of them have ended."""
+    groups: int = 0
+    """Requests under way."""
     lost: int = 0
     """Samples lost since it was last up."""
 
@@ -102,7 +108,8 @@ class EnginePool:
     """The engines of `actor_infer`, with the weights of `actor_train`.
 
     A request is a prompt's group. It stays on one engine, where its prefix is shared, unless that engine is lost.
-    Requests wait in one queue, and each engine is given a few more than it runs at once. So a quicker engine gets more.
+    Requests wait in one queue, and each server is given a few more than it runs at once. So a quicker one gets more.
+    The transformers engine gets its share at once, in turn: its batches, and so its samples, must not depend on time.
 
     An engine that is lost is restarted while the others go on, and its lost samples are asked of any engine again,
     under the same ids and seeds. Before the restarted engine samples it gets the trainer's weights, and all engines
@@ -124,7 +131,7 @@ class EnginePool:
         """
         settings = server(config)
         self._max_restarts = settings.max_restarts if settings is not None else 0
-        self._window = AHEAD * samples_at_once(config)
+        self._window = AHEAD * samples_at_once(settings) if settings is not None else math.inf
         self._rollout, self._trainer, self._say = rollout, trainer, say
         self._engines = {name: _Engine(name) for name in rollout.names}
         self._queue: deque[_Task] = deque()
@@ -203,16 +210,20 @@ class EnginePool:
             return  # they get their weights as soon as nothing is under way
         given: dict[str, list[_Task]] = defaultdict(list)
         while self._queue:
-            ready = [e for e in self._engines.values() if e.state is _State.UP and e.samples < self._window]
+            ready = [e for e in self._engines.values() if e.state is _State.UP and self._has_room(e)]
             if not ready:
                 break
             engine = min(ready, key=lambda e: e.samples)
             task = self._queue.popleft()
             engine.samples += len(task.rest.sample_ids)
+            engine.groups += 1
             given[engine.name].append(task)
         for name, tasks in given.items():
             calls = self._rollout.begin_generate(name, [task.rest for task in tasks])
             self._under_way |= {call: (self._engines[name], task) for call, task in zip(calls, tasks, strict=True)}
+
+    def _has_room(self, engine: _Engine) -> bool:
+        return engine.samples < self._window or engine.groups < LEAST_GROUPS
 
     def _take(self, timeout: float | None) -> None:
         """Wait for a call to end, and settle every call that has ended."""
@@ -227,6 +238,7 @@ class EnginePool:
     def _came(self, engine: _Engine, task: _Task, result: GenerateResult) -> None:
         """Settle the answer to a task: it is done, or its lost samples go to the front of the queue."""
         engine.samples -= len(task.rest.sample_ids)
+        engine.groups -= 1
         task.result = joined(task.ticket.request, task.result, result)
         if not result.lost:
             self._done.append(Completed(task.ticket, task.result))
@@ -245,7 +257,7 @@ class EnginePool:
 
     def _restart_lost(self) -> None:
         """Begin the restart of lost engines of which no call is under way any more."""
-        lost = [e for e in self._engines.values() if e.state is _State.LOST and not e.samples]
+        lost = [e for e in self._engines.values() if e.state is _State.LOST and not e.groups]
         if not lost:
             return
         down = self._rollout.down(ask=False)

@@ -67,8 +67,8 @@ class RolloutGroup(WorkerGroup):
         """Give requests to an engine all at once, for it to batch them; return one call per request."""
         member = self._named(name)
         numbers = [next(self._numbers) for _ in requests]
-        member.handle.begin_generate.remote(dict(zip(numbers, requests, strict=True)))
-        refs: list[Hashable] = [member.handle.generated.remote(number) for number in numbers]
+        begun = member.handle.begin_generate.remote(dict(zip(numbers, requests, strict=True)))
+        refs: list[Hashable] = [member.handle.generated.remote(number, begun) for number in numbers]
         self._under_way |= dict.fromkeys(refs, (member.name, member.log))
         return refs
 

@@ -8,7 +8,7 @@ from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.config.base import Config
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling_settings import Sampling
-from roll_r3.config.strategies import HfInferConfig, MegatronConfig, ServerConfig, SglangConfig, VllmConfig
+from roll_r3.config.strategies import MegatronConfig, ServerConfig, SglangConfig, VllmConfig
 from roll_r3.config.tree import join
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig
 
@@ -223,11 +223,8 @@ def sampling(config: RLVRConfig) -> Sampling:
     )
 
 
-def samples_at_once(config: RLVRConfig) -> int:
-    """Return the number of samples that an engine runs at once, as far as the configuration says."""
-    settings = config.actor_infer.strategy_args.strategy_config
-    if isinstance(settings, HfInferConfig):
-        return settings.max_running_requests
+def samples_at_once(settings: ServerConfig) -> int:
+    """Return the number of samples that a server runs at once, as far as its settings say."""
     return min(settings.max_running_requests or settings.max_concurrent_requests, settings.max_concurrent_requests)
 
 

@@ -30,8 +30,7 @@ class Burst:
     async def __aenter__(self) -> Self:
         if not self._running:
             self._requests, self._success = 0, False
-            self._failed: list[GenerateResult] = []
-            self._changed = asyncio.Event()
+            self._hold()
             self._closed = asyncio.create_task(self._ask_why_closed())
             self._tasks = [asyncio.create_task(self._watch()), self._closed]
         self._running += 1
@@ -40,7 +39,7 @@ class Burst:
 
     async def __aexit__(self, *_: object) -> None:
         self._running -= 1
-        self._changed.set()
+        self._judge()
         if not self._running:
             tasks = self._tasks
             for task in tasks:
@@ -54,18 +53,32 @@ class Burst:
     def succeeded(self) -> None:
         """Record a request with a sample."""
         self._success = True
-        self._changed.set()
+        self._release([])
 
     async def failures(self, result: GenerateResult) -> list[GenerateResult]:
-        """Hold the result of a request without any sample until the engine can be judged.
+        """Hold the result of a request without any sample until another one returns a sample, or all have failed.
+
+        While it is held the engine gets nothing in its place: a broken engine fails fast, and would get everything.
 
         Returns:
-            All such results, if the burst had several requests and none returned a sample: the engine is broken. One
-            request is too little evidence. Empty as soon as another request returns a sample.
+            All such results, if the burst had several requests and none ever returned a sample: the engine is broken.
+            One request is too little evidence.
         """
-        self._failed.append(result)
-        self._changed.set()
-        while not self._success and len(self._failed) < self._running:
-            self._changed.clear()
-            await self._changed.wait()
-        return [] if self._success or self._requests == 1 else self._failed
+        self._held.append(result)
+        verdict = self._verdict
+        self._judge()
+        return await asyncio.shield(verdict)
+
+    def _judge(self) -> None:
+        if len(self._held) >= self._running:
+            self._release([] if self._success or self._requests == 1 else self._held)
+
+    def _release(self, failures: list[GenerateResult]) -> None:
+        if self._held:
+            self._verdict.set_result(failures)
+            self._hold()
+
+    def _hold(self) -> None:
+        """Hold failed requests from now on, until the next verdict."""
+        self._held: list[GenerateResult] = []
+        self._verdict: asyncio.Future[list[GenerateResult]] = asyncio.get_running_loop().create_future()

@@ -14,7 +14,7 @@ others as well, provided all of them found the same computation in the cache. Th
 * If a sample did not find the prompt, or failed, the others may have found its computation. Then only the leader is
   kept, because it fetched all of its rows itself.
 
-Shape legend: M MoE layers, s shared rows, o a sample's own rows after them, K experts per token.
+Shape legend: M MoE layers, R rows, s shared rows, K experts per token.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-
-import numpy as np
 
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
@@ -219,8 +217,9 @@ def _stitched(trajectories: list[Trajectory], rows: int) -> dict[str, Trajectory
     shared_MsK = _routes_of(leader).ids_MRK[:, :rows]
     whole = {leader.sample_id: leader}
     for other in others:
-        own_MoK = _routes_of(other).ids_MRK[:, rows:]
-        whole[other.sample_id] = replace(other, routes=RoutedExperts(np.concatenate([shared_MsK, own_MoK], axis=1)))
+        ids_MRK = _routes_of(other).ids_MRK
+        ids_MRK[:, :rows] = shared_MsK  # in place: a copy of a long prompt's rows for each sample would not be small
+        whole[other.sample_id] = replace(other, routes=RoutedExperts(ids_MRK))
     return whole
 
 

@@ -101,7 +101,7 @@ def test_an_engine_that_answers_garbage_is_started_again(fault: Fault, world: Wo
     fault.recovered(time.monotonic() - began)
     world.assert_undisturbed(results, 1)
     assert world.restarted(1) == 1
-    seen = "engine 0 (SGLang) gave nothing usable: 16 samples of 4 prompts failed, with 3 retries each"
+    seen = "engine 0 (SGLang) gave nothing usable: 32 samples of 8 prompts failed, with 3 retries each"
     assert seen in world.said[-2]
     fault.user_sees(f"actor_infer-0 failed, and is started again (...): {seen} ...; the last: routed_experts ...")
     fault.lost("nothing; all samples of that engine are sampled again")

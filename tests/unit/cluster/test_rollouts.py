@@ -38,7 +38,8 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
 def group_of(count: int) -> tuple[RolloutGroup, list[MagicMock]]:
     handles = [MagicMock() for _ in range(count)]
     for i, handle in enumerate(handles):
-        handle.generated.remote.side_effect = lambda number, i=i: f"engine {i}, call {number}"
+        handle.begin_generate.remote.return_value = f"begun {i}"
+        handle.generated.remote.side_effect = lambda number, begun, i=i: f"engine {i}, call {number}"
         handle.restart.remote.return_value = f"restart {i}"
     members = [Member(f"actor_infer-{i}", handle, Path("log")) for i, handle in enumerate(handles)]
     return RolloutGroup(members), handles
@@ -50,6 +51,7 @@ def test_requests_go_out_in_one_call_and_results_come_one_by_one(ended: dict[Any
     second = group.begin_generate("actor_infer-0", [request("c")])
     assert [*first, *second] == ["engine 1, call 0", "engine 1, call 1", "engine 0, call 2"]
     handles[1].begin_generate.remote.assert_called_once_with({0: request("a"), 1: request("b")})
+    handles[1].generated.remote.assert_called_with(1, "begun 1")  # or a failed begin would be waited for in vain
     restart = group.begin_restart("actor_infer-0")
     ended |= {first[1]: "b", restart: ""}
     assert group.ended(None) == {first[1]: "b", restart: ""}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from roll_r3.config.derived import samples_at_once, sampling
+from roll_r3.config.derived import samples_at_once, sampling, server
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling_settings import Sampling
 
@@ -36,8 +36,6 @@ def test_training_samples_as_generating_args_say() -> None:
 @pytest.mark.parametrize(
     ("strategy", "settings", "room"),
     [
-        ("hf_infer", {}, 64),
-        ("hf_infer", {"max_running_requests": 4}, 4),
         ("sglang", {}, 512),
         ("sglang", {"max_concurrent_requests": 8}, 8),
         ("vllm", {"max_running_requests": 16}, 16),
@@ -45,4 +43,6 @@ def test_training_samples_as_generating_args_say() -> None:
     ],
 )
 def test_an_engines_room_is_the_smallest_of_its_limits(strategy: str, settings: dict[str, Any], room: int) -> None:
-    assert samples_at_once(config(strategy, settings)) == room
+    found = server(config(strategy, settings))
+    assert found is not None
+    assert samples_at_once(found) == room

@@ -105,6 +105,47 @@ def test_a_sample_that_comes_before_or_after_speaks_for_the_engine() -> None:
     run(scenario)
 
 
+def test_an_engine_that_breaks_after_its_first_sample_holds_what_it_fails_until_all_have_failed() -> None:
+    """Or it would get everything that waits: it fails faster than others sample. The next burst finds it broken."""
+
+    async def scenario(engine: Engine) -> None:
+        order: list[str] = []
+
+        async def failing(name: str, after: float) -> list[str]:
+            async with engine.burst as burst:
+                await asyncio.sleep(after)
+                order.append(f"{name} failed")
+                found = await burst.failures(dropped(name))
+                order.append(f"{name} released")
+                return [i for result in found for i in result.dropped]
+
+        found = await asyncio.gather(fruitful(engine, 1), failing("a", 0.01), failing("b", 0.03), failing("c", 0.05))
+        assert found == [None, [], [], []]
+        assert order[:3] == ["a failed", "b failed", "c failed"]
+        assert sorted(order[3:]) == ["a released", "b released", "c released"]
+        assert await asyncio.gather(fruitless(engine, "d"), fruitless(engine, "e")) == [["d", "e"]] * 2
+
+    run(scenario)
+
+
+def test_a_later_sample_releases_what_failed_before() -> None:
+    async def scenario(engine: Engine) -> None:
+        async def going_on() -> None:
+            async with engine.burst as burst:
+                burst.succeeded()
+                await asyncio.sleep(0.01)
+                burst.succeeded()
+                await asyncio.sleep(3600)
+
+        others = asyncio.create_task(going_on())
+        await asyncio.sleep(0)
+        assert await asyncio.gather(fruitless(engine, "a"), fruitless(engine, "b")) == [[], []]
+        others.cancel()
+        await asyncio.gather(others, return_exceptions=True)
+
+    run(scenario)
+
+
 def test_a_request_that_ends_without_a_word_holds_nobody() -> None:
     """Its samples are lost, as when the engine died."""
 

@@ -59,6 +59,7 @@ class Engine:
     def __init__(self, slots: int = 8) -> None:
         self.log: list[tuple[str, str]] = []
         self.wanted: dict[str, SampleRequest] = {}
+        self.answered: dict[str, Trajectory] = {}
         self.answers: dict[str, bool | Exception] = {}
         self.prime_fails: Exception | None = None
         self.keys: set[str] = set()
@@ -91,7 +92,8 @@ class Engine:
         answer = self.answers.get(wanted.sample_id, True)
         if isinstance(answer, Exception):
             raise answer
-        return Sample(whole(wanted.sample_id, wanted.seed, wanted.first_row), from_cache=answer)
+        self.answered[wanted.sample_id] = whole(wanted.sample_id, wanted.seed, wanted.first_row)
+        return Sample(self.answered[wanted.sample_id], from_cache=answer)
 
     def share(self, *requests: GenerateRequest) -> list[dict[str, Trajectory]]:
         async def work() -> list[dict[str, Trajectory]]:
@@ -121,6 +123,9 @@ def test_the_leader_fetches_all_rows_and_the_others_their_own() -> None:
         assert t.response_ids.tolist() == [seed] * (seed - 8)
         np.testing.assert_array_equal(t.routes.ids_MRK, all_rows(seed, seed - 8))
         assert t.routes.known_R is None
+        held = engine.answered[sample_id].routes
+        assert isinstance(held, RoutedExperts)
+        assert np.shares_memory(t.routes.ids_MRK, held.ids_MRK), "rows are held once, however long the prompt"
 
 
 def test_every_group_has_a_key_of_its_own_even_of_the_same_prompt() -> None:
