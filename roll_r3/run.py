@@ -138,7 +138,7 @@ def _plan(loaded: LoadedConfig, surroundings: Surroundings) -> Plan:
         if model is None:
             raise ConfigError(
                 f"a plan needs the model of {role}, but {name} is neither a directory here, nor in the hub's cache, "
-                "nor in the bundled table: write a directory with its config.json, or a name of the table"
+                "nor in the bundled table: write the path of a directory with its config.json, or a name of the table"
             )
         models[role] = model.raw
     return make_plan(loaded.config, models, devices_per_node=devices_per_node(loaded.config))

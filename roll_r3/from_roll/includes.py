@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from roll_r3.config.findings.report import Finding
+from roll_r3.config.findings.report import MAX_FINDINGS, Finding
 from roll_r3.config.reading import interpolate
 from roll_r3.config.translator import Tree
 from roll_r3.config.tree import Keys, dotted, overlap, remove
@@ -23,6 +24,8 @@ _PATH = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)")
 """Path inside an interpolation; a relative one begins with a dot."""
 _HYDRA = re.compile(r"(override )?/?hydra/.*")
 """Options of Hydra itself."""
+_SEARCHED = 1000
+"""Number of characters of a value searched for interpolations."""
 
 
 def resolve(data: dict[str, Any], places: dict[str, str]) -> Tree:
@@ -88,23 +91,31 @@ def attribute_to_includes(
         The findings about includes, the rest of `unresolved`, and the keys of the values reported with an include.
     """
     skipped = _skipped(entries)
+    if not skipped or len(unresolved) > MAX_FINDINGS:  # the file is rejected anyway
+        return unknown, unresolved, []
+
+    def reads(text: str, through: Sequence[str]) -> bool:
+        for path in _PATH.findall(text[:_SEARCHED]):
+            root = path.partition(".")[0]
+            if any(overlap(path, other) for other in through) or (root not in data and _may_define(skipped, root)):
+                return True
+        return False
+
     attributed: dict[Keys, Finding] = {}
-    for _ in unresolved:  # a value that reads a failed one fails too
-        through = [dotted(keys) for keys in attributed]
-        for keys, finding in unresolved:
-            for path in _PATH.findall(str(finding.found[0][1])):
-                root = path.partition(".")[0]
-                if any(overlap(path, other) for other in through) or (root not in data and _may_define(skipped, root)):
-                    attributed[keys] = finding
-        if len(through) == len(attributed):
+    through: list[str] = []
+    while True:  # a value that reads a failed one fails too
+        rest = [(keys, finding) for keys, finding in unresolved if keys not in attributed]
+        latest = {keys: finding for keys, finding in rest if reads(str(finding.found[0][1]), through)}
+        if not latest:
             break
+        attributed |= latest
+        through = [dotted(keys) for keys in latest]
     if not attributed:
         return unknown, unresolved, []
     names = ", ".join(str(entry) for _, entry in skipped)
     why = f"these ${{...}} read values defined by {names}, and roll_r3 reads one file: includes are skipped"
     fix = "copy these values from the included file into this one"
     found = (*skipped, *(item for finding in attributed.values() for item in finding.found))
-    rest = [(keys, finding) for keys, finding in unresolved if keys not in attributed]
     return [Finding("roll-include", "error", found, why, fix)], rest, list(attributed)
 
 

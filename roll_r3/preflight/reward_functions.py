@@ -75,12 +75,14 @@ def _find_module(name: str) -> ModuleSpec | None:
     return spec
 
 
-def _module_scope(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes of a module, except those inside functions, classes and comprehensions."""
-    for child in ast.iter_child_nodes(node):
-        yield child
-        if not isinstance(child, _SCOPES):
-            yield from _module_scope(child)
+def _module_scope(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the nodes of a module, except those inside functions, classes and comprehensions, in no set order."""
+    open_nodes: list[ast.AST] = [tree]
+    while open_nodes:  # a sum of 1,000 terms is nested too deep for recursion
+        for child in ast.iter_child_nodes(open_nodes.pop()):
+            yield child
+            if not isinstance(child, _SCOPES):
+                open_nodes.append(child)
 
 
 def _bound_name(node: ast.AST) -> str | None:

@@ -210,5 +210,5 @@ def show_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = value if isinstance(value, str) and value else repr(list(value) if isinstance(value, tuple) else value)
-    text = printable(text)
+    text = printable(text[: _MAX_VALUE + 1])  # escapes only make it longer
     return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 3]}..."

@@ -89,8 +89,9 @@ def _fix(path: str, value: object, details: list[ErrorDetails], data: dict[str, 
     if "missing" in kinds:
         return f"give it in the file, or as an override {path}=..."
     if kinds & {"literal_error", TAG}:
-        choices = [c for kind in kinds_at(path) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
-        return f"write {'one of ' * (len(choices) > 1)}{', '.join(map(str, choices))}"
+        literals = [kind for kind in kinds_at(path) if typing.get_origin(kind) is Literal]
+        choices = list(dict.fromkeys(str(choice) for kind in literals for choice in typing.get_args(kind)))
+        return f"write {'one of ' * (len(choices) > 1)}{', '.join(choices)}"
     if kinds & _SECTIONS:
         fields = fields_at(path, data)
         return f"its fields: {', '.join(fields)}" if fields else "write `name: value` lines below it"

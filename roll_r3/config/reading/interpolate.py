@@ -12,14 +12,19 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from roll_r3.config.findings.report import Finding
+from roll_r3.config.findings.report import Finding, show_value
 from roll_r3.config.tree import Keys, at, children, dotted, join, paths_below, unshared
 
 MAX_CHARACTERS = 1 << 20
-"""Limit of a configuration with its references resolved, in characters; each value counts for `_VALUE` more."""
+"""Limit of a configuration with its references resolved, in characters; each value counts for `_VALUE` more, and each
+reference for its own length, `_PARSING` times."""
 _VALUE = 100
+_MAX_TEXT = 1 << 14
+"""Limit of one text with references, in characters."""
 _MAX_PASSES = 20
 """Limit of passes over the waiting values, in alternating order; a file in any sensible order needs one or two."""
+_PARSING = 10
+"""Weight of a reference in `MAX_CHARACTERS`: OmegaConf parses slowly."""
 _MISSING = "???"
 _REFERENCE = re.compile(r"\$\{\.*[\w-]+(?:\.[\w-]+|\[[\w-]+\])*\}")
 
@@ -33,8 +38,15 @@ def resolve(data: dict[str, Any], places: dict[str, str]) -> tuple[dict[str, Any
     resolved: dict[str, Any] = unshared(data)
     found: list[tuple[Keys, Finding]] = []
     waiting: dict[Keys, str] = {}
-    for keys, text in _texts(data, ()):
-        if finding := _rejected(dotted(keys), text):
+    texts = dict(_texts(data, ()))
+    short = {text for text in texts.values() if len(text) <= _MAX_TEXT}  # an alias repeats a text many times
+    other_forms = {text for text in short if _other_form(text)}
+    for keys, text in texts.items():
+        if "${" in text and len(text) > _MAX_TEXT:
+            reason = f"a text with references has at most {_MAX_TEXT:,} characters, got {len(text):,}"
+            found.append((keys, _unresolved(dotted(keys), text, reason)))
+            at(resolved, keys[:-1])[keys[-1]] = None
+        elif finding := _rejected(dotted(keys), text, text in other_forms):
             found.append((keys, finding))
             at(resolved, keys[:-1])[keys[-1]] = None
         elif "${" in text:
@@ -100,6 +112,7 @@ class _References:
 
     def _value(self, keys: Keys, text: str) -> Any:
         """Return the value of a text. Raises _UnresolvedError, or _WaitingError."""
+        self._spend(len(text))
         values = {reference: self._read(keys, reference) for reference in set(_REFERENCE.findall(text))}
         if _REFERENCE.fullmatch(text):
             value = values[text]
@@ -107,7 +120,7 @@ class _References:
             return value
         for reference, value in values.items():
             if isinstance(value, dict | list):
-                raise _UnresolvedError(f"{reference} is a section or a list, not a part of a text")
+                raise _UnresolvedError(f"{show_value(reference)} is a section or a list, not a part of a text")
         self._spend(sum(len(str(values[reference])) for reference in _REFERENCE.findall(text)))
         value = _REFERENCE.sub(lambda match: str(values[match[0]]), text)
         if "${" in value:
@@ -118,6 +131,7 @@ class _References:
         """Return the value of one reference as written at `keys`. Raises _UnresolvedError, or _WaitingError."""
         from omegaconf import OmegaConf, errors  # noqa: PLC0415  as above
 
+        self._spend(_PARSING * len(reference))
         section = at(self._tree, keys[:-1])
         section[keys[-1]] = reference
         try:
@@ -128,11 +142,11 @@ class _References:
                 else value
             )
         except (errors.InterpolationToMissingValueError, errors.MissingMandatoryValue) as error:
-            raise _WaitingError(f"{reference} leads to itself, or through too many references") from error
+            raise _WaitingError(f"{show_value(reference)} leads to itself, or through too many references") from error
         except errors.InterpolationKeyError as error:
-            raise _WaitingError(f"{reference} is not found") from error
+            raise _WaitingError(f"{show_value(reference)} is not found") from error
         except (errors.InterpolationResolutionError, RecursionError) as error:
-            raise _UnresolvedError(f"{reference} leads to itself") from error
+            raise _UnresolvedError(f"{show_value(reference)} leads to itself") from error
         finally:
             section[keys[-1]] = _MISSING
 
@@ -153,12 +167,17 @@ def _unresolved(path: str, text: str, reason: str) -> Finding:
     return Finding("interpolation", "error", ((path, text),), f"this cannot be resolved: {reason}", fix)
 
 
-def _rejected(path: str, text: str) -> Finding | None:
-    """Return a finding about `???`, and about `${...}` in another form than a reference."""
+def _other_form(text: str) -> bool:
+    """Return true if a text has `${...}` in another form than a reference."""
+    return "${" in _REFERENCE.sub("", text) or "\\${" in text
+
+
+def _rejected(path: str, text: str, other_form: bool) -> Finding | None:
+    """Return a finding about `???`, and about a text with `${...}` in another form than a reference."""
     if text == "???":
         fix = f"give it in the file, or as an override {path}=..."
         return Finding("missing-field", "error", ((path, text),), "this value is still to be filled in", fix)
-    if "${" in _REFERENCE.sub("", text) or "\\${" in text:
+    if other_form:
         why = (
             "only ${section.field} is resolved: environment variables and other resolvers are not, so that the file "
             "and the overrides alone decide what runs"
@@ -171,7 +190,7 @@ def _rejected(path: str, text: str) -> Finding | None:
 def _note_origin(path: str, text: str, value: Any, places: dict[str, str]) -> None:
     """Add to `places` the origin of the value at `path` and of all values below it."""
     source = text[2:-1] if _REFERENCE.fullmatch(text) else ""
-    origin = f"{places.get(path, '')}, from {text}" + (f" at {places[source]}" if source in places else "")
+    origin = f"{places.get(path, '')}, from {show_value(text)}" + (f" at {places[source]}" if source in places else "")
     for inner in (path, *(join(path, dotted(keys)) for keys in paths_below(value))):
         places[inner] = origin
 

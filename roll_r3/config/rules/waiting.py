@@ -16,7 +16,7 @@ RULES: tuple[AnyRule, ...] = (
         id="stopped-worker-limit",
         fields=("worker_timeouts.stopped", "worker_timeouts.silent"),
         why="a stopped process sends no heartbeat, so worker_timeouts.silent ends the wait first",
-        fix="write a stopped of at most silent, or silent: null",
+        fix="write a value for stopped of at most that of silent, or silent: null",
         wrong=("worker_timeouts.stopped=700",),
         right=("worker_timeouts.stopped=600",),
         violates=_stopped_is_never_reached,

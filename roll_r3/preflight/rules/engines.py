@@ -161,7 +161,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="sglang-installed",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
         why="SGLang is not installed for the interpreter of the engine",
-        fix="install it, or write an interpreter with SGLang in strategy_config.python",
+        fix="install it, or set strategy_config.python to an interpreter with SGLang",
         wrong=(),
         wrong_where=Pretend(versions={"sglang": None}),
         right=(),
@@ -195,8 +195,8 @@ RULES: tuple[SurroundingsRule, ...] = (
         id="vllm-installed",
         fields=("actor_infer.strategy_args.strategy_name", f"{ENGINE}.python"),
         why="vLLM is not installed for the interpreter of the engine",
-        fix="run `make vllm-env`, on GPUs `make vllm-env VLLM_KIND=gpu`, or write an interpreter with vLLM in "
-        "strategy_config.python",
+        fix="run `make vllm-env`, on GPUs `make vllm-env VLLM_KIND=gpu`, or set "
+        "strategy_config.python to an interpreter with vLLM",
         wrong=(_VLLM,),
         wrong_where=Pretend(versions={"vllm": None}),
         right=(_VLLM,),

@@ -52,7 +52,7 @@ RULES: tuple[SurroundingsRule, ...] = (
         fields=CHECKPOINTS,
         depends=("actor_infer.strategy_args.strategy_name", "*.strategy_args.strategy_name"),
         why="the libraries would not build the model as these settings of its config.json say",
-        fix="write a checkpoint without them, or strategies that support them",
+        fix="use a checkpoint without them, or strategies that support them",
         wrong=(),
         wrong_where=Pretend(config_json={"hidden_act": "gelu"}),
         right=(),

@@ -115,6 +115,31 @@ def test_references_that_grow_without_bound_are_rejected_quickly(load_text, text
     assert time.process_time() - start < 5, "a second on any machine; this one may be busy"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a: ${{{'a.' * 200_000}a}}\n" + "".join(f"b{i}: ${{a.x}}\n" for i in range(300)),
+        "".join(f"b{i}: ${{{'a.' * 480}x{i}}}\n" for i in range(1000)),
+        f"a: &a '{'${' * 8_000}'\nb: [{', '.join(['*a'] * 18_000)}]\n",
+        f"a: &a '{'${' * 200_000}'\nb: [{', '.join(['*a'] * 300)}]\n",
+        f"a: &a '{'${seed}' * 60_000}'\nb: [{', '.join(['*a'] * 300)}]\n",
+    ],
+    ids=[
+        "long reference on the way",
+        "long references",
+        "many aliases of a rejected text",
+        "aliases of a rejected text",
+        "aliases of a long text",
+    ],
+)
+def test_a_long_text_with_references_is_read_once(load_text, text):
+    start = time.process_time()
+    with pytest.raises(InvalidConfigError) as caught:
+        load_text(MINIMAL + text)
+    assert len(str(caught.value)) < 1 << 20, "neither values nor origins are shown whole"
+    assert time.process_time() - start < 4
+
+
 def test_interpolations_that_are_just_small_enough_are_resolved(load_text):
     chain = "max_steps: ${x30}\n" + "".join(f"x{i}: ${{x{i - 1}}}\n" for i in range(1, 31)) + "x0: 7\n"
     findings = findings_of(load_text, MINIMAL + chain)

@@ -223,3 +223,8 @@ def test_what_is_hardly_like_a_field_is_not_taken_for_it(load_text, name):
 )
 def test_a_slip_is_still_recognised(load_text, name, meant):
     assert only(load_text, f"{MINIMAL}{name}: 1\n").fix == f"did you mean {meant}?"
+
+
+def test_a_choice_of_several_strategies_is_listed_once(load_text):
+    finding = only(load_text, MINIMAL, "actor_infer.strategy_args.strategy_config.dtype=bf17")
+    assert finding.fix == "write one of bfloat16, float16, float32"

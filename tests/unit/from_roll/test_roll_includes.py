@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from roll_r3.config.findings.report import MAX_FINDINGS, InvalidConfigError
@@ -89,3 +91,11 @@ def test_of_thousands_of_includes_the_first_are_named_and_all_are_counted():
     *named, last = caught.value.findings
     assert [finding.rule for finding in named] == ["roll-include"] * MAX_FINDINGS
     assert last.count == 9000 - MAX_FINDINGS
+
+
+def test_a_long_value_is_not_searched_again_and_again():
+    text = f"{OURS}a: &a '{'${nothing}' * 40_000}'\nb: [{', '.join(['*a'] * 150)}]\n"
+    start = time.process_time()
+    findings = load_text(f"{text}defaults: [custom]\n", "run.yaml").findings
+    assert "roll-include" in {finding.rule for finding in findings}
+    assert time.process_time() - start < 3

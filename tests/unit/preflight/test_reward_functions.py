@@ -39,6 +39,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_a_module_with_a_long_expression_is_read(package):
+    (package / "long.py").write_text(f"text = {' + '.join(['a'] * 1500)}\ndef score(response, ground_truth): ...\n")
+    assert list(reward_problems({"mine": RewardConfig(reward="some_rewards.long:score")})) == []
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
