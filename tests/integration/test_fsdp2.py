@@ -158,7 +158,7 @@ def _with_lengths(batch: Batch, lengths: list[int]) -> Batch:
     """Return the batch with each sample cut to at most the given length."""
     short = np.minimum(batch.lengths_n, lengths)
     keep = np.concatenate([start + np.arange(n) for start, n in zip(batch.offsets, short, strict=False)])
-    arrays = {name: values[keep] for name, values in vars(batch).items() if name.endswith("_N")}
+    arrays = {name: values[keep] for name, values in vars(batch).items() if name.endswith("_N") and values is not None}
     routes = tuple(RoutedExperts(r.ids_MRK[:, :n]) for r, n in zip(batch.routes, short, strict=True))
     return replace(batch, lengths_n=short, routes=routes, **arrays)
 

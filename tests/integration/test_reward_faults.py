@@ -68,8 +68,8 @@ def count(response: str, ground_truth: str, letter: str = "a") -> float:
     [
         ("raise no such luck", "raised ValueError: no such luck"),
         ("quit", "raised SystemExit: enough"),
-        ("loop", "did not return within 1 s"),
-        ("sleep", "did not return within 1 s"),
+        ("loop", r"did not return within 1(\.\d)? s"),
+        ("sleep", r"did not return within 1(\.\d)? s"),
         ("fork", "ended its process (exit code 3)"),
         ("exit 0", "ended its process (exit code 0)"),
         ("exit 7", "ended its process (exit code 7)"),
@@ -85,7 +85,8 @@ def test_a_rule_that_fails_costs_its_own_response_only(rewards: Open, text: str,
     began = time.monotonic()
     scored = found.score([asked(each) for each in ("1", text, "2", "3")])
     assert scored.scores == [1.0, None, 2.0, 3.0]
-    assert scored.why == f"rewards.mine ({MISBEHAVES}) {reason}"
+    pattern = reason if reason.startswith("did not") else re.escape(reason)
+    assert re.fullmatch(re.escape(f"rewards.mine ({MISBEHAVES}) ") + pattern, scored.why)
     assert time.monotonic() - began < LIMIT + 15
     assert score(found, "4", "5", "6") == [4.0, 5.0, 6.0], "killed processes were restarted"
 
