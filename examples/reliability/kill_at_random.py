@@ -93,7 +93,7 @@ class Life:
         """Step from which it resumed, 0 for a new run; None: killed before resuming."""
         if "starting from" in self.messages:
             return 0
-        found = re.search(r"(?:going on after|nothing to do: .* is of) step (\d+)", self.messages)
+        found = re.search(r"(?:resuming after|nothing to do: .* is of) step (\d+)", self.messages)
         return int(found[1]) if found else None
 
     def stage(self) -> str:

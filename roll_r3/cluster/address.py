@@ -35,7 +35,7 @@ def check_answers(address: str) -> None:
     """
     if "://" in address:
         raise ConfigError(
-            f"{VARIABLE}={address}: the address of a Ray Client server cannot be used, since its driver is no part of "
+            f"{VARIABLE}={address}: the address of a Ray Client server cannot be used, since its driver is not part of "
             "the cluster. Start the run on a node of the cluster, with the address of its head: HOST:6379, or auto"
         )
     host, port = _resolved(address)

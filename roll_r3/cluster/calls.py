@@ -220,7 +220,7 @@ class Watch:
         if worker.tick(seconds):
             if worker.reported:
                 worker.reported = False
-                self._waiting.report(f"{worker.name} goes on after {silent:.0f} s without a sign of life")
+                self._waiting.report(f"{worker.name} continues after {silent:.0f} s without a sign of life")
             return
         limits, ended = self._limits, worker.state in ("stopped", "gone")
         limit, field = (limits.stopped, "stopped") if ended else (limits.silent, "silent")

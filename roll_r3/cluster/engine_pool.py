@@ -262,7 +262,7 @@ class EnginePool:
             return
         down = self._rollout.down(ask=False)
         self._restart({engine.name: down.get(engine.name, "samples were lost") for engine in lost})
-        self._say(f"samples asked for again: {sum(engine.lost for engine in lost)}")
+        self._say(f"samples requested again: {sum(engine.lost for engine in lost)}")
         for engine in lost:
             engine.lost = 0
 
@@ -321,9 +321,9 @@ class EnginePool:
                 f"{name} failed: {why}\nIt failed {failures} times before a step was done, and {LIMIT} is "
                 f"{self._max_restarts}"
             )
-        logger.warning("%s failed, and is started again (%d of %d): %s", name, failures, self._max_restarts, why)
+        logger.warning("%s failed and is restarted (%d of %d): %s", name, failures, self._max_restarts, why)
         self._say(
-            f"{name} failed, and is started again ({failures} of {self._max_restarts} times before a step is done): "
+            f"{name} failed and is restarted ({failures} of {self._max_restarts} times before a step is done): "
             f"{why.splitlines()[0].partition('; the end of ')[0]} (more in logs/driver.log)"
         )
 

@@ -138,7 +138,7 @@ class ServerRollout:
             return str(error)
 
     async def why_down(self, *, ask: bool) -> str:
-        """Return why the server is no more use until `restart`; empty if it is not down.
+        """Return why the server needs a restart; empty if it is not down.
 
         Args:
             ask: request a sign of life; without one within `hang_timeout` the server is killed.

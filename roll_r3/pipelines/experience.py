@@ -54,7 +54,7 @@ class Scored:
     samples: list[ScoredSample]
     """In the order of `trajectories`."""
     failed: int
-    """Number of responses left out because they have no reward."""
+    """Number of responses dropped because they have no reward."""
     undecided: int
     """Number of responses with score 0 because a judge gave up on them."""
 
@@ -147,12 +147,12 @@ def score(
     reasons = sorted(set(dropped))[:_REASONS]
     if dropped:
         say(
-            f"step {step}: left out {len(dropped)} of {len(dropped) + len(found)} samples, which the engines did not "
-            f"give: {'; '.join(reasons)}"
+            f"step {step}: dropped {len(dropped)} of {len(dropped) + len(found)} samples not returned by the engines: "
+            f"{'; '.join(reasons)}"
         )
     scores = rewards.score([response for _, _, response in found])
     if scores.failed:
-        say(f"step {step}: left out {scores.failed} of {len(found)} responses, which have no reward: {scores.why}")
+        say(f"step {step}: dropped {scores.failed} of {len(found)} responses without a reward: {scores.why}")
     trajectories, samples = [], []
     for (prompt, t, response), value in zip(found, scores.scores, strict=True):
         if value is not None:

@@ -79,5 +79,5 @@ def _parsed(text: str) -> list[Any]:
 
 
 def _without_currency(text: str) -> str:
-    r"""Unescape dollars: an escaped dollar is no delimiter, and math-verify misses the number behind it."""
+    r"""Unescape dollars: an escaped dollar is not a delimiter, and math-verify misses the number behind it."""
     return _ESCAPED_DOLLAR.sub(r"\1", text)

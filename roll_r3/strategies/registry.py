@@ -51,7 +51,7 @@ class StrategyEntry:
 
     def load_model(self) -> ModelClass[InferStrategy]:
         """Load the class of a strategy for log-probabilities, trained or not."""
-        assert self.kind in ("train", "infer"), f"{self.factory} is no rank of a model"
+        assert self.kind in ("train", "infer"), f"{self.factory} is not a rank of a model"
         made: ModelClass[InferStrategy] = load_attribute(self.factory)
         return made
 

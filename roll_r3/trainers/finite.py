@@ -72,7 +72,7 @@ class FiniteSteps:
         Raises:
             RollError: one more in a row than allowed.
         """
-        text = f"step {step}: {reason}: optimizer step {number} was left out"
+        text = f"step {step}: {reason}: optimizer step {number} was skipped"
         self._in_a_row.append(text)
         logger.warning("%s (%d in a row)", text, len(self._in_a_row))
         if len(self._in_a_row) > self._max_skipped:

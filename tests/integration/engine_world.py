@@ -223,7 +223,7 @@ def killed_under_its_requests(fault: Fault, world: World) -> None:
     world.assert_undisturbed(results, 1)
     kept = paths[rollout._parts.codec.path]
     assert 10 <= kept < 32, "the fault came in between"
-    (again,) = [line for line in world.said if line.startswith("samples asked for again")]
+    (again,) = [line for line in world.said if line.startswith("samples requested again")]
     lost = int(again.rpartition(" ")[2])
     assert 0 < lost <= 32 - kept, "what came before is kept"
     assert world.restarted(1) == 1
@@ -232,7 +232,7 @@ def killed_under_its_requests(fault: Fault, world: World) -> None:
     assert target.port != port and target.api_key != key
     (line,) = [line for line in world.said if line.startswith("actor_infer-0 failed")]
     died = f"engine 0 ({rollout._parts.program.engine}) died"
-    assert line.startswith(f"actor_infer-0 failed, and is started again (1 of 3 times before a step is done): {died}")
-    fault.user_sees(f"actor_infer-0 failed, and is started again (1 of 3 times ...): {died}: ...")
+    assert line.startswith(f"actor_infer-0 failed and is restarted (1 of 3 times before a step is done): {died}")
+    fault.user_sees(f"actor_infer-0 failed and is restarted (1 of 3 times ...): {died}: ...")
     fault.recovered(seconds)
     fault.lost("nothing; missing samples are sampled again, with their seeds and weights")

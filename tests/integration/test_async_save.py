@@ -123,14 +123,14 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
     again = start(tmp_path, checkpoint, trainer, BESIDE, "resume_from_checkpoint=auto")
     try:
         # the rows of repeated steps are there until the run resumes
-        wait_for(lambda: "going on after step" in again.stderr.read_text() and len(again.metrics()) > last, again)
+        wait_for(lambda: "resuming after step" in again.stderr.read_text() and len(again.metrics()) > last, again)
         fault.recovered(time.monotonic() - began)
     finally:
         finished(again)
-    assert f"going on after step {last}, from" in again.stderr.read_text()
+    assert f"resuming after step {last}, from" in again.stderr.read_text()
     assert learned(again) == learned(waiting(trainer))
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in range(1, STEPS + 1)]
-    fault.user_sees("nothing; started again with resume_from_checkpoint: auto: going on after step 1")
+    fault.user_sees("nothing; started again with resume_from_checkpoint: auto: resuming after step 1")
     fault.lost("nothing; the step of that checkpoint is done again, to the bit")
 
 

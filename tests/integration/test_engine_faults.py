@@ -77,9 +77,7 @@ def test_a_server_that_hangs_is_killed_and_started_again(fault: Fault, world: Wo
         r"engine 1 \(SGLang\) gave no sign of life for 30 s \(strategy_config\.hang_timeout\)", world.said[-2]
     )
     assert HANG_TIMEOUT <= world.said_at - struck < 2 * HANG_TIMEOUT + 10
-    fault.user_sees(
-        "actor_infer-1 failed, and is started again (...): engine 1 (SGLang) gave no sign of life for 30 s ..."
-    )
+    fault.user_sees("actor_infer-1 failed and is restarted (...): engine 1 (SGLang) gave no sign of life for 30 s ...")
     fault.recovered(seconds)
     fault.lost("nothing; missing samples are sampled again, with their seeds and weights")
 
@@ -103,7 +101,7 @@ def test_an_engine_that_answers_garbage_is_started_again(fault: Fault, world: Wo
     assert world.restarted(1) == 1
     seen = "engine 0 (SGLang) gave nothing usable: 32 samples of 8 prompts failed, with 3 retries each"
     assert seen in world.said[-2]
-    fault.user_sees(f"actor_infer-0 failed, and is started again (...): {seen} ...; the last: routed_experts ...")
+    fault.user_sees(f"actor_infer-0 failed and is restarted (...): {seen} ...; the last: routed_experts ...")
     fault.lost("nothing; all samples of that engine are sampled again")
 
 
@@ -126,7 +124,7 @@ def test_a_server_killed_in_an_update_is_started_again_and_all_get_the_weights(f
     world.assert_undisturbed(world.sample(), 2)
     assert not set(ports) & {target.port for target in world.rollouts.weight_targets()}, "half of the weights is no use"
     assert world.pool.step_done() == 2
-    fault.user_sees("actor_infer-1 failed, and is started again (1 of 3 times ...): engine 1 (SGLang) died: ...")
+    fault.user_sees("actor_infer-1 failed and is restarted (1 of 3 times ...): engine 1 (SGLang) died: ...")
     fault.lost("nothing; all engines of the update restart and get all weights")
 
 
@@ -195,9 +193,9 @@ def test_a_run_whose_engine_is_killed_goes_on(fault: Fault, tmp_path: Path) -> N
         assert m["rollout/dropped_samples"] == 0
         assert m["actor/rollout_train_logprobs_abs_diff_mean"] < 0.1, "sampled from the trainer's weights"
     assert [m["system/samples"] for m in metrics] == [128, 256, 384], "all samples of every step"
-    assert re.search(r"actor_infer-0 failed, and is started again \(1 of 1 times .*engine 0 \(SGLang\) died", said)
+    assert re.search(r"actor_infer-0 failed and is restarted \(1 of 1 times .*engine 0 \(SGLang\) died", said)
     assert "LOST" not in said
-    fault.user_sees("actor_infer-0 failed, and is started again (1 of 1 times ...); rollout/engine_restarts is 1")
+    fault.user_sees("actor_infer-0 failed and is restarted (1 of 1 times ...); rollout/engine_restarts is 1")
     fault.lost("nothing; missing samples are sampled again")
 
 

@@ -83,7 +83,7 @@ def seconds_to_recover(run: Run, strike: Callable[[], object]) -> float:
     run.wait_for_step(3)
     struck = time.monotonic()
     strike()
-    wait_until_it_says(run, "going on after step")
+    wait_until_it_says(run, "resuming after step")
     had = len(run.metrics())
     run.wait_for_step(had + 1)
     return time.monotonic() - struck
@@ -139,11 +139,11 @@ def test_a_killed_worker_is_started_anew(
             run.end()
     said = run.stderr.read_text()
     assert re.search(f"LOST: {lost}", said)
-    going_on = re.search(rf"going on after step ({goes_on}), from .*step-0000000\1 \(new start 1 of at most 3\)", said)
+    going_on = re.search(rf"resuming after step ({goes_on}), from .*step-0000000\1 \(restart 1 of at most 3\)", said)
     assert going_on
     assert "Traceback (most recent call last)" not in re.sub(r"(?s)--- end of.*?---", "", said)
     what = f"{worker} died, with the end of its log" if not stage else "actor_train-... failed: routes are lost, ..."
-    fault.user_sees(f"LOST: {what}; going on after step {going_on[1]} (new start 1 of at most 3)")
+    fault.user_sees(f"LOST: {what}; resuming after step {going_on[1]} (restart 1 of at most 3)")
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
 
@@ -177,10 +177,10 @@ def test_a_stopped_worker_is_waited_for_and_then_started_anew(fault: Fault, whol
     found = rf"its process {stopped} is stopped \(SIGSTOP\)"
     assert re.search(rf"actor_train-1 gives no sign of life for \d+ s: {found}; it is taken as lost after 10 s", said)
     assert re.search(rf"LOST: actor_train-1 gave no sign of life for 1\d s: {found}", said)
-    assert said.count("new start") == 1
+    assert said.count("(restart") == 1
     fault.user_sees(
         "actor_train-1 gives no sign of life for ... s: its process ... is stopped (SIGSTOP); ...; LOST: actor_train-1 "
-        "...; going on after step ... (new start 1 of at most 3)"
+        "...; resuming after step ... (restart 1 of at most 3)"
     )
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
@@ -218,8 +218,8 @@ def test_ray_itself_is_started_anew(fault: Fault, whole, tmp_path, checkpoint, d
             run.end()
     said = run.stderr.read_text()
     assert re.search(f"LOST: {lost}", said)
-    assert said.count("new start") == 1
-    fault.user_sees(f"LOST: Ray's {daemon} ...; going on after step ... (new start 1 of at most 3)")
+    assert said.count("(restart") == 1
+    fault.user_sees(f"LOST: Ray's {daemon} ...; resuming after step ... (restart 1 of at most 3)")
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
 
@@ -269,8 +269,8 @@ def test_sigterm_saves_the_newest_step_and_leaves(fault: Fault, whole, tmp_path,
         finally:
             again.end()
     said = again.stderr.read_text()
-    assert f"going on after step {done}" in said
-    assert "new start" not in said, "workers that die of the same signal are no fault to go on from"
+    assert f"resuming after step {done}" in said
+    assert "(restart" not in said, "workers ended by the same signal are not a fault to resume from"
     last = start(tmp_path, checkpoint, "resume_from_checkpoint=auto")
     try:
         assert_as_undisturbed(last, whole)
@@ -299,7 +299,7 @@ def test_a_lost_node_is_waited_for(fault: Fault, whole, tmp_path, checkpoint, cl
 
         def strike() -> None:
             cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-            wait_until_it_says(run, "going on after step")
+            wait_until_it_says(run, "resuming after step")
             time.sleep(3)
             assert run.process.poll() is None, "it waits"
             cluster.add_node(num_cpus=1)

@@ -86,7 +86,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(
     if bad != "advantage":
         assert told.startswith("step 2: the loss is not finite (the gradient norm is ")
     else:
-        assert told in (f"step 2: the gradient norm is {x}: optimizer step 1 was left out" for x in ("nan", "inf"))
+        assert told in (f"step 2: the gradient norm is {x}: optimizer step 1 was skipped" for x in ("nan", "inf"))
 
 
 Remembered = dict[str, torch.Tensor]
@@ -181,7 +181,7 @@ def test_too_many_in_a_row_stop_every_rank(engine: str, gang: Gangs, tiny_moe: P
         assert said.startswith(
             "the gradient norm is nan: the optimizer did not step (step 4, optimizer step 1), which makes 2 in a row "
             "where max_skipped_steps allows 1. Before it, without one that was made in between: step 3: the gradient "
-            "norm is nan: optimizer step 1 was left out. Look for extreme ratios"
+            "norm is nan: optimizer step 1 was skipped. Look for extreme ratios"
         )
 
 

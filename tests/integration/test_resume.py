@@ -92,7 +92,7 @@ def seconds_to_resume(run: Run, *, after: int) -> float:
     began = time.monotonic()
     wait_until(run, lambda: "sending the first weights" in run.stderr.read_text())
     wait_until(run, lambda: len(run.metrics()) > after)
-    assert f"going on after step {after}, from" in run.stderr.read_text()
+    assert f"resuming after step {after}, from" in run.stderr.read_text()
     return time.monotonic() - began
 
 
@@ -153,7 +153,7 @@ def test_a_driver_that_is_killed_in_any_stage_goes_on(fault: Fault, whole, tmp_p
     assert saved_steps(run) == list(range(1, STEPS + 1))
     sent = re.findall(r"weights (\d+): ", (run.path / "logs" / "actor_train-0.log").read_text())
     assert [int(version) for version in sent][-(STEPS - done) - 1 :] == list(range(done, STEPS + 1))
-    fault.user_sees("nothing; the last stage is in logs/driver.log. Started again: going on after step ..., from ...")
+    fault.user_sees("nothing; the last stage is in logs/driver.log. Started again: resuming after step ..., from ...")
     fault.recovered(max(seconds))
     fault.lost("nothing; steps since the last checkpoint are done again, to the bit")
 
@@ -226,7 +226,7 @@ def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(fault: Fault, whole, 
     said = run.stderr.read_text()
     lost = int(re.search(r"error: step (\d+) was not saved: .*(No space left|File too large)", said)[1])
     assert f"there is {', '.join(f'step {step}' for step in range(1, lost)) or 'nothing'}, and resume" in said
-    assert "going on after" not in said, "another start would find the disk as full"
+    assert "resuming after" not in said, "another start would find the disk as full"
     folder = next(small_disk.glob("*/*/checkpoints"))
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in range(1, lost)]
     assert lost > 1
@@ -240,7 +240,7 @@ def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(fault: Fault, whole, 
         assert again.finish(START_TIMEOUT) == 0, again.stderr.read_text()
     finally:
         again.end()
-    assert f"going on after step {lost - 1}, from" in again.stderr.read_text()
+    assert f"resuming after step {lost - 1}, from" in again.stderr.read_text()
     assert learned(again) == learned(wanted), "to the bit"
     fault.user_sees(
         "error: step 2 was not saved: ... No space left on device; the run stops here; in ... there is step 1"
@@ -368,7 +368,7 @@ def test_a_new_run_goes_on_from_a_path(whole, tmp_path, checkpoint):
     layout = one if trainer == "megatron_train" else ()
     run = finished(start(tmp_path, checkpoint, trainer, f"resume_from_checkpoint={step}", *layout))
     said = run.stderr.read_text()
-    assert f"going on after step {done}, from {step}" in said
+    assert f"resuming after step {done}, from {step}" in said
     assert ("  actor_train.device_mapping: [0, 1] -> [0]" in said) == bool(layout)
     found, known = learned(run), learned(wanted)
     assert found[:done] == known[:done], "the history comes along"

@@ -306,15 +306,13 @@ def test_a_run_goes_on_without_the_responses_that_have_no_reward(fallen: Run) ->
 )
 def test_what_is_seen_of_a_reward_that_failed(fault: Fault, rewards: Open, fallen: Run, text: str, said: str) -> None:
     (line,) = [line for line in fallen.stderr.read_text().splitlines() if "which have no reward" in line]
-    assert line.startswith("step 1: left out 3 of 128 responses, which have no reward: rewards.default (")
+    assert line.startswith("step 1: dropped 3 of 128 responses without a reward: rewards.default (")
     assert f"rewards.default (reward_rules:falls_over) {said}" in line
     found = rewards()
     began = time.monotonic()
     assert score(found, text, "1", "2", "3") == [None, 1.0, 2.0, 3.0]
     assert score(found, "4", "5") == [4.0, 5.0]
-    fault.user_sees(
-        f"step 1: left out 1 of 128 responses, which have no reward: rewards.mine (my.rules:score) {said}..."
-    )
+    fault.user_sees(f"step 1: dropped 1 of 128 responses without a reward: rewards.mine (my.rules:score) {said}...")
     fault.recovered(time.monotonic() - began)
     fault.lost("these responses; more than max_failed_rewards stop the run")
 
@@ -327,10 +325,10 @@ def test_what_is_seen_of_an_advantage_that_overflows(fault: Fault, fallen: Run) 
     assert made[0] == made[2] == made[1] + skipped[1] == 2
     assert (skipped[0], skipped[2]) == (0, 0)
     assert 1 <= skipped[1] <= 2
-    lines = [line for line in fallen.stderr.read_text().splitlines() if "was left out" in line]
+    lines = [line for line in fallen.stderr.read_text().splitlines() if "was skipped" in line]
     assert len(lines) == skipped[1]
-    assert all(re.match(r"step 2: the gradient norm is (nan|inf): optimizer step [12] was left out", x) for x in lines)
+    assert all(re.match(r"step 2: the gradient norm is (nan|inf): optimizer step [12] was skipped", x) for x in lines)
     assert all(math.isfinite(metrics[2][name]) for name in ("actor_train/grad_norm", "actor/pg_loss"))
-    fault.user_sees("step 2: the gradient norm is nan: optimizer step 1 was left out")
+    fault.user_sees("step 2: the gradient norm is nan: optimizer step 1 was skipped")
     fault.recovered(metrics[1]["time/step_train"])
     fault.lost("that optimizer step; more than max_skipped_steps in a row stop the run")

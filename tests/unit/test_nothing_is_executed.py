@@ -26,7 +26,7 @@ NAMES_CODE = {
     "roll_r3/engines/vllm/plugin/roll_r3_vllm/weights.py": "a file of this package",
     "examples/benchmarks/__main__.py": "a benchmark by its name",
 }
-"""What imports or runs a module by a name that is worked out, and what it is."""
+"""Modules importing or running another by a computed name, and the name."""
 PICKLES_IN_THE_GROUP = {
     "roll_r3/replay/audit.py",
     "roll_r3/trainers/checkpoint.py",
@@ -35,7 +35,7 @@ PICKLES_IN_THE_GROUP = {
     "roll_r3/trainers/megatron/backend.py",
     "roll_r3/trainers/all_ranks.py",
 }
-"""What sends objects between the ranks of a trainer, which torch pickles."""
+"""Modules sending objects between the ranks of a trainer (torch pickles them)."""
 
 
 def dotted(node: ast.expr) -> str:

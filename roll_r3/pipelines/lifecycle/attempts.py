@@ -92,8 +92,10 @@ class Attempts:
                     raise useless from error
             point = newest_point(self._run_dir, self._progress) or begin
             rewind(self._run_dir, point, say)
-            where = f"after step {point.state.step}, from {point.checkpoint}" if point else "from the beginning"
-            say(f"going on {where} (new start {recoveries.count} of at most {self._config.max_recoveries})")
+            begins = "starting again from the beginning"
+            if point is not None:
+                begins = f"resuming after step {point.state.step}, from {point.checkpoint}"
+            say(f"{begins} (restart {recoveries.count} of at most {self._config.max_recoveries})")
 
     def _judged(self, error: LostWorkerError, recoveries: Recoveries) -> LostWorkerError | None:
         """Report the loss if another attempt is useful; otherwise return the reason against one.
@@ -101,7 +103,7 @@ class Attempts:
         Raises:
             GracefulExit: SIGTERM came.
         """
-        if self._shutdown.asked:  # whoever ends the run may have ended its workers too
+        if self._shutdown.asked:  # the same signal may have ended its workers too
             self._progress.say(f"LOST: {error}\nleaving without another checkpoint")
             raise GracefulExit from error
         try:

@@ -110,7 +110,7 @@ class Checkpoints:
             with self._shutdown.held():
                 self.wait()
         except GracefulExit:
-            if error is None:  # else whoever handles it sees that a SIGTERM came
+            if error is None:  # else the handler of the error sees the SIGTERM
                 raise
         except RollError as failure:
             if error is None:

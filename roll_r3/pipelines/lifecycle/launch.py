@@ -71,7 +71,7 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
             check_resumable(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=data)
             changed = changes(config, point)
             rewind(run_dir, point, progress.say)
-            progress.say(f"going on after step {point.state.step}, from {point.checkpoint}")
+            progress.say(f"resuming after step {point.state.step}, from {point.checkpoint}")
             for change in changed:
                 progress.say(change)
         replace_file(run_dir.path / "config.yaml", to_yaml(config))

@@ -38,6 +38,6 @@ class Recoveries:
             self._furthest, self.count = reached, 0
         if self.count == self._limit:
             raise LostWorkerError(
-                f"{error}\nthe run did not get past step {self._furthest} in {self._limit} new starts (max_recoveries)"
+                f"{error}\nthe run did not get past step {self._furthest} in {self._limit} restarts (max_recoveries)"
             ) from error
         self.count += 1

@@ -124,7 +124,7 @@ def _named(path: Path, say: Callable[[str], None]) -> ResumePoint:
         verify(path)
         return ResumePoint(path, read_state(path))
     except CheckpointError as error:
-        raise ConfigError(f"resume_from_checkpoint: {path} cannot be gone on from: {error}") from error
+        raise ConfigError(f"resume_from_checkpoint: {path} cannot be resumed: {error}") from error
 
 
 def newest_point(run_dir: RunDir, progress: Progress) -> ResumePoint | None:
@@ -197,7 +197,7 @@ def _metrics_of(checkpoint: Path) -> str:
             if not isinstance(row, dict) or type(row.pop("step", None)) is not int:
                 raise ValueError("a line is not of a step")
             if not all(value is None or type(value) in (int, float) for value in row.values()):
-                raise ValueError("a metric is no number")
+                raise ValueError("a metric is not a number")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} does not hold the metrics of the run so far: {error}") from error
     return text

@@ -149,7 +149,7 @@ def test_a_worker_that_only_was_stopped_is_not_lost(monkeypatch: pytest.MonkeyPa
     Clock(monkeypatch, {"a": 200.0})
     waiting_for(said, stopped).wait_for({"a": ("rank-1", NOTHING)})  # type: ignore[dict-item]
     assert not stopped.killed
-    assert "rank-1 goes on after 99 s without a sign of life" in said
+    assert "rank-1 continues after 99 s without a sign of life" in said
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class Cluster:
         self.loses: list[tuple[str, tuple[str, ...]]] = []
         """The next deaths: an engine, and the samples that it does not bring. It dies once it is asked for one."""
         self.updates_fail: list[tuple[str, dict[str, str]]] = []
-        """Of each update: why the trainer says it failed -> the engines that are down then."""
+        """Updates: the trainer's reason of the failure -> the engines that are down then."""
         self.starts_fail: list[str] = []
         self.versions = dict.fromkeys(self.names, -1)
         self._ends: dict[int, tuple[float, Callable[[], Any]]] = {}
@@ -300,7 +300,7 @@ def test_samples_of_a_lost_engine_are_asked_again_while_it_is_restarted() -> Non
     again = cluster.asked[-1]
     assert (again[0], again[1].sample_ids, again[1].seeds) == ("actor_infer-1", ("a1", "a2"), (1, 2))
     assert cluster.now < 10, "nobody waited for the restart"
-    assert [line.partition(" failed")[0] for line in said] == ["actor_infer-0", "samples asked for again: 2"]
+    assert [line.partition(" failed")[0] for line in said] == ["actor_infer-0", "samples requested again: 2"]
     assert pool.step_done() == 1
     assert pool.step_done() == 0
     cluster.log.clear()
@@ -316,7 +316,7 @@ def test_an_engine_lost_with_requests_under_way_and_in_the_queue_comes_back_with
     results = sample_all(pool, [group(f"g{i}-") for i in range(40)])
     assert ids_of(results) == [[f"g{i}-0", f"g{i}-1"] for i in range(40)]
     assert {v for r in results for t in r.trajectories for v in t.weight_versions} == {7}
-    assert "samples asked for again: 3" in said, "one of the first group, all of the second"
+    assert "samples requested again: 3" in said, "one of the first group, all of the second"
     restarted = cluster.log.index(("restart", "actor_infer-1"))
     sent = cluster.log.index(("updated", 7))
     between = [entry[0] for entry in cluster.log[restarted + 1 : sent] if entry[0] in cluster.names]
@@ -335,7 +335,7 @@ def test_if_all_engines_are_lost_their_samples_wait_for_the_weights() -> None:
         ("restart", "actor_infer-1"),
         *back,
     ]
-    assert [line for line in said if line.startswith("samples")] == ["samples asked for again: 4"]
+    assert [line for line in said if line.startswith("samples")] == ["samples requested again: 4"]
     assert pool.step_done() == 2
 
 
@@ -351,7 +351,7 @@ def test_an_engine_that_goes_down_too_often_in_a_step_ends_the_run() -> None:
         "actor_infer.strategy_args.strategy_config.max_restarts is 2"
     )
     assert [line for line in said if "failed" in line] == [
-        f"actor_infer-0 failed, and is started again ({n} of 2 times before a step is done): engine died: killed "
+        f"actor_infer-0 failed and is restarted ({n} of 2 times before a step is done): engine died: killed "
         "(more in logs/driver.log)"
         for n in (1, 2)
     ]

@@ -19,7 +19,7 @@ def spend(limit: int, *reached: int, begun: int = 0) -> Recoveries:
 
 def test_as_many_in_a_row_as_allowed_that_get_no_further():
     assert spend(3, 5, 5, 3).count == 3
-    with pytest.raises(LostWorkerError, match=r"actor_train-1 died\n.*not get past step 5 in 3 new starts"):
+    with pytest.raises(LostWorkerError, match=r"actor_train-1 died\n.*not get past step 5 in 3 restarts"):
         spend(3, 5, 5, 3, 5)
 
 

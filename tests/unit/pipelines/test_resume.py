@@ -115,7 +115,7 @@ def test_where_all_are_damaged_nothing_starts(tmp_path):
 def test_a_damaged_checkpoint_that_is_named_is_refused(tmp_path):
     run = FakeRun(config_of(tmp_path)).run_to(4)
     (run.checkpoints.path(4) / "complete").unlink()
-    with pytest.raises(ConfigError, match="cannot be gone on from: it was not completed"):
+    with pytest.raises(ConfigError, match="cannot be resumed: it was not completed"):
         FakeRun(config_of(tmp_path, resume_from_checkpoint=str(run.checkpoints.path(4))))
 
 

@@ -150,7 +150,7 @@ def test_samples_that_the_engines_did_not_give_are_said() -> None:
     said: list[str] = []
     withheld = {f"step1/prompt1/sample{i}": "HTTP 500" for i in range(2)} | {"step1/prompt0/sample0": "too slow"}
     experience = pipeline(withheld, said).sample(1)
-    assert said == ["step 1: left out 3 of 4 samples, which the engines did not give: HTTP 500; too slow"]
+    assert said == ["step 1: dropped 3 of 4 samples not returned by the engines: HTTP 500; too slow"]
     [sample] = experience.scored.samples
     assert (sample.sample_id, sample.prompt_id) == ("step1/prompt0/sample1", "row-0")
 

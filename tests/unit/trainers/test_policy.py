@@ -160,7 +160,7 @@ def test_a_skipped_step_is_rewound_and_the_next_one_is_made(make: Callable[..., 
     result = strategy.train_step(_batch(), 1)
     assert strategy.backend.calls[-4:] == ["grad_norm", "rewind", "whole", "reduced"]
     assert result.metrics == {"actor_train/optimizer_steps": 0, "actor_train/skipped_steps": 1}
-    assert result.skipped == ("step 1: the gradient norm is nan: optimizer step 1 was left out",)
+    assert result.skipped == ("step 1: the gradient norm is nan: optimizer step 1 was skipped",)
     strategy.backend.norm = 1.0
     assert strategy.train_step(_batch(), 2).metrics["actor_train/optimizer_steps"] == 1
 
