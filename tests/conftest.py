@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from hypothesis import settings
 
 # Read when torch is imported, here and in every process started by a test: many processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A process reads Ray's token once. Without one here, the first cluster of a test process would take the token in the
+# home directory, and a later one, with a token of its own, could not be reached.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 # A property is judged by its result: on a busy machine an example's time says nothing. The examples are the same every
 # time, so a change is judged by its own effect. `pytest --hypothesis-profile=explore` looks for new ones.

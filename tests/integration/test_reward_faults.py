@@ -282,7 +282,7 @@ def test_a_run_goes_on_without_the_responses_that_have_no_reward(fallen: Run) ->
     assert [m["system/samples"] for m in metrics] == [125, 253, 381]
     assert [m["router_replay/coverage"] for m in metrics] == [1.0] * 3
     said = fallen.stderr.read_text()
-    assert said.count("which have no reward") == 1
+    assert said.count("responses without a reward") == 1
     assert "Traceback" not in said
     log = (fallen.path / "logs" / "driver.log").read_text()
     assert log.count("rewards.default (reward_rules:falls_over)") == 3
@@ -305,7 +305,7 @@ def test_a_run_goes_on_without_the_responses_that_have_no_reward(fallen: Run) ->
     ],
 )
 def test_what_is_seen_of_a_reward_that_failed(fault: Fault, rewards: Open, fallen: Run, text: str, said: str) -> None:
-    (line,) = [line for line in fallen.stderr.read_text().splitlines() if "which have no reward" in line]
+    (line,) = [line for line in fallen.stderr.read_text().splitlines() if "responses without a reward" in line]
     assert line.startswith("step 1: dropped 3 of 128 responses without a reward: rewards.default (")
     assert f"rewards.default (reward_rules:falls_over) {said}" in line
     found = rewards()
