@@ -46,8 +46,8 @@ class ProcessInfo:
     local_rank: int = 0
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
-    """Port of the store at which the ranks meet. Somebody hosts it already (see `roll_r3.trainers.world.host_store`);
-    under torchrun the agent does."""
+    """Port of the store at which the ranks meet, hosted by `roll_r3.trainers.world.host_store` or by torchrun's agent;
+    by rank 0 if nobody hosts it."""
     device: str = "cpu"
     """"cpu" (gloo) or "cuda" (NCCL)."""
 

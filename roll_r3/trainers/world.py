@@ -13,6 +13,8 @@ from roll_r3.strategies.base import ProcessInfo
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Time after which a rank gives up waiting for another."""
+_REFUSED_S = 10.0
+"""Time to find out whether a store is hosted."""
 
 _members = 0
 """Number of strategies of this process in the world."""
@@ -23,12 +25,36 @@ def host_store(address: str) -> dist.TCPStore:
     """Start the store of one world on a free port of `address`, and return it. Its `port` is for `ProcessInfo`.
 
     The store listens from the moment the port is chosen, so nobody else can take the port while ranks still import.
-    The caller keeps the store until the world has ended. No rank hosts it by itself: each is a client, as under
-    torchrun, whose agent hosts the store.
+    The caller keeps the store until the world has ended. Every rank is then a client, as under torchrun, whose agent
+    hosts the store.
     """
-    listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    return _hosted(address, 0)
+
+
+def _hosted(address: str, port: int) -> dist.TCPStore:
+    """Host a store. `port` 0: a free one."""
+    listener = socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
     port = listener.getsockname()[1]
-    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        timeout=COLLECTIVE_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _store(process: ProcessInfo) -> dist.TCPStore:
+    """Return this rank's store. Rank 0 hosts it if nobody does, for ranks started by hand or by another launcher."""
+    if process.rank == 0:
+        try:
+            socket.create_connection((process.master_addr, process.master_port), timeout=_REFUSED_S).close()
+        except ConnectionRefusedError:
+            return _hosted(process.master_addr, process.master_port)
+        except OSError:
+            pass  # the client below reports it
+    return dist.TCPStore(process.master_addr, process.master_port, timeout=COLLECTIVE_TIMEOUT)
 
 
 def join(process: ProcessInfo) -> torch.device:
@@ -42,7 +68,7 @@ def join(process: ProcessInfo) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store = dist.TCPStore(process.master_addr, process.master_port, timeout=COLLECTIVE_TIMEOUT)
+        store = _store(process)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             # torchrun restarts ranks on the store that it hosts: keys of an earlier attempt must not be read

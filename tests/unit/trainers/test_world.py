@@ -38,3 +38,11 @@ def test_strategies_share_a_world_and_the_last_one_shuts_it_down() -> None:
         assert dist.is_initialized()
         world.leave()
         assert not dist.is_initialized()
+
+
+def test_rank_0_hosts_the_store_if_nobody_does() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for _ in range(2):
+        world.join(ProcessInfo(master_port=port))
+        world.leave()
