@@ -35,7 +35,11 @@ class TokenAdvantages:
 
 
 def token_advantages(
-    batch: Batch, scores_n: npt.NDArray[np.float64], groups: Sequence[str], config: AlgorithmConfig
+    batch: Batch,
+    scores_n: npt.NDArray[np.float64],
+    groups: Sequence[str],
+    domains: Sequence[str],
+    config: AlgorithmConfig,
 ) -> TokenAdvantages:
     """Compute the advantages of trained tokens: the response's, minus the KL penalty of this and later tokens.
 
@@ -47,6 +51,7 @@ def token_advantages(
             ones are fillers with advantage 0.
         scores_n: rewards.
         groups: group of each scored sample: its prompt.
+        domains: domain of each scored sample. Norms over a batch, and whitening, are within a domain, as in ROLL.
     """
     rewards_n = np.zeros(batch.num_samples)
     rewards_n[: len(scores_n)] = response_advantages(scores_n, groups, config)

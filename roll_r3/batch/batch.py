@@ -48,6 +48,11 @@ class Batch:
     """Filled by the trainer's pass before the update; None in an update whose ratio is 1 (`force_on_policy_ratio`)."""
     ref_log_probs_N: FloatN | None = None
     """Filled by the reference."""
+    pg_weights_N: FloatN | None = None
+    """Weight of each label's policy-gradient loss, from corrections between rollout and trainer and from choices of
+    tokens. It has no gradient, and KL and entropy terms do not see it. None: 1 everywhere."""
+    scores_n: FloatN | None = None
+    """Score of each sample, before shaping and normalisation; 0 for fillers. None before scoring."""
     versions_N: npt.NDArray[np.int32] | None = None
     """Weight version that sampled each label, -1 where none did; None for a batch made without trajectories."""
 

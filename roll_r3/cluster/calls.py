@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from roll_r3.cluster.daemons import kill_all, vital
 from roll_r3.cluster.life_signs import PING_EVERY, Identity, Watched
 from roll_r3.cluster.logs import log_end
-from roll_r3.config.pipeline import WorkerTimeoutsConfig
+from roll_r3.config.sections import WorkerTimeoutsConfig
 from roll_r3.errors import LostWorkerError, RollError, WorkerError
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from roll_r3.config.pipeline import RolloutCorrectionConfig
+from roll_r3.config.sections import OverlongBufferConfig, RolloutCorrectionConfig
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,20 @@ class AlgorithmConfig:
     Made by `roll_r3.config.derived.algorithm_of`. Defaults live in `RLVRConfig` alone.
     """
 
-    adv_estimator: Literal["grpo", "reinforce"]
+    reward_shift: float
+    reward_scale: float
+    overlong_buffer: OverlongBufferConfig | None
+    response_length: int
+    adv_estimator: Literal["grpo", "reinforce", "rloo", "reinforce_plus_plus_baseline"]
     norm_adv_by_std_in_grpo: bool
+    norm_mean_type: Literal["group", "batch"] | None
+    norm_std_type: Literal["group", "batch"] | None
+    reward_clip: float | None
+    whiten_advantages: bool
+    max_len_mask: bool
+    difficulty_mask: bool
+    difficulty_low_threshold: float
+    difficulty_high_threshold: float
     advantage_clip: float | None
     add_token_level_kl: bool
     kl_penalty: Literal["k1", "k2", "abs"]
@@ -25,6 +37,9 @@ class AlgorithmConfig:
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
     loss_divisor: float
 
+    pg_variant: Literal["ppo", "vanilla", "tis", "topr", "cispo", "kimi15", "dppo_tv"]
+    importance_sampling: Literal["token", "seq"]
+    top_entropy_quantile: float
     clip_range: tuple[float, float]
     dual_clip_loss: float | None
     entropy_loss_coef: float

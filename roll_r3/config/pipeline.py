@@ -7,67 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_r3.config.base import Config, Seconds
+from roll_r3.config.sections import (
+    CheckpointConfig,
+    FilterGroupsConfig,
+    OverlongBufferConfig,
+    RewardConfig,
+    RolloutCorrectionConfig,
+    ValidationConfig,
+    WorkerTimeoutsConfig,
+)
 from roll_r3.config.workers import ActorInferConfig, ActorTrainConfig, ReferenceConfig
-
-
-class RewardConfig(Config):
-    """One reward rule."""
-
-    reward: str
-    """Built-in rule (`exact_match`, `math`) or `package.module:function`. A function takes by name any of `response`,
-    `ground_truth`, `domain`, `prompt`, `messages`, `row`, `finish_reason` and `num_response_tokens`."""
-    tag_included: tuple[str, ...] = ()
-    """Domains scored by this rule; empty: every domain not named by another rule."""
-    kwargs: dict[str, str | int | float | bool] = {}
-    """Further arguments of the rule, under other names. Not for secrets, since the configuration is printed and saved:
-    read those from `os.environ` (the run's, without Ray's variables)."""
-    timeout: Seconds | None = None
-    """Seconds per response; default: 30, and 2 for `math`. Past it a function is killed, without a reward; its first
-    call in a process may take longer, for imports. `math` gives 0, in processor time, so a busy machine changes no
-    score."""
-    skip_special_tokens: bool = True
-    """Remove special tokens, such as the end token, from the response's text; false: the rule sees them."""
-
-    @property
-    def time_limit(self) -> float:
-        """Seconds allowed for one response."""
-        return self.timeout or (2.0 if self.reward == "math" else 30.0)
-
-
-class RolloutCorrectionConfig(Config):
-    """Off-policy correction for the remaining difference between rollout and trainer."""
-
-    mode: Literal["disable", "token_tis"] = "disable"
-    """token_tis: truncated importance sampling, each token's loss is multiplied by min(pi_old / pi_rollout, cap).
-    disable: no correction."""
-    cap: PositiveFloat = 2.0
-    """Upper bound of the weight."""
-
-
-class CheckpointConfig(Config):
-    """Location and mode of writing checkpoints."""
-
-    output_dir: str | None = None
-    """Checkpoints go to `output_dir/exp_name/<run>/checkpoints/`, weights for transformers to `<run>/hf/`, on a disk
-    shared by all nodes. Default: the run's `output_dir`."""
-    async_save: bool = False
-    """Continue training during a write. The run waits only for the previous write and for each rank's copy to host
-    memory."""
-
-
-class WorkerTimeoutsConfig(Config):
-    """Limits of waiting for a worker: a training or reference rank, or the worker of an engine. Past a limit its
-    process is killed and the run restarts from its newest checkpoint. The terminal names slow workers earlier."""
-
-    stopped: Seconds | None = 120.0
-    """Seconds for which a worker's process, or a Ray process on the driver's node, may be stopped (SIGSTOP). null: no
-    limit."""
-    silent: Seconds | None = 600.0
-    """Seconds without a heartbeat from a worker. Only a library call that blocks Python stops heartbeats. null: no
-    limit."""
-    call: Seconds | None = None
-    """Seconds for one call (a training step, the next group of samples, a start). A call may always take one minute,
-    and twice the longest of its kind so far. null: no limit."""
 
 
 def _resume_from_yaml(value: Any) -> Any:
@@ -150,10 +99,37 @@ class RLVRConfig(Config):
     rounds differently, by about 0.01 in log-probabilities; MiniMax-M1 found fp32 decisive (arXiv 2506.13585). Costs an
     fp32 matrix product and a temporary fp32 weight. Not with vLLM."""
 
-    adv_estimator: Literal["grpo", "reinforce"] = "grpo"
-    """grpo: (reward - group mean) / group standard deviation. reinforce: reward - batch mean."""
+    reward_shift: float = 0.0
+    """Added to each score, before reward_scale."""
+    reward_scale: PositiveFloat = 1.0
+    """Factor of each score."""
+    overlong_buffer: OverlongBufferConfig | None = None
+    """Penalty of long responses, subtracted from the score; default: none."""
+    adv_estimator: Literal["grpo", "reinforce", "rloo", "reinforce_plus_plus_baseline"] = "grpo"
+    """grpo: (reward - group mean) / group standard deviation. reinforce: reward, normalised by norm_mean_type and
+    norm_std_type. rloo: reward - mean of the other samples of its group (arXiv 2402.14740).
+    reinforce_plus_plus_baseline: reward - group mean, then whitened over the step's trained tokens (arXiv
+    2501.03262)."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide by the group's standard deviation (GRPO); false: Dr. GRPO's advantage."""
+    norm_mean_type: Literal["group", "batch"] | None = "batch"
+    """With reinforce: mean subtracted from the rewards, of the group or of the step's samples of one domain. null: no
+    baseline."""
+    norm_std_type: Literal["group", "batch"] | None = None
+    """With reinforce: standard deviation to divide by, of the group or of the step's samples of one domain. null: no
+    division."""
+    reward_clip: PositiveFloat | None = None
+    """Clip normalised rewards to [-x, x], and rewards of tokens after the KL penalty; default: no clipping."""
+    whiten_advantages: bool = False
+    """Bring the advantages of a domain's trained tokens to mean 0 and variance 1."""
+    max_len_mask: bool = False
+    """Do not train on truncated responses. They stay in their group's baseline."""
+    difficulty_mask: bool = False
+    """Do not train on groups with a mean score outside (difficulty_low_threshold, difficulty_high_threshold)."""
+    difficulty_low_threshold: float = 0.0
+    """Lower bound of the mean score, excluded."""
+    difficulty_high_threshold: float = 1.0
+    """Upper bound of the mean score, excluded."""
     advantage_clip: PositiveFloat | None = None
     """Clip advantages to [-x, x]; default: no clipping."""
     ppo_epochs: PositiveInt = 1
@@ -162,6 +138,14 @@ class RLVRConfig(Config):
     """Use the live log-probabilities, detached, as the old ones: the ratio is 1, and the pass for old log-probabilities
     runs only for R2 or add_token_level_kl. auto: if a step has one optimizer step. true: always; needs one optimizer
     step. false: never; the ratio then shows rounding between passes with and without gradients."""
+    pg_variant: Literal["ppo", "vanilla", "tis", "topr", "cispo", "kimi15", "dppo_tv"] = "ppo"
+    """Policy-gradient loss of a token, with the names of ROLL."""
+    importance_sampling: Literal["token", "seq"] = "token"
+    """token: each token's own ratio. seq: exp of the mean log ratio over the sample, for all of its tokens (GSPO, arXiv
+    2507.18071)."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a step's trained tokens, those with the highest entropy, which get a policy gradient (arXiv
+    2506.01939)."""
     pg_clip: PositiveFloat = 0.2
     """PPO clip range of the ratio, both sides, unless pg_clip_low or pg_clip_high is set."""
     pg_clip_low: PositiveFloat | None = None
@@ -200,7 +184,12 @@ class RLVRConfig(Config):
     init_kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL penalty in the advantage."""
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
-    """Truncated importance sampling between rollout and trainer."""
+    """Weights and filters for the difference between rollout and trainer."""
+    filter_groups: FilterGroupsConfig = FilterGroupsConfig()
+    """Dynamic sampling."""
+    max_additional_running_prompts: NonNegativeInt = 0
+    """Number of prompts sampled beyond rollout_batch_size. The step takes the first groups that finish, and aborts the
+    rest."""
 
     actor_train: ActorTrainConfig
     """The trained policy: prompts, optimizer, layout."""
@@ -215,6 +204,11 @@ class RLVRConfig(Config):
     max_failed_rewards: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of a step's responses without a reward (the rule raised, timed out, ended its process, or returned
     no finite number). They are dropped; above this share the run stops."""
+
+    validation: ValidationConfig | None = None
+    """Evaluation; default: none."""
+    eval_steps: NonNegativeInt = 0
+    """Steps between evaluations; the last step is evaluated too. 0: only at start and end."""
 
     save_steps: NonNegativeInt = 50
     """Steps between checkpoints; the last step is saved too. 0: no checkpoints."""
@@ -241,8 +235,13 @@ class RLVRConfig(Config):
     worker_timeouts: WorkerTimeoutsConfig = WorkerTimeoutsConfig()
     """Limits of waiting for workers."""
 
-    track_with: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    system_envs: dict[str, str] = {}
+    """Environment variables of workers and engines. Values are never logged."""
+
+    track_with: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = ("tensorboard",)
     """Trackers besides metrics.jsonl, which is always written."""
+    tracker_kwargs: dict[str, dict[str, Any]] = {}
+    """Arguments of a tracker's own start function, by its name in track_with. Not for keys."""
     num_logged_samples: NonNegativeInt = 4
     """Number of prompts per step, the first ones, written to samples.jsonl in the run's directory, with one response
     each."""

@@ -129,6 +129,9 @@ class DataArgs(Config):
     """Column with the reward's reference answer: text, or a number as written in the file."""
     domain: str | None = None
     """Column to select the reward (see `rewards.*.tag_included`); default: every sample has the domain "default"."""
+    domain_interleave_probs: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """Share of a step's prompts for each section of `rewards`, by name; the last one gets the rest. A prompt belongs
+    to the first section that scores its domain. Default: prompts as they come."""
     id: str | None = None
     """Column with a name of the prompt, for samples.jsonl; default: the file's name and the row's number."""
     system_prompt: Annotated[str, Field(min_length=1)] | None = None

@@ -44,6 +44,8 @@ class ScoredSample:
     response: str
     ground_truth: str
     score: float
+    domain: str = "default"
+    """Name of the first section of `rewards` that scores the prompt's domain."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Scored:
     def scores(self) -> list[float]:
         return [sample.score for sample in self.samples]
 
+    @property
+    def domains(self) -> list[str]:
+        """The domain of each trajectory."""
+        return [sample.domain for sample in self.samples]
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -81,6 +88,8 @@ class Experience:
     """The scored samples; fillers may follow them."""
     old: BatchLogProbs | None
     """The trainer's before the update; None: the update finds them (see `needs_old_log_probs`)."""
+    metrics: dict[str, float]
+    """Metrics of collecting, masking and correcting the samples."""
 
 
 class ExperienceMaker:
@@ -108,6 +117,7 @@ class ExperienceMaker:
         Raises:
             RollError: no sample is left.
         """
+        metrics: dict[str, float] = {}
         with self._progress.stage("rewards", step), clock.stage("reward"):
             scored = score(step, groups, self._rewards, self._decoder, self._progress.say)
             batch = Batch.from_trajectories(scored.trajectories).filled_up(self._samples_multiple())
@@ -121,11 +131,11 @@ class ExperienceMaker:
                 with self._progress.stage("old log-probs", step):
                     old = self._trainer.compute_log_probs(batch)
                 batch = replace(batch, old_log_probs_N=old.log_probs_N)
-        advantages = token_advantages(batch, np.array(scored.scores), scored.groups, self._algorithm)
+        advantages = token_advantages(batch, np.array(scored.scores), scored.groups, scored.domains, self._algorithm)
         batch = replace(batch, advantages_N=advantages.advantages_N)
         if forces_ratio(self._config, batch.num_samples):
             batch = replace(batch, old_log_probs_N=None)
-        return Experience(step, clock, [result for _, result in groups], scored, advantages, batch, old)
+        return Experience(step, clock, [result for _, result in groups], scored, advantages, batch, old, metrics)
 
     def _samples_multiple(self) -> int:
         """Return a divisor of the number of samples: they fill the mini-batches of every rank."""
@@ -158,7 +168,15 @@ def score(
         if value is not None:
             trajectories.append(t)
             samples.append(
-                ScoredSample(t.sample_id, prompt.prompt_id, prompt.text, response.response, prompt.ground_truth, value)
+                ScoredSample(
+                    t.sample_id,
+                    prompt.prompt_id,
+                    prompt.text,
+                    response.response,
+                    prompt.ground_truth,
+                    value,
+                    rewards.section_of(prompt.domain),
+                )
             )
     if not trajectories:
         raise RollError(

@@ -107,7 +107,7 @@ class RLVRPipeline:
             engine_restarts=self._pool.step_done(),
             samples_seen=self.samples_seen,
         )
-        metrics = step_metrics(self._config, record)
+        metrics = step_metrics(self._config, record) | experience.metrics
         if warning := self._silence.observe(metrics):
             logger.warning("%s", warning)
             self._progress.say(f"step {step}: {warning}")

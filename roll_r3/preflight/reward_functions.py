@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from inspect import Parameter, Signature
 from pathlib import Path
 
-from roll_r3.config.pipeline import RewardConfig
 from roll_r3.config.rules.data import BUILT_IN_REWARDS, FUNCTION
+from roll_r3.config.sections import RewardConfig
 from roll_r3.rewards.functions import CallError, call_of
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from roll_r3.config.pipeline import RewardConfig
+from roll_r3.config.sections import RewardConfig
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.rewards.functions import Response
-from roll_r3.rewards.process_pool import RewardProcesses, TooManyFailuresError
+from roll_r3.rewards.process_pool import RewardProcesses
+from roll_r3.rewards.reward_process import Answer as RuleAnswer
 from roll_r3.rewards.reward_process import Failure, Task, Undecided
 from roll_r3.rewards.rules import Rule
 from roll_r3.rewards.truths import Truth, check_rules, check_truths
@@ -27,6 +29,20 @@ _NO_DOMAIN = "default"
 _SHOWN_RESPONSE, _SHOWN_TRUTH = 200, 100
 _JUDGE_GRACE_S = 60.0
 """Seconds of wall time beyond the limit of `math`, which counts processor time, until its process is killed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Outcome of scoring one response."""
+
+    score: float | None
+    """None: a rule failed, and the response is left out of the step."""
+    parts: Mapping[str, float]
+    """Score of each rule, by its name in `rewards`, before weights."""
+    why: str = ""
+    """Reason for a missing score, or for a score of 0 because a judge could not decide."""
+    undecided: bool = False
+    """True if a judge could not decide."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,7 @@ class Rewards:
         self._truth_checks = check_rules(self._rules)
         rules = [*self._rules, *self._truth_checks.values()]
         self._processes = RewardProcesses(rules, workers, log_dir)
+        self._thread = ThreadPoolExecutor(1, "rewards")
 
     def __enter__(self) -> Self:
         """Start the processes, without waiting for them."""
@@ -89,6 +106,7 @@ class Rewards:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
         self._processes.close()
 
     def check_domains(self, domains: set[str]) -> None:
@@ -134,56 +152,73 @@ class Rewards:
             [(self._rules[i], len(self._rules) + n, by_rule[i]) for n, i in enumerate(self._truth_checks)],
         )
 
+    def section_of(self, domain: str) -> str:
+        """Return the name of the first section of `rewards` that scores a domain."""
+        return self._rules[self._rule_of(domain)].name
+
     def skips_special_tokens(self, domain: str) -> bool:
         """Return True if the rule of a domain reads responses without special tokens."""
         return self._skips_special[self._rule_of(domain)]
 
-    def score(self, responses: Sequence[Response]) -> Scores:
-        """Return the reward of each response, and log each failure.
+    def begin(self, responses: Sequence[Response]) -> Future[list[Answer]]:
+        """Begin to score responses, and return at once. Many calls may be open, scored in the order of arrival."""
+        return self._thread.submit(self._answers, responses)
+
+    def accept(self, responses: Sequence[Response], answers: Sequence[Answer]) -> Scores:
+        """Return the rewards of a step's responses, and log each failure.
 
         Raises:
             RollError: more than `max_failed_rewards` of the responses failed; with the reasons.
         """
-        tasks = [Task(self._rule_of(response.domain), response) for response in responses]
-        try:
-            answers = self._processes.score(tasks, int(self._max_failed * len(tasks)))
-        except TooManyFailuresError as error:
-            self._log(responses, error.failures)
+        odd = {index: answer for index, answer in enumerate(answers) if answer.why}
+        failures = {index: answer for index, answer in odd.items() if answer.score is None}
+        self._log(responses, odd)
+        if len(failures) > int(self._max_failed * len(responses)):
             raise RollError(
-                f"{len(error.failures)} of the step's {len(tasks)} responses have no reward, more than "
-                f"max_failed_rewards {self._max_failed:g} allows: {self._summary(responses, error.failures)}. Fix the "
+                f"{len(failures)} of the step's {len(responses)} responses have no reward, more than "
+                f"max_failed_rewards {self._max_failed:g} allows: {self._summary(responses, failures)}. Fix the "
                 "rule; its output is in logs/rewards-*.log, the responses are in logs/driver.log"
-            ) from error
-        failures = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Failure)}
-        undecided = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Undecided)}
-        self._log(responses, {**failures, **undecided})
-        scores = [
-            None if isinstance(answer, Failure) else 0.0 if isinstance(answer, Undecided) else answer
-            for answer in answers
-        ]
-        return Scores(scores, self._summary(responses, failures), len(undecided))
+            )
+        undecided = sum(answer.undecided for answer in answers)
+        return Scores([answer.score for answer in answers], self._summary(responses, failures), undecided)
+
+    def score(self, responses: Sequence[Response]) -> Scores:
+        """Score a step's responses and wait for the result. Raises as `accept`."""
+        return self.accept(responses, self.begin(responses).result())
+
+    def _answers(self, responses: Sequence[Response]) -> list[Answer]:
+        tasks = [Task(self._rule_of(response.domain), response) for response in responses]
+        found = self._processes.score(tasks, len(tasks))
+        return [self._answer(task, answer) for task, answer in zip(tasks, found, strict=True)]
+
+    def _answer(self, task: Task, answer: RuleAnswer) -> Answer:
+        if isinstance(answer, Failure):
+            return Answer(None, {}, answer.reason)
+        if isinstance(answer, Undecided):
+            return Answer(0.0, {self._rules[task.rule].name: 0.0}, answer.reason, undecided=True)
+        return Answer(answer, {self._rules[task.rule].name: answer})
 
     def _rule_of(self, domain: str) -> int:
         index = self._by_domain.get(domain, self._default)
         assert index is not None, f"domain {domain} was not checked"
         return index
 
-    def _log(self, responses: Sequence[Response], odd: Mapping[int, Failure | Undecided]) -> None:
+    def _log(self, responses: Sequence[Response], odd: Mapping[int, Answer]) -> None:
         for index, answer in sorted(odd.items()):
             response = responses[index]
             logger.warning(
                 "%s %s for the response %r (ground truth %r)%s",
                 self._rules[self._rule_of(response.domain)],
-                answer.reason,
+                answer.why,
                 response.response[:_SHOWN_RESPONSE],
                 response.ground_truth[:_SHOWN_TRUTH],
-                "; it scores 0" if isinstance(answer, Undecided) else "",
+                "; it scores 0" if answer.undecided else "",
             )
 
-    def _summary(self, responses: Sequence[Response], failures: Mapping[int, Failure]) -> str:
+    def _summary(self, responses: Sequence[Response], failures: Mapping[int, Answer]) -> str:
         """Summarise the most frequent reasons."""
         counts = Counter(
-            f"{self._rules[self._rule_of(responses[index].domain)]} {failure.reason}"
+            f"{self._rules[self._rule_of(responses[index].domain)]} {failure.why}"
             for index, failure in sorted(failures.items())
         )
         shown = [f"{text} ({n} times)" if n > 1 else text for text, n in counts.most_common(_SHOWN_REASONS)]

@@ -15,7 +15,7 @@ from roll_r3.cluster.calls import Waiting
 from roll_r3.cluster.daemons import process_state
 from roll_r3.cluster.life_signs import SIGNS, Identity, identity
 from roll_r3.cluster.logs import log_to_file
-from roll_r3.config.pipeline import WorkerTimeoutsConfig
+from roll_r3.config.sections import WorkerTimeoutsConfig
 from roll_r3.errors import EngineError, LostWorkerError, WorkerError
 
 pytestmark = pytest.mark.integration

@@ -19,7 +19,7 @@ from faults import Fault, nothing_left
 from reward_processes import LIMIT, MISBEHAVES, Open, asked, ended, rewards, score
 from whole_run import START_TIMEOUT, Run, few_steps
 
-from roll_r3.config.pipeline import RewardConfig
+from roll_r3.config.sections import RewardConfig
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.models.tiny import make_tiny_checkpoint

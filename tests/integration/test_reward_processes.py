@@ -13,7 +13,7 @@ import pytest
 from reward_processes import MISBEHAVES, Open, asked, ended, rewards, score
 from slow_answers import SLOW
 
-from roll_r3.config.pipeline import RewardConfig
+from roll_r3.config.sections import RewardConfig
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.rewards import reward_process as process
 from roll_r3.rewards.scoring import Rewards

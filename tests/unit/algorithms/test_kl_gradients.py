@@ -155,7 +155,7 @@ def gradient_in_reward(theta: Tensor, reference: Tensor, settings: AlgorithmConf
 
     log_probs, n = of(theta), SIZE * SIZE
     batch = responses(2, log_probs, of(reference))
-    learned = token_advantages(batch, np.ones(n), ["one"] * n, settings).advantages_N
+    learned = token_advantages(batch, np.ones(n), ["one"] * n, ["d"] * n, settings).advantages_N
     sampled = log_probs.detach().flatten()
     tokens = TokenInputs(
         mask=torch.ones(2 * n, dtype=torch.bool),
@@ -217,7 +217,7 @@ def advantages_of(scores: list[float], kl: list[list[float]], **changes: object)
     gaps = torch.tensor(kl, dtype=torch.float64)
     batch = responses(gaps.shape[1], torch.full_like(gaps, -1.0), -1.0 - gaps)
     settings = config(add_token_level_kl=True, **changes)
-    return batch, token_advantages(batch, np.array(scores), ["one"] * len(scores), settings)
+    return batch, token_advantages(batch, np.array(scores), ["one"] * len(scores), ["d"] * len(scores), settings)
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "reinforce"])
@@ -248,7 +248,9 @@ def test_fillers_and_prompts_have_neither_advantage_nor_penalty() -> None:
     batch = replace(batch, loss_mask_N=mask).filled_up(3)
     spoilt = np.where(batch.loss_mask_N, batch.ref_log_probs_N, np.nan)
     batch = replace(batch, ref_log_probs_N=spoilt)
-    found = token_advantages(batch, np.array([1.0, 0.0]), ["a", "a"], config(add_token_level_kl=True, init_kl_coef=0.1))
+    found = token_advantages(
+        batch, np.array([1.0, 0.0]), ["a", "a"], ["d", "d"], config(add_token_level_kl=True, init_kl_coef=0.1)
+    )
     half = 0.5 / (np.std([1, 0], ddof=1) + 1e-6)
     wanted = [0, half - 0.07, -half - 0.11, -half - 0.01, 0, 0]
     np.testing.assert_allclose(found.advantages_N, wanted, rtol=1e-5)

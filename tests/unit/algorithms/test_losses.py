@@ -209,7 +209,7 @@ def test_advantages_equal_the_loop(changes):
             value /= statistics.stdev(peers) + 1e-6
         want.append(value)
     batch = batch_of([[False, True, True]] * len(scores))
-    found = token_advantages(batch, np.array(scores), groups, c)
+    found = token_advantages(batch, np.array(scores), groups, ["default"] * len(scores), c)
     np.testing.assert_allclose(found.rewards_n, want, rtol=1e-5, atol=1e-6)
     clipped = [max(-0.5, min(0.5, value)) if c.advantage_clip else value for value in want]
     tokens = [value * trained for value in clipped for trained in (0, 1, 1)]

@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from roll_r3.cluster import calls
 from roll_r3.cluster.daemons import Daemon
 from roll_r3.cluster.life_signs import Identity
-from roll_r3.config.pipeline import WorkerTimeoutsConfig
+from roll_r3.config.sections import WorkerTimeoutsConfig
 from roll_r3.errors import EngineError, LostWorkerError, RouteError, WorkerError
 
 

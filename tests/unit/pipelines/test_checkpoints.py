@@ -291,7 +291,7 @@ def test_a_full_disk_stops_a_run_that_did_not_wait(tmp_path, notices):
                 run.run_to(6)
                 pytest.fail("the next to be saved waits for it, and says so")
 
-    with files_up_to(4096), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
+    with files_up_to(8192), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
         go_on()
     assert "there is step 2" in str(stopped.value)
     assert not any("was not saved" in said for said in run.said), "it is raised, once"
@@ -309,7 +309,7 @@ def test_a_failure_to_save_does_not_hide_the_error_before_it(tmp_path):
             run.trainer.may_write.set()
             raise RuntimeError("the engine died")
 
-    with files_up_to(4096), pytest.raises(RuntimeError, match="the engine died"):
+    with files_up_to(8192), pytest.raises(RuntimeError, match="the engine died"):
         end()
     assert "step 2 was not saved: " in run.said[-1]
 

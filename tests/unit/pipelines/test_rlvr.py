@@ -99,6 +99,9 @@ class Cluster:
     def skips_special_tokens(self, domain: str) -> bool:
         return domain == "plain"
 
+    def section_of(self, domain: str) -> str:
+        return domain
+
     def score(self, responses: Sequence[Response]) -> Any:
         self.scored = list(responses)
         return Scores([1.0 for _ in responses], why="", undecided=1)

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from roll_r3.config.pipeline import RewardConfig
+from roll_r3.config.sections import RewardConfig
 from roll_r3.preflight import reward_functions
 from roll_r3.preflight.reward_functions import reward_problems
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from roll_r3.config.pipeline import RewardConfig
 from roll_r3.config.rules.data import BUILT_IN_REWARDS
+from roll_r3.config.sections import RewardConfig
 from roll_r3.errors import ConfigError
 from roll_r3.rewards.rules import BUILT_IN, Rule, as_score
 from roll_r3.rewards.scoring import Rewards

@@ -1,0 +1,140 @@
+"""Sections of the root that describe no role: rewards, corrections, filters, evaluation, checkpoints, limits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from roll_r3.config.base import Config, Seconds
+from roll_r3.config.workers import DataArgs, GeneratingArgs
+
+
+class RewardConfig(Config):
+    """One reward rule."""
+
+    reward: str
+    """Built-in rule (`exact_match`, `math`) or `package.module:function`. A function takes by name any of `response`,
+    `ground_truth`, `domain`, `prompt`, `messages`, `row`, `finish_reason` and `num_response_tokens`."""
+    tag_included: tuple[str, ...] = ()
+    """Domains scored by this rule; empty: every domain not named by another rule."""
+    kwargs: dict[str, str | int | float | bool] = {}
+    """Further arguments of the rule, under other names. Not for secrets, since the configuration is printed and saved:
+    read those from `os.environ` (the run's, without Ray's variables)."""
+    timeout: Seconds | None = None
+    """Seconds per response; default: 30, and 2 for `math`. Past it a function is killed, without a reward; its first
+    call in a process may take longer, for imports. `math` gives 0, in processor time, so a busy machine changes no
+    score."""
+    skip_special_tokens: bool = True
+    """Remove special tokens, such as the end token, from the response's text; false: the rule sees them."""
+
+    @property
+    def time_limit(self) -> float:
+        """Seconds allowed for one response."""
+        return self.timeout or (2.0 if self.reward == "math" else 30.0)
+
+
+class CorrectionFilter(Config):
+    """Filter of tokens or samples by the mismatch between trainer and rollout. Rejected ones leave the loss mask."""
+
+    level: Literal["token", "geometric", "sequence"] = "token"
+    """token: each token by its own value. geometric: a sample by the mean over its trained tokens. sequence: a sample
+    by the sum (for `ratio`, the product)."""
+    statistic: Literal["ratio", "diff", "k3"] = "ratio"
+    """ratio: pi_old / pi_rollout. diff: pi_old - pi_rollout. k3: ratio - 1 - log ratio, never negative."""
+    low: float | None = None
+    """Lower bound of kept values; default: none."""
+    high: float | None = None
+    """Upper bound of kept values; default: none."""
+
+
+class RolloutCorrectionConfig(Config):
+    """Off-policy correction for the remaining difference between rollout and trainer, with ratio = pi_old / pi_rollout
+    of each trained token. Weights multiply the policy-gradient loss and carry no gradient."""
+
+    mode: Literal["disable", "token_tis"] = "disable"
+    """token_tis: truncated importance sampling, each token's loss is multiplied by min(pi_old / pi_rollout, cap).
+    disable: no correction."""
+    cap: PositiveFloat = 2.0
+    """Upper bound of the weight."""
+    bypass: bool = False
+    """Use the rollout's log-probabilities as the old ones: two policies instead of three, and no pass for old ones."""
+    is_weight: Literal["token", "sequence", "geometric"] | None = None
+    """Importance weight of each token: its ratio, the product over its sample, or the geometric mean over its sample.
+    Default: none."""
+    is_cap: PositiveFloat | None = 2.0
+    """Upper bound of the weight; null: none."""
+    is_floor: PositiveFloat | None = None
+    """With it weights outside [is_floor, is_cap] are 0 (IcePop), instead of truncated at is_cap."""
+    filters: tuple[CorrectionFilter, ...] = ()
+    """Filters, all of which a token must pass."""
+    opsm_delta: PositiveFloat | None = None
+    """Off-policy sequence masking (DeepSeek-V3.2): samples with a negative advantage and a mean of
+    log pi_rollout - log pi_old above this have weight 0. The denominator keeps them."""
+
+
+class FilterGroupsConfig(Config):
+    """Dynamic sampling (DAPO, arXiv 2503.14476): only groups with a learning signal are trained on, and more prompts
+    are sampled until the step is full."""
+
+    enable: bool = False
+    """Filter groups by the scores of their samples."""
+    kind: Literal["std", "mean"] = "std"
+    """std: keep groups with a standard deviation of scores above `low`. mean: keep groups with low < mean < high."""
+    low: float = 0.0
+    """Lower bound, excluded."""
+    high: float = 1.0
+    """Upper bound of the mean, excluded."""
+    max_num_gen_batches: PositiveInt = 10
+    """Largest number of prompts sampled for a step, in multiples of rollout_batch_size. Then the step trains on the
+    groups found so far."""
+
+
+class OverlongBufferConfig(Config):
+    """Soft penalty of long responses (DAPO, arXiv 2503.14476)."""
+
+    len: PositiveInt
+    """Number of tokens before response_length over which the penalty grows from 0 to penalty_factor."""
+    penalty_factor: PositiveFloat = 1.0
+    """Penalty at response_length, subtracted from the score."""
+
+
+class ValidationConfig(Config):
+    """Evaluation on prompts of its own."""
+
+    data_args: DataArgs
+    """Prompts. Each file is a set of its own in the metrics."""
+    generating_args: GeneratingArgs = GeneratingArgs()
+    """Sampling settings, independent of training's."""
+    val_n_sample: PositiveInt = 1
+    """Responses per prompt."""
+    val_greedy: bool = False
+    """Take the likeliest token each time; needs val_n_sample: 1."""
+    eval_at_start: bool = True
+    """Evaluate before the first step too."""
+
+
+class CheckpointConfig(Config):
+    """Location and mode of writing checkpoints."""
+
+    output_dir: str | None = None
+    """Checkpoints go to `output_dir/exp_name/<run>/checkpoints/`, weights for transformers to `<run>/hf/`, on a disk
+    shared by all nodes. Default: the run's `output_dir`."""
+    async_save: bool = False
+    """Continue training during a write. The run waits only for the previous write and for each rank's copy to host
+    memory."""
+
+
+class WorkerTimeoutsConfig(Config):
+    """Limits of waiting for a worker: a training or reference rank, or the worker of an engine. Past a limit its
+    process is killed and the run restarts from its newest checkpoint. The terminal names slow workers earlier."""
+
+    stopped: Seconds | None = 120.0
+    """Seconds for which a worker's process, or a Ray process on the driver's node, may be stopped (SIGSTOP). null: no
+    limit."""
+    silent: Seconds | None = 600.0
+    """Seconds without a heartbeat from a worker. Only a library call that blocks Python stops heartbeats. null: no
+    limit."""
+    call: Seconds | None = None
+    """Seconds for one call (a training step, the next group of samples, a start). A call may always take one minute,
+    and twice the longest of its kind so far. null: no limit."""
