@@ -86,12 +86,13 @@ def _strategy(model: type[BaseModel]) -> str:
 
 
 def _inner_models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
-    """Yield (model, key) of the sections in an annotation; the key is `*` inside a dict, else empty."""
+    """Yield (model, key) of the sections in an annotation; the key is `*` inside a dict or list, else empty."""
     for member in members(annotation):
         if is_section(member):
             yield member, ""
-        elif typing.get_origin(member) is dict:
-            yield from ((m, "*") for m in members(typing.get_args(member)[1]) if is_section(m))
+        elif (origin := typing.get_origin(member)) in (dict, tuple):
+            inner = typing.get_args(member)[1 if origin is dict else 0]
+            yield from ((m, "*") for m in members(inner) if is_section(m))
 
 
 def _section(title: str, model: type[BaseModel], titles: dict[type[BaseModel], str], shown: dict[str, str]) -> str:

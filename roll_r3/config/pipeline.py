@@ -240,7 +240,7 @@ class RLVRConfig(Config):
 
     track_with: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = ("tensorboard",)
     """Trackers besides metrics.jsonl, which is always written."""
-    tracker_kwargs: dict[str, dict[str, Any]] = {}
+    tracker_kwargs: dict[str, dict[str, str | int | float | bool | tuple[str, ...]]] = {}
     """Arguments of a tracker's own start function, by its name in track_with. Not for keys."""
     num_logged_samples: NonNegativeInt = 4
     """Number of prompts per step, the first ones, written to samples.jsonl in the run's directory, with one response

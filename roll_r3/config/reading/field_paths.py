@@ -16,6 +16,8 @@ from roll_r3.config.tree import join
 
 TAG = "strategy_name"
 """Field to choose among several sections, and type of pydantic's error about an unknown name."""
+_LISTED, _NEAR = 40, 3
+"""Number of names listed in full, and of the nearest names shown of a longer list."""
 _SIMILAR = 0.75
 """Similarity of a name to a field to suggest it: `sead` for seed, but not `sft_train` for actor_train."""
 
@@ -94,7 +96,7 @@ def example_at(path: str) -> str:
 
 
 def did_you_mean(path: str, data: dict[str, Any]) -> str:
-    """Return a fix for an unknown field: a similar name here or in another section, or all names of its section."""
+    """Return a fix for an unknown field: a similar name here or in another section, or the names of its section."""
     parent, _, name = path.rpartition(".")
     here = fields_at(parent, data)
     if close := difflib.get_close_matches(name, here, n=1, cutoff=_SIMILAR):
@@ -104,6 +106,9 @@ def did_you_mean(path: str, data: dict[str, Any]) -> str:
         by_name.setdefault(field.rpartition(".")[2], []).append(field)
     if close := difflib.get_close_matches(name, by_name, n=1, cutoff=0.8):
         return f"did you mean {' or '.join(by_name[close[0]][:3])}?"
+    if len(here) > _LISTED:
+        near = difflib.get_close_matches(name, here, n=_NEAR, cutoff=0.0)
+        return f"the nearest names here: {', '.join(near)}; all fields are in docs/configuration.md"
     return f"fields here: {', '.join(here)}"
 
 

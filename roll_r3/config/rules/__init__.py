@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from roll_r3.config.findings.report import Finding
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.rules import algorithm, batching, data, devices, layout, replay, rollout, saving, waiting
+from roll_r3.config.rules import algorithm, batching, choices, data, devices, layout, replay, rollout, saving, waiting
 from roll_r3.config.rules.table import AnyRule, check_rows
 
 RULES: tuple[AnyRule, ...] = (
@@ -17,6 +17,7 @@ RULES: tuple[AnyRule, ...] = (
     *layout.RULES,
     *batching.RULES,
     *algorithm.RULES,
+    *choices.RULES,
     *rollout.RULES,
     *data.RULES,
     *saving.RULES,

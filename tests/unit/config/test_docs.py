@@ -54,6 +54,8 @@ PURE_NUMBERS = {
     "top_p", "pg_clip", "pg_clip_low", "pg_clip_high", "dual_clip_loss", "advantage_clip", "entropy_loss_coef",
     "kl_loss_coef", "init_kl_coef", "cap", "mem_fraction_static", "gpu_memory_utilization", "moe_aux_loss_coeff",
     "moe_router_bias_update_rate",
+    "difficulty_low_threshold", "difficulty_high_threshold", "low", "high", "penalty_factor", "reward_scale",
+    "reward_shift", "is_cap", "is_floor",
     "max_recoveries", "max_restarts", "max_retries", "kwargs", "server_args",
 }  # fmt: skip
 """Fields without a unit: ratios, weights, counts of themselves."""

@@ -89,7 +89,7 @@ rewards:
         ("kl_estimator=k1", "k1 in the loss regularises nothing: its gradient is 0 in the mean. Write k2 or k3", ""),
         ("kl_penalty=k3", "k3 in the reward pulls towards nothing near the reference", ""),
         ("kl_penalty=kl2", "must be 'k1', 'k2' or 'abs'", "write one of k1, k2, abs"),
-        ("track_with=[wandb]", "must be 'tensorboard'", "write tensorboard"),
+        ("track_with=[wandbe]", "must be 'tensorboard', 'wandb', 'mlflow', 'swanlab' or 'trackio'", "write one of tensorboard, wandb, mlflow, swanlab, trackio"),
         ("seed=many", "must be an integer", "write a number, for example 42"),
         ("seed=1.5", "must be an integer", "write a number, for example 42"),
         ("seed=-1", "must be greater than or equal to 0", "write a number, for example 42"),

@@ -343,7 +343,8 @@ def test_a_rule_refuses(load_text, rule, overrides):
 @pytest.mark.parametrize(("rule", "overrides"), examples(1))
 def test_a_rule_accepts(load_text, rule, overrides):
     found = check_rules(load_text(MINIMAL, *overrides).config)
-    assert [f.rule for f in found] == [], "an accepted example breaks no other rule either"
+    broken = [f.rule for f in found if f.severity != "note" or f.rule == rule]
+    assert broken == [], "an accepted example breaks no other rule either"
 
 
 GPUS = "device_type=cuda"
