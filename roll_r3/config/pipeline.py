@@ -104,7 +104,7 @@ class RLVRConfig(Config):
     reward_scale: PositiveFloat = 1.0
     """Factor of each score."""
     overlong_buffer: OverlongBufferConfig | None = None
-    """Penalty of long responses, subtracted from the score; default: none."""
+    """Penalty of long responses, subtracted from the score before reward_shift; default: none."""
     adv_estimator: Literal["grpo", "reinforce", "rloo", "reinforce_plus_plus_baseline"] = "grpo"
     """grpo: (reward - group mean) / group standard deviation. reinforce: reward, normalised by norm_mean_type and
     norm_std_type. rloo: reward - mean of the other samples of its group (arXiv 2402.14740).
@@ -116,16 +116,17 @@ class RLVRConfig(Config):
     """With reinforce: mean subtracted from the rewards, of the group or of the step's samples of one domain. null: no
     baseline."""
     norm_std_type: Literal["group", "batch"] | None = None
-    """With reinforce: standard deviation to divide by, of the group or of the step's samples of one domain. null: no
-    division."""
+    """With reinforce: standard deviation to divide by, of the group (needs norm_mean_type: group) or of the step's
+    samples of one domain. null: no division."""
     reward_clip: PositiveFloat | None = None
     """Clip normalised rewards to [-x, x], and rewards of tokens after the KL penalty; default: no clipping."""
     whiten_advantages: bool = False
-    """Bring the advantages of a domain's trained tokens to mean 0 and variance 1."""
+    """Bring the advantages of a domain's trained tokens to mean 0 and variance 1, after the KL penalty."""
     max_len_mask: bool = False
-    """Do not train on truncated responses. They stay in their group's baseline."""
+    """Do not train on truncated responses. Their scores stay in means and deviations."""
     difficulty_mask: bool = False
-    """Do not train on groups with a mean score outside (difficulty_low_threshold, difficulty_high_threshold)."""
+    """Do not train on groups with a mean score outside (difficulty_low_threshold, difficulty_high_threshold), bounds
+    excluded. The score is the one before shaping."""
     difficulty_low_threshold: float = 0.0
     """Lower bound of the mean score, excluded."""
     difficulty_high_threshold: float = 1.0

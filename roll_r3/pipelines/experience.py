@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from roll_r3.algorithms.advantages import TokenAdvantages, token_advantages
+from roll_r3.algorithms.sample_masks import mask_samples
+from roll_r3.algorithms.shaping import shaped_scores
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.models import BatchLogProbs, ModelGroup
+from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.config.derived import algorithm_of, forces_ratio, needs_old_log_probs
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.prompts import Prompt
@@ -121,6 +125,8 @@ class ExperienceMaker:
         with self._progress.stage("rewards", step), clock.stage("reward"):
             scored = score(step, groups, self._rewards, self._decoder, self._progress.say)
             batch = Batch.from_trajectories(scored.trajectories).filled_up(self._samples_multiple())
+            batch, shaped_n, shaping = shape_and_mask(batch, scored, self._algorithm)
+            metrics |= shaping
         if self._reference is not None:
             with self._progress.stage("reference", step), clock.stage("reference"):
                 reference = self._reference.compute_log_probs(replace(batch, routes=None))
@@ -131,7 +137,8 @@ class ExperienceMaker:
                 with self._progress.stage("old log-probs", step):
                     old = self._trainer.compute_log_probs(batch)
                 batch = replace(batch, old_log_probs_N=old.log_probs_N)
-        advantages = token_advantages(batch, np.array(scored.scores), scored.groups, scored.domains, self._algorithm)
+        advantages = token_advantages(batch, shaped_n, scored.groups, scored.domains, self._algorithm)
+        metrics |= advantages.metrics
         batch = replace(batch, advantages_N=advantages.advantages_N)
         if forces_ratio(self._config, batch.num_samples):
             batch = replace(batch, old_log_probs_N=None)
@@ -142,6 +149,27 @@ class ExperienceMaker:
         args = self._config.actor_train.training_args
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self._trainer.data_parallel_size
         return int(np.lcm(size, self._reference.data_parallel_size)) if self._reference else size
+
+
+def shape_and_mask(
+    batch: Batch, scored: Scored, algorithm: AlgorithmConfig
+) -> tuple[Batch, npt.NDArray[np.float64], dict[str, float]]:
+    """Fill in `scores_n`, and mask samples.
+
+    Args:
+        batch: the scored samples; fillers may follow.
+
+    Returns:
+        (batch, shaped score of each scored sample, metrics of shaping and masks).
+    """
+    scores_n = np.array(scored.scores)
+    lengths_n = np.array([t.num_sampled for t in scored.trajectories])
+    truncated = [t.finish_reason == "length" for t in scored.trajectories]
+    fillers = batch.num_samples - len(scores_n)
+    batch = replace(batch, scores_n=np.pad(scores_n, (0, fillers)).astype(np.float32))
+    batch, masking = mask_samples(batch, scores_n, scored.groups, truncated, algorithm)
+    shaped_n, shaping = shaped_scores(scores_n, lengths_n, algorithm)
+    return batch, shaped_n, masking | shaping
 
 
 def score(

@@ -35,6 +35,12 @@ METRICS: dict[str, Metric] = {
         "score normalised by adv_estimator, minus the KL penalty of add_token_level_kl",
     ),
     **_stats("critic/advantages", "1", "advantage, over trained tokens"),
+    **_stats("critic/shaped_score", "reward", "score after overlong_buffer, reward_shift and reward_scale"),
+    "critic/reward_clip_frac": Metric("share", "samples with normalised reward beyond reward_clip"),
+    "critic/token_reward_clip_frac": Metric(
+        "share", "trained tokens with reward, after the KL penalty, beyond reward_clip"
+    ),
+    "critic/advantage_clip_frac": Metric("share", "trained tokens with advantage beyond advantage_clip"),
     "critic/kl": Metric(
         "nats",
         "mean k3 estimate of KL(old policy || reference) over tokens; not exactly 0 in the first step under replay, as "
@@ -49,6 +55,11 @@ METRICS: dict[str, Metric] = {
     **_stats("tokens/prompt_length", "tokens", "prompt length"),
     **_stats("tokens/response_length", "tokens", "response length, including the end token"),
     "tokens/truncated_ratio": Metric("share", "samples cut at response_length"),
+    "actor/max_len_mask_ratio": Metric("share", "samples kept by max_len_mask"),
+    "actor/difficulty_mask_ratio": Metric("share", "samples kept by difficulty_mask"),
+    "actor/final_mask_ratio": Metric("share", "samples kept by all masks of samples"),
+    "actor/samples_used": Metric("samples", "samples kept by all masks of samples"),
+    "actor/samples_total": Metric("samples", "samples before the masks"),
     "actor/loss": Metric("1", "minimised loss, aggregated by loss_agg_mode; mean over optimizer steps"),
     "actor/pg_loss": Metric("1", "policy-gradient term of actor/loss"),
     "actor/kl_loss": Metric("nats", "KL term of actor/loss before its coefficient, by kl_estimator and loss_agg_mode"),
@@ -99,6 +110,7 @@ METRICS: dict[str, Metric] = {
     "rollout/dropped_samples": Metric("samples", "samples dropped after all retries"),
     "rollout/retries": Metric("requests", "retried requests"),
     "rollout/engine_restarts": Metric("restarts", "engine restarts since the last step"),
+    "reward/overlong_ratio": Metric("share", "samples with a penalty by overlong_buffer"),
     "reward/failed": Metric("samples", "samples left out because their rule failed"),
     "reward/groups_without_signal": Metric("share", "groups with equal scores, hence without GRPO gradient"),
     "reward/groups_all_right": Metric("share", "such groups with score above 0"),

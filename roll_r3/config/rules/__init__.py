@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from roll_r3.config.findings.report import Finding
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.rules import algorithm, batching, choices, data, devices, layout, replay, rollout, saving, waiting
+from roll_r3.config.rules import (
+    advantages,
+    algorithm,
+    batching,
+    choices,
+    data,
+    devices,
+    layout,
+    replay,
+    rollout,
+    saving,
+    waiting,
+)
 from roll_r3.config.rules.table import AnyRule, check_rows
 
 RULES: tuple[AnyRule, ...] = (
@@ -18,6 +30,7 @@ RULES: tuple[AnyRule, ...] = (
     *batching.RULES,
     *algorithm.RULES,
     *choices.RULES,
+    *advantages.RULES,
     *rollout.RULES,
     *data.RULES,
     *saving.RULES,

@@ -1,4 +1,4 @@
-"""The algorithm: KL terms, clips, advantages."""
+"""The algorithm: KL terms, clips, aggregation."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ RULES: tuple[AnyRule, ...] = (
         violates=lambda c: c.clip_range[1] > 10 and f"the upper clip is {c.clip_range[1]:g}",
     ),
     at_most("dual-clip-bounds", "dual_clip_loss", 100, "times the advantage, the bound of the loss has no effect", "3"),
+    at_most("reward-clip-clips", "reward_clip", 1000, "nothing is clipped: no normalised reward is as large", "10"),
     at_most("advantage-clip-clips", "advantage_clip", 1000, "nothing is clipped: no advantage is as large", "5"),
     at_most("entropy-coef-bounded", "entropy_loss_coef", 1, "the entropy would outweigh the reward", "0.001"),
     at_most("kl-loss-coef-bounded", "kl_loss_coef", 100, "the KL loss would outweigh the reward", "0.001", *_KL_LOSS),
@@ -130,15 +131,6 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("dual_clip_loss=1",),
         right=("dual_clip_loss=3",),
         violates=lambda c: c.dual_clip_loss is not None and c.dual_clip_loss <= 1,
-    ),
-    Rule(
-        id="grpo-needs-groups",
-        fields=("num_return_sequences_in_group", "adv_estimator"),
-        why="GRPO compares the responses of one group; in a group of one, the advantage is always 0",
-        fix="write num_return_sequences_in_group: 2 or more, or adv_estimator: reinforce",
-        wrong=("num_return_sequences_in_group=1",),
-        right=("num_return_sequences_in_group=1", "adv_estimator=reinforce"),
-        violates=lambda c: c.adv_estimator == "grpo" and c.num_return_sequences_in_group == 1,
     ),
     unread(
         "pg-clip-unread",
@@ -212,14 +204,5 @@ RULES: tuple[AnyRule, ...] = (
         "write rollout_correction.mode: token_tis",
         wrong=("rollout_correction.cap=3",),
         right=("rollout_correction={mode: token_tis, cap: 3}",),
-    ),
-    unread(
-        "group-std-unread",
-        "norm_adv_by_std_in_grpo",
-        "adv_estimator",
-        lambda c: c.adv_estimator == "grpo",
-        "leave norm_adv_by_std_in_grpo out, or write adv_estimator: grpo",
-        wrong=("norm_adv_by_std_in_grpo=false", "adv_estimator=reinforce"),
-        right=("norm_adv_by_std_in_grpo=false",),
     ),
 )

@@ -1,4 +1,4 @@
-"""Losses, weights and advantages against plain loops over tokens and samples."""
+"""Losses and weights against plain loops over tokens and samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from roll_r3.algorithms.advantages import token_advantages
 from roll_r3.algorithms.aggregation import loss_denominator, loss_weights
 from roll_r3.algorithms.kl import kl_estimate
 from roll_r3.algorithms.mismatch import mismatch_metrics
@@ -192,29 +191,6 @@ def test_a_token_weighs_the_same_whatever_the_lengths_are():
     for masks in ([[True]], [[True] * 5, [True]], [[True] * 3, [False] * 2]):
         weights = loss_weights(batch_of(masks), c)
         assert set(weights.tolist()) <= {0.0, 0.125}
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"norm_adv_by_std_in_grpo": False}, {"adv_estimator": "reinforce"}, {"advantage_clip": 0.5}]
-)
-def test_advantages_equal_the_loop(changes):
-    c = config(**changes)
-    scores = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, 0.2]
-    groups = ["a", "a", "b", "b", "c", "c", "d", "a"]
-    want = []
-    for s, g in zip(scores, groups, strict=True):
-        peers = scores if c.adv_estimator == "reinforce" else [x for x, h in zip(scores, groups, strict=True) if h == g]
-        value = s - statistics.mean(peers)
-        if c.adv_estimator == "grpo" and c.norm_adv_by_std_in_grpo and len(peers) > 1:
-            value /= statistics.stdev(peers) + 1e-6
-        want.append(value)
-    batch = batch_of([[False, True, True]] * len(scores))
-    found = token_advantages(batch, np.array(scores), groups, ["default"] * len(scores), c)
-    np.testing.assert_allclose(found.rewards_n, want, rtol=1e-5, atol=1e-6)
-    clipped = [max(-0.5, min(0.5, value)) if c.advantage_clip else value for value in want]
-    tokens = [value * trained for value in clipped for trained in (0, 1, 1)]
-    np.testing.assert_allclose(found.advantages_N, tokens, rtol=1e-5, atol=1e-6)
-    assert (found.penalty_n, found.penalty_clamped) == (None, None)
 
 
 def test_kl_estimators_agree_with_the_exact_divergence_in_the_mean():

@@ -43,6 +43,8 @@ FSDP2_REFERENCE = "reference.strategy_args={strategy_name: fsdp2_infer}"
 HF = f"{ENGINE}.strategy_name=hf_infer"
 TWO_STAGES = {"pipeline_model_parallel_size": 2}
 LAYOUT = {"pipeline_model_parallel_layout": "'Ett|ttL'"}
+REINFORCE = "adv_estimator=reinforce"
+PLUS_PLUS = "reinforce_plus_plus_baseline"
 SHORT = ["prompt_length=8", "response_length=9"]  # 16 inputs
 
 
@@ -273,7 +275,54 @@ MORE_EXAMPLES: dict[str, Examples] = {
         [],
         [["loss_agg_mode=seq-mean-token-sum", "actor_train.training_args.max_grad_norm=0"]],
     ),
-    "grpo-needs-groups": ([], [["num_return_sequences_in_group=2"]]),
+    "baseline-needs-groups": (
+        [
+            *(["num_return_sequences_in_group=1", f"adv_estimator={name}"] for name in ("rloo", PLUS_PLUS)),
+            ["num_return_sequences_in_group=1", REINFORCE, "norm_mean_type=group"],
+        ],
+        [
+            ["num_return_sequences_in_group=2"],
+            ["num_return_sequences_in_group=1", REINFORCE, "norm_mean_type=null"],
+        ],
+    ),
+    "group-std-needs-group-mean": ([[REINFORCE, "norm_std_type=group", "norm_mean_type=null"]], []),
+    "batch-std-needs-mean": ([], [[REINFORCE, "norm_std_type=batch"]]),
+    "shift-cancels": (
+        [["reward_shift=1", f"adv_estimator={name}"] for name in ("reinforce", "rloo", PLUS_PLUS)],
+        [["reward_shift=0"]],
+    ),
+    "scale-cancels": (
+        [
+            ["reward_scale=2", REINFORCE, "norm_std_type=batch"],
+            ["reward_scale=2", REINFORCE, "whiten_advantages=true"],
+            ["reward_scale=2", f"adv_estimator={PLUS_PLUS}"],
+        ],
+        [
+            ["reward_scale=2", REINFORCE],
+            ["reward_scale=2", "adv_estimator=rloo"],
+            ["reward_scale=2", f"adv_estimator={PLUS_PLUS}", "reward_clip=1"],
+            [
+                "reward_scale=2",
+                f"adv_estimator={PLUS_PLUS}",
+                "add_token_level_kl=true",
+                "init_kl_coef=1",
+                "reference={}",
+            ],
+        ],
+    ),
+    "overlong-buffer-fits": (
+        [["response_length=100", "actor_infer.generating_args.max_new_tokens=80", "overlong_buffer={len: 20}"]],
+        [["response_length=100", "actor_infer.generating_args.max_new_tokens=80", "overlong_buffer={len: 21}"]],
+    ),
+    "difficulty-thresholds-ordered": (
+        [["difficulty_mask=true", "difficulty_low_threshold=0.5", "difficulty_high_threshold=0.5"]],
+        [["difficulty_mask=true"]],
+    ),
+    "already-whitened": (
+        [["whiten_advantages=true", f"adv_estimator={PLUS_PLUS}"]],
+        [["whiten_advantages=true", "norm_adv_by_std_in_grpo=false"], ["whiten_advantages=true", "adv_estimator=rloo"]],
+    ),
+    "norm-mean-type-unread": ([["norm_mean_type=null"]], []),
     "top-k-range": ([["actor_infer.generating_args.top_k=-2"]], []),
     "truncated-sampling": ([["actor_infer.generating_args.top_p=0.9"]], []),
     "data-named": ([["actor_train.data_args.file_name=''"], ["actor_train.data_args.file_name=[a.jsonl, '']"]], []),
@@ -387,6 +436,9 @@ def test_the_rows_that_only_warn_sometimes_are_those_above():
 
 
 RUNS_AS_WRITTEN = {
+    "batch-std-needs-mean",
+    "shift-cancels",
+    "scale-cancels",
     "async-save-unread",
     "audit-every-unread",
     "audit-is-the-trainers",
