@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from roll_r3.config.sections import OverlongBufferConfig, RolloutCorrectionConfig
+from roll_r3.config.sections import OverlongBufferConfig, PgArgsConfig, RolloutCorrectionConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class AlgorithmConfig:
     loss_divisor: float
 
     pg_variant: Literal["ppo", "vanilla", "tis", "topr", "cispo", "kimi15", "dppo_tv"]
+    pg_args: PgArgsConfig
     importance_sampling: Literal["token", "seq"]
     top_entropy_quantile: float
     clip_range: tuple[float, float]

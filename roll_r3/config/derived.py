@@ -176,11 +176,12 @@ def forces_ratio(config: RLVRConfig, num_samples: int) -> bool:
 def needs_old_log_probs(config: RLVRConfig, num_samples: int) -> bool:
     """Return true if a step on `num_samples` samples needs the trainer's pass before the update.
 
-    With a forced ratio only R2, to record routes, and a KL penalty in the reward need it. Other readers of old
-    log-probabilities take them from the update: its forward has the same weights.
+    With a forced ratio only R2, to record routes, a KL penalty in the reward, and the choice of tokens by their entropy
+    need it. Other readers of old log-probabilities take them from the update: its forward has the same weights.
     """
     recorded = config.actor_train.router_replay.mode == "R2"
-    return recorded or config.add_token_level_kl or not forces_ratio(config, num_samples)
+    by_entropy = config.top_entropy_quantile < 1
+    return recorded or by_entropy or config.add_token_level_kl or not forces_ratio(config, num_samples)
 
 
 def token_alignment(worker: ModelWorker) -> int:

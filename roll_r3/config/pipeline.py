@@ -11,6 +11,7 @@ from roll_r3.config.sections import (
     CheckpointConfig,
     FilterGroupsConfig,
     OverlongBufferConfig,
+    PgArgsConfig,
     RewardConfig,
     RolloutCorrectionConfig,
     ValidationConfig,
@@ -140,22 +141,30 @@ class RLVRConfig(Config):
     runs only for R2 or add_token_level_kl. auto: if a step has one optimizer step. true: always; needs one optimizer
     step. false: never; the ratio then shows rounding between passes with and without gradients."""
     pg_variant: Literal["ppo", "vanilla", "tis", "topr", "cispo", "kimi15", "dppo_tv"] = "ppo"
-    """Policy-gradient loss of a token, with the names of ROLL."""
+    """Policy-gradient loss of a token, with A its advantage, p its probability, r = policy / old policy, and [] for a
+    factor without gradient. ppo: -min(r A, clip(r) A). vanilla: -A log p. tis: -[r within bounds] A log p. topr: -A log
+    p, times [min(r, 1)] in samples with a score of 0 or less. cispo: -[clip(r)] A log p. kimi15: -A log p + tau / 2
+    (log r)^2. dppo_tv: -[min(r, 20)] A log p, without tokens whose p already moved by more than the clip range in the
+    advantage's direction."""
+    pg_args: PgArgsConfig = PgArgsConfig()
+    """Parameters of pg_variant."""
     importance_sampling: Literal["token", "seq"] = "token"
     """token: each token's own ratio. seq: exp of the mean log ratio over the sample, for all of its tokens (GSPO, arXiv
-    2507.18071)."""
+    2507.18071). seq needs loss_agg_mode: seq-mean-token-mean and a narrow clip (the paper: 3e-4 and 4e-4)."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of a step's trained tokens, those with the highest entropy, which get a policy gradient (arXiv
-    2506.01939)."""
+    """Share of a step's trained tokens with a policy gradient: those with the highest entropy (arXiv 2506.01939). Below
+    1 the pass for old log-probabilities always runs, since the entropies are its."""
     pg_clip: PositiveFloat = 0.2
-    """PPO clip range of the ratio, both sides, unless pg_clip_low or pg_clip_high is set."""
+    """Clip range of the ratio (ppo, cispo) or of the change in probability (dppo_tv; 0.15 is usual), both sides, unless
+    pg_clip_low or pg_clip_high is set."""
     pg_clip_low: PositiveFloat | None = None
-    """Lower clip range: the ratio is clipped at 1 - pg_clip_low; default: pg_clip."""
+    """Lower clip range: the ratio is clipped at 1 - pg_clip_low; default: pg_clip. Below 1; with cispo 1 is no lower
+    bound."""
     pg_clip_high: PositiveFloat | None = None
     """Upper clip range: the ratio is clipped at 1 + pg_clip_high; default: pg_clip."""
     dual_clip_loss: PositiveFloat | None = None
-    """Dual-clip PPO: for negative advantages the loss is at most -dual_clip_loss x advantage. Must be above 1; default:
-    off."""
+    """Dual clip of ppo: for negative advantages the loss is at most -dual_clip_loss x advantage. Must be above 1;
+    default: off."""
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )

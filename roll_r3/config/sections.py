@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from roll_r3.config.base import Config, Seconds
 from roll_r3.config.workers import DataArgs, GeneratingArgs
@@ -46,6 +46,25 @@ class CorrectionFilter(Config):
     """Lower bound of kept values; default: none."""
     high: float | None = None
     """Upper bound of kept values; default: none."""
+
+
+class PgArgsConfig(Config):
+    """Parameters of one policy-gradient loss each, named after its `pg_variant`."""
+
+    tis_lower_bound: NonNegativeFloat = 0.0
+    """tis: lower bound of the ratio."""
+    tis_upper_bound: PositiveFloat = 1.0
+    """tis: upper bound of the ratio."""
+    topr_positive_weight: NonNegativeFloat = 1.0
+    """topr: weight of samples with a score above 0."""
+    topr_negative_weight: NonNegativeFloat = 1.0
+    """topr: weight of the other samples."""
+    cispo_use_unified_mask: bool = False
+    """cispo: leave out the tokens cut by PPO too."""
+    kimi15_tau: NonNegativeFloat = 0.1
+    """kimi15: weight of the squared log ratio."""
+    dppo_max_ratio: PositiveFloat = 20.0
+    """dppo_tv: upper bound of the ratio."""
 
 
 class RolloutCorrectionConfig(Config):

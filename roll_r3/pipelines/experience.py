@@ -12,6 +12,7 @@ import numpy.typing as npt
 from roll_r3.algorithms.advantages import TokenAdvantages, token_advantages
 from roll_r3.algorithms.sample_masks import mask_samples
 from roll_r3.algorithms.shaping import shaped_scores
+from roll_r3.algorithms.entropy_quantile import weigh_by_entropy
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.models import BatchLogProbs, ModelGroup
@@ -140,6 +141,10 @@ class ExperienceMaker:
         advantages = token_advantages(batch, shaped_n, scored.groups, scored.domains, self._algorithm)
         metrics |= advantages.metrics
         batch = replace(batch, advantages_N=advantages.advantages_N)
+        if self._algorithm.top_entropy_quantile < 1:
+            assert old is not None and old.entropy_N is not None
+            batch, figures = weigh_by_entropy(batch, old.entropy_N, self._algorithm.top_entropy_quantile)
+            metrics |= figures
         if forces_ratio(self._config, batch.num_samples):
             batch = replace(batch, old_log_probs_N=None)
         return Experience(step, clock, [result for _, result in groups], scored, advantages, batch, old, metrics)

@@ -50,6 +50,7 @@ METRICS: dict[str, Metric] = {
     "critic/kl_penalty": Metric("nats", "init_kl_coef x kl_penalty, summed over a response; mean over responses"),
     "critic/kl_penalty_clamped": Metric("share", "tokens with log ratio clamped to +-20 in the penalty"),
     "critic/entropy/mean": Metric("nats", "mean policy entropy before the update, over trained tokens"),
+    "critic/entropy/threshold": Metric("nats", "entropy from which a token learns, with top_entropy_quantile"),
     "critic/old_log_prob/mean": Metric("nats", "mean log-probability of sampled tokens before the update"),
     "critic/ref_log_prob/mean": Metric("nats", "mean log-probability of sampled tokens under the reference"),
     **_stats("tokens/prompt_length", "tokens", "prompt length"),
@@ -65,15 +66,19 @@ METRICS: dict[str, Metric] = {
     "actor/kl_loss": Metric("nats", "KL term of actor/loss before its coefficient, by kl_estimator and loss_agg_mode"),
     "actor/kl_clamped": Metric("share", "tokens with a clamped estimate in the KL term, hence no gradient from it"),
     "actor/entropy": Metric("nats", "mean entropy during the update, over trained tokens"),
-    "actor/ratio_mean": Metric("1", "mean of policy / old policy"),
-    "actor/ratio_max": Metric("1", "largest policy / old policy"),
-    "actor/ratio_min": Metric("1", "smallest policy / old policy"),
-    "actor/pg_clipfrac": Metric(
-        "share", "tokens without policy gradient: ratio outside the clip range in the direction of the advantage"
+    "actor/ratio_mean": Metric(
+        "1", "mean of policy / old policy; with importance_sampling: seq, of the sample's ratio"
     ),
-    "actor/ppo_ratio_clipfrac": Metric("share", "tokens with ratio outside the clip range"),
-    "actor/ppo_ratio_high_clipfrac": Metric("share", "tokens with ratio above the clip range"),
-    "actor/ppo_ratio_low_clipfrac": Metric("share", "tokens with ratio below the clip range"),
+    "actor/ratio_max": Metric("1", "largest policy / old policy, as for the mean"),
+    "actor/ratio_min": Metric("1", "smallest policy / old policy, as for the mean"),
+    "actor/pg_clipfrac": Metric(
+        "share",
+        "tokens cut by pg_variant. ppo, dppo_tv: no policy gradient, since the ratio (the probability) left the clip "
+        "range in the direction of the advantage. tis, topr, cispo: the ratio is truncated",
+    ),
+    "actor/ppo_ratio_clipfrac": Metric("share", "tokens with ratio outside the clip range; ppo, cispo, tis"),
+    "actor/ppo_ratio_high_clipfrac": Metric("share", "tokens with ratio above the clip range; ppo, cispo, tis"),
+    "actor/ppo_ratio_low_clipfrac": Metric("share", "tokens with ratio below the clip range; ppo, cispo, tis"),
     "actor/approxkl": Metric("nats", "mean of (log ratio)^2 / 2"),
     "actor/policykl": Metric("nats", "mean of log old policy - log policy"),
     "actor/is_weight_mean": Metric("1", "mean truncated importance weight old policy / rollout"),

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from roll_r3.algorithms.stats import TokenStats
@@ -141,14 +139,10 @@ class Backend(Protocol):
     def has_logits(self) -> bool:
         """True on ranks where `run` returns values: the last pipeline stage."""
 
-    def whole(self, values_N2: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Put together the parts of ranks with a share of the same sequences; collective over ranks with logits.
+    def sum_over_context_ranks(self, values: torch.Tensor) -> None:
+        """Add up a tensor, in place, over the ranks with parts of the same sequences; collective over these ranks.
 
-        Args:
-            values_N2: this rank's values, 0 for inputs of other ranks.
-
-        Returns:
-            fp32 [N, 2].
+        Only ranks with logits call it, all in the same order: a loss within `run` may.
         """
 
     def reduced(self, stats: TokenStats) -> dict[str, float]:

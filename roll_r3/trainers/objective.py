@@ -9,7 +9,9 @@ import numpy.typing as npt
 import torch
 
 from roll_r3.algorithms.aggregation import loss_weights
-from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
+from roll_r3.algorithms.losses.base import TokenInputs
+from roll_r3.algorithms.losses.policy_loss import policy_loss
+from roll_r3.algorithms.losses.sample_sums import AddUp, SampleSums
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.micro_batch import MicroBatch
@@ -41,6 +43,7 @@ def policy_objective(
     denominator: float,
     stats: TokenStats,
     total: LossSum,
+    add_up: AddUp,
 ) -> Objective:
     """Return the objective of training: each micro-batch's share of the optimizer step's loss.
 
@@ -50,6 +53,7 @@ def policy_objective(
         denominator: denominator of the whole optimizer step, over all data-parallel ranks.
         stats: receives the token statistics and the terms of the loss.
         total: receives the losses.
+        add_up: adds up sums of samples over the ranks of a micro-batch (`Backend.sum_over_context_ranks`).
     """
 
     def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
@@ -66,6 +70,9 @@ def policy_objective(
             rollout_log_probs=micro.tensor(batch.rollout_log_probs_N, 0, device),
             ref_log_probs=None if reference is None else micro.tensor(reference, 0, device),
             weights=micro.tensor(loss_weights(batch, config), 0, device) / denominator,
+            pg_weights=None if batch.pg_weights_N is None else micro.tensor(batch.pg_weights_N, 0, device),
+            scores=None if batch.scores_n is None else micro.tensor(batch.per_sample(batch.scores_n), 0, device),
+            sums=SampleSums(micro, device, add_up),
         )
         if not micro.counted:  # every weight takes part, with no gradient
             return logits_BSV.sum() * 0.0, (log_probs_BS.detach(), entropy_BS.detach())

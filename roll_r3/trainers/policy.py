@@ -188,10 +188,11 @@ class InferPolicy:
         """Return the values of the whole shard; collective over ranks with logits."""
         if not self.backend.has_logits:
             return None, None
-        whole_N2 = self.backend.whole(placed(batch, micro_batches, values))
+        whole_N2 = torch.from_numpy(placed(batch, micro_batches, values)).to(self.backend.device)
+        self.backend.sum_over_context_ranks(whole_N2)
         if not self.returns_results:
             return None, None
-        log_probs_N, entropy_N = whole_N2.T.copy()
+        log_probs_N, entropy_N = whole_N2.T.cpu().numpy().copy()
         return log_probs_N, entropy_N
 
 
@@ -288,8 +289,9 @@ class TrainPolicy(InferPolicy):
             session, micro_batches = self._replay(mini_batch, micro_batches, forward_only=False, compares=compares)
             audit = self._audit(len(micro_batches), step)
         stats, loss = TokenStats(), LossSum()
+        backend, algorithm = self.backend, self.learning.algorithm
         objective = policy_objective(
-            self._token_values, self.backend.device, self.learning.algorithm, denominator, stats, loss
+            self._token_values, backend.device, algorithm, denominator, stats, loss, backend.sum_over_context_ranks
         )
         self.backend.optimizer.zero_grad()
         own = self.backend.step_observers()

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from roll_r3.algorithms.stats import TokenStats
@@ -111,8 +109,8 @@ class Fsdp2Backend:
             logits_BSV, labels_BS, temperature=temperature, entropy_gradient=entropy_gradient
         )
 
-    def whole(self, values_N2: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return values_N2
+    def sum_over_context_ranks(self, values: torch.Tensor) -> None:
+        """As `Backend.sum_over_context_ranks`; no other rank shares this one's samples."""
 
     def reduced(self, stats: TokenStats) -> dict[str, float]:
         return stats.reduce(self.data_parallel.reduce)

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -138,11 +136,9 @@ class MegatronBackend:
     def has_logits(self) -> bool:
         return self.layout.is_last_stage
 
-    def whole(self, values_N2: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        whole_N2 = torch.from_numpy(values_N2).to(self.device)
+    def sum_over_context_ranks(self, values: torch.Tensor) -> None:
         if self.layout.cp_size > 1:
-            dist.all_reduce(whole_N2, group=parallel_state.get_context_parallel_group())
-        return whole_N2.cpu().numpy()
+            dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
 
     def reduced(self, stats: TokenStats) -> dict[str, float]:
         """As `Backend.reduced`. Statistics arise on the last pipeline stage, which sends them to the others."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from roll_r3.algorithms.advantages import TokenAdvantages, token_advantages
 from roll_r3.algorithms.kl import MAX_K3, kl_estimate
-from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
+from roll_r3.algorithms.losses.base import TokenInputs
+from roll_r3.algorithms.losses.policy_loss import policy_loss
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.config.algorithm import AlgorithmConfig

@@ -11,8 +11,9 @@ import torch
 
 from roll_r3.algorithms.aggregation import loss_denominator, loss_weights
 from roll_r3.algorithms.kl import kl_estimate
+from roll_r3.algorithms.losses.base import TokenInputs
+from roll_r3.algorithms.losses.policy_loss import policy_loss
 from roll_r3.algorithms.mismatch import mismatch_metrics
-from roll_r3.algorithms.policy_loss import TokenInputs, policy_loss
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.config.algorithm import AlgorithmConfig

@@ -56,6 +56,7 @@ PURE_NUMBERS = {
     "moe_router_bias_update_rate",
     "difficulty_low_threshold", "difficulty_high_threshold", "low", "high", "penalty_factor", "reward_scale",
     "reward_shift", "is_cap", "is_floor",
+    "tis_lower_bound", "tis_upper_bound", "kimi15_tau", "dppo_max_ratio",
     "max_recoveries", "max_restarts", "max_retries", "kwargs", "server_args",
 }  # fmt: skip
 """Fields without a unit: ratios, weights, counts of themselves."""

@@ -60,6 +60,7 @@ def infer_budget(role: str, tokens: int | str) -> list[str]:
 
 
 KL = "use_kl_loss=true"
+SEQ = ["importance_sampling=seq", "loss_agg_mode=seq-mean-token-mean"]
 
 ALLGATHER = megatron(moe_token_dispatcher_type="allgather", expert_model_parallel_size=2)
 REFERENCE_ALLGATHER = [
@@ -264,8 +265,23 @@ MORE_EXAMPLES: dict[str, Examples] = {
     ),
     "kl-weighs-nothing": ([["add_token_level_kl=true", "reference={}"]], []),
     "dual-clip-above-one": ([["dual_clip_loss=0.5"]], []),
-    "clip-low-below-one": ([["pg_clip_low=1"], ["pg_clip=1", "pg_clip_high=0.3"]], [["pg_clip=2", "pg_clip_low=0.2"]]),
+    "clip-low-below-one": (
+        [["pg_clip_low=1"], ["pg_clip=1", "pg_clip_high=0.3"]],
+        [["pg_clip=2", "pg_clip_low=0.2"], ["pg_variant=cispo", "pg_clip_low=1"]],
+    ),
     "clip-high-clips": ([["pg_clip=11", "pg_clip_low=0.2"]], []),
+    "clip-range-unread": (
+        [[f"pg_variant={name}", "pg_clip_low=0.1"] for name in ("vanilla", "tis", "topr", "kimi15")],
+        [["pg_variant=dppo_tv", "pg_clip=0.15"]],
+    ),
+    "dual-clip-unread": ([["pg_variant=dppo_tv", "dual_clip_loss=3"], ["pg_variant=vanilla", "dual_clip_loss=3"]], []),
+    "sample-ratio-unread": (
+        [["pg_variant=kimi15", *SEQ], ["pg_variant=dppo_tv", *SEQ]],
+        [[*SEQ, "pg_clip=0.0004"], ["pg_variant=topr", *SEQ], ["pg_variant=tis", *SEQ]],
+    ),
+    "sample-ratio-clip-is-narrow": ([[*SEQ, "pg_clip_low=0.001"], ["pg_variant=cispo", *SEQ]], []),
+    "probability-clip-below-one": ([["pg_variant=dppo_tv", "pg_clip=1", "pg_clip_low=0.1"]], []),
+    "ratio-is-one": ([[*SEQ, "pg_clip=0.01", f"{BATCH}.gradient_accumulation_steps=64"]], [["pg_variant=kimi15"]]),
     "correction-cap-in-range": ([["rollout_correction={mode: token_tis, cap: 101}"]], []),
     "kl-penalty-of-both-signs": (
         [["add_token_level_kl=true", "init_kl_coef=0.1", "reference={}", "kl_penalty=abs"]],
@@ -457,6 +473,7 @@ RUNS_AS_WRITTEN = {
     "reference-only-infers",
     "reference-runs-no-code",
     "reference-unused",
+    "sample-ratio-clip-is-narrow",
     "sp-needs-tp",
     "token-sum-meets-clipping",
     "truncated-sampling",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -237,3 +238,25 @@ def test_a_pass_before_the_update_is_made_where_something_needs_it(
     assert metrics["rollout_corr/kl"] == (1 if before else 2)
     assert ("critic/entropy/mean" in metrics) == (not before)
     assert metrics["time/step_old_log_probs"] >= 0
+
+
+class Uncertain(Cluster):
+    """Each token with another entropy: 0, 1, 2, ... nats."""
+
+    def compute_log_probs(self, batch: Batch) -> BatchLogProbs:
+        entropy_N = np.arange(len(batch.loss_mask_N), dtype=np.float32)
+        return replace(super().compute_log_probs(batch), entropy_N=entropy_N)
+
+
+def test_tokens_are_chosen_by_the_entropies_of_a_pass_before_the_update() -> None:
+    """The ratio is 1 by definition here, so nothing else needs the pass."""
+    cluster = Uncertain({})
+    run = pipeline({}, [], cluster, 4, top_entropy_quantile=0.5)
+
+    metrics = run.learn(run.sample(1)).metrics
+
+    [trained] = cluster.trained
+    assert (cluster.passes, trained.old_log_probs_N) == (1, None)
+    assert trained.pg_weights_N is not None
+    assert trained.pg_weights_N.tolist() == [0, 0, 1, 1]
+    assert metrics["critic/entropy/threshold"] == 1.5

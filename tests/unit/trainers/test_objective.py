@@ -119,7 +119,9 @@ def test_loss_figures_are_those_of_the_loss_that_was_minimised(
         sums = [LossSum() for _ in shards]
         for shard, whole, total in zip(shards, stats, sums, strict=True):
             here = TokenStats()
-            objective = policy_objective(token_values, CPU, algorithm_of(c), denominator, here, total)
+            objective = policy_objective(
+                token_values, CPU, algorithm_of(c), denominator, here, total, lambda values: None
+            )
             groups = np.array_split(np.arange(shard.num_samples), -(-shard.num_samples // micro_batch))
             for part in cut(shard, groups, Layout(packed=packed)):
                 rows_BS = part.tensor(part.batch.input_ids_N, 0, CPU)

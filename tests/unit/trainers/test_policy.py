@@ -82,9 +82,8 @@ class Backend:
         log_probs_BS = logits_BSV.log_softmax(-1).gather(-1, labels_BS[..., None])[..., 0]
         return log_probs_BS, torch.zeros_like(log_probs_BS)
 
-    def whole(self, values_N2: np.ndarray) -> np.ndarray:
-        self.calls.append("whole")
-        return values_N2
+    def sum_over_context_ranks(self, values: torch.Tensor) -> None:
+        self.calls.append("sum")
 
     def reduced(self, stats: TokenStats) -> dict[str, float]:
         self.calls.append("reduced")
@@ -148,7 +147,7 @@ def test_an_optimizer_step_and_its_log_probabilities(make: Callable[..., Any]) -
     strategy = make()
     result = strategy.train_step(_batch(), 1)
     before = ["prepare_thread", "zero_grad", "observe", "run", *MICRO]
-    assert strategy.backend.calls == [*before, "grad_norm", "step", "whole", "reduced"]
+    assert strategy.backend.calls == [*before, "grad_norm", "step", "sum", "reduced"]
     assert (result.metrics["actor_train/grad_norm"], result.metrics["actor/lr"]) == (1, 0.5)
     assert np.array_equal(result.log_probs_N, strategy.compute_log_probs(_batch()).log_probs_N)
     assert result.replay is None
@@ -158,7 +157,7 @@ def test_a_skipped_step_is_rewound_and_the_next_one_is_made(make: Callable[..., 
     strategy = make()
     strategy.backend.norm = float("nan")
     result = strategy.train_step(_batch(), 1)
-    assert strategy.backend.calls[-4:] == ["grad_norm", "rewind", "whole", "reduced"]
+    assert strategy.backend.calls[-4:] == ["grad_norm", "rewind", "sum", "reduced"]
     assert result.metrics == {"actor_train/optimizer_steps": 0, "actor_train/skipped_steps": 1}
     assert result.skipped == ("step 1: the gradient norm is nan: optimizer step 1 was skipped",)
     strategy.backend.norm = 1.0
@@ -168,7 +167,7 @@ def test_a_skipped_step_is_rewound_and_the_next_one_is_made(make: Callable[..., 
 def test_several_optimizer_steps_bring_no_log_probabilities(make: Callable[..., Any]) -> None:
     strategy = make(accumulation=1)
     result = strategy.train_step(_batch(old_log_probs_N=np.full(12, -2, np.float32)), 1)
-    assert [call for call in strategy.backend.calls if call in ("run", "step", "whole")] == ["run", "step"] * 2
+    assert [call for call in strategy.backend.calls if call in ("run", "step", "sum")] == ["run", "step"] * 2
     assert (result.log_probs_N, result.metrics["actor_train/optimizer_steps"]) == (None, 2)
 
 

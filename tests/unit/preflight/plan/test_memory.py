@@ -200,7 +200,12 @@ def test_one_optimizer_step_has_no_pass_before_it():
     once = {"training_args": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 32}}
     run = config(1, train=once)
     assert Passes.of(run, run.actor_train).infer is None and stages(run)[0].no_gradient_pass == 0
-    for other in ({"force_on_policy_ratio": False}, {"ppo_epochs": 2}, {"add_token_level_kl": True}):
+    for other in (
+        {"force_on_policy_ratio": False},
+        {"ppo_epochs": 2},
+        {"add_token_level_kl": True},
+        {"top_entropy_quantile": 0.5},
+    ):
         assert Passes.of(run.model_copy(update=other), run.actor_train).infer.number == 32
     r2 = config(1, train=once | {"router_replay": {"mode": "R2"}})
     assert Passes.of(r2, r2.actor_train).infer.number == 32
