@@ -45,7 +45,8 @@ class Batch:
     advantages_N: FloatN | None = None
     """Filled by the pipeline; 0 where `loss_mask_N` is False."""
     old_log_probs_N: FloatN | None = None
-    """Filled by the trainer's pass before the update; None in an update whose ratio is 1 (`force_on_policy_ratio`)."""
+    """Filled by the trainer's pass before the update, or the rollout's (`rollout_correction.bypass`); None in an update
+    whose ratio is 1 (`force_on_policy_ratio`)."""
     ref_log_probs_N: FloatN | None = None
     """Filled by the reference."""
     pg_weights_N: FloatN | None = None

@@ -21,6 +21,7 @@ from roll_r3.cluster.worker_group import Calls, Member, Unbroken, WorkerGroup
 from roll_r3.config.model_role import Role
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.replay.counts import ReplayCounts
+from roll_r3.replay.expert_load import ExpertLoad
 from roll_r3.saving.manifest import FileSum
 from roll_r3.strategies.base import LogProbResult, TrainResult
 
@@ -34,6 +35,7 @@ class BatchLogProbs:
     replay: ReplayCounts | None
     seconds_in_routes: float
     """Seconds of the slowest rank."""
+    load: ExpertLoad | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class BatchUpdate:
     """Log-probabilities of the policy before the update, if the batch brought none. `seconds_in_routes` includes their
     time.
     """
+    load: ExpertLoad | None = None
 
 
 class ModelGroup(WorkerGroup):
@@ -125,14 +128,14 @@ class ModelGroup(WorkerGroup):
             if result.entropy_N is not None:
                 entropy = np.zeros_like(log_probs) if entropy is None else entropy
                 entropy[index] = result.entropy_N
-        return BatchLogProbs(log_probs, entropy, results[0].replay, seconds)
+        return BatchLogProbs(log_probs, entropy, results[0].replay, seconds, results[0].load)
 
     def train_step(self, batch: Batch, step: int) -> BatchUpdate:
         shards = assign_to_ranks(batch.lengths_n, self.data_parallel_size)
         results = self._call_on_shards("train_step", batch, shards, step)
         first, seconds = results[0], max(r.seconds_in_routes for r in results)
         old = self._joined(batch, shards, results, 0.0) if batch.old_log_probs_N is None else None
-        return BatchUpdate(first.metrics, first.replay, seconds, first.skipped, old)
+        return BatchUpdate(first.metrics, first.replay, seconds, first.skipped, old, first.load)
 
     def connect_engines(self, targets: Sequence[Any]) -> None:
         """Connect the first rank to the engines, as the sender of weights; it leaves those of an earlier call."""

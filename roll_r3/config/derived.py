@@ -167,7 +167,12 @@ def optimizer_steps(config: RLVRConfig, num_samples: int) -> int:
 
 
 def forces_ratio(config: RLVRConfig, num_samples: int) -> bool:
-    """Return true if the ratio is 1 by definition in a step on `num_samples` samples (`force_on_policy_ratio`)."""
+    """Return true if the ratio is 1 by definition in a step on `num_samples` samples (`force_on_policy_ratio`).
+
+    With `rollout_correction.bypass` it never is: the old policy is the rollout's.
+    """
+    if config.rollout_correction.bypass:
+        return False
     if isinstance(config.force_on_policy_ratio, bool):
         return config.force_on_policy_ratio
     return optimizer_steps(config, num_samples) == 1
@@ -176,12 +181,15 @@ def forces_ratio(config: RLVRConfig, num_samples: int) -> bool:
 def needs_old_log_probs(config: RLVRConfig, num_samples: int) -> bool:
     """Return true if a step on `num_samples` samples needs the trainer's pass before the update.
 
-    With a forced ratio only R2, to record routes, a KL penalty in the reward, and the choice of tokens by their entropy
-    need it. Other readers of old log-probabilities take them from the update: its forward has the same weights.
+    With a forced ratio only R2, to record routes, a KL penalty in the reward, the choice of tokens by their entropy and
+    `rollout_correction` need it. Other readers of old log-probabilities take them from the update: its forward has the
+    same weights.
     """
-    recorded = config.actor_train.router_replay.mode == "R2"
-    by_entropy = config.top_entropy_quantile < 1
-    return recorded or by_entropy or config.add_token_level_kl or not forces_ratio(config, num_samples)
+    if config.rollout_correction.bypass:
+        return False
+    recorded, by_entropy = config.actor_train.router_replay.mode == "R2", config.top_entropy_quantile < 1
+    corrects = config.rollout_correction.corrects
+    return recorded or by_entropy or corrects or config.add_token_level_kl or not forces_ratio(config, num_samples)
 
 
 def token_alignment(worker: ModelWorker) -> int:

@@ -178,7 +178,8 @@ class _Draft:
     def _fill_in(self, keys: Keys) -> None:
         """Set a placeholder for a required field, so that the rest can be validated."""
         kinds = [kind for annotation in annotations_at(dotted(keys)) for kind in members(annotation)]
-        at(self.data, keys[:-1])[keys[-1]] = {} if any(is_section(kind) for kind in kinds) else "missing"
+        placeholder: object = {} if any(is_section(kind) for kind in kinds) else "missing"
+        at(self.data, keys[:-1])[keys[-1]] = 1 if {int, float}.intersection(kinds) else placeholder
 
 
 def _sections_of(path: str) -> list[str]:

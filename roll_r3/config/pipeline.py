@@ -138,8 +138,9 @@ class RLVRConfig(Config):
     """Passes over a step's samples."""
     force_on_policy_ratio: Literal["auto"] | bool = "auto"
     """Use the live log-probabilities, detached, as the old ones: the ratio is 1, and the pass for old log-probabilities
-    runs only for R2 or add_token_level_kl. auto: if a step has one optimizer step. true: always; needs one optimizer
-    step. false: never; the ratio then shows rounding between passes with and without gradients."""
+    runs only for R2, add_token_level_kl or rollout_correction. auto: if a step has one optimizer step, and without
+    rollout_correction.bypass. true: always; needs one optimizer step. false: never; the ratio then shows rounding
+    between passes with and without gradients."""
     pg_variant: Literal["ppo", "vanilla", "tis", "topr", "cispo", "kimi15", "dppo_tv"] = "ppo"
     """Policy-gradient loss of a token, with A its advantage, p its probability, r = policy / old policy, and [] for a
     factor without gradient. ppo: -min(r A, clip(r) A). vanilla: -A log p. tis: -[r within bounds] A log p. topr: -A log

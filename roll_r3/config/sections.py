@@ -38,14 +38,14 @@ class CorrectionFilter(Config):
     """Filter of tokens or samples by the mismatch between trainer and rollout. Rejected ones leave the loss mask."""
 
     level: Literal["token", "geometric", "sequence"] = "token"
-    """token: each token by its own value. geometric: a sample by the mean over its trained tokens. sequence: a sample
-    by the sum (for `ratio`, the product)."""
+    """token: each token by its own value. geometric: a sample by the mean over its trained tokens (for `ratio`, the
+    geometric mean). sequence: a sample by the sum (for `ratio`, the product)."""
     statistic: Literal["ratio", "diff", "k3"] = "ratio"
     """ratio: pi_old / pi_rollout. diff: pi_old - pi_rollout. k3: ratio - 1 - log ratio, never negative."""
     low: float | None = None
-    """Lower bound of kept values; default: none."""
+    """Lower bound of kept values, itself kept; default: none."""
     high: float | None = None
-    """Upper bound of kept values; default: none."""
+    """Upper bound of kept values, itself kept; default: none."""
 
 
 class PgArgsConfig(Config):
@@ -69,15 +69,12 @@ class PgArgsConfig(Config):
 
 class RolloutCorrectionConfig(Config):
     """Off-policy correction for the remaining difference between rollout and trainer, with ratio = pi_old / pi_rollout
-    of each trained token. Weights multiply the policy-gradient loss and carry no gradient."""
+    of each trained token. Weights multiply the policy-gradient loss and carry no gradient; weight 0 stays in its
+    denominator. All but `bypass` need a pass of the trainer before the update."""
 
-    mode: Literal["disable", "token_tis"] = "disable"
-    """token_tis: truncated importance sampling, each token's loss is multiplied by min(pi_old / pi_rollout, cap).
-    disable: no correction."""
-    cap: PositiveFloat = 2.0
-    """Upper bound of the weight."""
     bypass: bool = False
-    """Use the rollout's log-probabilities as the old ones: two policies instead of three, and no pass for old ones."""
+    """Use the rollout's log-probabilities as the old ones: two policies instead of three, and no pass for old ones. The
+    ratio is then policy / rollout from the first optimizer step on."""
     is_weight: Literal["token", "sequence", "geometric"] | None = None
     """Importance weight of each token: its ratio, the product over its sample, or the geometric mean over its sample.
     Default: none."""
@@ -90,6 +87,11 @@ class RolloutCorrectionConfig(Config):
     opsm_delta: PositiveFloat | None = None
     """Off-policy sequence masking (DeepSeek-V3.2): samples with a negative advantage and a mean of
     log pi_rollout - log pi_old above this have weight 0. The denominator keeps them."""
+
+    @property
+    def corrects(self) -> bool:
+        """True if old log-probabilities are compared with the rollout's."""
+        return self.is_weight is not None or bool(self.filters) or self.opsm_delta is not None
 
 
 class FilterGroupsConfig(Config):

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from roll_r3.algorithms.advantages import TokenAdvantages, token_advantages
+from roll_r3.algorithms.corrections import corrected
+from roll_r3.algorithms.entropy_quantile import weigh_by_entropy
 from roll_r3.algorithms.sample_masks import mask_samples
 from roll_r3.algorithms.shaping import shaped_scores
-from roll_r3.algorithms.entropy_quantile import weigh_by_entropy
 from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.models import BatchLogProbs, ModelGroup
@@ -92,7 +93,7 @@ class Experience:
     batch: Batch
     """The scored samples; fillers may follow them."""
     old: BatchLogProbs | None
-    """The trainer's before the update; None: the update finds them (see `needs_old_log_probs`)."""
+    """Those of the old policy; None: the update finds them (see `needs_old_log_probs`)."""
     metrics: dict[str, float]
     """Metrics of collecting, masking and correcting the samples."""
 
@@ -132,15 +133,15 @@ class ExperienceMaker:
             with self._progress.stage("reference", step), clock.stage("reference"):
                 reference = self._reference.compute_log_probs(replace(batch, routes=None))
                 batch = replace(batch, ref_log_probs_N=reference.log_probs_N)
-        old = None
         with clock.stage("old_log_probs"):
-            if needs_old_log_probs(self._config, batch.num_samples):
-                with self._progress.stage("old log-probs", step):
-                    old = self._trainer.compute_log_probs(batch)
-                batch = replace(batch, old_log_probs_N=old.log_probs_N)
+            old = self._old_log_probs(batch, step)
+        batch = replace(batch, old_log_probs_N=old.log_probs_N if old else None)
         advantages = token_advantages(batch, shaped_n, scored.groups, scored.domains, self._algorithm)
         metrics |= advantages.metrics
         batch = replace(batch, advantages_N=advantages.advantages_N)
+        if self._config.rollout_correction.corrects:
+            correction = corrected(batch, self._config.rollout_correction)
+            batch, metrics = correction.batch, metrics | correction.metrics
         if self._algorithm.top_entropy_quantile < 1:
             assert old is not None and old.entropy_N is not None
             batch, figures = weigh_by_entropy(batch, old.entropy_N, self._algorithm.top_entropy_quantile)
@@ -148,6 +149,15 @@ class ExperienceMaker:
         if forces_ratio(self._config, batch.num_samples):
             batch = replace(batch, old_log_probs_N=None)
         return Experience(step, clock, [result for _, result in groups], scored, advantages, batch, old, metrics)
+
+    def _old_log_probs(self, batch: Batch, step: int) -> BatchLogProbs | None:
+        """Return the log-probabilities of the old policy; None if the update finds them."""
+        if self._config.rollout_correction.bypass:
+            return BatchLogProbs(batch.rollout_log_probs_N, None, None, 0.0)
+        if not needs_old_log_probs(self._config, batch.num_samples):
+            return None
+        with self._progress.stage("old log-probs", step):
+            return self._trainer.compute_log_probs(batch)
 
     def _samples_multiple(self) -> int:
         """Return a divisor of the number of samples: they fill the mini-batches of every rank."""

@@ -23,7 +23,8 @@ class SilenceWatch:
         """Take the metrics of the next step; return a warning if one is due."""
         quiet = {
             "reward": metrics["critic/score/max"] == metrics["critic/score/min"] == 0,
-            "advantage": metrics["critic/advantages/max"] == metrics["critic/advantages/min"] == 0,
+            # a step without a token left to train has no advantages
+            "advantage": metrics.get("critic/advantages/max", 0) == metrics.get("critic/advantages/min", 0) == 0,
             "gradient": metrics.get("actor_train/grad_norm", 0.0) == 0,
         }
         self._silent = {name: self._silent[name] + 1 if quiet[name] else 0 for name in quiet}
@@ -53,6 +54,11 @@ class SilenceWatch:
                 f"- {cut:.0%} of the responses reach response_length ({self._config.response_length} tokens) and are "
                 "cut before their answer: raise it, or ask for shorter answers in the prompt"
             )
+        if (rejected := metrics.get("rollout_corr/rejected_tokens", 0.0)) > _MANY_CUT:
+            yield (
+                f"- the filters of rollout_correction reject {rejected:.0%} of the tokens: widen their bounds, or look "
+                "for the difference between rollout and trainer in rollout_corr/ of the metrics"
+            )
         if silent["reward"]:
             yield (
                 "- the reward rule finds no right answer: compare response and ground_truth in samples.jsonl; the rule "
@@ -60,7 +66,7 @@ class SilenceWatch:
             )
         elif silent["advantage"] and metrics["critic/score/min"] > 0:
             yield "- every answer is right: the prompts are too easy for this policy"
-        if silent["advantage"]:
+        if silent["advantage"] and "critic/advantages/max" in metrics:
             yield (
                 f"- all responses of a prompt have the same reward in {metrics['reward/groups_without_signal']:.0%} of "
                 f"the groups ({metrics['reward/groups_all_right']:.0%} all right, "
@@ -69,7 +75,7 @@ class SilenceWatch:
             )
         elif silent["gradient"] and not metrics["actor_train/optimizer_steps"]:
             yield "- every optimizer step was skipped, because its loss or gradient was not finite: see logs/driver.log"
-        elif silent["gradient"]:
+        elif silent["gradient"] and "actor/pg_clipfrac" in metrics:
             yield (
                 f"- {metrics['actor/pg_clipfrac']:.0%} of the tokens have no gradient, since the loss clips "
                 "their ratio: lower the learning rate or the number of optimizer steps in a step"

@@ -20,6 +20,7 @@ from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.models import BatchLogProbs, BatchUpdate
 from roll_r3.config.derived import gives_rollout_log_probs
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.replay.expert_load import load_metrics
 
 
 @dataclass
@@ -82,7 +83,7 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         **_spread("tokens/prompt_length", prompts),
         **_spread("tokens/response_length", responses),
         "tokens/truncated_ratio": float(np.mean([t.finish_reason == "length" for t in r.trajectories])),
-        "critic/old_log_prob/mean": float(batch.old_log_probs_N[mask].mean()),
+        **_mean("critic/old_log_prob/mean", batch.old_log_probs_N[mask]),
         **r.update.metrics,
         "rollout/dropped_samples": r.dropped,
         "rollout/retries": r.retries,
@@ -93,42 +94,54 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         "system/samples": r.samples_seen,
         "system/tps": float(tokens / seconds),
     }
-    if gives_rollout_log_probs(config):
-        metrics |= mismatch_metrics(batch.old_log_probs_N[mask], batch.rollout_log_probs_N[mask])
+    if gives_rollout_log_probs(config) and not config.rollout_correction.bypass:
+        metrics |= mismatch_metrics(batch, _sampled(r))
     if r.old.entropy_N is not None:
-        metrics["critic/entropy/mean"] = float(r.old.entropy_N[mask].mean())
+        metrics |= _mean("critic/entropy/mean", r.old.entropy_N[mask])
     if batch.ref_log_probs_N is not None:
-        metrics["critic/ref_log_prob/mean"] = float(batch.ref_log_probs_N[mask].mean())
+        metrics |= _mean("critic/ref_log_prob/mean", batch.ref_log_probs_N[mask])
         old, ref = (torch.from_numpy(x[mask]).double() for x in (batch.old_log_probs_N, batch.ref_log_probs_N))
         kl, clamped = kl_estimate(old, ref, "k3")
-        metrics["critic/kl"] = float(kl.mean())
-        metrics["critic/kl_clamped"] = float(clamped.double().mean())
+        metrics |= _mean("critic/kl", kl.numpy()) | _mean("critic/kl_clamped", clamped.numpy())
     if r.advantages.penalty_n is not None and r.advantages.penalty_clamped is not None:
         metrics["critic/kl_penalty"] = float(r.advantages.penalty_n.mean())
         metrics["critic/kl_penalty_clamped"] = r.advantages.penalty_clamped
     return metrics | _replay_metrics(r, seconds)
 
 
+def _sampled(r: StepRecord) -> npt.NDArray[np.bool_]:
+    """Return the tokens sampled by the rollout, also those that masks and filters took out of training. [N]"""
+    sampled = np.concatenate([t.sampled_T[1:] for t in r.trajectories])
+    return np.pad(sampled, (0, len(r.batch.loss_mask_N) - len(sampled)))  # fillers
+
+
 def _replay_metrics(r: StepRecord, seconds: float) -> dict[str, float]:
-    """Return coverage and padding of the update, and the agreement measured before it by the sampling weights."""
-    update, before = r.update.replay, r.old.replay
+    """Return coverage and padding of the update, and agreement and load under the sampling weights."""
+    update, load = r.update.replay, r.old.load or r.update.load
+    loads = load_metrics(load) if load else {}
     if update is None:
-        return {}
+        return loads
     metrics = {
         "router_replay/coverage": update.trainable_replayed / max(update.trainable, 1),
         "router_replay/missing_rows": update.missing,
         "router_replay/padded_rows": update.padded,
         "router_replay/time_share": (r.old.seconds_in_routes + r.update.seconds_in_routes) / seconds,
     }
-    if before is not None and before.compared:  # R2's own recording pass has nothing to compare with
-        metrics["router_replay/agreement_native"] = before.agreed / before.compared
+    for counts in (update, r.old.replay):  # R2's own recording pass has nothing to compare with
+        if counts is not None and counts.compared:
+            metrics["router_replay/agreement_native"] = counts.agreed / counts.compared
     if update.audited:
         metrics["router_replay/audit_equal"] = update.audit_equal / update.audited
         metrics["router_replay/audit_entries"] = update.audited
     routes = [t.routes for t in r.trajectories if t.routes is not None]
     if routes:
         metrics["router_replay/bytes_per_token"] = sum(x.nbytes for x in routes) / sum(x.num_rows for x in routes)
-    return metrics
+    return metrics | loads
+
+
+def _mean(name: str, values: npt.NDArray[np.generic]) -> dict[str, float]:
+    """Return the mean by name; nothing of no values, as in a step without a token left to train."""
+    return {name: float(values.astype(np.float64).mean())} if len(values) else {}
 
 
 def _spread(prefix: str, values: npt.NDArray[np.generic]) -> dict[str, float]:

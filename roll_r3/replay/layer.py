@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from roll_r3.errors import ReplayError
+from roll_r3.replay.choice_counts import count_choices
 
 LiveChoice = Callable[[], torch.Tensor]
 """Returns the router's own choice, int64 [t, K]."""
@@ -137,9 +138,17 @@ class LayerReplay(RoutedLayer):
     Rows wait in their recorded dtype (see `WAITING`), in the queue too; int64 exists for one layer at a time.
     """
 
-    def __init__(self, layer: int, stopwatch: Stopwatch, *, recomputed: bool) -> None:
+    def __init__(
+        self, layer: int, stopwatch: Stopwatch, *, recomputed: bool, load_2E: torch.Tensor | None = None
+    ) -> None:
+        """
+        Args:
+            recomputed: backward runs the router again.
+            load_2E: receives the choices at compared tokens, on the device; see `choice_counts.LayerLoads`.
+        """
         super().__init__(layer, stopwatch)
         self.recomputed = recomputed
+        self.load_2E = load_2E
         self.rows: RouterRows | None = None
         self.queue: deque[torch.Tensor] = deque()
         self.agreed: torch.Tensor | None = None
@@ -169,13 +178,20 @@ class LayerReplay(RoutedLayer):
                 live_tK = live()
             if live_tK.shape == ids_tK.shape:  # otherwise the caller says what is wrong
                 if rows.compared_t is not None:
-                    same_t = (live_tK.sort(-1).values == _int64(ids_tK).sort(-1).values).all(-1) & rows.compared_t
-                    self.agreed = same_t.sum() + (0 if self.agreed is None else self.agreed)
+                    self._compare(_int64(ids_tK), live_tK, rows.compared_t)
                 if rows.known_t is not None:
                     ids_tK = torch.where(rows.known_t[:, None], ids_tK, live_tK.to(ids_tK.dtype))
         if self.recomputed:
             self.queue.append(ids_tK)
         return ids_tK
+
+    def _compare(self, ids_tK: torch.Tensor, live_tK: torch.Tensor, compared_t: torch.Tensor) -> None:
+        """Count agreement and the load of the experts on both sides."""
+        same_t = (live_tK.sort(-1).values == ids_tK.sort(-1).values).all(-1) & compared_t
+        self.agreed = same_t.sum() + (0 if self.agreed is None else self.agreed)
+        if self.load_2E is not None:
+            for counts_E, chosen_tK in zip(self.load_2E, (ids_tK, live_tK), strict=True):
+                count_choices(counts_E, chosen_tK, compared_t)
 
     def _recompute(self) -> torch.Tensor:
         if not self.queue:

@@ -29,6 +29,7 @@ from roll_r3.batch.token_map import PADDING
 from roll_r3.errors import ReplayError
 from roll_r3.models.facts import ModelFacts
 from roll_r3.replay.carrier import Carrier
+from roll_r3.replay.choice_counts import LayerLoads, count_choices, new_counts
 from roll_r3.replay.counts import ReplayCounts
 from roll_r3.replay.layer import (
     WAITING,
@@ -78,6 +79,8 @@ class RoutingSession(ABC, Generic[Layer]):
         self.stopwatch = Stopwatch()
         self.layers: list[list[Layer]] = []
         """Layers per chunk; empty outside the session."""
+        self.loads: LayerLoads = {}
+        """Counts of this rank's layers; set when the session closes, empty if it compares nothing."""
 
     @abstractmethod
     def make_layer(self, router: Router) -> Layer: ...
@@ -142,7 +145,7 @@ class RoutingSession(ABC, Generic[Layer]):
 
 
 class ReplaySession(RoutingSession[LayerReplay]):
-    """Replays the rows carried by every micro-batch. Its `counts` are set when it closes."""
+    """Replays the rows carried by every micro-batch. Its `counts` and `loads` are set when it closes."""
 
     def __init__(
         self,
@@ -168,7 +171,9 @@ class ReplaySession(RoutingSession[LayerReplay]):
         self._tally: Counter[str] = Counter()
 
     def make_layer(self, router: Router) -> LayerReplay:
-        return LayerReplay(router.layer, self.stopwatch, recomputed=router.recomputed and not self.forward_only)
+        load_2E = new_counts(self.facts.num_experts, self.carrier.device) if self.compares else None
+        recomputed = router.recomputed and not self.forward_only
+        return LayerReplay(router.layer, self.stopwatch, recomputed=recomputed, load_2E=load_2E)
 
     def stage(self, chunk: int, micro: MicroBatch) -> None:
         layers = self.layers[chunk]
@@ -195,7 +200,7 @@ class ReplaySession(RoutingSession[LayerReplay]):
             self._tally.update({name: np.count_nonzero(which_t) * len(layers) for name, which_t in tokens.items()})
 
     def close(self) -> None:
-        agreed = []
+        agreed, loads = [], {}
         for layer in (layer for layers in self.layers for layer in layers):
             if layer.queue:
                 raise ReplayError(
@@ -204,6 +209,9 @@ class ReplaySession(RoutingSession[LayerReplay]):
                 )
             if layer.agreed is not None:
                 agreed.append(layer.agreed)
+            if layer.load_2E is not None:
+                loads[layer.layer] = layer.load_2E
+        self.loads = loads
         total = int(torch.stack(agreed).sum()) if agreed else 0
         self.counts = ReplayCounts(**self._tally, agreed=total)
 
@@ -312,7 +320,7 @@ def _delivered(micro: MicroBatch, chunk: int, num_layers: int, num_rows: int) ->
 
 
 class RecordSession(RoutingSession[LayerRecord]):
-    """Records native routing. Its `chosen` is set when it closes."""
+    """Records native routing. Its `chosen` and `loads` are set when it closes."""
 
     chosen: list[torch.Tensor]
     """Choices per micro-batch, int64 [L, t, K] over the layers of all chunks, chunk after chunk."""
@@ -320,6 +328,8 @@ class RecordSession(RoutingSession[LayerRecord]):
     def __enter__(self) -> Self:
         self._num_tokens: list[int] = []
         """Tokens seen by the routers, per micro-batch."""
+        self._counted: list[torch.Tensor] = []
+        """Tokens without padding, and none of a repeat, per micro-batch: bool [t]."""
         return super().__enter__()
 
     def make_layer(self, router: Router) -> LayerRecord:
@@ -329,6 +339,7 @@ class RecordSession(RoutingSession[LayerRecord]):
         padding_t = micro.tokens.router_slots_t == PADDING
         if chunk == 0:
             self._num_tokens.append(len(padding_t))
+            self._counted.append(self._carried(~padding_t & micro.counted))
         padding = None
         if padding_t.any():
             ids_tK = np.zeros((len(padding_t), self.facts.top_k), np.int64)
@@ -341,5 +352,13 @@ class RecordSession(RoutingSession[LayerRecord]):
         layers = [layer for chunk in self.layers for layer in chunk]
         if layers:
             self.chosen = [torch.stack(chosen) for chosen in zip(*(x.chosen for x in layers), strict=True)]
+            self.loads = {layer.layer: self._load_of(layer) for layer in layers}
         else:  # a pipeline stage of dense layers only
             self.chosen = [torch.empty(0, t, self.facts.top_k, dtype=torch.int64) for t in self._num_tokens]
+
+    def _load_of(self, layer: LayerRecord) -> torch.Tensor:
+        """Count a layer's choices on the side of the live router. [2, E]"""
+        load_2E = new_counts(self.facts.num_experts, self.carrier.device)
+        for ids_tK, counted_t in zip(layer.chosen, self._counted, strict=True):
+            count_choices(load_2E[1], ids_tK, counted_t)
+        return load_2E

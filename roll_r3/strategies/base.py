@@ -21,6 +21,7 @@ from roll_r3.config.engine_role import EngineRole
 from roll_r3.config.model_role import ModelRole
 from roll_r3.config.sampling_settings import Sampling
 from roll_r3.replay.counts import ReplayCounts
+from roll_r3.replay.expert_load import ExpertLoad
 
 if TYPE_CHECKING:
     import torch
@@ -200,6 +201,8 @@ class LogProbResult:
     """None when routing was native."""
     seconds_in_routes: float = 0.0
     """Time of this rank in code for routes."""
+    load: ExpertLoad | None = None
+    """Load of the experts, the same on every rank; None without replay."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,8 @@ class TrainResult:
     """Log-probabilities under the weights before the update, as a `LogProbResult` has them; None if the batch brought
     old ones."""
     entropy_N: npt.NDArray[np.float32] | None = None
+    load: ExpertLoad | None = None
+    """As of a `LogProbResult`, from the first optimizer step; None where an earlier pass gave it."""
 
 
 class InferStrategy(Protocol):

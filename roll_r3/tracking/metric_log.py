@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from roll_r3.config.findings.write_errors import with_filename
-from roll_r3.tracking.names import METRICS
+from roll_r3.tracking.names import declared_order
 from roll_r3.tracking.run_dir import RunDir
 from roll_r3.tracking.run_summary import summarised
 
@@ -59,10 +59,10 @@ class MetricLog:
         Raises:
             KeyError: a name is not declared in `roll_r3.tracking.names`.
         """
-        unknown = sorted(set(metrics) - set(METRICS))
+        declared, unknown = declared_order(metrics)
         if unknown:
             raise KeyError(f"metrics not declared in roll_r3.tracking.names: {', '.join(unknown)}")
-        row = {name: float(metrics[name]) for name in METRICS if name in metrics}
+        row = {name: float(metrics[name]) for name in declared}
         self.history.append(summarised(row))
         # JSON has no NaN or infinity: written as null; TensorBoard shows them
         line = {"step": step} | {n: v if math.isfinite(v) else None for n, v in row.items()}

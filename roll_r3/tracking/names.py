@@ -1,14 +1,18 @@
 """Table of all metrics with name, unit and meaning; `MetricLog` rejects other names.
 
-Names follow ROLL's. docs/metrics.md is generated from this table:
+Names follow ROLL's. A name with `*` declares a family, such as one metric per reward rule. docs/metrics.md is
+generated from this table:
 
     python -m roll_r3.tracking.names [--check]
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from roll_r3.config import generated
@@ -25,6 +29,23 @@ class Metric:
 def _stats(prefix: str, unit: str, what: str) -> dict[str, Metric]:
     """Return the mean, the maximum and the minimum of a quantity."""
     return {f"{prefix}/{statistic}": Metric(unit, what) for statistic in ("mean", "max", "min")}
+
+
+def _load(side: str, where: str) -> dict[str, Metric]:
+    """Return the metrics of the experts' load on one side."""
+    share = f"share of a layer's choices that fall on its {{}} expert, {where}; balanced: 1 / experts; "
+    entropy = f"entropy of a layer's choices over its experts / log(experts), {where}; balanced: 1; "
+    figures = {
+        "max_share": Metric("share", share.format("most chosen") + "mean over MoE layers"),
+        "max_share_worst": Metric("share", share.format("most chosen") + "largest of all MoE layers"),
+        "min_share": Metric("share", share.format("least chosen") + "mean over MoE layers"),
+        "min_share_worst": Metric("share", share.format("least chosen") + "smallest of all MoE layers"),
+        "entropy": Metric("1", entropy + "mean over MoE layers"),
+        "entropy_worst": Metric("1", entropy + "smallest of all MoE layers"),
+        "worst_layer": Metric("layer", f"index of the layer with the smallest entropy, {where}"),
+        "layer_*": Metric("1", entropy + "* is the index of the layer"),
+    }
+    return {f"expert_load/{side}/{name}": metric for name, metric in figures.items()}
 
 
 METRICS: dict[str, Metric] = {
@@ -81,8 +102,8 @@ METRICS: dict[str, Metric] = {
     "actor/ppo_ratio_low_clipfrac": Metric("share", "tokens with ratio below the clip range; ppo, cispo, tis"),
     "actor/approxkl": Metric("nats", "mean of (log ratio)^2 / 2"),
     "actor/policykl": Metric("nats", "mean of log old policy - log policy"),
-    "actor/is_weight_mean": Metric("1", "mean truncated importance weight old policy / rollout"),
-    "actor/is_weight_clipfrac": Metric("share", "tokens with truncated weight"),
+    "actor/is_weight_mean": Metric("1", "mean importance weight of rollout_correction, after is_cap and is_floor"),
+    "actor/is_weight_clipfrac": Metric("share", "tokens with a ratio above is_cap or below is_floor"),
     "actor/lr": Metric("1", "learning rate of the last optimizer step"),
     "actor_train/grad_norm": Metric("1", "global gradient norm before clipping, mean over optimizer steps"),
     "actor_train/optimizer_steps": Metric("steps", "optimizer steps made"),
@@ -98,6 +119,19 @@ METRICS: dict[str, Metric] = {
     "rollout_corr/kl": Metric("nats", "k1 estimate of KL(rollout || trainer)"),
     "rollout_corr/k3_kl": Metric("nats", "k3 estimate of KL(rollout || trainer)"),
     "rollout_corr/extreme_ratio_tau2": Metric("share", "tokens with trainer / rollout ratio above 2 or below 1/2"),
+    "rollout_corr/chi2_token": Metric("1", "mean of (trainer / rollout)^2 - 1 over tokens"),
+    "rollout_corr/chi2_seq": Metric(
+        "1", "mean over samples of (product of trainer / rollout)^2 - 1; log ratios are clamped to +-20"
+    ),
+    "rollout_corr/max_seq_log_ratio": Metric("nats", "largest |log trainer - log rollout| of a whole sample"),
+    "rollout_corr/ess": Metric(
+        "share",
+        "effective sample size (mean w)^2 / mean w^2 over tokens; w: weight by is_weight, or trainer / rollout without "
+        "it",
+    ),
+    "rollout_corr/rejected_tokens": Metric("share", "trained tokens rejected by the filters of rollout_correction"),
+    "rollout_corr/rejected_samples": Metric("share", "samples without a token left by these filters"),
+    "rollout_corr/opsm_samples": Metric("share", "samples with weight 0 by opsm_delta"),
     "router_replay/coverage": Metric("share", "(trained token, MoE layer) entries replayed in the update"),
     "router_replay/agreement_native": Metric(
         "share", "replayed (token, layer) entries with the same set of experts by the live router"
@@ -112,10 +146,13 @@ METRICS: dict[str, Metric] = {
     "router_replay/audit_entries": Metric(
         "entries", "audited (token, layer) entries; recomputation in backward counts again"
     ),
+    **_load("rollout", "in the replayed routes"),
+    **_load("live", "by the live router, at the same tokens"),
     "rollout/dropped_samples": Metric("samples", "samples dropped after all retries"),
     "rollout/retries": Metric("requests", "retried requests"),
     "rollout/engine_restarts": Metric("restarts", "engine restarts since the last step"),
     "reward/overlong_ratio": Metric("share", "samples with a penalty by overlong_buffer"),
+    "reward/rule/*": Metric("reward", "mean score of a reward rule, before its weight; * is its name in `rewards`"),
     "reward/failed": Metric("samples", "samples left out because their rule failed"),
     "reward/groups_without_signal": Metric("share", "groups with equal scores, hence without GRPO gradient"),
     "reward/groups_all_right": Metric("share", "such groups with score above 0"),
@@ -138,6 +175,28 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def declared_order(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the declared names in the order of the table, and the undeclared ones, both sorted within a family."""
+    rows = {name: _row_of(name) for name in names}
+    declared = sorted((row, name) for name, row in rows.items() if row is not None)
+    return [name for _, name in declared], sorted(name for name, row in rows.items() if row is None)
+
+
+@cache
+def _row_of(name: str) -> int | None:
+    """Return the position of a name or its family in the table; None if it is not declared."""
+    entries = list(METRICS)
+    if name in METRICS:
+        return entries.index(name)
+    return next((row for row, entry in enumerate(entries) if "*" in entry and _family(entry).fullmatch(name)), None)
+
+
+@cache
+def _family(entry: str) -> re.Pattern[str]:
+    """Return the pattern of a family's names: each `*` stands for at least one character."""
+    return re.compile(re.escape(entry).replace(r"\*", ".+"), re.DOTALL)
+
+
 def metrics_page() -> str:
     """Return docs/metrics.md. Names with one unit and meaning share a line."""
     lines: dict[Metric, list[str]] = {}
@@ -146,7 +205,8 @@ def metrics_page() -> str:
     head = (
         "# Metrics\n\nGenerated by `python -m roll_r3.tracking.names`; do not edit.\n\n"
         "Written to `metrics.jsonl` (one JSON object per step) and TensorBoard. A step omits names without a meaning "
-        "(no reference, no replay). Non-finite numbers are `null` in `metrics.jsonl`. Brackets hold units; 1: none.\n\n"
+        "(no reference, no replay). Non-finite numbers are `null` in `metrics.jsonl`. Brackets hold units; 1: none. "
+        "A `*` stands for a name of your configuration or data.\n\n"
     )
     return head + "".join(
         f"- {', '.join(names)} ({metric.unit}): {metric.meaning}\n" for metric, names in lines.items()

@@ -62,15 +62,14 @@ def policy_objective(
         log_probs_BS, entropy_BS = token_values(
             logits_BSV, micro.tensor(batch.labels_N, 0, device), config.entropy_loss_coef > 0
         )
-        old, reference = batch.old_log_probs_N, batch.ref_log_probs_N
+        old, reference, pg_weights = batch.old_log_probs_N, batch.ref_log_probs_N, batch.pg_weights_N
         tokens = TokenInputs(
             mask=micro.tensor(batch.loss_mask_N, False, device),
             advantages=micro.tensor(batch.advantages_N, 0, device),
             old_log_probs=log_probs_BS.detach() if old is None else micro.tensor(old, 0, device),
-            rollout_log_probs=micro.tensor(batch.rollout_log_probs_N, 0, device),
             ref_log_probs=None if reference is None else micro.tensor(reference, 0, device),
+            pg_weights=None if pg_weights is None else micro.tensor(pg_weights, 0, device),
             weights=micro.tensor(loss_weights(batch, config), 0, device) / denominator,
-            pg_weights=None if batch.pg_weights_N is None else micro.tensor(batch.pg_weights_N, 0, device),
             scores=None if batch.scores_n is None else micro.tensor(batch.per_sample(batch.scores_n), 0, device),
             sums=SampleSums(micro, device, add_up),
         )

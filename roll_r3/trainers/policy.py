@@ -23,6 +23,7 @@ from roll_r3.config.model_role import Learning, ModelRole
 from roll_r3.errors import ConfigError
 from roll_r3.models.facts import read_facts
 from roll_r3.replay.audit import Audit, is_audited
+from roll_r3.replay.choice_counts import LayerLoads
 from roll_r3.replay.counts import ReplayCounts
 from roll_r3.replay.layer import Stopwatch
 from roll_r3.replay.recorded import RecordedRoutes
@@ -41,6 +42,7 @@ from roll_r3.trainers.update import (
     mini_batches,
     step_metrics,
     summed_counts,
+    summed_load,
 )
 
 ShardValues = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | tuple[None, None]
@@ -125,6 +127,7 @@ class InferPolicy:
             entropy_N=entropy_N,
             replay=summed_counts([session.counts], self.backend.device) if isinstance(session, ReplaySession) else None,
             seconds_in_routes=session.stopwatch.seconds if session else 0.0,
+            load=summed_load([session.loads], self.facts, self.backend.device) if session else None,
         )
 
     def load_weights(self, path: Path) -> None:
@@ -204,6 +207,7 @@ class _Outcome:
     figures: list[StepFigures] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     counts: list[ReplayCounts] = field(default_factory=list)
+    loads: list[LayerLoads] = field(default_factory=list)
     seconds_in_routes: float = 0.0
 
 
@@ -240,17 +244,19 @@ class TrainPolicy(InferPolicy):
         parts = mini_batches(self.learning, batch, seed=self.role.seed, step=step, dp_rank=self.data_parallel_rank)
         on_policy = is_on_policy(batch, parts)
         totals = denominators(parts, self.learning.algorithm.loss_agg_mode, self.backend.data_parallel)
+        unseen = on_policy or self.learning.algorithm.rollout_correction.bypass  # by a pass before the update
         outcome = _Outcome(seconds_in_routes=attaching.seconds)
         log_probs_N = entropy_N = None
         for number, (mini_batch, denominator) in enumerate(zip(parts, totals, strict=True), 1):
             micro_batches, values = self._optimizer_step(
-                mini_batch, denominator, outcome, step=step, number=number, compares=on_policy
+                mini_batch, denominator, outcome, step=step, number=number, compares=unseen and number == 1
             )
             if on_policy:  # the one optimizer step, on the samples of the batch in its order
                 log_probs_N, entropy_N = self._whole(batch, micro_batches, values)
         return TrainResult(
             metrics=self.backend.reduced(outcome.stats) | step_metrics(outcome.figures, outcome.skipped),
             replay=summed_counts(outcome.counts, self.backend.device) if outcome.counts else None,
+            load=summed_load(outcome.loads, self.facts, self.backend.device) if outcome.loads else None,
             seconds_in_routes=outcome.seconds_in_routes,
             skipped=tuple(outcome.skipped),
             log_probs_N=log_probs_N,
@@ -310,6 +316,8 @@ class TrainPolicy(InferPolicy):
             self.finite_steps.made()
         if session:
             outcome.counts.append(session.counts if audit is None else audit.added_to(session.counts))
+            if session.compares:
+                outcome.loads.append(session.loads)
             outcome.seconds_in_routes += session.stopwatch.seconds
         return micro_batches, values
 

@@ -15,7 +15,10 @@ from roll_r3.batch.data_parallel import DataParallel
 from roll_r3.batch.grouping import shuffled_mini_batches
 from roll_r3.config.model_role import Learning
 from roll_r3.errors import ReplayError, RollError
+from roll_r3.models.facts import ModelFacts
+from roll_r3.replay.choice_counts import LayerLoads, at_model_layers
 from roll_r3.replay.counts import ReplayCounts
+from roll_r3.replay.expert_load import ExpertLoad
 
 
 @dataclass(frozen=True)
@@ -96,3 +99,10 @@ def summed_counts(counts: Sequence[ReplayCounts], device: torch.device) -> Repla
     total = torch.tensor([astuple(c) for c in counts], device=device).sum(0)
     dist.all_reduce(total)
     return ReplayCounts(**dict(zip((f.name for f in fields(ReplayCounts)), total.tolist(), strict=True)))
+
+
+def summed_load(loads: Sequence[LayerLoads], facts: ModelFacts, device: torch.device) -> ExpertLoad:
+    """Return the sum of this rank's loads over all ranks of the world; collective."""
+    total_2ME = at_model_layers(loads, facts.moe_layers, facts.num_experts, device)
+    dist.all_reduce(total_2ME)
+    return ExpertLoad(tuple(facts.moe_layers), total_2ME.cpu().numpy())

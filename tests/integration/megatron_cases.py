@@ -27,6 +27,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.models.facts import read_facts
 from roll_r3.platform import megatron_cpu
 from roll_r3.replay.counts import ReplayCounts
+from roll_r3.replay.expert_load import ExpertLoad
 from roll_r3.strategies.base import ProcessInfo
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 4, 16, 2, 260
@@ -186,6 +187,7 @@ def make_batch(
         advantages_N=np.where(mask, rng.standard_normal(total), 0).astype(np.float32),
         old_log_probs_N=(log_probs + 0.05 * rng.standard_normal(total)).astype(np.float32),
         ref_log_probs_N=(log_probs + 0.1 * rng.standard_normal(total)).astype(np.float32),
+        pg_weights_N=np.where(mask, rng.uniform(0, 2, total), 0).astype(np.float32),
     )
 
 
@@ -204,6 +206,8 @@ class Outcome:
     metrics: dict[str, float]
     train_counts: ReplayCounts | None
     log_prob_counts: ReplayCounts | None = None
+    load: ExpertLoad | None = None
+    """Load found by the pass for log-probabilities."""
     log_probs: npt.NDArray[np.float32] | None = None
     entropy: npt.NDArray[np.float32] | None = None
     dp_rank: int = 0
@@ -251,7 +255,7 @@ def run_case(process: ProcessInfo, case: Case, batch: Batch) -> Outcome:
         at_rest=at_rest(strategy),
     )
     if before is not None:
-        outcome.log_prob_counts = before.replay
+        outcome.log_prob_counts, outcome.load = before.replay, before.load
         assert (before.log_probs_N is not None) == strategy.returns_results
         outcome.log_probs, outcome.entropy = before.log_probs_N, before.entropy_N
     strategy.close()
@@ -329,6 +333,19 @@ def gradients(before: Weights, after: Weights) -> Weights:
     assert set(before) == set(after)
     steps = {name: before[name].astype(np.float64) - after[name] for name in before}
     return {name: (step / (1 - np.abs(step) / STEEP)).astype(np.float32) for name, step in steps.items()}
+
+
+def assert_load(load: ExpertLoad, chosen: Sequence[npt.NDArray[np.int64]]) -> None:
+    """Assert the shares of every expert in every layer, on both sides.
+
+    Args:
+        chosen: ids of each side, [layers, tokens, experts per token].
+    """
+    for counts_ME, ids in zip(load.counts_2ME, chosen, strict=True):
+        wanted = np.stack([np.bincount(rows.ravel(), minlength=counts_ME.shape[1]) for rows in ids])
+        times = counts_ME.sum() // wanted.sum()  # ranks with the same tokens
+        assert times >= 1
+        assert np.array_equal(counts_ME, times * wanted)
 
 
 def largest_difference(a: Weights, b: Weights) -> float:
@@ -413,6 +430,7 @@ class Reference:
         old, advantages = torch.from_numpy(batch.old_log_probs_N), torch.from_numpy(batch.advantages_N)
         ratio = (log_probs - old).exp()
         loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        loss = loss * torch.from_numpy(batch.pg_weights_N)
         if config.use_kl_loss:
             gap = torch.from_numpy(batch.ref_log_probs_N) - log_probs
             loss = loss + config.kl_loss_coef * (gap.exp() - 1 - gap).clamp(max=10)

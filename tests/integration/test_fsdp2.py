@@ -15,6 +15,7 @@ from megatron_cases import (
     SAMPLES,
     Case,
     Reference,
+    assert_load,
     at_rest,
     exported,
     gradients,
@@ -142,16 +143,18 @@ def test_log_probs_of_samples_that_are_packed_or_padded(size: int, gang: Gangs, 
     live = reference.live_routes(batch, replay=True)
     pairs = list(zip(live, batch.routes, strict=True))
     agreed = sum(int((np.sort(a.ids_MRK) == np.sort(b.ids_MRK)).all(-1).sum()) for a, b in pairs)
+    chosen = [np.concatenate([r.ids_MRK for r in routes], axis=1) for routes in (batch.routes, live)]
     for packed in (False, True):
         for attention in ("sdpa", "eager"):
             for role in ({}, {"max_tokens_per_microbatch_in_infer": 20, "use_dynamic_batching_in_infer": True}):
                 case = fsdp2(tiny_moe, packed=packed, layout={"attn_implementation": attention}, role=role)
                 case = replace(case, infer_batch_size=None if role else 3)
-                for samples, found, entropies, counts in gang(size).run(_log_probs, case, batch):
+                for samples, found, entropies, counts, load in gang(size).run(_log_probs, case, batch):
                     inputs = batch.inputs_of(samples)
                     assert np.abs(found - wanted[0][inputs]).max() < 1e-5
                     assert np.abs(entropies - wanted[1][inputs]).max() < 1e-5
                     assert (counts.compared, counts.agreed) == (len(batch.input_ids_N) * LAYERS, agreed)
+                    assert_load(load, chosen)
 
 
 def _with_lengths(batch: Batch, lengths: list[int]) -> Batch:
@@ -170,7 +173,7 @@ def _log_probs(process: ProcessInfo, case: Case, batch: Batch) -> tuple[Any, ...
     result = strategy.compute_log_probs(batch.select(samples))
     assert at_rest(strategy) and strategy.returns_results
     strategy.close()
-    return samples, result.log_probs_N, result.entropy_N, result.replay
+    return samples, result.log_probs_N, result.entropy_N, result.replay, result.load
 
 
 def test_the_reference_routes_by_itself(gang: Gangs, tiny_moe: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_cases import (
     LAYERS,
     Case,
     Reference,
+    assert_load,
     largest_difference,
     make_batch,
     read_weights,
@@ -73,6 +74,7 @@ def test_log_probs_and_entropies(mode: str, size: int, layout: dict, packed: boo
     assert counts.compared == known.sum() * LAYERS
     assert counts.agreed == same.sum() > 0
     assert counts.missing == (~known).sum() * LAYERS
+    assert_load(outcomes[0].load, [replayed[:, known], live[:, known]])
 
 
 def test_replaying_the_live_choice_agrees_everywhere(gang: Gangs, tiny_moe: Path) -> None:

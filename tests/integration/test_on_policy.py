@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Gang
-from megatron_cases import FULL_RECOMPUTE, INTERLEAVED, LAYERS, Case, exported, make_batch, open_strategy, shard
+from megatron_cases import (
+    FULL_RECOMPUTE,
+    INTERLEAVED,
+    LAYERS,
+    TOP_K,
+    Case,
+    exported,
+    make_batch,
+    open_strategy,
+    shard,
+)
 
 from roll_r3.batch.batch import Batch
 from roll_r3.errors import RollError
@@ -31,7 +41,6 @@ CASES = [
     ("disable", "fsdp2", {}, False),
     ("disable", "megatron", {"context_parallel_size": 2}, False),
 ]
-TIS = {"rollout_correction": {"mode": "token_tis", "cap": 1.5}}
 
 
 @pytest.mark.parametrize(("mode", "engine", "layout", "packed"), CASES)
@@ -41,7 +50,7 @@ def test_the_update_finds_what_a_pass_before_it_would(
     """Compare in bf16, to the last bit: log-probabilities, entropies, the new weights, and replay counts."""
     batch = make_batch(unknown=0.1)
     batch = batch if mode == "R3" else replace(batch, routes=None)
-    case = Case(str(tiny_moe), layout, mode, packed, "bf16", infer_batch_size=2, engine=engine, options=TIS)
+    case = Case(str(tiny_moe), layout, mode, packed, "bf16", infer_batch_size=2, engine=engine)
 
     runs = [gang(2).run(_step, case, batch, with_pass) for with_pass in (True, False)]
 
@@ -54,6 +63,7 @@ def test_the_update_finds_what_a_pass_before_it_would(
             known = sum(int(routes.known_R.sum()) for routes in batch.routes)
             assert without["compared"] == with_pass["compared"]
             assert without["compared"][0] == known * LAYERS > without["compared"][1] > 0
+            assert np.array_equal(without["load"], with_pass["load"])
         else:
             assert without["compared"] == (0, 0)
 
@@ -74,6 +84,7 @@ def _step(process: ProcessInfo, case: Case, batch: Batch, with_pass: bool) -> di
         "values": {"log_probs": source.log_probs_N, "entropy": source.entropy_N} if strategy.returns_results else {},
         "weights": dict(exported(strategy)),
         "compared": (counts.compared, counts.agreed) if counts else (0, 0),
+        "load": source.load.counts_2ME if case.mode == "R3" else None,
     }
     strategy.close()
     return found
@@ -118,4 +129,23 @@ def _refused(process: ProcessInfo, case: Case, batch: Batch) -> None:
     strategy = open_strategy(process, case)
     with pytest.raises(RollError, match="without old log-probabilities came to 2 optimizer steps"):
         strategy.train_step(replace(batch, old_log_probs_N=None), step=1)
+    strategy.close()
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "megatron"])
+def test_against_the_rollout_the_first_optimizer_step_reports_agreement_and_load(
+    engine: str, gang: Gangs, tiny_moe: Path
+) -> None:
+    """With `rollout_correction.bypass` no pass before the update can."""
+    options = {"rollout_correction": {"bypass": True}}
+    case = Case(str(tiny_moe), mode="R3", engine=engine, micro_batch_size=1, mini_batches=2, options=options)
+    gang(1).run(_bypassed, case, make_batch())
+
+
+def _bypassed(process: ProcessInfo, case: Case, batch: Batch) -> None:
+    strategy = open_strategy(process, case)
+    result = strategy.train_step(replace(batch, old_log_probs_N=batch.rollout_log_probs_N), step=1)
+    assert 0 < result.replay.agreed < result.replay.compared < batch.lengths_n.sum() * LAYERS
+    assert result.load.counts_2ME.sum((1, 2)).tolist() == [result.replay.compared * TOP_K] * 2
+    assert result.metrics["actor/ratio_min"] < 1 < result.metrics["actor/ratio_max"]
     strategy.close()

@@ -24,7 +24,6 @@ class TokenInputs:
     """bool: trained tokens."""
     advantages: torch.Tensor
     old_log_probs: torch.Tensor
-    rollout_log_probs: torch.Tensor
     ref_log_probs: torch.Tensor | None = None
     _: KW_ONLY
     weights: torch.Tensor

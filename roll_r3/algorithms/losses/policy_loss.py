@@ -1,7 +1,6 @@
 """Loss of each token: the configured policy gradient, with optional weights, KL term and entropy bonus.
 
-Truncated importance sampling between rollout and trainer is that of Ionides 2008, as in Yao et al. 2025 ("Your
-efficient RL framework secretly brings you off-policy RL training").
+Weights of the policy gradient come with the batch, from `roll_r3.algorithms.corrections`.
 """
 
 from __future__ import annotations
@@ -70,9 +69,7 @@ def _policy_gradient(
         scores=x.scores,
     )
     term = PG_LOSSES[config.pg_variant](inputs, config)
-    loss = _weighted_by_rollout(term.loss, x, config, stats)
-    if x.pg_weights is not None:
-        loss = loss * x.pg_weights
+    loss = term.loss if x.pg_weights is None else term.loss * x.pg_weights
     stats.add("actor/ratio_mean", inputs.ratio, x.mask)
     stats.add("actor/ratio_max", inputs.ratio, x.mask, "max")
     stats.add("actor/ratio_min", inputs.ratio, x.mask, "min")
@@ -93,20 +90,6 @@ def _of_samples(log_ratio: torch.Tensor, x: TokenInputs) -> torch.Tensor:
     assert x.sums is not None, "importance_sampling: seq needs sums over samples"
     means = x.sums.means(log_ratio, x.mask).to(log_ratio.dtype)
     return torch.where(x.mask, means + (log_ratio - log_ratio.detach()), 0.0)
-
-
-def _weighted_by_rollout(
-    loss: torch.Tensor, x: TokenInputs, config: AlgorithmConfig, stats: TokenStats
-) -> torch.Tensor:
-    """Multiply by the truncated ratio of old policy and rollout, with `rollout_correction.mode: token_tis`."""
-    if config.rollout_correction.mode != "token_tis":
-        return loss
-    log_weight = torch.where(x.mask, x.old_log_probs - x.rollout_log_probs, 0.0)
-    weight = log_weight.clamp(max=MAX_LOG_RATIO).exp()
-    stats.add("actor/is_weight_clipfrac", (weight > config.rollout_correction.cap).float(), x.mask)
-    weight = weight.clamp(max=config.rollout_correction.cap)
-    stats.add("actor/is_weight_mean", weight, x.mask)
-    return loss * weight
 
 
 def _exp(log_ratio: torch.Tensor) -> torch.Tensor:

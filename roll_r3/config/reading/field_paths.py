@@ -16,6 +16,11 @@ from roll_r3.config.tree import join
 
 TAG = "strategy_name"
 """Field to choose among several sections, and type of pydantic's error about an unknown name."""
+REPLACED = {
+    "rollout_correction.mode": "write rollout_correction.is_weight: token in place of token_tis, and leave out disable",
+    "rollout_correction.cap": "write rollout_correction.is_cap",
+}
+"""Field of earlier versions -> its replacement."""
 _LISTED, _NEAR = 40, 3
 """Number of names listed in full, and of the nearest names shown of a longer list."""
 _SIMILAR = 0.75
@@ -96,7 +101,9 @@ def example_at(path: str) -> str:
 
 
 def did_you_mean(path: str, data: dict[str, Any]) -> str:
-    """Return a fix for an unknown field: a similar name here or in another section, or the names of its section."""
+    """Return a fix for an unknown field: its replacement, a similar name, or the names of its section."""
+    if path in REPLACED:
+        return REPLACED[path]
     parent, _, name = path.rpartition(".")
     here = fields_at(parent, data)
     if close := difflib.get_close_matches(name, here, n=1, cutoff=_SIMILAR):

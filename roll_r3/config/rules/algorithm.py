@@ -118,15 +118,6 @@ RULES: tuple[AnyRule, ...] = (
         "init-kl-coef-bounded", "init_kl_coef", 100, "the penalty would outweigh the reward", "0.001", *_KL_PENALTY
     ),
     Rule(
-        id="correction-cap-in-range",
-        fields=("rollout_correction.cap",),
-        why="where rollout and trainer agree the weight is 1: a cap below 1 truncates it, one above 100 nothing",
-        fix="write a value from 1 to 100 (2 is usual)",
-        wrong=("rollout_correction={mode: token_tis, cap: 0.5}",),
-        right=("rollout_correction={mode: token_tis, cap: 1}",),
-        violates=lambda c: c.rollout_correction.mode != "disable" and not 1 <= c.rollout_correction.cap <= 100,
-    ),
-    Rule(
         id="dual-clip-above-one",
         fields=("dual_clip_loss",),
         why="the dual clip bounds the loss at this times the advantage; at most 1, it would bound unclipped ratios",
@@ -198,14 +189,5 @@ RULES: tuple[AnyRule, ...] = (
         "write loss_agg_mode: seq-mean-token-sum-norm, or leave loss_scale_factor out",
         wrong=("loss_scale_factor=1000",),
         right=("loss_scale_factor=1000", "loss_agg_mode=seq-mean-token-sum-norm"),
-    ),
-    unread(
-        "correction-cap-unread",
-        "rollout_correction.cap",
-        "rollout_correction.mode",
-        lambda c: c.rollout_correction.mode != "disable",
-        "write rollout_correction.mode: token_tis",
-        wrong=("rollout_correction.cap=3",),
-        right=("rollout_correction={mode: token_tis, cap: 3}",),
     ),
 )

@@ -15,9 +15,7 @@ _CLIPS = ("pg_clip", "pg_clip_low", "pg_clip_high", "dual_clip_loss")
 def _one_step(config: RLVRConfig) -> bool:
     """Return true if a training step has one optimizer step."""
     size = mini_batch_size(config)
-    return (
-        size > 0 and config.samples_per_step % size == 0 and optimizer_steps(config, config.samples_per_step) == 1
-    )
+    return size > 0 and config.samples_per_step % size == 0 and optimizer_steps(config, config.samples_per_step) == 1
 
 
 def _on_policy(config: RLVRConfig) -> bool:

@@ -35,7 +35,7 @@ def _memory_share_on_cpu(config: RLVRConfig) -> Verdict:
 
 
 def _corrected(config: RLVRConfig) -> bool:
-    return config.rollout_correction.mode != "disable"
+    return config.rollout_correction.corrects or config.rollout_correction.bypass
 
 
 def _truncated_and_scaled(config: RLVRConfig) -> Verdict:
@@ -105,16 +105,15 @@ RULES: tuple[AnyRule, ...] = (
             "actor_infer.generating_args.top_p",
             "actor_infer.generating_args.top_k",
             "actor_infer.strategy_args.strategy_name",
-            "rollout_correction.mode",
+            "rollout_correction",
         ),
         why="vLLM returns log-probabilities either before temperature and truncation or after both; the trainer's are "
         "after temperature and before truncation",
-        fix="write temperature: 1, or top_p: 1 and top_k: -1, or strategy_name: sglang, or rollout_correction.mode: "
-        "disable",
+        fix="write temperature: 1, or top_p: 1 and top_k: -1, or strategy_name: sglang, or no rollout_correction",
         wrong=(
             _VLLM,
             "actor_infer.generating_args={temperature: 0.8, top_k: 50}",
-            "rollout_correction.mode=token_tis",
+            "rollout_correction.is_weight=token",
         ),
         right=(_VLLM, "actor_infer.generating_args={temperature: 0.8}"),
         violates=_truncated_and_scaled,

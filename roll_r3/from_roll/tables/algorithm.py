@@ -221,7 +221,7 @@ def _weight(draft: Draft, path: str, bound: Any) -> None:
         )
         return
     why = "truncated importance sampling: token weights min(pi_old / pi_rollout, bound) on the loss"
-    draft.translate(path, {f"{_CORRECTION}.mode": "token_tis", f"{_CORRECTION}.cap": bound}, why)
+    draft.translate(path, {f"{_CORRECTION}.is_weight": "token", f"{_CORRECTION}.is_cap": bound}, why)
 
 
 STEPS: tuple[Step, ...] = (_critic, _advantages, _reward_clip, _clip_range, _kl, _corrections)
@@ -297,8 +297,8 @@ ROWS = (
     Row(
         "train_infer_correction",
         ByStep(
-            "`is_weight` with `weight_type: token` and a bound is `rollout_correction: {mode: token_tis, cap: ...}`; "
-            "others and filters are not supported"
+            "`is_weight` with `weight_type: token` and a bound is `rollout_correction: {is_weight: token, "
+            "is_cap: ...}`; others and filters are not supported"
         ),
     ),
     Row(_FLAT_WEIGHT, ByStep("`rollout_correction` with `rollout_importance_sampling_ratio_upper_bound` as its cap")),

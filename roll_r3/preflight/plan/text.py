@@ -82,7 +82,7 @@ def _role(role: RolePlan, plan: Plan) -> Iterator[str]:
     if passes.infer:
         yield f"  {who} computes log-probabilities of {_micro_batches(passes.infer, 'a step')}"
     else:
-        yield "  and takes log-probabilities from the same forward pass (force_on_policy_ratio)"
+        yield "  and makes no pass before it (force_on_policy_ratio, or rollout_correction.bypass)"
     if role.stages:
         yield from _memory(role)
     if like := next((r.name for r in plan.roles[: plan.roles.index(role)] if r.shards == role.shards), None):

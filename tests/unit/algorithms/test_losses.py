@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from roll_r3.algorithms.aggregation import loss_denominator, loss_weights
 from roll_r3.algorithms.kl import kl_estimate
 from roll_r3.algorithms.losses.base import TokenInputs
 from roll_r3.algorithms.losses.policy_loss import policy_loss
-from roll_r3.algorithms.mismatch import mismatch_metrics
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
 from roll_r3.config.algorithm import AlgorithmConfig
@@ -32,7 +32,7 @@ def test_derived_settings_come_from_their_fields():
     assert config(response_length=7, loss_scale_factor=2.5).loss_divisor == 2.5
 
 
-def slow_loss(lp, ent, mask, adv, old, roll, ref, c: AlgorithmConfig) -> list[float]:
+def slow_loss(lp, ent, mask, adv, old, pg_weights, ref, c: AlgorithmConfig) -> list[float]:
     """Compute one token at a time, by the formulas in the papers."""
     low, high = c.clip_range
     out = []
@@ -44,9 +44,7 @@ def slow_loss(lp, ent, mask, adv, old, roll, ref, c: AlgorithmConfig) -> list[fl
         value = min(r * a, min(max(r, 1 - low), 1 + high) * a)
         if c.dual_clip_loss is not None and a < 0:
             value = max(value, c.dual_clip_loss * a)
-        loss = -value
-        if c.rollout_correction.mode == "token_tis":
-            loss *= min(math.exp(old[i] - roll[i]), c.rollout_correction.cap)
+        loss = -value * pg_weights[i]
         if c.use_kl_loss:
             d = lp[i] - ref[i]
             kl = {"k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[c.kl_estimator]
@@ -61,7 +59,6 @@ def slow_loss(lp, ent, mask, adv, old, roll, ref, c: AlgorithmConfig) -> list[fl
         {},
         {"pg_clip_low": 0.1, "pg_clip_high": 0.4},
         {"dual_clip_loss": 1.5},
-        {"rollout_correction": {"mode": "token_tis", "cap": 1.2}},
         {"use_kl_loss": True, "kl_loss_coef": 0.3, "use_unbiased_kl": True},
         {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_estimator": "k2"},
         {"use_kl_loss": True, "kl_loss_coef": 0.3, "entropy_loss_coef": 0.2},
@@ -70,14 +67,18 @@ def slow_loss(lp, ent, mask, adv, old, roll, ref, c: AlgorithmConfig) -> list[fl
 def test_policy_loss_equals_the_loop(changes):
     c = config(**changes)
     g = torch.Generator().manual_seed(0)
-    lp, old, roll, ref = (-torch.rand(4, 50, generator=g, dtype=torch.float64) * 2 for _ in range(4))
+    lp, old, weights, ref = (-torch.rand(4, 50, generator=g, dtype=torch.float64) * 2 for _ in range(4))
     adv = torch.randn(50, generator=g, dtype=torch.float64)
     ent = torch.rand(50, generator=g, dtype=torch.float64)
     mask = torch.rand(50, generator=g) > 0.3
-    lp, old, roll, ref = lp[0], old[1], roll[2], ref[3]
+    lp, old, weights, ref = lp[0], old[1], weights[2].abs(), ref[3]
     stats = TokenStats()
-    got = policy_loss(lp, ent, TokenInputs(mask, adv, old, roll, ref, weights=mask / mask.sum()), c, stats)
-    want = slow_loss(*(x.tolist() for x in (lp, ent, mask, adv, old, roll, ref)), c)
+    x = TokenInputs(mask, adv, old, ref, pg_weights=weights, weights=mask / mask.sum())
+    got = policy_loss(lp, ent, x, c, stats)
+    want = slow_loss(*(x.tolist() for x in (lp, ent, mask, adv, old, weights, ref)), c)
+    plain = policy_loss(lp, ent, replace(x, pg_weights=None), c, TokenStats())
+    ones = policy_loss(lp, ent, replace(x, pg_weights=torch.ones_like(weights)), c, TokenStats())
+    torch.testing.assert_close(plain, ones, atol=0, rtol=0)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-12, rtol=0)
     figures = stats.reduce()
     ratios = [math.exp(a - b) for a, b, m in zip(lp, old, mask, strict=True) if m]
@@ -93,7 +94,6 @@ def test_masked_tokens_cannot_spoil_loss_or_gradient():
         mask,
         torch.ones(2),
         torch.tensor([-1.0, 500.0]),
-        torch.zeros(2),
         torch.tensor([-1.0, 900.0]),
         weights=torch.tensor([1.0, 0.0]),
     )
@@ -111,19 +111,18 @@ def test_masked_tokens_cannot_spoil_loss_or_gradient():
         {},
         {"pg_clip_low": 0.1, "pg_clip_high": 0.4},
         {"dual_clip_loss": 1.5},
-        {"rollout_correction": {"mode": "token_tis", "cap": 1.2}},
     ],
 )
 def test_the_clipped_share_counts_tokens_that_have_no_gradient(changes):
     g = torch.Generator().manual_seed(1)
     n = 400
-    old, roll, mask = -torch.rand(n, generator=g) * 2, -torch.rand(n, generator=g) * 2, torch.rand(n, generator=g) > 0.3
+    old, mask = -torch.rand(n, generator=g) * 2, torch.rand(n, generator=g) > 0.3
     lp = (old + torch.randn(n, generator=g)).requires_grad_()
     with torch.no_grad():
         lp[:8] = old[:8] + torch.tensor([25.0, -25.0]).repeat(4)
     adv = torch.randn(n, generator=g) * (torch.rand(n, generator=g) > 0.2)
     stats = TokenStats()
-    x = TokenInputs(mask, adv, old, roll, weights=mask / mask.sum())
+    x = TokenInputs(mask, adv, old, weights=mask / mask.sum())
     (gradient,) = torch.autograd.grad(policy_loss(lp, None, x, config(**changes), stats).sum(), lp)
     figures = stats.reduce()
     learns = mask & (adv != 0)
@@ -205,17 +204,6 @@ def test_kl_estimators_agree_with_the_exact_divergence_in_the_mean():
         assert kl_estimate(p.log_prob(x), q.log_prob(x), k)[0].mean().item() == pytest.approx(exact, rel=0.15)
     with pytest.raises(ValueError, match="k1, k2, k3 or abs, got 'k4'"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
-
-
-def test_mismatch_figures():
-    train, rollout = np.log(np.array([0.5, 0.2, 0.9], np.float32)), np.log(np.array([0.5, 0.5, 0.8], np.float32))
-    m = mismatch_metrics(train, rollout)
-    assert m["training/rollout_probs_diff_max"] == pytest.approx(0.3, rel=1e-5)
-    assert m["rollout_corr/extreme_ratio_tau2"] == pytest.approx(1 / 3)
-    ratio = np.array([1, 0.4, 1.125])
-    assert m["rollout_corr/k3_kl"] == pytest.approx(float(np.mean(ratio - 1 - np.log(ratio))), rel=1e-5)
-    assert m["rollout_corr/kl"] == pytest.approx(float(np.mean(-np.log(ratio))), rel=1e-5)
-    assert mismatch_metrics(train[:0], rollout[:0]) == {}
 
 
 def test_stats_add_up_over_micro_batches():

@@ -52,11 +52,10 @@ UNITS = (
 PURE_NUMBERS = {
     "seed", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "learning_rate", "max_grad_norm", "temperature",
     "top_p", "pg_clip", "pg_clip_low", "pg_clip_high", "dual_clip_loss", "advantage_clip", "entropy_loss_coef",
-    "kl_loss_coef", "init_kl_coef", "cap", "mem_fraction_static", "gpu_memory_utilization", "moe_aux_loss_coeff",
-    "moe_router_bias_update_rate",
+    "kl_loss_coef", "init_kl_coef", "is_cap", "is_floor", "mem_fraction_static", "gpu_memory_utilization",
+    "moe_aux_loss_coeff", "moe_router_bias_update_rate",
     "difficulty_low_threshold", "difficulty_high_threshold", "low", "high", "penalty_factor", "reward_scale",
-    "reward_shift", "is_cap", "is_floor",
-    "tis_lower_bound", "tis_upper_bound", "kimi15_tau", "dppo_max_ratio",
+    "reward_shift", "tis_lower_bound", "tis_upper_bound", "kimi15_tau", "dppo_max_ratio",
     "max_recoveries", "max_restarts", "max_retries", "kwargs", "server_args",
 }  # fmt: skip
 """Fields without a unit: ratios, weights, counts of themselves."""

@@ -20,6 +20,7 @@ from roll_r3.config.findings.report import (
 )
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.explain import PATTERNS
+from roll_r3.config.reading.field_paths import REPLACED
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.rules.paths import ENGINE
 from tests.unit.config.conftest import findings_of, only
@@ -89,7 +90,11 @@ rewards:
         ("kl_estimator=k1", "k1 in the loss regularises nothing: its gradient is 0 in the mean. Write k2 or k3", ""),
         ("kl_penalty=k3", "k3 in the reward pulls towards nothing near the reference", ""),
         ("kl_penalty=kl2", "must be 'k1', 'k2' or 'abs'", "write one of k1, k2, abs"),
-        ("track_with=[wandbe]", "must be 'tensorboard', 'wandb', 'mlflow', 'swanlab' or 'trackio'", "write one of tensorboard, wandb, mlflow, swanlab, trackio"),
+        (
+            "track_with=[wandbe]",
+            "must be 'tensorboard', 'wandb', 'mlflow', 'swanlab' or 'trackio'",
+            "write one of tensorboard, wandb, mlflow, swanlab, trackio",
+        ),
         ("seed=many", "must be an integer", "write a number, for example 42"),
         ("seed=1.5", "must be an integer", "write a number, for example 42"),
         ("seed=-1", "must be greater than or equal to 0", "write a number, for example 42"),
@@ -228,3 +233,11 @@ def test_a_slip_is_still_recognised(load_text, name, meant):
 def test_a_choice_of_several_strategies_is_listed_once(load_text):
     finding = only(load_text, MINIMAL, "actor_infer.strategy_args.strategy_config.dtype=bf17")
     assert finding.fix == "write one of bfloat16, float16, float32"
+
+
+def test_a_replaced_field_is_refused_with_its_replacement(load_text):
+    with pytest.raises(InvalidConfigError) as caught:
+        load_text(f"{MINIMAL}rollout_correction: {{mode: token_tis, cap: 3}}\n")
+    fixes = {finding.path: finding.fix for finding in caught.value.findings}
+    assert fixes == {f"rollout_correction.{name}": REPLACED[f"rollout_correction.{name}"] for name in ("mode", "cap")}
+    assert "rollout_correction.is_weight: token" in str(caught.value)

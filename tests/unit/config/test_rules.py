@@ -282,7 +282,41 @@ MORE_EXAMPLES: dict[str, Examples] = {
     "sample-ratio-clip-is-narrow": ([[*SEQ, "pg_clip_low=0.001"], ["pg_variant=cispo", *SEQ]], []),
     "probability-clip-below-one": ([["pg_variant=dppo_tv", "pg_clip=1", "pg_clip_low=0.1"]], []),
     "ratio-is-one": ([[*SEQ, "pg_clip=0.01", f"{BATCH}.gradient_accumulation_steps=64"]], [["pg_variant=kimi15"]]),
-    "correction-cap-in-range": ([["rollout_correction={mode: token_tis, cap: 101}"]], []),
+    "correction-cap-in-range": (
+        [["rollout_correction={is_weight: sequence, is_cap: 101}"]],
+        [["rollout_correction={is_weight: geometric, is_cap: null}"], ["rollout_correction={is_weight: token}"]],
+    ),
+    "correction-filter-keeps-agreement": (
+        [
+            ["rollout_correction.filters=[{high: 0.9}]"],
+            ["rollout_correction.filters=[{high: 2}, {statistic: k3, low: 0.1}]"],
+        ],
+        [["rollout_correction.filters=[{low: 1}, {statistic: diff, level: sequence, low: -3, high: 0}]"]],
+    ),
+    "correction-filter-bound-unread": (
+        [
+            ["rollout_correction.filters=[{low: 0, high: 2}]"],
+            ["rollout_correction.filters=[{statistic: diff, level: geometric, low: -0.2, high: 1}]"],
+        ],
+        [["rollout_correction.filters=[{statistic: diff, level: sequence, low: -1, high: 1}]"]],
+    ),
+    "bypass-leaves-nothing-to-correct": (
+        [
+            ["rollout_correction={bypass: true, filters: [{high: 2}]}"],
+            ["rollout_correction={bypass: true, opsm_delta: 0.1}"],
+        ],
+        [],
+    ),
+    "vllm-truncates-before-log-probs": (
+        [
+            [
+                "actor_infer.strategy_args={strategy_name: vllm}",
+                "actor_infer.generating_args={temperature: 0.8, top_k: 50}",
+                "rollout_correction.bypass=true",
+            ]
+        ],
+        [],
+    ),
     "kl-penalty-of-both-signs": (
         [["add_token_level_kl=true", "init_kl_coef=0.1", "reference={}", "kl_penalty=abs"]],
         [],
@@ -461,6 +495,7 @@ RUNS_AS_WRITTEN = {
     "audit-needs-replay",
     "checkpoint-directory-unread",
     "checkpoints-kept-unread",
+    "correction-filter-bound-unread",
     "devices-unnamed",
     "engine-batch-unread",
     "infer-batch-unread",

@@ -41,7 +41,7 @@ def test_the_sglang_file_means_what_it_meant():
     assert (config.adv_estimator, config.norm_adv_by_std_in_grpo, config.advantage_clip) == ("grpo", True, 2.0)
     assert (config.clip_range, config.dual_clip_loss) == ((0.2, 0.28), 1.4)
     assert (config.use_kl_loss, config.kl_loss_coef, config.kl_estimator) == (True, 0.002, "k3")
-    assert (config.rollout_correction.mode, config.rollout_correction.cap) == ("token_tis", 2.0)
+    assert (config.rollout_correction.is_weight, config.rollout_correction.is_cap) == ("token", 2.0)
     assert config.loss_agg_mode == "seq-mean-token-mean"
     training = config.actor_train.training_args
     assert (training.learning_rate, training.max_grad_norm, training.warmup_steps) == (1e-6, 0.5, 10)

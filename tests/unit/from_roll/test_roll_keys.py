@@ -74,7 +74,7 @@ from tests.unit.from_roll.cases import ENGINE, LAYOUT, MATH, at, of_roll, put, r
         # corrections
         (
             {"train_infer_correction": {"is_weight": {"enabled": True}}},
-            {"rollout_correction": {"mode": "token_tis", "cap": 1.2}, "train_infer_correction": ABSENT},
+            {"rollout_correction": {"is_weight": "token", "is_cap": 1.2}, "train_infer_correction": ABSENT},
         ),
         ({"train_infer_correction": {"is_weight": {"enabled": False}}}, {"rollout_correction": ABSENT}),
         (
@@ -83,7 +83,7 @@ from tests.unit.from_roll.cases import ENGINE, LAYOUT, MATH, at, of_roll, put, r
         ),
         (
             {"use_rollout_importance_sampling_ratio": True, "rollout_importance_sampling_ratio_upper_bound": 3.0},
-            {"rollout_correction": {"mode": "token_tis", "cap": 3.0}},
+            {"rollout_correction": {"is_weight": "token", "is_cap": 3.0}},
         ),
         # the optimizer
         ({"max_grad_norm": 0.3}, {"actor_train.training_args.max_grad_norm": 0.3, "max_grad_norm": ABSENT}),

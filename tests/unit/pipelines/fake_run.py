@@ -39,7 +39,7 @@ class TwoFiles:
         assert self.may_write.wait(30)
         path.mkdir()
         for name in "ab":
-            (path / name).write_bytes(name.encode() * 5000)
+            (path / name).write_bytes(name.encode() * 20_000)
         self.calls.append("written")
         return {name: file_sum(path / name) for name in "ab"}
 

@@ -149,11 +149,11 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("size", [4096, 6000], ids=["trainer", "configuration"])
+@pytest.mark.parametrize("size", [16_384, 24_000], ids=["trainer", "configuration"])
 def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, size):
     config = config_of(tmp_path, resume_from_checkpoint="auto", max_ckpt_to_keep=1)
-    if size == 6000:
-        config = config.model_copy(update={"rewards": {f"rule{i}": config.rewards["default"] for i in range(200)}})
+    if size == 24_000:
+        config = config.model_copy(update={"rewards": {f"rule{i}": config.rewards["default"] for i in range(400)}})
     run = FakeRun(config).run_to(3)
     with files_up_to(size), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
         run.saving.step_done(4, samples_seen=128)
@@ -291,7 +291,10 @@ def test_a_full_disk_stops_a_run_that_did_not_wait(tmp_path, notices):
                 run.run_to(6)
                 pytest.fail("the next to be saved waits for it, and says so")
 
-    with files_up_to(8192), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
+    with (
+        files_up_to(16_384),
+        pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped,
+    ):
         go_on()
     assert "there is step 2" in str(stopped.value)
     assert not any("was not saved" in said for said in run.said), "it is raised, once"
@@ -309,7 +312,7 @@ def test_a_failure_to_save_does_not_hide_the_error_before_it(tmp_path):
             run.trainer.may_write.set()
             raise RuntimeError("the engine died")
 
-    with files_up_to(8192), pytest.raises(RuntimeError, match="the engine died"):
+    with files_up_to(16_384), pytest.raises(RuntimeError, match="the engine died"):
         end()
     assert "step 2 was not saved: " in run.said[-1]
 

@@ -19,6 +19,7 @@ from roll_r3.pipelines.rlvr import RLVRPipeline
 from roll_r3.rewards.functions import Response
 from roll_r3.rewards.scoring import Scores
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
+from roll_r3.tracking.names import METRICS
 from roll_r3.tracking.progress import Progress
 
 PROMPTS = [
@@ -260,3 +261,42 @@ def test_tokens_are_chosen_by_the_entropies_of_a_pass_before_the_update() -> Non
     assert trained.pg_weights_N is not None
     assert trained.pg_weights_N.tolist() == [0, 0, 1, 1]
     assert metrics["critic/entropy/threshold"] == 1.5
+
+
+@pytest.mark.parametrize(("mini_batch", "forced"), [(4, True), (2, False)])
+def test_corrections_reach_the_update_and_the_metrics(mini_batch: int, forced: bool) -> None:
+    """The old policy is a nat below the rollout everywhere: ratio 1 / e."""
+    cluster = Cluster({})
+    run = pipeline({}, [], cluster, mini_batch, rollout_correction={"is_weight": "token"})
+    metrics = run.learn(run.sample(1)).metrics
+    [trained] = cluster.trained
+    assert cluster.passes == 1
+    assert (trained.old_log_probs_N is None) == forced
+    assert trained.pg_weights_N == pytest.approx(np.exp([-1] * 4))
+    assert metrics["actor/is_weight_mean"] == pytest.approx(np.exp(-1))
+    assert metrics["rollout_corr/kl"] == 1
+    assert metrics["rollout_corr/ess"] == 1
+    assert set(metrics) <= set(METRICS)
+
+
+def test_a_step_of_which_filters_leave_nothing_still_reports() -> None:
+    cluster = Cluster({})
+    run = pipeline({}, [], cluster, 4, rollout_correction={"filters": [{"low": 0.5}], "opsm_delta": 3})
+    metrics = run.learn(run.sample(1)).metrics
+    [trained] = cluster.trained
+    assert not trained.loss_mask_N.any()
+    assert metrics["rollout_corr/rejected_tokens"] == metrics["rollout_corr/rejected_samples"] == 1
+    assert metrics["rollout_corr/kl"] == 1
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("mini_batch", [4, 2])
+def test_bypass_trains_against_the_rollout_without_a_pass(mini_batch: int) -> None:
+    cluster = Cluster({})
+    run = pipeline({}, [], cluster, mini_batch, rollout_correction={"bypass": True})
+    metrics = run.learn(run.sample(1)).metrics
+    [trained] = cluster.trained
+    assert cluster.passes == 0
+    np.testing.assert_array_equal(trained.old_log_probs_N, trained.rollout_log_probs_N)
+    assert metrics["critic/old_log_prob/mean"] == -1
+    assert not [name for name in metrics if name.startswith("rollout_corr/")]

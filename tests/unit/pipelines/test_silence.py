@@ -37,6 +37,9 @@ ALL_RIGHT = ALL_WRONG | {
     "reward/groups_all_wrong": 0.0,
 }
 CLIPPED = LEARNS | {"actor_train/grad_norm": 0.0, "actor/pg_clipfrac": 1.0}
+FILTERED = {k: v for k, v in CLIPPED.items() if not k.startswith(("critic/advantages", "actor/"))} | {
+    "rollout_corr/rejected_tokens": 1.0
+}
 SKIPPED = {k: v for k, v in LEARNS.items() if k != "actor_train/grad_norm"} | {"actor_train/optimizer_steps": 0.0}
 
 
@@ -67,6 +70,7 @@ REASONS = {
     "all right": (ALL_RIGHT, ["every advantage is 0", "too easy", "100% all right"]),
     "cut": (ALL_WRONG | {"tokens/truncated_ratio": 0.9}, ["90% of the responses reach response_length (1024 tokens)"]),
     "clipped": (CLIPPED, ["the gradient is 0 (for 3 steps)", "100% of the tokens have no gradient"]),
+    "filtered": (FILTERED, ["every advantage is 0", "rollout_correction reject 100% of the tokens"]),
     "skipped": (SKIPPED, ["every optimizer step was skipped"]),
 }
 

@@ -13,8 +13,10 @@ from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.models import BatchLogProbs, BatchUpdate
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.sections import RolloutCorrectionConfig
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
 from roll_r3.replay.counts import ReplayCounts
+from roll_r3.replay.expert_load import ExpertLoad
 from roll_r3.tracking.names import METRICS
 
 
@@ -50,7 +52,7 @@ def record() -> StepRecord:
         trajectories=trajectories,
         groups=["a", "a"],
         scores=np.array([1.0, 0.0]),
-        advantages=TokenAdvantages(batch.advantages_N, np.array([0.9, -0.7]), None, None),
+        advantages=TokenAdvantages(batch.advantages_N, np.array([0.9, -0.7]), None, None, {}),
         batch=batch,
         old=BatchLogProbs(old, np.where(mask, 0.3, 99).astype(np.float32), counts, 0.1),
         update=BatchUpdate({"actor/lr": 1e-3}, counts, 0.3),
@@ -95,7 +97,21 @@ def test_figures_that_compare_with_the_rollout_are_left_out_where_its_log_probs_
     }
     m = step_metrics(RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer=infer), record)
     compared = [name for name in m if name.startswith(("rollout_corr/", "training/", "actor/rollout_train"))]
-    assert len(compared) == (8 if given else 0)
+    assert len(compared) == (12 if given else 0)
+
+
+def test_filtered_tokens_stay_in_the_comparison_with_the_rollout(record):
+    whole = step_metrics(CONFIG, record)
+    none = replace(record.batch, loss_mask_N=np.zeros_like(record.batch.loss_mask_N))
+    m = step_metrics(CONFIG, replace(record, batch=none))
+    for name in ("rollout_corr/kl", "rollout_corr/ess", "training/rollout_probs_diff_max"):
+        assert m[name] == whole[name]
+    assert all(np.isfinite(value) for value in m.values())
+
+
+def test_bypass_has_nothing_to_compare(record):
+    m = step_metrics(CONFIG.model_copy(update={"rollout_correction": RolloutCorrectionConfig(bypass=True)}), record)
+    assert not [name for name in m if name.startswith(("rollout_corr/", "training/", "actor/rollout_train"))]
 
 
 def test_the_reference_adds_its_figures(record):
@@ -124,9 +140,22 @@ def test_without_replay_there_are_no_replay_figures(record):
 
 
 def test_r2_reports_coverage_without_an_agreement(record):
-    m = step_metrics(CONFIG, replace(record, old=replace(record.old, replay=None)))
+    update = replace(record.update, replay=replace(record.update.replay, compared=0))
+    m = step_metrics(CONFIG, replace(record, old=replace(record.old, replay=None), update=update))
     assert m["router_replay/coverage"] == 1.0
     assert "router_replay/agreement_native" not in m
+
+
+def test_without_a_pass_the_update_reports_agreement_and_load(record):
+    counts = np.zeros((2, 3, 4), np.int64)
+    counts[:, :, 1] = 5
+    update = replace(record.update, load=ExpertLoad((1, 3, 5), counts))
+    m = step_metrics(CONFIG, replace(record, old=replace(record.old, replay=None), update=update))
+    assert m["router_replay/agreement_native"] == 0.75
+    assert m["expert_load/live/max_share"] == m["expert_load/rollout/max_share"] == 1
+    before = replace(record.old, load=ExpertLoad((1, 3, 5), np.ones_like(counts)))
+    m = step_metrics(CONFIG, replace(record, old=before, update=update))
+    assert m["expert_load/live/max_share"] == 0.25
 
 
 def test_an_audited_step_says_how_much_was_compared(record):

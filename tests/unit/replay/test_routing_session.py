@@ -225,6 +225,44 @@ def test_agreement_with_the_live_router_is_counted_in_forward_only_passes() -> N
                     recorded = set(micro.batch.routes[sample].ids_MRK[row, position].tolist())
                     agreed += recorded == set(live[position * 2 + sample].tolist())
     assert (session.counts.compared, session.counts.agreed) == (3 * 8, agreed)
+    real = torch.from_numpy(micro.tokens.router_slots_t >= 0)
+    for row, layer in enumerate((1, 3, 5)):
+        replayed = torch.from_numpy(np.concatenate([routes.ids_MRK[row] for routes in micro.batch.routes]))
+        wanted = [torch.bincount(ids.flatten(), minlength=EXPERTS) for ids in (replayed, live[real])]
+        assert torch.equal(session.loads[layer], torch.stack(wanted))
+
+
+@pytest.mark.parametrize("mode", ["replay", "record"])
+def test_a_bias_that_forces_one_expert_shows_in_the_load_of_its_layer(mode: str) -> None:
+    from roll_r3.replay.choice_counts import at_model_layers
+    from roll_r3.replay.expert_load import ExpertLoad, load_metrics
+    from roll_r3.replay.session import RecordSession
+
+    world = _world()
+    repeat = replace(world.micro_batches[1], counted=False)  # fills the schedule
+    arguments = {"facts": FACTS, "ep_size": 1, "device": torch.device("cpu")}
+    session = _session(world, forward_only=True) if mode == "replay" else RecordSession(world.routers, 2, **arguments)
+    with session:
+        for micro in (world.micro_batches[0], repeat):
+            for chunk, layers in ((0, (1, 3)), (1, (5,))):
+                with session.micro_batch(chunk, micro):
+                    for index, layer in enumerate(layers):
+                        bias = torch.tensor([0, 0, 0, 100.0 * (layer == 3), 0, 0, 0, 0])
+                        world.forward(chunk, index, _scores(layer) + bias)
+    counts = at_model_layers([session.loads], FACTS.moe_layers, EXPERTS, torch.device("cpu")).numpy()
+    sides = {"replay": [3 * 8 * TOP_K] * 2, "record": [0, 3 * 8 * TOP_K]}[mode]
+    assert counts.sum((1, 2)).tolist() == sides, "neither padding nor the repeat"
+    metrics = load_metrics(ExpertLoad(FACTS.moe_layers, counts))
+    assert metrics["expert_load/live/max_share_worst"] == 1 / TOP_K
+    assert metrics["expert_load/live/worst_layer"] == 3
+    assert metrics["expert_load/live/layer_3"] < 0.8 < metrics["expert_load/live/layer_1"]
+
+
+def test_without_a_comparison_no_load_is_counted() -> None:
+    world = _world(recomputed=False)
+    session = _session(world)
+    _run(world, session)
+    assert session.loads == {}
 
 
 def test_recording_keeps_the_live_choice_and_places_padding_as_replay_does() -> None:

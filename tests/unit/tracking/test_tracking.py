@@ -15,7 +15,7 @@ import pytest
 
 from roll_r3.errors import BusyError
 from roll_r3.tracking.metric_log import MetricLog
-from roll_r3.tracking.names import METRICS, metrics_page
+from roll_r3.tracking.names import METRICS, declared_order, metrics_page
 from roll_r3.tracking.progress import Progress, format_seconds
 from roll_r3.tracking.run_dir import RunDir
 from roll_r3.tracking.run_log import RunLog, log_threads
@@ -227,6 +227,13 @@ def test_the_summary_has_directory_rewards_and_replay():
     assert "0.200 (first 5 steps) -> 0.800 (last 5 steps)" in text
     assert "coverage" in text
     assert "wanted '2'" in text
+
+
+def test_a_family_declares_the_metrics_of_every_name():
+    given = ["system/tps", "reward/rule/b/c", "reward/rule/a d", "reward/rule/", "reward/rules/a", "critic/score/mean"]
+    declared, unknown = declared_order(given)
+    assert declared == ["critic/score/mean", "reward/rule/a d", "reward/rule/b/c", "system/tps"]
+    assert unknown == ["reward/rule/", "reward/rules/a"]
 
 
 def test_docs_of_metrics_are_fresh():

@@ -54,6 +54,7 @@ def batch_of(seed: int) -> Batch:
         old_log_probs_N=values(0.1),
         ref_log_probs_N=values(0.3),
         advantages_N=np.where(mask_N, rng.normal(size=n), 0).astype(np.float32),
+        pg_weights_N=np.where(mask_N, rng.random(n), 0).astype(np.float32),
     )
     return batch.filled_up(8)
 
@@ -77,6 +78,7 @@ def slow(batch: Batch, logits_NV: torch.Tensor, c: RLVRConfig) -> dict[str, floa
             r = math.exp(live - float(batch.old_log_probs_N[p]))
             d = live - float(batch.ref_log_probs_N[p])
             pg, kl = -min(r * a, min(max(r, 0.8), 1.2) * a), min(math.exp(-d) - 1 + d, 10)
+            pg *= float(batch.pg_weights_N[p])
             rows["pg"].append(pg)
             rows["kl"].append(kl)
             rows["loss"].append(pg + c.kl_loss_coef * kl + c.entropy_loss_coef * float((lp.exp() * lp).sum()))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.sections import RolloutCorrectionConfig
 from roll_r3.models.known import known_config
 from roll_r3.models.size import Held, held_parameters, model_size, shape_of
 from roll_r3.preflight.plan.activations import LayerCost
@@ -200,13 +201,17 @@ def test_one_optimizer_step_has_no_pass_before_it():
     once = {"training_args": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 32}}
     run = config(1, train=once)
     assert Passes.of(run, run.actor_train).infer is None and stages(run)[0].no_gradient_pass == 0
+    weighted = {"rollout_correction": RolloutCorrectionConfig(is_weight="token")}
     for other in (
         {"force_on_policy_ratio": False},
         {"ppo_epochs": 2},
         {"add_token_level_kl": True},
         {"top_entropy_quantile": 0.5},
+        weighted,
     ):
         assert Passes.of(run.model_copy(update=other), run.actor_train).infer.number == 32
+    bypassed = run.model_copy(update={"ppo_epochs": 2, "rollout_correction": RolloutCorrectionConfig(bypass=True)})
+    assert Passes.of(bypassed, run.actor_train).infer is None
     r2 = config(1, train=once | {"router_replay": {"mode": "R2"}})
     assert Passes.of(r2, r2.actor_train).infer.number == 32
 
