@@ -131,7 +131,7 @@ def _on_one_rank(config: RLVRConfig, pretrain: str | None) -> RLVRConfig:
             "pretrain": name,
             "actor_train": {
                 "model_args": role.model_args.model_copy(update={"model_name_or_path": name}),
-                "data_args": role.data_args,
+                "data_args": {"file_name": role.data_args.file_name},  # no prompt is read, no domain, no share
                 "strategy_args": role.strategy_args.model_copy(update={"strategy_config": settings}),
             },
             "actor_infer": {"device_mapping": (1,)},

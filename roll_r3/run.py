@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from roll_r3.preflight.plan.text import plan_json, render_plan
 from roll_r3.preflight.rule_pages import explain_rule, rule_ids, similar_rules
 from roll_r3.preflight.summary import summary
 from roll_r3.preflight.surroundings import Surroundings, elsewhere, read_surroundings
+from roll_r3.processes import variables_set
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters of a configuration
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = _explain(options.explain) if options.explain is not None else _run(options)
+        with ExitStack() as stack:
+            status = _explain(options.explain) if options.explain is not None else _run(options, stack)
         try:
             sys.stdout.flush()
         except BrokenPipeError:
@@ -101,12 +104,14 @@ def _starts_run(options: argparse.Namespace) -> bool:
     return not (options.validate_only or options.print_config or options.plan or options.explain is not None)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, stack: ExitStack) -> int:
+    """Do what the options ask, with the file's environment variables set until `stack` closes."""
     loaded = load(options.config, options.overrides, ROLL)
     surroundings = (elsewhere if options.elsewhere else read_surroundings)(loaded.config)
     findings = check(loaded, surroundings)
     if has_errors(findings):
         raise InvalidConfigError(findings, loaded.origins)
+    stack.enter_context(variables_set(loaded.config.system_envs))  # before libraries read theirs at import
     if options.validate_only:
         _report(options, findings, loaded.origins)
         if options.format == "text":

@@ -61,6 +61,7 @@ class RolloutWorker:
         self, config: RLVRConfig, engine_index: int, device: str, gpu_ids: tuple[int, ...], log_path: Path
     ) -> None:
         log_to_file(log_path)
+        os.environ.update(config.system_envs)
         logger.info("engine %d is process %d on %s", engine_index, os.getpid(), ray.util.get_node_ip_address())
         entry = STRATEGIES[config.actor_infer.strategy_args.strategy_name]
         self._model_path = checkpoint_of(config, "actor_infer")
@@ -142,6 +143,7 @@ class ModelWorker:
         self, config: RLVRConfig, role: Role, rank: int, world_size: int, device: str, threads: int, log_path: Path
     ) -> None:
         log_to_file(log_path)
+        os.environ.update(config.system_envs)
         logger.info("%s rank %d is process %d on %s", role, rank, os.getpid(), ray.util.get_node_ip_address())
         torch.set_num_threads(threads)
         self._config, self._role = config, role

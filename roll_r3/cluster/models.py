@@ -17,6 +17,7 @@ from roll_r3.cluster.actors import WRITING, ModelWorker
 from roll_r3.cluster.calls import Waiting
 from roll_r3.cluster.life_signs import SIGNS
 from roll_r3.cluster.placement import Placement
+from roll_r3.cluster.variables import runtime_env
 from roll_r3.cluster.worker_group import Calls, Member, Unbroken, WorkerGroup
 from roll_r3.config.model_role import Role
 from roll_r3.config.pipeline import RLVRConfig
@@ -82,9 +83,9 @@ class ModelGroup(WorkerGroup):
         members = []
         for rank, device in enumerate(mapping):
             name, log = f"{role}-{rank}", log_dir / f"{role}-{rank}.log"
-            env = {"OMP_NUM_THREADS": str(threads)}
+            env = runtime_env(config.system_envs, {"OMP_NUM_THREADS": str(threads)})
             actor = ray.remote(concurrency_groups={WRITING: 1, SIGNS: 1})(ModelWorker).options(  # type: ignore[call-overload]
-                name=name, runtime_env={"env_vars": env}, **placement.options(device)
+                name=name, runtime_env=env, **placement.options(device)
             )
             handle = actor.remote(config, role, rank, len(mapping), placement.kind, threads, log)
             members.append(Member(name, handle, log))

@@ -13,6 +13,7 @@ from roll_r3.cluster.actors import RolloutWorker
 from roll_r3.cluster.calls import Waiting, Watch
 from roll_r3.cluster.life_signs import SIGNS
 from roll_r3.cluster.placement import Placement
+from roll_r3.cluster.variables import runtime_env
 from roll_r3.cluster.worker_group import Calls, Member, WorkerGroup
 from roll_r3.config.derived import engine_devices
 from roll_r3.config.pipeline import RLVRConfig
@@ -55,7 +56,10 @@ class RolloutGroup(WorkerGroup):
             name, log = f"actor_infer-{engine}", log_dir / f"actor_infer-{engine}.log"
             gpu_ids = tuple(d.gpu_id for d in devices if d.gpu_id is not None)
             actor = ray.remote(concurrency_groups={SIGNS: 1})(RolloutWorker).options(  # type: ignore[call-overload]
-                name=name, max_concurrency=CALLS_AT_ONCE, **placement.options(devices[0].index)
+                name=name,
+                max_concurrency=CALLS_AT_ONCE,
+                runtime_env=runtime_env(config.system_envs),
+                **placement.options(devices[0].index),
             )
             members.append(Member(name, actor.remote(config, engine, placement.kind, gpu_ids, log), log))
         return cls(members, waiting=waiting)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from roll_r3.config.derived import checkpoint_of, engine_room, sampling
 from roll_r3.config.pipeline import RLVRConfig
@@ -29,6 +30,8 @@ class EngineRole:
     fp32_lm_head: bool
     seed: int
     """Seed of the run; each engine adds its number."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the server, in addition to those of its worker."""
 
 
 def engine_role(config: RLVRConfig) -> EngineRole:
@@ -44,4 +47,5 @@ def engine_role(config: RLVRConfig) -> EngineRole:
         record_routes=role.router_replay.mode == "R3",
         fp32_lm_head=config.fp32_lm_head,
         seed=config.seed,
+        environment=config.system_envs,
     )

@@ -247,7 +247,9 @@ class RLVRConfig(Config):
     """Limits of waiting for workers."""
 
     system_envs: dict[str, str] = {}
-    """Environment variables of workers and engines. Values are never logged."""
+    """Environment variables of the run, its workers, engines and rewards. Reports never show a value. Saved and
+    printed configurations have `<hidden>` for secrets (names with KEY, TOKEN, SECRET or PASSWORD, addresses with a
+    password)."""
 
     track_with: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = ("tensorboard",)
     """Trackers besides metrics.jsonl, which is always written."""

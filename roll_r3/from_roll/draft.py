@@ -6,7 +6,8 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from roll_r3.config.findings.report import ABSENT, Finding, show_value
+from roll_r3.config.findings.report import ABSENT, Finding, Severity, show_value
+from roll_r3.config.secrets import hidden
 from roll_r3.config.tree import Keys, dotted, paths_below, unshared
 
 ROLES = ("actor_train", "actor_infer", "reference")
@@ -22,7 +23,6 @@ _RUN_BY = {
     "<vllm>": (("actor_infer",), ("vllm",)),
 }
 """Part of a pattern -> its possible roles, and the strategies of which one must run them."""
-_SECRETS = ("judge_api_key", "api_key")
 _FEW = 3
 """Largest number of dropped keys listed without --show-dropped."""
 _MAX_KEYS = 6
@@ -124,11 +124,17 @@ class Draft:
         above = [self.get(keys[:i]) for i in range(1, len(keys))]
         return all(node is ABSENT or node is None or isinstance(node, dict) for node in above)
 
-    def translate(self, path: str | Keys, new: Mapping[str | Keys, Any], why: str) -> None:
+    def translate(
+        self, path: str | Keys, new: Mapping[str | Keys, Any], why: str, *, fix: str = "", warns: bool = False
+    ) -> None:
         """Replace the value at `path` by `new`, and add a note.
 
         If the file sets a target to another value, the old key is rejected instead. If a target would be inside a
         value that is not a section, the old key stays.
+
+        Args:
+            fix: text in place of the new values.
+            warns: add a warning, not a note: the run needs something from its user.
         """
         keys, value = as_keys(path), self.get(path)
         if not all(self.fits(target) for target in new):
@@ -136,30 +142,31 @@ class Draft:
         for target, wanted in new.items():
             given = self.get(target)
             if as_keys(target) != keys and given not in (ABSENT, None, wanted):
-                self.refuse(path, f"{dotted(as_keys(target))} is given too, as {show_value(given)}: keep one of them")
+                other = dotted(as_keys(target))
+                self.refuse(path, f"{other} is given too, as {show_value(hidden(other, given))}: keep one of them")
                 return
         if keys not in map(as_keys, new):
             self.drop(path)
         for target, wanted in new.items():
             self.put(target, wanted, keys)
-        fix = "; ".join(f"{dotted(as_keys(target))}: {show_value(wanted)}" for target, wanted in new.items())
-        self._note(keys, value, why, fix or "leave it out")
+        written = [(dotted(as_keys(target)), wanted) for target, wanted in new.items()]
+        fix = fix or "; ".join(f"{target}: {show_value(hidden(target, wanted))}" for target, wanted in written)
+        self._note(keys, value, why, fix or "leave it out", "warning" if warns else "note")
 
-    def _note(self, keys: Keys, value: object, why: str, fix: str) -> None:
-        path = dotted(keys)
-        self._notes.append(Finding("roll-translated", "note", ((path, _shown(path, value)),), why, fix))
+    def _note(self, keys: Keys, value: object, why: str, fix: str, severity: Severity) -> None:
+        self._notes.append(Finding("roll-translated", severity, ((dotted(keys), _shown(value)),), why, fix))
 
     def refuse(self, path: str | Keys, reason: str) -> None:
         """Remove a value that roll_r3 does not support, and list it."""
         name = dotted(as_keys(path))
-        self._refused.append((name, _shown(name, self.get(path)), reason))
+        self._refused.append((name, _shown(self.get(path)), reason))
         self.drop(path)
 
     def unread(self, path: str | Keys, empty: tuple[object, ...] = (None,)) -> None:
         """Remove a value, and list it as a key without effect unless it is one of `empty`."""
         name, value = dotted(as_keys(path)), self.get(path)
         if value is not ABSENT and value not in empty:
-            self._unread.append((name, _shown(name, value)))
+            self._unread.append((name, _shown(value)))
         self.drop(path)
 
     def fill_in(self, defaults: Mapping[str, Any]) -> None:
@@ -211,9 +218,9 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _shown(path: str, value: object) -> object:
-    """Return a value in a printable form: the keys of a section, nothing of a secret."""
+def _shown(value: object) -> object:
+    """Return a value in a printable form: the keys of a section."""
     if isinstance(value, dict):
         names = [str(key) for key in value]
         return "{" + ", ".join(names[:_MAX_KEYS]) + (", ..." if len(names) > _MAX_KEYS else "") + "}"
-    return "..." if path.rpartition(".")[2] in _SECRETS else value
+    return value

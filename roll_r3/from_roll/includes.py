@@ -1,4 +1,5 @@
-"""Hydra's `defaults:` list in ROLL's files. Includes are recognized by name; no file is read."""
+"""Hydra's `defaults:` list in ROLL's files. Includes are recognized by name; no file is read, and the numbers that they
+define are known."""
 
 from __future__ import annotations
 
@@ -15,6 +16,15 @@ DEEPSPEED = re.compile(r"deepspeed_zero\w*")
 """Includes for DeepSpeed strategies, and the blocks defined by them under the same names."""
 _AGENTIC = re.compile(r"(\w+_)?envs(_gem_\w+)?")
 """Includes of environments, read by the agentic pipeline alone."""
+_STEPS: dict[str, float] = {"max_tokens_per_step": 128, "max_actions_per_traj": 10}
+_PENALTIES: dict[str, float] = {"sokoban_format_penalty": -0.15, "frozen_format_penalty": -0.01}
+NUMBERS: dict[str, dict[str, float]] = {
+    "traj_envs": _STEPS | _PENALTIES,
+    "vl_traj_envs": _STEPS | _PENALTIES,
+    "step_envs": _STEPS | _PENALTIES | {"sokoban_format_penalty": -0.05, "default_history_length": 5},
+    **{f"traj_envs_gem_{kind}": _STEPS for kind in ("code", "games", "math", "qa", "rg")},
+}
+"""Include shipped with ROLL -> numbers that it defines at the root. Its other values belong to environments."""
 _ENVIRONMENTS = re.compile(
     r"custom_env|gem_\w+|env_manager_cls|agent_runner_cls|default_history_length|max_(tokens_per_step|actions_per_traj)|"
     r"(\w+_)?(action|response)_pattern|\w+_format_penalty|(\w+_)?agent_(system_)?template|(pre|next)_step_template"
@@ -36,8 +46,10 @@ def resolve(data: dict[str, Any], places: dict[str, str]) -> Tree:
         places: dotted path -> where it was written.
     """
     included, places, unknown = include_defaults(data, places)
-    resolved, unresolved = interpolate.resolve(included, places)
+    numbers = _numbers(data)
+    resolved, unresolved = interpolate.resolve(numbers | included, places)
     findings, unresolved, attributed = attribute_to_includes(resolved, data.get("defaults"), unknown, unresolved)
+    resolved = {key: value for key, value in resolved.items() if key in included or key not in numbers}
     for keys in attributed:
         remove(resolved, keys)
     return Tree(resolved, places, tuple(findings), tuple(unresolved))
@@ -74,6 +86,13 @@ def include_defaults(
             fix = "replace it by the content of the included file"
             findings.append(Finding("roll-include", "error", ((path, entry),), why, fix))
     return included, places, findings
+
+
+def _numbers(data: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers defined by ROLL's own includes, for `${...}` alone; the last include wins, as in Hydra."""
+    entries = data.get("defaults")
+    names = [_name(entry) for entry in entries] if isinstance(entries, list) else []
+    return {key: value for name in names if name is not None for key, value in NUMBERS.get(name, {}).items()}
 
 
 def attribute_to_includes(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from roll_r3.config.findings.report import show_value
 from roll_r3.from_roll.defaults import CONDITIONAL, DEFAULTS
+from roll_r3.from_roll.formulas import FORMULAS
 from roll_r3.from_roll.key_rows import Row, Same, Unread, Unsupported
 from roll_r3.from_roll.tables import TABLES
 
@@ -20,8 +21,13 @@ roll_r3 reads a YAML file of ROLL's RLVR pipeline unchanged:
 python -m roll_r3.run --config rlvr_config.yaml --validate-only
 ```
 
+Of the RLVR examples in ROLL (commit 8eb27cc) for text models that roll_r3 knows, 2 of 12 load unchanged. 9 more need
+GPUs of their own for the engines, as in `actor_infer.device_mapping=range(32, 56)`. One trains with LoRA, which is not
+supported.
+
 - A key with another form is translated; a note `roll-translated` shows it.
 - Unsupported keys would change the run: one error, `roll-unsupported`, lists them with what to write instead.
+- A judge with a model of its own becomes an endpoint: a warning says which server to start.
 - Keys without effect on training are dropped; the warning `roll-unread` counts them, and `--show-dropped` or
   `--format json` lists them. A value that means "off" is dropped silently.
 - A key unknown to both is an error.
@@ -35,10 +41,9 @@ Overrides may use ROLL's keys. `key=null` removes a key, a reward (`rewards.code
 ## Dialect
 
 Shared keys may have different defaults, so a file is in one of two dialects, shown in the first line of a report and as
-`dialect` in JSON. Keys in ROLL alone count against keys in roll_r3 alone; `rewards.*.worker_cls` and
-`actor_train.data_args.domain_interleave_probs`, required by ROLL, count twice. Neither suggestions of a report nor
-overrides change it; the warning `dialect-unclear` reports an uncertain one that matters. `dialect: roll` or
-`dialect: roll_r3` decides.
+`dialect` in JSON. Keys in ROLL alone count against keys in roll_r3 alone; `rewards.*.worker_cls`, required by ROLL,
+counts twice. Neither suggestions of a report nor overrides change it; the warning `dialect-unclear` reports an
+uncertain one that matters. `dialect: roll` or `dialect: roll_r3` decides.
 
 ## Other pipelines and includes
 
@@ -46,7 +51,8 @@ A file of ROLL's agentic, SFT, DPO, distillation or on-policy distillation pipel
 keys such as `custom_envs`, `sft_train`, `chosen_key` or `student` identify it.
 
 roll_r3 reads one file. In `defaults:` it knows `deepspeed_zero*` and `*envs*`, blocks of DeepSpeed and the agentic
-pipeline. Any other include is an error, with each `${key}` from it: paste its content. `hydra:` has no effect;
+pipeline, with the numbers that ROLL's own define, such as `max_tokens_per_step`. Any other include is an error, with
+each `${key}` from it: paste its content. `hydra:` has no effect;
 overrides are as in Hydra, `actor_train.training_args.learning_rate=1e-6`.
 
 ## Defaults
@@ -54,6 +60,15 @@ overrides are as in Hydra, `actor_train.training_args.learning_rate=1e-6`.
 In the dialect `roll`, a missing field has ROLL's default instead of [roll_r3's](configuration.md); the note
 `roll-defaults` lists these:
 """
+
+_FORMULAS = """
+## Formulas
+
+A translated file computes what ROLL computes. For each row a test (`tests/unit/from_roll/test_roll_formulas.py`)
+compares advantages, loss and gradient with slow loops over ROLL's keys, in fp64.
+
+| Name of the test | Keys of ROLL | Formula in both | Difference |
+| --- | --- | --- | --- |"""
 
 _DIFFERENCES = """
 ## Differences without a key
@@ -67,14 +82,15 @@ _DIFFERENCES = """
   are of plain logits.
 - **Checkpoints.** Both save every 50 steps and at the end by default; neither reads the other's. Weights in
   transformers' format move between them ([checkpoints](checkpoints.md)).
+- **Entropy bonus.** ROLL's is a mean over all response tokens, also of masked samples; here over trained tokens.
+- **Evaluation.** ROLL reports the share of scores equal to 1; here see [metrics](metrics.md).
 - **Models.** ROLL runs a checkpoint's Python code; here `model_args.trust_remote_code: true` allows it for tokenizer,
   SGLang and vLLM. In ROLL, `pretrain` overrides `model_args.model_name_or_path` unless every role has one; here a
   role's name wins.
 - **Devices.** `actor_infer` and `actor_train` need separate GPUs; most of ROLL's examples share them. ROLL's files
   imply GPUs: write `device_type: cpu` to try CPU slots.
-- **vLLM.** Log-probabilities are before temperature and truncation, or after both. ROLL's defaults have both: figures
-  that compare rollout and trainer are omitted, and `rollout_correction` is an error. Write `temperature: 1`, or
-  `top_p: 1` and `top_k: -1`, or use SGLang.
+- **Truncated sampling.** Under `top_p` or `top_k` the trainer's log-probabilities are over the tokens kept by the
+  engine; ROLL's are over the whole vocabulary ([algorithm](algorithm.md)).
 - **FSDP2.** ROLL can split a sample over devices, and copy the weights per `fsdp_size` devices; here every device is a
   data-parallel rank with a part of each weight.
 - **`hf_infer`.** It has settings of
@@ -93,7 +109,12 @@ def render_from_roll() -> str:
     values = [f"{path}: {show_value(value)}" for path, value in DEFAULTS.items()]
     values += [f"{path}: {show_value(value)}  # {condition}" for path, value, condition, _ in CONDITIONAL]
     groups = [_group(title, rows) for title, (_, rows) in TABLES.items()]
-    return "\n".join([_HEADER, "```yaml", *values, "```", _DIFFERENCES, *groups])
+    formulas = [f"| {f.name} | {_as_code(f.keys)} | {f.formula} | {f.remark} |" for f in FORMULAS]
+    return "\n".join([_HEADER, "```yaml", *values, "```", _FORMULAS, *formulas, _DIFFERENCES, *groups])
+
+
+def _as_code(keys: str) -> str:
+    return ", ".join(f"`{key}`" for key in keys.split(", "))
 
 
 def _group(title: str, rows: tuple[Row, ...]) -> str:

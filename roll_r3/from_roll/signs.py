@@ -13,8 +13,8 @@ from roll_r3.from_roll.draft import Draft
 from roll_r3.from_roll.key_rows import field_names
 from roll_r3.from_roll.tables import ALL_ROWS
 
-REQUIRED = ("rewards.*.worker_cls", "actor_train.data_args.domain_interleave_probs")
-"""Keys required by ROLL's RLVR pipeline: each counts twice."""
+REQUIRED = ("rewards.*.worker_cls",)
+"""Keys in ROLL alone, and required by its RLVR pipeline: each counts twice."""
 _SUFFICIENT = 3
 """Number of keys in ROLL alone sufficient for ROLL's dialect, unless there are too many keys in roll_r3 alone."""
 _MAX_RATIO = 3

@@ -138,14 +138,28 @@ def engine_server(run: Run) -> int:
     return next(p.pid for p in run.descendants() if any("launcher.py" in part for part in p.cmdline()))
 
 
-def assert_the_key_shows_nowhere(run: Run) -> None:
-    """Check the run's files and all command lines for the key; only the server's environment holds it."""
+SECRET = "a-secret-of-the-user"
+
+
+def assert_the_variables_arrive(run: Run) -> None:
+    """Check the environments of the engine's server, a rank and a reward process for `system_envs`."""
+    rewards = [p.pid for p in run.descendants() if any("roll_r3.rewards.worker" in part for part in p.cmdline())]
+    assert rewards
+    for process in (engine_server(run), second_rank(run), rewards[0]):
+        found = psutil.Process(process).environ()
+        assert (found.get("DEMO_TOKEN"), found.get("DEMO_LEVEL")) == (SECRET, "level-7")
+
+
+def assert_no_secret_shows(run: Run) -> None:
+    """Check the run's files and all command lines for the server's key and the user's token."""
     key = psutil.Process(engine_server(run)).environ()[KEY_VARIABLE]
     assert len(key) > 20
     files = [p for p in run.path.resolve().rglob("*") if p.is_file()]
     assert len(files) > 5
-    assert [p for p in [*files, run.stdout, run.stderr] if key.encode() in p.read_bytes()] == []
-    assert [p for p in run.descendants() if key in " ".join(p.cmdline())] == []
+    for secret in (key, SECRET):
+        assert [p for p in [*files, run.stdout, run.stderr] if secret.encode() in p.read_bytes()] == []
+    started = [p for p in run.descendants() if p.pid != run.process.pid]
+    assert [p for p in started if key in (line := " ".join(p.cmdline())) or SECRET in line] == []
 
 
 def second_rank(run: Run) -> int:
@@ -177,11 +191,13 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 )
 def test_a_killed_part_ends_the_run_and_is_named(tmp_path, checkpoint, victim, named):
     limit = "actor_infer.strategy_args.strategy_config.max_restarts=0"
-    run = Run(tmp_path, checkpoint, *few_steps(500), "max_recoveries=0", limit)
+    variables = f"system_envs={{DEMO_TOKEN: {SECRET}, DEMO_LEVEL: level-7}}"
+    run = Run(tmp_path, checkpoint, *few_steps(500), "max_recoveries=0", limit, variables)
     try:
         run.wait_for_step(1)
         processes = run.descendants()
-        assert_the_key_shows_nowhere(run)
+        assert_the_variables_arrive(run)
+        assert_no_secret_shows(run)
         seconds = kill_in_step(run, victim)
         message = run.stderr.read_text()
         assert run.process.returncode == 1, message

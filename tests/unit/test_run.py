@@ -112,6 +112,15 @@ def test_a_failed_run_ends_with_a_message_and_a_status(config_file, monkeypatch,
     assert message in capsys.readouterr().err
 
 
+def test_a_run_has_the_variables_of_its_file(config_file, monkeypatch):
+    def launch(config: Any, origins: Any) -> int:
+        return 0 if os.environ.get("DEMO_TOKEN") == "x" else 1
+
+    launch_with(monkeypatch, launch)
+    assert run.main(["--config", str(config_file), "system_envs={DEMO_TOKEN: x}"]) == 0
+    assert "DEMO_TOKEN" not in os.environ
+
+
 def test_a_pipe_that_breaks_inside_a_run_is_no_success(config_file, monkeypatch, capsys):
     def launch(config: Any, origins: Any) -> int:
         raise BrokenPipeError(32, "Broken pipe")
@@ -214,10 +223,7 @@ def test_every_mistake_of_a_file_is_found_in_one_run_with_its_line(tmp_path, cap
 
 def test_a_file_of_roll_is_checked_like_any_other(capsys):
     path = ROOT / "tests" / "unit" / "from_roll" / "files" / "sglang.yaml"
-    assert run.main(["--config", str(path), "--validate-only", "--elsewhere"]) == 2
-    assert "error [engines-beyond-loopback]" in capsys.readouterr().err
-    reachable = "actor_infer.strategy_args.strategy_config.host=0.0.0.0"
-    assert run.main(["--config", str(path), "--validate-only", "--elsewhere", reachable]) == 0
+    assert run.main(["--config", str(path), "--validate-only", "--elsewhere"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"valid: {path}")
     assert "note [roll-translated]" in err
@@ -226,7 +232,7 @@ def test_a_file_of_roll_is_checked_like_any_other(capsys):
     err = capsys.readouterr().err
     assert "critic_warmup = 5  (override critic_warmup=5)" in err
     assert "did you mean seed?" in err
-    assert run.main(["--config", str(path), "--print-config", "--elsewhere", reachable]) == 0
+    assert run.main(["--config", str(path), "--print-config", "--elsewhere"]) == 0
     assert "dual_clip_loss: 1.4" in capsys.readouterr().out
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from roll_r3.config.dialect import Dialect
 from roll_r3.config.findings.readable import printable
+from roll_r3.config.secrets import hidden
 from roll_r3.config.tree import overlap
 from roll_r3.errors import ConfigError
 
@@ -52,7 +53,8 @@ class Finding:
     """Id of the rule or of the kind of mistake; stable, for searches."""
     severity: Severity
     found: tuple[tuple[str, object], ...]
-    """(dotted path, value) of each field involved, the one to change first; empty for the file as a whole."""
+    """(dotted path, value) of each field involved, the one to change first; empty for the file as a whole. Secrets are
+    replaced."""
     why: str
     """Reason, as one sentence."""
     fix: str = ""
@@ -63,6 +65,9 @@ class Finding:
     """Number of findings it stands for, see `limited`."""
     shows: Literal["fields", "on-request", "line"] = "fields"
     """Fields in the text: the first ones, all on request (see `render`), or none if the reason names them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "found", tuple((path, hidden(path, value)) for path, value in self.found))
 
     @property
     def path(self) -> str:

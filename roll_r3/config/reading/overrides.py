@@ -8,6 +8,7 @@ from typing import Any
 from roll_r3.config.findings.report import Finding, show_value
 from roll_r3.config.reading.field_paths import did_you_mean, fields_at, null_is_a_value
 from roll_r3.config.reading.yaml_file import MAX_DEPTH, MAX_PATH, is_writable, parse_yaml
+from roll_r3.config.secrets import hidden_override
 from roll_r3.config.tree import at, is_at, join
 
 _NULLS = ("null", "Null", "NULL", "~")
@@ -26,11 +27,12 @@ def apply(
         Findings about the override.
     """
     path, equals, text = override.partition("=")
+    writable, override = is_writable(override), hidden_override(override)
     keys = path.split(".")
     if not equals or not all(keys) or any(c.isspace() for c in path) or len(keys) > MAX_DEPTH or len(path) > MAX_PATH:
         fix = "write section.field=value, without spaces around ="
         return [Finding("override", "error", (), f"{show_value(override)!r} is not an override", fix)]
-    if not is_writable(override):
+    if not writable:
         why = f"{show_value(override)!r} is not UTF-8"
         return [Finding("override", "error", (), why, "write it on a terminal with UTF-8 as its encoding")]
     place = f"override {show_value(override)}"

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from roll_r3.config.findings.report import Finding, show_value
+from roll_r3.config.secrets import masked
 from roll_r3.config.tree import join, unshared
 
 MAX_NODES = 20_000
@@ -235,8 +236,10 @@ def _plain_tag(text: str) -> str:
 
 
 def to_yaml(config: BaseModel) -> str:
-    """Return a configuration as YAML, with all defaults; it loads to the same configuration."""
+    """Return a configuration as YAML, with all defaults; it loads to the same configuration, except for secrets."""
     values = config.model_dump(mode="json")
+    if "system_envs" in values:
+        values["system_envs"] = masked(values["system_envs"])
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 

@@ -21,6 +21,7 @@ from roll_r3.config.rules import (
     replay,
     rollout,
     saving,
+    variables,
     waiting,
 )
 from roll_r3.config.rules.table import AnyRule, check_rows
@@ -38,6 +39,7 @@ RULES: tuple[AnyRule, ...] = (
     *rollout.RULES,
     *data.RULES,
     *saving.RULES,
+    *variables.RULES,
     *waiting.RULES,
 )
 

@@ -177,18 +177,20 @@ def server_command(config: SglangConfig, arguments: list[str]) -> list[str]:
 def server_environment(
     config: SglangConfig,
     inherited: Mapping[str, str],
+    given: Mapping[str, str],
     *,
     device: str,
     gpu_ids: tuple[int, ...],
     key: str,
 ) -> dict[str, str]:
-    """Return the environment of a server; `inherited` is this process's own."""
-    environment = without_rank(inherited)
-    # It would return log-probabilities before the sampling temperature.
-    environment.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
-    environment |= {
-        launcher.KEY_VARIABLE: key,
-        launcher.PARENT_VARIABLE: str(os.getpid()),
+    """Return the environment of a server.
+
+    Args:
+        inherited: environment of this process.
+        given: variables of the configuration. They take precedence over defaults here, but not over what the server
+            needs.
+    """
+    environment = without_rank(inherited) | {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a directory here
@@ -196,6 +198,9 @@ def server_environment(
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
     }
+    # It would return log-probabilities before the sampling temperature.
+    environment.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
+    environment |= {**given, launcher.KEY_VARIABLE: key, launcher.PARENT_VARIABLE: str(os.getpid())}
     if device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpu_ids)
     else:

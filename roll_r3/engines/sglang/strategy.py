@@ -80,7 +80,12 @@ class SglangProgram:
 
     def environment(self, key: str) -> dict[str, str]:
         return server_environment(
-            self._settings, os.environ, device=self._place.device, gpu_ids=self._place.gpu_ids, key=key
+            self._settings,
+            os.environ,
+            self._role.environment,
+            device=self._place.device,
+            gpu_ids=self._place.gpu_ids,
+            key=key,
         )
 
 

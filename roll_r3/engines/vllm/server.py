@@ -250,24 +250,32 @@ def settings_left_out(inherited: Mapping[str, str]) -> list[str]:
 def server_environment(
     config: VllmConfig,
     inherited: Mapping[str, str],
+    given: Mapping[str, str],
     *,
     device: str,
     gpu_ids: tuple[int, ...],
     key: str,
 ) -> dict[str, str]:
-    """Return the environment of a server; `inherited` is this process's own."""
+    """Return the environment of a server.
+
+    Args:
+        inherited: environment of this process.
+        given: variables of the configuration. They take precedence over defaults here, but not over what the server
+            needs.
+    """
     left_out = {*_PYTHON_VARIABLES, *settings_left_out(inherited)}
     environment = {name: value for name, value in without_rank(inherited).items() if name not in left_out}
     plugins, path = ["roll_r3_vllm"], [str(PLUGIN_PATH)]
     environment |= {
-        launcher.KEY_VARIABLE: key,
-        launcher.PARENT_VARIABLE: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a directory here
-        "VLLM_SERVER_DEV_MODE": "1",  # the update API; our middleware guards it
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        **given,
+        launcher.KEY_VARIABLE: key,
+        launcher.PARENT_VARIABLE: str(os.getpid()),
+        "VLLM_SERVER_DEV_MODE": "1",  # the update API; our middleware guards it
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if device == "cuda":

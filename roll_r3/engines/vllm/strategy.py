@@ -87,12 +87,17 @@ class VllmProgram:
         return server_command(self._settings, arguments)
 
     def environment(self, key: str) -> dict[str, str]:
-        if names := settings_left_out(os.environ):
+        if names := [name for name in settings_left_out(os.environ) if name not in self._role.environment]:
             logger.warning(
                 "engine %d (vLLM): its server does not inherit %s", self._place.engine_index, ", ".join(names)
             )
         return server_environment(
-            self._settings, os.environ, device=self._place.device, gpu_ids=self._place.gpu_ids, key=key
+            self._settings,
+            os.environ,
+            self._role.environment,
+            device=self._place.device,
+            gpu_ids=self._place.gpu_ids,
+            key=key,
         )
 
 

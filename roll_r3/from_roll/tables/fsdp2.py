@@ -52,6 +52,25 @@ def _attention(draft: Draft, keys: Keys) -> None:
         draft.unread(keys)
 
 
+_ACCUMULATION = "actor_train.training_args.gradient_accumulation_steps"
+_ULYSSES = "samples are not split over devices: each is a data-parallel rank"
+
+
+def _ulysses(draft: Draft, keys: Keys) -> None:
+    """Keep the samples of an optimizer step: devices that share a sample in ROLL have samples of their own here."""
+    size, steps = draft.get(keys), draft.get(_ACCUMULATION)
+    if size in (None, 1):
+        draft.drop(keys)
+    elif keys[0] != "actor_train":
+        draft.unread(keys)
+    elif isinstance(size, int) and isinstance(steps, int) and size > 1 and steps > 0 and steps % size == 0:
+        why = f"{_ULYSSES}. With fewer micro-batches an optimizer step has the same samples; a rank needs more memory"
+        draft.drop(_ACCUMULATION)
+        draft.translate(keys, {_ACCUMULATION: steps // size}, why)
+    else:
+        draft.refuse(keys, f"{_ULYSSES}; divide gradient_accumulation_steps by ulysses_size, for the same samples")
+
+
 STEPS: tuple[Step, ...] = (_precision,)
 
 ROWS = (
@@ -88,7 +107,7 @@ ROWS = (
     ),
     Row(
         under("<fsdp2>.model_args", "ulysses_size"),
-        Unsupported((1,), "samples are not split over devices: each is a data-parallel rank"),
+        Custom(_ulysses, "`gradient_accumulation_steps` divided by it, if it divides; no effect for the reference"),
     ),
     Row(under("<fsdp2>.model_args", "model_config_kwargs"), Unsupported(({},), "the model is the checkpoint's")),
     Row(under("<fsdp2>.model_args", "moe_aux_loss_coef"), Unsupported((0,), "there is no load-balancing loss")),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.tree import Keys
-from roll_r3.from_roll.draft import Draft
+from roll_r3.from_roll.draft import Draft, is_number
 from roll_r3.from_roll.key_rows import ByStep, Custom, Row, Same, Step, Unread, Unsupported, under
 
 _TRAINING = "actor_train.training_args"
 _DATA = "actor_train.data_args"
 _SAMPLING = "actor_infer.generating_args"
+_EVALUATED = "validation.generating_args"
+_ROUNDING = 1e-6
 
 
 def _stop_strings(draft: Draft, keys: Keys) -> None:
@@ -24,19 +26,22 @@ _RAW_PROMPT = (
     "ROLL passes the column prompt to the model unchanged, roll_r3 through the chat template: set data_args.messages "
     "to a column of messages"
 )
-_MIXTURE = "prompts are drawn evenly from all files: mix them in the wanted proportion"
 
 
 def _domains(draft: Draft) -> None:
-    """Drop the mixture of one domain; reject any other."""
+    """Drop the mixture of one domain, with every prompt; write the last share as the rest, as ROLL reads it."""
     path = f"{_DATA}.domain_interleave_probs"
     shares, rewards = draft.get(path), draft.get("rewards")
     if shares is None:
         draft.drop(path)
     elif isinstance(shares, dict) and len(shares) == 1 and isinstance(rewards, dict) and set(rewards) <= set(shares):
         draft.translate(path, {}, "a single domain gets every prompt")
-    elif isinstance(shares, dict):
-        draft.refuse(path, _MIXTURE)
+    elif draft.is_rolls and isinstance(shares, dict) and shares and all(map(is_number, shares.values())):
+        *others, last = shares
+        rest = round(1 - sum(shares[name] for name in others), 6)
+        if rest >= 0 and abs(rest - shares[last]) > _ROUNDING:
+            why = f"ROLL gives {last} what the other domains leave"
+            draft.translate(path, {path: {**shares, last: rest}}, why)
 
 
 def _columns(draft: Draft) -> None:
@@ -106,6 +111,8 @@ def _min_lr(draft: Draft) -> None:
         draft.translate(path, {f"{_TRAINING}.min_lr": given["min_lr"]}, "rate at the end of the decay")
 
 
+_IMPLIED = "do_sample max_length length_penalty logprobs include_stop_str_in_output seed"
+
 STEPS: tuple[Step, ...] = (_domains, _columns, _group, _warmup, _min_lr)
 
 ROWS = (
@@ -138,24 +145,36 @@ ROWS = (
         Unread("ROLL takes them from max_steps, output_dir, seed and model_args.dtype"),
     ),
     Row(under(_TRAINING, "save_hf_model"), Unread("save_hf_steps writes weights for transformers")),
-    Row(under(_SAMPLING, "temperature top_p top_k"), Same()),
-    Row(under(_SAMPLING, "stop_strings"), Custom(_stop_strings, "the same; `null`: none")),
+    Row(under(_SAMPLING, "temperature top_p top_k") + under(_EVALUATED, "temperature top_p top_k"), Same()),
+    Row(
+        under(_SAMPLING, "stop_strings") + under(_EVALUATED, "stop_strings"),
+        Custom(_stop_strings, "the same; `null`: none"),
+    ),
     Row(under(_SAMPLING, "max_new_tokens"), ByStep("no effect: ROLL uses `response_length`, the default here")),
     Row(
         under(_SAMPLING, "num_return_sequences"),
         ByStep("no effect: ROLL uses `num_return_sequences_in_group`"),
     ),
-    Row(under(_SAMPLING, "num_beams"), Unsupported((1,), "responses are sampled")),
-    Row(under(_SAMPLING, "repetition_penalty"), Unsupported((1,), "the trainer's probabilities have no such penalty")),
-    Row(under(_SAMPLING, "extra_args"), Unsupported(({},), "sampling has temperature, top_p and top_k only")),
+    Row(under(_SAMPLING, "num_beams") + under(_EVALUATED, "num_beams"), Unsupported((1,), "responses are sampled")),
     Row(
-        under(_SAMPLING, "do_sample max_length length_penalty logprobs include_stop_str_in_output seed"),
+        under(_SAMPLING, "repetition_penalty") + under(_EVALUATED, "repetition_penalty"),
+        Unsupported((1,), "the trainer's probabilities have no such penalty"),
+    ),
+    Row(
+        under(_SAMPLING, "extra_args") + under(_EVALUATED, "extra_args"),
+        Unsupported(({},), "sampling has temperature, top_p and top_k only"),
+    ),
+    Row(
+        under(_SAMPLING, _IMPLIED) + under(_EVALUATED, _IMPLIED),
         Unread("unread by ROLL's engines, or implied by other settings"),
     ),
     Row(under(_DATA, "file_name id messages"), Same()),
     Row(under(_DATA, "prompt"), ByStep(f"not supported alone: {_RAW_PROMPT}")),
     Row(under(_DATA, "tag"), ByStep(f"`{_DATA}.domain`; no effect if no reward has `tag_included`")),
-    Row(under(_DATA, "domain_interleave_probs"), ByStep(f"no effect for one domain. Else: {_MIXTURE}")),
+    Row(
+        under(_DATA, "domain_interleave_probs"),
+        ByStep("the same, with the last share as the rest; no effect for one domain"),
+    ),
     Row(f"{_DATA}.template global_template", Unsupported(_TEMPLATES, _TEMPLATE)),
     Row("tag_to_template", Unsupported(({},), _TEMPLATE)),
     Row(

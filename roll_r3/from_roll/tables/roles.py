@@ -120,8 +120,6 @@ def _batching(draft: Draft) -> None:
 
 STEPS: tuple[Step, ...] = (_unsupported_strategies, _steps, _packing, _batching)
 
-_ENVIRONMENT = "set them in the shell that starts the run, and before `ray start` on other nodes"
-
 ROWS = (
     Row(
         under("<role>.strategy_args", "strategy_name"),
@@ -151,16 +149,16 @@ ROWS = (
     Row(under("<role>", "model_update_frequency"), Unsupported((1,), "every step updates the rollout")),
     Row(under("<role>", "apply_loss_scale"), Unsupported((True,), "the loss covers the whole optimizer step")),
     Row(under("<role>", "mtp_training_mode"), Unsupported(("disabled",), "multi-token prediction is not trained")),
-    Row(under("<role>", "system_envs"), Unsupported(({},), _ENVIRONMENT)),
     Row(under("<role>", "tag_included"), Unsupported(([],), "one reference serves all prompts")),
     Row(
         under(
             "<role>",
             "name world_size backend_timeout max_concurrency offload_nccl model_update_method "
             "use_remove_padding use_logits_chunking logits_chunk_size logits_in_fp32 "
-            "sequence_length_round_in_train sequence_length_round_in_infer topr_positive_weight "
-            "topr_negative_weight opd_kl_coef",
-        ),
+            "sequence_length_round_in_train sequence_length_round_in_infer opd_kl_coef",
+        )
+        + under("actor_infer", "topr_positive_weight topr_negative_weight")
+        + under("reference", "topr_positive_weight topr_negative_weight"),
         Unread("implied by devices and layout; log-probabilities are fp32"),
     ),
     Row(

@@ -11,6 +11,10 @@ from roll_r3.from_roll.key_rows import ByStep, Custom, Row, Same, Step, Unread, 
 _ROLLOUT_LOOP = "roll.distributed.scheduler.user_defined_rollout_loop.UserDefinedRolloutLoop"
 
 
+_ROLLS_ADDITIONAL = 16
+"""ROLL's default number of additional prompts."""
+
+
 def _blocks(draft: Draft) -> None:
     """Drop blocks defined by DeepSpeed's includes."""
     for name in [key for key in draft.data if DEEPSPEED.fullmatch(key)]:
@@ -27,6 +31,25 @@ def _lengths(draft: Draft) -> None:
         draft.drop("response_length")
         why = "in ROLL it is prompt_length + response_length, and response_length is ignored"
         draft.translate("sequence_length", {"response_length": whole - prompt}, why)
+
+
+_SWITCHES = ("is_use_additional_prompts", "use_additional_prompts")
+_ADDITIONAL = "max_additional_running_prompts"
+
+
+def _additional_prompts(draft: Draft) -> None:
+    """Translate ROLL's switch for additional prompts, and their number."""
+    on = [key for key in _SWITCHES if draft.get(key) is True]
+    for key in _SWITCHES:
+        if draft.get(key) in (False, None):
+            draft.drop(key)
+    if on:
+        given = draft.get(_ADDITIONAL)
+        number = _ROLLS_ADDITIONAL if given is ABSENT else given
+        for key in on:
+            draft.translate(key, {_ADDITIONAL: number}, "the step takes the first groups that finish")
+    elif draft.is_rolls:
+        draft.unread(_ADDITIONAL)
 
 
 def _resume(draft: Draft, keys: Keys) -> None:
@@ -50,16 +73,6 @@ def _checkpoint_config(draft: Draft, keys: Keys) -> None:
         draft.drop((*keys, "type"))
 
 
-def _tracker(draft: Draft, keys: Keys) -> None:
-    name = draft.get(keys)
-    if name == "tensorboard":
-        draft.translate(keys, {keys: ["tensorboard"]}, "the value is a list")
-    elif name == "stdout":
-        draft.translate(keys, {keys: []}, "progress is always shown, and metrics.jsonl is always written")
-    elif isinstance(name, str) and draft.is_rolls:
-        draft.unread(keys)  # in roll_r3's own file the models report it
-
-
 def _mock(draft: Draft, keys: Keys) -> None:
     value = draft.get(keys)
     if value is None or (isinstance(value, dict) and value.get("enable", False) is False):
@@ -69,7 +82,7 @@ def _mock(draft: Draft, keys: Keys) -> None:
         draft.refuse(keys, "rollouts are neither dumped nor replaced by recorded ones")
 
 
-STEPS: tuple[Step, ...] = (_blocks, _lengths)
+STEPS: tuple[Step, ...] = (_blocks, _lengths, _additional_prompts)
 
 ROWS = (
     Row(
@@ -82,13 +95,6 @@ ROWS = (
     Row("sequence_length", ByStep("`response_length`, after subtracting `prompt_length`")),
     Row("defaults", ByStep("see [above](#other-pipelines-and-includes)")),
     Row(
-        "track_with",
-        Custom(
-            _tracker,
-            "`track_with: [tensorboard]`; `stdout` is `[]`; others are dropped",
-        ),
-    ),
-    Row(
         "checkpoint_config",
         Custom(
             _checkpoint_config,
@@ -100,20 +106,19 @@ ROWS = (
         Custom(_resume, "`resume_from_checkpoint`; `true` is `auto`; paths are of roll_r3's checkpoints"),
     ),
     Row(
-        "system_envs",
-        Unsupported(({},), "set them in the shell that starts the run, and before `ray start` on other nodes"),
-    ),
-    Row(
         "model_download_type",
-        Unsupported(("HUGGINGFACE_HUB",), "pretrain is a Hugging Face name or a directory: download others first"),
+        Unread("pretrain is a Hugging Face name or a directory: download others first"),
     ),
     Row(
         "async_generation_ratio",
         Unsupported((0,), "sampling never runs ahead of training"),
     ),
     Row(
-        "is_use_additional_prompts use_additional_prompts",
-        Unsupported((False,), "a step trains on all prompts, not only the first to finish"),
+        "is_use_additional_prompts use_additional_prompts max_additional_running_prompts",
+        ByStep(
+            "`max_additional_running_prompts`, 16 by default; without the switch it has no effect. Prompts beyond "
+            "those that the step lacks; ROLL keeps at least this many running"
+        ),
     ),
     Row("user_defined_rollout_loop_cls", Unsupported((_ROLLOUT_LOOP,), "the rollout loop cannot be replaced")),
     Row("rollout_mock", Custom(_mock, "`enable: false` only")),
@@ -124,14 +129,7 @@ ROWS = (
     ),
     Row("num_nodes local_rank", Unread("device mappings select devices")),
     Row(
-        "validation eval_steps val_batch_size val_prompt_length val_sequence_length val_greedy val_n_sample",
-        Unread("no validation yet; training does not depend on it"),
-    ),
-    Row(
-        (
-            "tracker_kwargs logging_dir logging_steps base_dir rollout_dump_dir save_logging_board_dir "
-            "dump_run_name otlp_output_dir"
-        ),
+        ("logging_dir logging_steps base_dir rollout_dump_dir save_logging_board_dir dump_run_name otlp_output_dir"),
         Unread("all output is under output_dir/exp_name"),
     ),
     Row(
@@ -140,7 +138,7 @@ ROWS = (
     ),
     Row(
         (
-            "max_running_requests max_additional_running_prompts is_num_return_sequences_expand "
+            "max_running_requests is_num_return_sequences_expand "
             "generate_opt_level router_args rpc_timeout alive_check_interval transfer_backend"
         ),
         Unread("transport has no settings; an engine's limits are in strategy_config"),
@@ -149,7 +147,9 @@ ROWS = (
         "is_offload_states is_offload_optimizer_states_in_train_step offload_backend",
         Unread("no offloading: engines have their own GPUs"),
     ),
-    Row("reward_model reward_system_config", Unread("read by unsupported reward workers only")),
+    Row(
+        "reward_model reward_system_config", Unread("models of rewards are endpoints of their own, see rewards.*.judge")
+    ),
     Row(
         "lora_target lora_rank lora_alpha offload_nccl",
         Unread("at the top level, only names for `${...}`"),

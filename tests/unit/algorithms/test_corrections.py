@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from roll_r3.algorithms.losses.base import TokenInputs
-from roll_r3.algorithms.losses.policy_loss import policy_loss
 
 from roll_r3.algorithms.corrections import corrected
+from roll_r3.algorithms.losses.base import TokenInputs
+from roll_r3.algorithms.losses.policy_loss import policy_loss
 from roll_r3.algorithms.mismatch import mismatch_metrics
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch

@@ -53,8 +53,10 @@ def value_of(line: list[str], flag: str) -> str:
     return line[line.index(flag) + 1]
 
 
-def environment(config: SglangConfig, inherited: dict[str, str], *, device: str = "cpu") -> dict[str, str]:
-    return server_environment(config, inherited, device=device, gpu_ids=(2, 5), key=KEY)
+def environment(
+    config: SglangConfig, inherited: dict[str, str], *, device: str = "cpu", **given: str
+) -> dict[str, str]:
+    return server_environment(config, inherited, given, device=device, gpu_ids=(2, 5), key=KEY)
 
 
 def test_the_line_holds_what_the_configuration_says() -> None:
@@ -240,6 +242,13 @@ def test_a_trainers_rank_does_not_leak_into_the_server() -> None:
     assert variables["PATH"] == "/bin"
     assert not set(inherited) - {"PATH"} & set(variables)
     assert variables[launcher.PARENT_VARIABLE] == str(os.getpid())
+
+
+def test_a_variable_that_somebody_wrote_reaches_the_server() -> None:
+    given = {"SGLANG_LOG_LEVEL": "debug", "HF_HUB_OFFLINE": "0", "CUDA_VISIBLE_DEVICES": "7"}
+    variables = environment(SglangConfig(), {"SGLANG_LOG_LEVEL": "info"}, **given)
+    assert (variables["SGLANG_LOG_LEVEL"], variables["HF_HUB_OFFLINE"]) == ("debug", "0")
+    assert variables["CUDA_VISIBLE_DEVICES"] == "", "set by the start itself"
 
 
 def test_the_stand_ins_are_for_a_cpu_only() -> None:

@@ -65,8 +65,8 @@ def value_of(line: list[str], flag: str) -> str:
     return line[line.index(flag) + 1]
 
 
-def environment(config: VllmConfig, inherited: dict[str, str], *, device: str = "cpu") -> dict[str, str]:
-    return server_environment(config, inherited, device=device, gpu_ids=(2, 5), key=KEY)
+def environment(config: VllmConfig, inherited: dict[str, str], *, device: str = "cpu", **given: str) -> dict[str, str]:
+    return server_environment(config, inherited, given, device=device, gpu_ids=(2, 5), key=KEY)
 
 
 def test_the_line_holds_what_the_configuration_says():
@@ -210,6 +210,13 @@ def test_neither_a_trainers_rank_nor_a_setting_that_nobody_wrote_reaches_the_ser
     assert variables["PATH"] == "/bin"
     assert not {"RANK", "TORCHELASTIC_X", "VLLM_BATCH_INVARIANT"} & set(variables)
     assert variables[launcher.PARENT_VARIABLE] == str(os.getpid())
+
+
+def test_a_variable_that_somebody_wrote_reaches_the_server():
+    given = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "DO_NOT_TRACK": "0", launcher.KEY_VARIABLE: "another"}
+    variables = environment(VllmConfig(), {"VLLM_USE_FLASHINFER_SAMPLER": "1"}, **given)
+    assert (variables["VLLM_USE_FLASHINFER_SAMPLER"], variables["DO_NOT_TRACK"]) == ("0", "0")
+    assert variables[launcher.KEY_VARIABLE] == KEY
 
 
 def test_what_a_cpu_needs_is_for_a_cpu_only():

@@ -8,7 +8,7 @@ from roll_r3.config.findings.report import ABSENT
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.field_paths import annotations_at
 from roll_r3.from_roll.defaults import CONDITIONAL, DEFAULTS
-from tests.unit.from_roll.cases import at, of_roll, put, run
+from tests.unit.from_roll.cases import ENGINE, at, of_roll, put, run
 
 
 def test_a_section_that_is_none_takes_no_defaults():
@@ -25,9 +25,10 @@ def test_rolls_defaults_hold_for_rolls_files_only():
     assert run(ours) == (ours, {})
 
 
-@pytest.mark.parametrize("sign", ["rewards.math_rule.worker_cls", "actor_train.data_args.domain_interleave_probs"])
-def test_either_sign_makes_a_file_rolls(sign):
-    assert "roll-defaults" in run(put(of_roll(), sign, ABSENT))[1]
+def test_a_worker_of_rolls_makes_a_file_rolls():
+    small = put(of_roll(), "actor_train.data_args.domain_interleave_probs", ABSENT)
+    assert "roll-defaults" in run(small)[1]
+    assert "roll-defaults" not in run(put(small, "rewards.math_rule.worker_cls", ABSENT))[1]
 
 
 def test_every_default_is_a_field_and_differs_from_ours():
@@ -36,4 +37,32 @@ def test_every_default_is_a_field_and_differs_from_ours():
     ).model_dump()
     for path, value in (DEFAULTS | {path: value for path, value, *_ in CONDITIONAL}).items():
         assert annotations_at(path), path
-        assert at(ours, path) != value, path
+        assert path.startswith("validation.") or at(ours, path) != value, path
+
+
+@pytest.mark.parametrize(
+    ("changes", "host"),
+    [
+        ({"actor_train__device_mapping": "range(16)", "actor_infer__device_mapping": "range(16, 24)"}, "0.0.0.0"),
+        ({"actor_train__device_mapping": "range(6)", "actor_infer__device_mapping": "[6, 7]"}, ABSENT),
+        (
+            {
+                "actor_train__device_mapping": "range(6)",
+                "actor_infer__device_mapping": "[6, 7]",
+                "num_gpus_per_node": 4,
+            },
+            "0.0.0.0",
+        ),
+        ({"actor_train__device_mapping": "range(16)", "actor_infer__device_mapping": "nonsense"}, ABSENT),
+        (
+            {
+                "actor_train__device_mapping": "range(16)",
+                "actor_infer__device_mapping": "range(16, 24)",
+                "actor_infer__strategy_args__strategy_name": "hf_infer",
+            },
+            ABSENT,
+        ),
+    ],
+)
+def test_engines_of_several_nodes_listen_beyond_loopback(changes, host):
+    assert at(run(of_roll(**changes))[0], f"{ENGINE}.host") == host

@@ -12,7 +12,7 @@ from roll_r3.config.rules.example import MINIMAL
 from roll_r3.config.strategies import Fsdp2Config, VllmConfig
 from roll_r3.from_roll.roll_dialect import ROLL
 from roll_r3.from_roll.translate import translate
-from tests.unit.from_roll.cases import FILES, FOLDER, MATH, ROOT, at, load_text, of_roll, put, read, run
+from tests.unit.from_roll.cases import FILES, FOLDER, ROOT, at, load_text, of_roll, put, read, run
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -21,24 +21,19 @@ def test_a_whole_file_becomes_a_configuration(path):
     translated, _, findings = translate(data, places)
     config = RLVRConfig.model_validate(translated)
     assert config.device_type == "cuda", "ROLL runs on GPUs"
-    # both files say how many GPUs a node has
-    expected = {
-        "sglang": ["engines-beyond-loopback"],
-        "vllm": ["gpus-not-shared", "engines-beyond-loopback"],
-    }
     found = check_rules(config)
-    assert [f.rule for f in found if f.severity == "error"] == expected.get(path.stem, [])
-    # vLLM does not give the log-probabilities of what ROLL samples by default
-    softened = {f.rule for f in found if f.severity == "warning"}
-    assert ("vllm-truncates-before-log-probs" in softened) == (path.stem == "vllm")
-    assert sum(f.rule == "roll-unsupported" for f in findings) == (path.stem in ("deepspeed", "vllm"))
+    assert [f.rule for f in found if f.severity == "error"] == {"vllm": ["gpus-not-shared"]}.get(path.stem, [])
+    assert all(f.rule != "truncated-sampling" for f in found), "what ROLL samples by default is exact"
+    assert sum(f.rule == "roll-unsupported" for f in findings) == (path.stem == "deepspeed")
     assert sum(f.rule == "roll-unread" for f in findings) == 1
-    assert {f.severity for f in findings if f.rule in ("roll-translated", "roll-defaults")} == {"note"}
+    said = [f for f in findings if f.rule in ("roll-translated", "roll-defaults")]
+    assert {f.severity for f in said} == {"note"} | {"warning" for f in said if f.path.endswith("llm_judge.worker_cls")}
 
 
 def test_the_sglang_file_means_what_it_meant():
     config = RLVRConfig.model_validate(translate(*read(FOLDER / "sglang.yaml"))[0])
-    assert (config.adv_estimator, config.norm_adv_by_std_in_grpo, config.advantage_clip) == ("grpo", True, 2.0)
+    assert (config.adv_estimator, config.advantage_clip) == ("reinforce", 2.0)
+    assert (config.norm_mean_type, config.norm_std_type) == ("group", "group")
     assert (config.clip_range, config.dual_clip_loss) == ((0.2, 0.28), 1.4)
     assert (config.use_kl_loss, config.kl_loss_coef, config.kl_estimator) == (True, 0.002, "k3")
     assert (config.rollout_correction.is_weight, config.rollout_correction.is_cap) == ("token", 2.0)
@@ -59,60 +54,106 @@ def test_the_sglang_file_means_what_it_meant():
     assert config.actor_train.data_args.domain == "tag", "the start says which tags fall to math_rule"
 
 
-def test_the_vllm_file_names_what_is_missing_all_at_once():
+def test_the_vllm_file_means_what_it_meant():
     data, places = read(FOLDER / "vllm.yaml")
+    translated, _, findings = translate(data, places)
+    config = RLVRConfig.model_validate(translated)
+    assert (config.adv_estimator, config.norm_mean_type, config.norm_std_type) == ("reinforce", None, None)
+    assert (config.reward_clip, config.advantage_clip, config.dual_clip_loss) == (10, 2.0, 1.4)
+    assert config.whiten_advantages
+    assert config.max_len_mask
+    assert (config.difficulty_mask, config.difficulty_low_threshold) == (True, 0.1)
+    assert config.actor_train.data_args.domain_interleave_probs == {"math_rule": 0.6, "code_sandbox": 0.4}
+    assert {name: reward.reward for name, reward in config.rewards.items()} == {
+        "math_rule": "math",
+        "code_sandbox": "code",
+    }
+    assert config.rewards["math_rule"].filter_groups.kind == "mean"
+    assert (config.track_with, config.tracker_kwargs) == (("wandb",), {"wandb": {"project": "rlvr"}})
+    assert config.system_envs == {"WANDB_API_KEY": "secret-of-the-user"}
+    assert config.actor_infer.strategy_args.strategy_config.host == "0.0.0.0", "its roles span nodes"
+    assert at(translated, "actor_infer.strategy_args") == {
+        "strategy_name": "vllm",
+        "strategy_config": {
+            "gpu_memory_utilization": 0.85, "tp_size": 2, "weight_bucket_mb": 2048, "host": "0.0.0.0",
+        },
+    }  # fmt: skip
+    assert (config.response_length, config.reference) == (4096, None)
+    budgets = config.actor_train
+    assert (budgets.max_tokens_per_microbatch_in_train, budgets.max_tokens_per_microbatch_in_infer) == (8192, 16384)
+    assert "secret-of-the-user" not in render(findings, Origins("vllm.yaml", places))
+
+
+def test_the_stock_file_loads_unchanged():
+    loaded = load(FOLDER / "stock.yaml", translator=ROLL)
+    config = loaded.config
+    warnings = [f.path for f in loaded.findings if f.severity == "warning" and f.rule != "roll-unread"]
+    assert warnings == ["rewards.llm_judge.worker_cls"], "a server to start"
+    assert not [f for f in check_rules(config) if f.severity == "error"]
+    assert config.system_envs == {"NCCL_DEBUG": "WARN"}
+    assert (config.adv_estimator, config.norm_mean_type, config.norm_std_type) == ("reinforce", None, None)
+    assert (config.reward_clip, config.advantage_clip, config.dual_clip_loss) == (10, 2.0, 1.4)
+    assert (config.whiten_advantages, config.max_len_mask, config.difficulty_mask) == (True, True, True)
+    shares = config.actor_train.data_args.domain_interleave_probs
+    assert shares == {"math_rule": 0.4, "code_sandbox": 0.3, "llm_judge": 0.1, "crossthinkqa": 0.1, "ifeval": 0.1}
+    rules = {name: reward.reward for name, reward in config.rewards.items()}
+    assert rules == {
+        "crossthinkqa": "multiple_choice",
+        "ifeval": "ifeval",
+        "math_rule": "math",
+        "code_sandbox": "code",
+        "llm_judge": "llm_judge",
+    }
+    assert config.rewards["code_sandbox"].filter_groups.kind == "std"
+    judge = config.rewards["llm_judge"].judge
+    assert (judge.model, judge.max_tokens, judge.temperature) == ("some/judge", 100, 0.8)
+    assert (config.eval_steps, config.validation.data_args.messages, config.validation.data_args.domain) == (
+        20,
+        "messages",
+        "tag",
+    )
+    assert config.validation.generating_args.top_k == 50
+
+
+MISSING = {
+    "gamma": 0.9,
+    "async_generation_ratio": 1,
+    "whiten_rewards": True,
+    "actor_train.model_args.lora_target": "all-linear",
+    "rewards.code_sandbox.use_local": False,
+}
+
+
+def test_what_is_missing_is_named_all_at_once():
+    data, places = read(FOLDER / "vllm.yaml")
+    for key, value in MISSING.items():
+        data = put(data, key, value)
     translated, _, findings = translate(data, places)
     (refused,) = [f for f in findings if f.rule == "roll-unsupported"]
     assert refused.severity == "error"
-    assert {path for path, _ in refused.found} == {
-        "system_envs",
-        "adv_estimator",
-        "whiten_advantages",
-        "max_len_mask",
-        "difficulty_mask",
-        "actor_train.data_args.domain_interleave_probs",
-        "rewards.math_rule.query_filter_config",
-        "rewards.code_sandbox.worker_cls",
-    }
-    assert all(path in refused.fix for path, _ in refused.found)
-    assert at(translated, "actor_infer.strategy_args") == {
-        "strategy_name": "vllm",
-        "strategy_config": {"gpu_memory_utilization": 0.85, "tp_size": 2, "weight_bucket_mb": 2048},
-    }
-    assert translated["response_length"] == 4096
-    assert "reference" not in translated
+    expected = {*MISSING, "rewards.code_sandbox.worker_cls"} - {"rewards.code_sandbox.use_local"}
+    assert {path for path, _ in refused.found} == expected
+    assert all(path in refused.fix for path in expected)
     assert list(translated["rewards"]) == ["math_rule"]
-    assert at(translated, "actor_train.max_tokens_per_microbatch_in_train") == 8192
-    assert at(translated, "actor_train.max_tokens_per_microbatch_in_infer") == 16384
-    text = render(findings, Origins("vllm.yaml", places))
-    assert "vllm.yaml:35" in text
-    assert "secret-of-the-user" not in text
+    assert "vllm.yaml:35" in render(findings, Origins("vllm.yaml", {**places, "gamma": "vllm.yaml:35"}))
 
 
-def test_the_vllm_file_loads_without_what_is_missing():
-    data, places = read(FOLDER / "vllm.yaml")
-    (refused,) = [f for f in translate(data, places)[2] if f.rule == "roll-unsupported"]
-    instead = {
-        "adv_estimator": "grpo",
-        "rewards.code_sandbox.worker_cls": MATH,
-        "actor_infer.generating_args.temperature": "1",
-        "actor_infer.device_mapping": "range(16, 28)",
-        "actor_infer.strategy_args.strategy_config.host": "0.0.0.0",
-    }
-    answered = dict.fromkeys((path for path, _ in refused.found), "null") | instead
-    loaded = load(FOLDER / "vllm.yaml", [f"{path}={value}" for path, value in answered.items()], ROLL)
+def test_the_vllm_file_loads_with_devices_of_its_own():
+    loaded = load(FOLDER / "vllm.yaml", ["actor_infer.device_mapping=range(16, 28)"], ROLL)
     assert {f.severity for f in loaded.findings} == {"note", "warning"}
     assert not [f for f in check_rules(loaded.config) if f.severity == "error"]
     engine = loaded.config.actor_infer.strategy_args.strategy_config
     assert (type(engine), engine.tp_size, engine.gpu_memory_utilization) == (VllmConfig, 2, 0.85)
 
 
-def test_the_vllm_file_loses_what_is_refused_by_nulls():
+def test_a_file_loses_what_is_refused_by_nulls():
     path = FOLDER / "vllm.yaml"
-    refused = [f for f in load(path, translator=ROLL).findings if f.rule == "roll-unsupported"]
+    added = [f"{key}={str(value).lower()}" for key, value in MISSING.items()]
+    refused = [f for f in load(path, added, ROLL).findings if f.rule == "roll-unsupported"]
     gone = [key for finding in refused for key, _ in finding.found if not key.endswith("worker_cls")]
-    assert len(gone) > 2
-    nulls = [*(f"{key}=null" for key in gone), "rewards.code_sandbox=null", "adv_estimator=grpo"]
+    assert len(gone) == len(MISSING) - 1
+    shares = "actor_train.data_args.domain_interleave_probs={math_rule: 1.0}"
+    nulls = [*added, *(f"{key}=null" for key in gone), "rewards.code_sandbox=null", shares]
     assert not [f for f in load(path, nulls, ROLL).findings if f.severity == "error"]
 
 

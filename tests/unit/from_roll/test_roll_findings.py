@@ -60,10 +60,12 @@ def test_values_inside_a_moved_value_keep_their_places():
 
 def test_values_of_a_section_are_not_printed():
     data = of_roll(
-        tracker_kwargs={"api_key": "hush"}, rewards__math_rule__judge_api_key="hush", system_envs={"K": "hush"}
+        tracker_kwargs={"api_key": "hush"},
+        rewards__math_rule__judge_api_key="hush",
+        reference={"system_envs": {"K": "hush"}},
     )
     _, _, findings = translate(data, {})
-    assert {"tracker_kwargs", "rewards.math_rule.judge_api_key", "system_envs"} <= {
+    assert {"tracker_kwargs", "rewards.math_rule.judge_api_key", "reference.system_envs"} <= {
         p for f in findings for p, _ in f.found
     }
     assert "hush" not in render(findings, Origins("f.yaml", {}))

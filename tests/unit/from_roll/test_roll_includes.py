@@ -52,8 +52,8 @@ def test_defaults_of_another_form_are_left_to_the_models(value):
 OURS = f"dialect: roll_r3\n{MINIMAL}"
 NEEDS_AN_INCLUDE = OURS + (
     "defaults: [../config/traj_envs@_here_, ../config/deepspeed_zero3@_here_]\n"
-    "response_length: ${max_tokens_per_step}\n"
-    "prompt_length: ${max_actions_per_traj}\n"
+    "response_length: ${agent_template}\n"
+    "prompt_length: ${custom_env.SimpleSokoban.max_steps}\n"
     "seed: ${response_length}\n"
 )
 
@@ -67,7 +67,7 @@ def test_what_a_skipped_include_defines_is_one_error():
 
 
 def test_what_no_include_of_rolls_defines_is_a_mistake_of_its_own():
-    text = NEEDS_AN_INCLUDE.replace("${max_actions_per_traj}", "${my_length}")
+    text = NEEDS_AN_INCLUDE.replace("${custom_env.SimpleSokoban.max_steps}", "${my_length}")
     findings = {f.rule: [path for path, _ in f.found] for f in load_text(text, "run.yaml").findings}
     assert findings == {"roll-include": ["defaults.0", "response_length", "seed"], "interpolation": ["prompt_length"]}
 
@@ -78,6 +78,15 @@ def test_an_unknown_include_is_named_with_what_needs_it():
     assert (finding.rule, [path for path, _ in finding.found]) == ("roll-include", ["defaults.0", "response_length"])
     (alone,) = load_text(OURS + "defaults: [../config/my_model]\n", "run.yaml").findings
     assert (alone.rule, alone.path) == ("roll-include", "defaults.0")
+
+
+def test_numbers_of_rolls_own_includes_resolve_and_stay_outside():
+    text = OURS + "defaults: [../config/traj_envs@_here_, ../config/step_envs@_here_]\n"
+    loaded = load_text(text + "response_length: ${max_tokens_per_step}\nseed: ${default_history_length}\n", "run.yaml")
+    assert (loaded.config.response_length, loaded.config.seed, loaded.findings) == (128, 5, ())
+    own = load_text(text + "max_actions_per_traj: 7\nseed: ${max_actions_per_traj}\n", "run.yaml")
+    assert own.config.seed == 7
+    assert [f.path for f in own.findings] == ["max_actions_per_traj"], "a key of the file itself stays in it"
 
 
 def test_what_deepspeeds_include_defines_resolves():

@@ -53,10 +53,10 @@ def test_a_path_begins_a_new_run_there(tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path):
     config = config_of(tmp_path, resume_from_checkpoint="auto")
     first = FakeRun(config).run_to(6)
-    (first.checkpoints.path(6) / "trainer" / "a").write_bytes(b"a" * 4999)
+    (first.checkpoints.path(6) / "trainer" / "a").write_bytes(b"a" * 19_999)
     again = FakeRun(config)
     assert again.done == 4
-    assert "step-00000006 is DAMAGED: trainer/a has 4999 bytes, and had 5000" in again.said[0]
+    assert "step-00000006 is DAMAGED: trainer/a has 19999 bytes, and had 20000" in again.said[0]
     assert "step-00000006.damaged" in again.said[1]
     again.run_to(6)
     verify(again.checkpoints.path(6))

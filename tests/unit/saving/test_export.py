@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from roll_r3.config.load import load_text
+from roll_r3.config.rules import check_rules
+from roll_r3.config.rules.example import MINIMAL
 from roll_r3.errors import CheckpointError, ConfigError
-from roll_r3.export import export, main
+from roll_r3.export import _on_one_rank, export, main
 from roll_r3.models.checkpoint_files import INDEX
 from roll_r3.trainers.hf_checkpoint import save_hf
 
@@ -113,3 +116,10 @@ def test_the_end_of_an_export_is_reported(tmp_path, capsys, monkeypatch, error, 
     monkeypatch.setattr("roll_r3.export.export", stopped)
     assert main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]) == status
     assert capsys.readouterr().err == message
+
+
+def test_a_run_on_several_domains_can_be_exported():
+    shares = "actor_train.data_args={file_name: a, domain: tag, domain_interleave_probs: {one: 0.5, two: 0.5}}"
+    rewards = "rewards={one: {reward: math, tag_included: [x]}, two: {reward: math}}"
+    config = load_text(MINIMAL, "config.yaml", [shares, rewards]).config
+    assert not check_rules(_on_one_rank(config, None))
