@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from roll_r3.batch.kept_tokens import KeptTokens
 from roll_r3.batch.routes import Routes
 from roll_r3.batch.trajectory import Trajectory
 
@@ -54,6 +55,9 @@ class Batch:
     tokens. It has no gradient, and KL and entropy terms do not see it. None: 1 everywhere."""
     scores_n: FloatN | None = None
     """Score of each sample, before shaping and normalisation; 0 for fillers. None before scoring."""
+    kept: KeptTokens | None = None
+    """Set of tokens that each label was sampled from, empty where none was; None: log-probabilities and entropies are
+    of the whole vocabulary."""
     versions_N: npt.NDArray[np.int32] | None = None
     """Weight version that sampled each label, -1 where none did; None for a batch made without trajectories."""
 
@@ -72,6 +76,11 @@ class Batch:
         routes = [t.routes for t in trajectories if t.routes is not None]
         if routes and len(routes) != len(trajectories):
             raise ValueError(f"{len(trajectories) - len(routes)} of {len(trajectories)} trajectories carry no routes")
+        kept = [inputs for t in trajectories if (inputs := t.kept_inputs) is not None]
+        if kept and len(kept) != len(trajectories):
+            raise ValueError(
+                f"{len(trajectories) - len(kept)} of {len(trajectories)} trajectories carry no kept tokens"
+            )
         return cls(
             sample_ids=tuple(t.sample_id for t in trajectories),
             lengths_n=np.array([t.num_tokens - 1 for t in trajectories], np.int64),
@@ -81,6 +90,7 @@ class Batch:
             rollout_log_probs_N=np.concatenate([t.log_probs_T[1:] for t in trajectories]),
             versions_N=np.concatenate([t.versions_T[1:] for t in trajectories]),
             routes=tuple(routes) or None,
+            kept=KeptTokens.concatenate(kept) if kept else None,
         )
 
     def per_sample(self, values_n: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
@@ -107,7 +117,9 @@ class Batch:
             value = getattr(self, f.name)
             if value is None:
                 continue
-            if f.name.endswith("_N"):
+            if isinstance(value, KeptTokens):
+                changes[f.name] = value.select(inputs)
+            elif f.name.endswith("_N"):
                 changes[f.name] = value[inputs]
             elif f.name.endswith("_n"):
                 changes[f.name] = value[index]

@@ -9,6 +9,7 @@ from typing import Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from roll_r3.batch.kept_tokens import KeptTokens
 from roll_r3.batch.routes import Routes
 
 FinishReason = Literal["stop", "length"]
@@ -47,13 +48,17 @@ class Trajectory:
     sampled_T: npt.NDArray[np.bool_]
     """True where the policy sampled the token; False for the prompt and for tool output."""
     log_probs_T: npt.NDArray[np.float32]
-    """The engine's log-probability (nats) of each sampled token under the sampling temperature; 0 elsewhere."""
+    """The engine's log-probability (nats) of each sampled token under the sampling temperature, over its set in `kept`
+    if that is there; 0 elsewhere."""
     versions_T: npt.NDArray[np.int32]
     """Weight version behind each sampled token; `NOT_SAMPLED` elsewhere."""
     turns: tuple[Turn, ...]
     """The sampled tokens in order, the end-of-sequence token included when a turn's `finish_reason` is "stop"."""
     routes: Routes | None = None
     """T - 1 rows, or a handle to them; rows of tokens that no engine processed are unknown. None: nothing recorded."""
+    kept: KeptTokens | None = None
+    """S rows: the tokens that each sampled token was chosen from, itself included. None: the whole vocabulary, or
+    nothing recorded."""
 
     def __post_init__(self) -> None:
         """Raise ValueError unless the arrays, turns and routes describe one stream."""
@@ -82,6 +87,11 @@ class Trajectory:
             raise ValueError(
                 f"{self.sample_id}: routes must have {num_tokens - 1} rows, one per input, got {self.routes.num_rows}"
             )
+        if self.kept is not None and (self.kept.num_rows != self.num_sampled or not self.kept.counts_S.all()):
+            raise ValueError(
+                f"{self.sample_id}: kept tokens must be {self.num_sampled} non-empty sets, one per sampled token, got "
+                f"{int((self.kept.counts_S > 0).sum())}"
+            )
 
     def _check_array(self, name: str, dtype: str, num_tokens: int) -> None:
         array = getattr(self, name)
@@ -102,6 +112,7 @@ class Trajectory:
         version: int,
         finish_reason: FinishReason,
         routes: Routes | None = None,
+        kept: KeptTokens | None = None,
     ) -> Self:
         """Return the stream of one response to one prompt, sampled by weights of one version."""
         before, sampled = len(prompt_ids), len(response_ids)
@@ -115,6 +126,7 @@ class Trajectory:
             versions_T=np.where(sampled_T, np.int32(version), np.int32(NOT_SAMPLED)),
             turns=(Turn(before, before + sampled, finish_reason),),
             routes=routes,
+            kept=kept,
         )
 
     @property
@@ -125,6 +137,13 @@ class Trajectory:
     def num_sampled(self) -> int:
         """Number of tokens sampled by the policy, over all turns."""
         return int(self.sampled_T.sum())
+
+    @property
+    def kept_inputs(self) -> KeptTokens | None:
+        """Kept tokens with a row per input, empty where the next token was not sampled."""
+        if self.kept is None:
+            return None
+        return self.kept.spread(np.flatnonzero(self.sampled_T[1:]), self.num_tokens - 1)
 
     @property
     def prompt_ids(self) -> npt.NDArray[np.int32]:

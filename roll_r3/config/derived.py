@@ -7,7 +7,7 @@ from dataclasses import fields
 from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.config.base import Config
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling_settings import Sampling
+from roll_r3.config.sampling_settings import KEPT_LIMIT, Sampling
 from roll_r3.config.strategies import MegatronConfig, ServerConfig, SglangConfig, VllmConfig
 from roll_r3.config.tree import join
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig
@@ -77,13 +77,18 @@ def truncates(config: RLVRConfig) -> bool:
     return generating.top_p < 1 or generating.top_k > 0
 
 
-def gives_rollout_log_probs(config: RLVRConfig) -> bool:
-    """Return true if the engine's log-probabilities can be compared with the trainer's.
+def returns_kept(config: RLVRConfig) -> bool:
+    """Return true if the engine is asked for the set of tokens that each token was sampled from (`sampling_mask`)."""
+    return truncates(config) and config.actor_infer.generating_args.sampling_mask is not False
 
-    The trainer's are of the whole distribution at the sampling temperature. vLLM returns them before both temperature
-    and truncation, or after both.
+
+def gives_rollout_log_probs(config: RLVRConfig) -> bool:
+    """Return true if the engine's log-probabilities are of the trainer's distribution.
+
+    Without sets the trainer's are of the whole distribution at the sampling temperature. vLLM's are of the truncated
+    one then: its other choice is before truncation and temperature both.
     """
-    return vllm(config) is None or not truncates(config) or config.actor_infer.generating_args.temperature == 1
+    return vllm(config) is None or not truncates(config) or returns_kept(config)
 
 
 def engine_size(config: RLVRConfig) -> int:
@@ -221,12 +226,13 @@ def sampled_tokens(config: RLVRConfig) -> int:
 
 def sampling(config: RLVRConfig) -> Sampling:
     """Return the settings of sampling for training."""
-    generating = config.actor_infer.generating_args
+    generating, kept = config.actor_infer.generating_args, returns_kept(config)
     return Sampling(
         max_new_tokens=sampled_tokens(config),
         temperature=generating.temperature,
         top_p=generating.top_p,
-        top_k=generating.top_k,
+        top_k=KEPT_LIMIT if kept and generating.top_k < 1 else generating.top_k,
+        return_kept=kept,
         stop_token_ids=generating.stop_token_ids,
         stop_strings=generating.stop_strings,
     )

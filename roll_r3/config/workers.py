@@ -103,9 +103,15 @@ class GeneratingArgs(Config):
     temperature: PositiveFloat = 1.0
     """Divisor of the logits, in the engine and in the trainer."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling. Log-probabilities are of the whole distribution, so ratios are biased below 1."""
+    """Nucleus sampling: sample among the likeliest tokens with this probability together. Below 1, see
+    `sampling_mask`."""
     top_k: int = -1
     """Number of most likely tokens to sample from; -1: all."""
+    sampling_mask: Literal["auto"] | bool = "auto"
+    """Take log-probabilities of rollout, trainer and reference over the tokens kept by top_p and top_k, as returned by
+    the engine with each token; without truncation there is nothing to return. auto: where the engine can. true:
+    required. false: log-probabilities of the whole distribution, so ratios are biased under truncation. With top_p
+    alone the engine samples among the 2,048 likeliest tokens."""
     stop_token_ids: Annotated[tuple[NonNegativeInt, ...], Field(max_length=64)] = ()
     """Token ids to end a response, besides the checkpoint's end tokens. The response keeps the token, and it is trained
     on."""

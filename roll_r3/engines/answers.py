@@ -20,6 +20,7 @@ import pybase64
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import FinishReason, Trajectory
 from roll_r3.config.findings.readable import readable
+from roll_r3.engines.kept_checks import read_kept
 from roll_r3.engines.sample import Asked, Sample, SampleError
 from roll_r3.errors import RouteError
 from roll_r3.models.facts import ModelFacts
@@ -48,6 +49,8 @@ class Answer:
     """Number of prompt tokens seen by the engine."""
     cached_tokens: int
     """Number of these taken from its prefix cache for certain; 0 if it does not say."""
+    kept: Any = None
+    """Set of tokens that each token was sampled from, as parsed; None if the engine returned none."""
 
 
 @contextmanager
@@ -169,7 +172,7 @@ def checked_sample(
 
     Raises:
         SampleError: cut short by the engine, of stale weights, of another prompt, or stopped by an absent token.
-        RouteError: log-probabilities or routes break their contract.
+        RouteError: log-probabilities, kept tokens or routes break their contract.
     """
     response_ids_R, prompt_ids = answer.response_ids_R, asked.sample.prompt_ids
     max_new_tokens = asked.sample.sampling.max_new_tokens
@@ -192,6 +195,9 @@ def checked_sample(
         )
     _check_end(answer, asked.sample.sampling.stop_strings)
     log_probs_R = _log_probs(answer.log_prob_entries, response_ids_R)
+    kept = None
+    if asked.sample.sampling.return_kept:
+        kept = read_kept(answer.kept, response_ids_R, facts.vocab_size)
     routes = None
     if asked.sample.record_routes:
         num_rows = len(prompt_ids) + len(response_ids_R) - 1 - asked.sample.first_row
@@ -205,6 +211,7 @@ def checked_sample(
         version=asked.weight_version,
         finish_reason=answer.finish_reason,
         routes=routes,
+        kept=kept,
     )
     return Sample(trajectory, from_cache=answer.cached_tokens >= asked.sample.cached_rows)
 

@@ -14,6 +14,10 @@ _ID_BYTES = 4
 """Bytes of an expert id, in the largest type of any engine."""
 _TOKEN_BYTES = 4096
 """Bytes allowed for one response token: id, log-probability with all its details, text."""
+_KEPT_BYTES = 9
+"""Bytes of the text of a kept token's id."""
+_TIES = 2
+"""Factor on top_k for tokens as likely as the last kept one, which some kernels keep too."""
 _HEAD_BYTES = 1 << 20
 """Bytes allowed for the rest of an answer."""
 
@@ -65,7 +69,8 @@ class Asked:
         max_new_tokens = self.sample.sampling.max_new_tokens
         rows = len(self.sample.prompt_ids) + max_new_tokens - 1 - self.sample.first_row
         routes = rows * facts.num_layers * facts.top_k * _ID_BYTES if self.sample.record_routes else 0
-        return 4 * (routes // 3 + 1) + max_new_tokens * _TOKEN_BYTES + _HEAD_BYTES
+        kept = self.sample.sampling.top_k * _TIES * _KEPT_BYTES if self.sample.sampling.return_kept else 0
+        return 4 * (routes // 3 + 1) + max_new_tokens * (_TOKEN_BYTES + kept) + _HEAD_BYTES
 
 
 @dataclass(frozen=True)

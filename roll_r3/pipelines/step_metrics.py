@@ -94,8 +94,11 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         "system/samples": r.samples_seen,
         "system/tps": float(tokens / seconds),
     }
-    if gives_rollout_log_probs(config) and not config.rollout_correction.bypass:
-        metrics |= mismatch_metrics(batch, _sampled(r))
+    if not config.rollout_correction.bypass:
+        sampled_N = _sampled(r)
+        metrics |= (
+            mismatch_metrics(batch, sampled_N) if gives_rollout_log_probs(config) else _truncated_mass(batch, sampled_N)
+        )
     if r.old.entropy_N is not None:
         metrics |= _mean("critic/entropy/mean", r.old.entropy_N[mask])
     if batch.ref_log_probs_N is not None:
@@ -113,6 +116,16 @@ def _sampled(r: StepRecord) -> npt.NDArray[np.bool_]:
     """Return the tokens sampled by the rollout, also those that masks and filters took out of training. [N]"""
     sampled = np.concatenate([t.sampled_T[1:] for t in r.trajectories])
     return np.pad(sampled, (0, len(r.batch.loss_mask_N) - len(sampled)))  # fillers
+
+
+def _truncated_mass(batch: Batch, sampled_N: npt.NDArray[np.bool_]) -> dict[str, float]:
+    """Return the mean of whole / truncated probability over tokens of the truncated distribution.
+
+    Its expectation is the probability, in the whole distribution, of the tokens kept by the engine.
+    """
+    assert batch.old_log_probs_N is not None
+    gaps_N = batch.old_log_probs_N.astype(np.float64) - batch.rollout_log_probs_N
+    return _mean("sampling_mask/mass", np.exp(gaps_N[sampled_N]))
 
 
 def _replay_metrics(r: StepRecord, seconds: float) -> dict[str, float]:

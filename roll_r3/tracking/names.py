@@ -146,6 +146,16 @@ METRICS: dict[str, Metric] = {
     "router_replay/audit_entries": Metric(
         "entries", "audited (token, layer) entries; recomputation in backward counts again"
     ),
+    "sampling_mask/coverage": Metric(
+        "share", "trained tokens with the engine's set of kept tokens, over which log-probabilities are taken"
+    ),
+    "sampling_mask/mean_size": Metric("tokens", "tokens kept by top_p and top_k, mean over trained tokens"),
+    "sampling_mask/mass": Metric(
+        "probability",
+        "probability of the kept tokens in the whole distribution of the policy, mean over trained tokens. With sets, "
+        "during the update. Without, where the engine's log-probabilities are of its truncated distribution, the mean "
+        "of old policy / rollout: ratios are this much too small",
+    ),
     **_load("rollout", "in the replayed routes"),
     **_load("live", "by the live router, at the same tokens"),
     "rollout/dropped_samples": Metric("samples", "samples dropped after all retries"),

@@ -15,7 +15,7 @@ import torch
 
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.data_parallel import DataParallel
-from roll_r3.batch.micro_batch import MicroBatch
+from roll_r3.batch.micro_batch import KeptSlots, MicroBatch
 from roll_r3.batch.route_pieces import ReadRoutes
 from roll_r3.batch.token_map import Layout
 from roll_r3.config.model_role import Learning, ModelRole
@@ -127,11 +127,18 @@ class Backend(Protocol):
         """
 
     def token_values(
-        self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, *, temperature: float, entropy_gradient: bool
+        self,
+        logits_BSV: torch.Tensor,
+        labels_BS: torch.Tensor,
+        kept: KeptSlots | None,
+        *,
+        temperature: float,
+        entropy_gradient: bool,
     ) -> TokenValues:
         """Return log-probabilities of the labels and entropies under the temperature; fp32 [B, S] each, in nats.
 
         Args:
+            kept: sets of tokens over which both are taken, the labels inside; None: the whole vocabulary.
             entropy_gradient: make the entropy differentiable, as the log-probabilities are.
         """
 

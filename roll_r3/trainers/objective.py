@@ -14,7 +14,7 @@ from roll_r3.algorithms.losses.policy_loss import policy_loss
 from roll_r3.algorithms.losses.sample_sums import AddUp, SampleSums
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.micro_batch import MicroBatch
+from roll_r3.batch.micro_batch import KeptSlots, MicroBatch
 from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.trainers.finite import LossSum
 
@@ -22,15 +22,17 @@ TokenValues = tuple[torch.Tensor, torch.Tensor]
 """Log-probabilities of the labels, and entropies, in nats; fp32 [B, S] of this rank."""
 Objective = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, TokenValues]]
 """(micro-batch, logits [B, S, V]) -> (loss, values to return); called on the ranks with the logits."""
-LabelValues = Callable[[torch.Tensor, torch.Tensor, bool], TokenValues]
-"""(logits [B, S, V], labels [B, S], True for a differentiable entropy) -> values under the sampling temperature."""
+LabelValues = Callable[[torch.Tensor, torch.Tensor, KeptSlots | None, bool], TokenValues]
+"""(logits [B, S, V], labels [B, S], sets of the labels, True for a differentiable entropy) -> values under the sampling
+temperature."""
 
 
 def log_prob_objective(token_values: LabelValues, device: torch.device) -> Objective:
     """Return the objective of a pass without gradients: log-probabilities and entropies, with a loss of 0."""
 
     def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
-        values = token_values(logits_BSV, micro.tensor(micro.batch.labels_N, 0, device), False)
+        labels_BS = micro.tensor(micro.batch.labels_N, 0, device)
+        values = token_values(logits_BSV, labels_BS, micro.kept(device), False)
         return logits_BSV.new_zeros(()), values
 
     return objective
@@ -59,9 +61,8 @@ def policy_objective(
     def objective(micro: MicroBatch, logits_BSV: torch.Tensor) -> tuple[torch.Tensor, TokenValues]:
         batch = micro.batch
         assert batch.advantages_N is not None
-        log_probs_BS, entropy_BS = token_values(
-            logits_BSV, micro.tensor(batch.labels_N, 0, device), config.entropy_loss_coef > 0
-        )
+        labels_BS, kept = micro.tensor(batch.labels_N, 0, device), micro.kept(device)
+        log_probs_BS, entropy_BS = token_values(logits_BSV, labels_BS, kept, config.entropy_loss_coef > 0)
         old, reference, pg_weights = batch.old_log_probs_N, batch.ref_log_probs_N, batch.pg_weights_N
         tokens = TokenInputs(
             mask=micro.tensor(batch.loss_mask_N, False, device),
@@ -75,6 +76,10 @@ def policy_objective(
         )
         if not micro.counted:  # every weight takes part, with no gradient
             return logits_BSV.sum() * 0.0, (log_probs_BS.detach(), entropy_BS.detach())
+        if kept is not None:
+            with torch.no_grad():
+                whole_BS, _ = token_values(logits_BSV, labels_BS, None, False)
+            _count_kept(stats, kept, tokens.mask, whole_BS - log_probs_BS.detach())
         losses_BS = policy_loss(log_probs_BS, entropy_BS, tokens, config, stats)
         loss = (losses_BS * tokens.weights).sum()
         stats.add_share("actor/loss", loss)
@@ -82,6 +87,18 @@ def policy_objective(
         return loss, (log_probs_BS.detach(), entropy_BS.detach())
 
     return objective
+
+
+def _count_kept(stats: TokenStats, kept: KeptSlots, mask_BS: torch.Tensor, log_mass_BS: torch.Tensor) -> None:
+    """Add the statistics of the sets of trained tokens.
+
+    Args:
+        log_mass_BS: log-probability of a label in the whole vocabulary, less that in its set: log of the set's mass.
+    """
+    has_set_BS = kept.sizes_BS > 0
+    stats.add("sampling_mask/coverage", has_set_BS, mask_BS)
+    stats.add("sampling_mask/mean_size", kept.sizes_BS, mask_BS & has_set_BS)
+    stats.add("sampling_mask/mass", log_mass_BS.exp(), mask_BS & has_set_BS)
 
 
 def placed(batch: Batch, micro_batches: Sequence[MicroBatch], values: Sequence[TokenValues]) -> npt.NDArray[np.float32]:

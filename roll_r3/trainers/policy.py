@@ -17,7 +17,7 @@ import torch
 
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.batch import Batch
-from roll_r3.batch.micro_batch import MicroBatch
+from roll_r3.batch.micro_batch import KeptSlots, MicroBatch
 from roll_r3.batch.route_pieces import ReadRoutes, read_held
 from roll_r3.config.model_role import Learning, ModelRole
 from roll_r3.errors import ConfigError
@@ -182,9 +182,11 @@ class InferPolicy:
             "device": self.backend.device,
         }
 
-    def _token_values(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, entropy_gradient: bool) -> TokenValues:
+    def _token_values(
+        self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, kept: KeptSlots | None, entropy_gradient: bool
+    ) -> TokenValues:
         return self.backend.token_values(
-            logits_BSV, labels_BS, temperature=self.role.temperature, entropy_gradient=entropy_gradient
+            logits_BSV, labels_BS, kept, temperature=self.role.temperature, entropy_gradient=entropy_gradient
         )
 
     def _whole(self, batch: Batch, micro_batches: Sequence[MicroBatch], values: Sequence[TokenValues]) -> ShardValues:

@@ -356,6 +356,19 @@ def largest_difference(a: Weights, b: Weights) -> float:
 # The reference
 
 
+def _dropped(batch: Batch, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (dropped tokens, bool [N, V]; true where values exist, bool [N])."""
+    total = int(batch.lengths_n.sum())
+    dropped_NV, has_set_N = torch.zeros(total, vocab_size, dtype=torch.bool), torch.ones(total, dtype=torch.bool)
+    if batch.kept is not None:
+        ids = iter(batch.kept.ids_J.tolist())
+        for row, count in enumerate(batch.kept.counts_S.tolist()):
+            has_set_N[row] = count > 0
+            dropped_NV[row] = count > 0
+            dropped_NV[row, [next(ids) for _ in range(count)]] = False
+    return dropped_NV, has_set_N
+
+
 @cache
 def _load_reference(checkpoint: str) -> Any:
     from transformers import AutoModelForCausalLM
@@ -400,17 +413,22 @@ class Reference:
         return forward
 
     def tokens(self, batch: Batch, *, replay: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probabilities of the labels [N] and entropies [N], sample by sample."""
+        """Return log-probabilities of the labels [N] and entropies [N], sample by sample.
+
+        Both are over the sets of kept tokens if the batch has some, then 0 without a set.
+        """
         log_probs, entropies = [], []
         offsets = batch.offsets
+        dropped_NV, has_set_N = _dropped(batch, self.model.config.vocab_size)
         for i in range(batch.num_samples):
             self._forced = batch.routes[i] if replay and batch.routes is not None else None  # type: ignore[assignment]
             ids = torch.from_numpy(batch.input_ids_N[offsets[i] : offsets[i + 1]])
             labels = torch.from_numpy(batch.labels_N[offsets[i] : offsets[i + 1]])
             logits = self.model(input_ids=ids[None], use_cache=False).logits[0].float() / self.temperature
-            whole = logits.log_softmax(-1)
-            log_probs.append(whole.gather(1, labels[:, None])[:, 0])
-            entropies.append(-(whole.exp() * whole).sum(-1))
+            rows = slice(offsets[i], offsets[i + 1])
+            whole = logits.masked_fill(dropped_NV[rows], -1e9).log_softmax(-1)
+            log_probs.append(whole.gather(1, labels[:, None])[:, 0] * has_set_N[rows])
+            entropies.append(-(whole.exp() * whole).sum(-1) * has_set_N[rows])
         return torch.cat(log_probs), torch.cat(entropies)
 
     @torch.no_grad()

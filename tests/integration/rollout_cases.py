@@ -249,6 +249,11 @@ class Reference:
         ids = torch.tensor(trajectory.token_ids_T).long()
         return self._model(ids[None], **options)
 
+    def logits(self, trajectory: Trajectory) -> torch.Tensor:
+        """Return the logits of the response tokens over the temperature, fp64 [R, V]."""
+        logits_1TV = self._forward(trajectory).logits
+        return logits_1TV[0, len(trajectory.prompt_ids) - 1 : -1].double() / self._temperature
+
     def _of_response(self, trajectory: Trajectory, logits_1TV: torch.Tensor) -> np.ndarray:
         labels_R = torch.tensor(trajectory.response_ids).long()
         log_probs_TV = torch.log_softmax(logits_1TV[0].double() / self._temperature, -1)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kept_cases import BY_TOP_K, BY_TOP_P, assert_sets_are_what_was_sampled_from, assert_trainers_agree
 from own_code import with_code_of_its_own
 from rollout_cases import (
     STOPS,
@@ -160,10 +161,19 @@ def test_stop_tokens_and_stop_strings_end_a_response(tiny_moe, start):
 
 
 def test_a_truncated_distribution_is_sampled_from_and_log_probs_are_of_the_whole(tiny_moe, start):
-    greedy = trajectories(start(tiny_moe, generating={"top_k": 1}).generate(requests(3, 2)))
+    generating = {"top_k": 1, "sampling_mask": False}
+    greedy = trajectories(start(tiny_moe, generating=generating).generate(requests(3, 2)))
     for t in greedy.values():
         np.testing.assert_allclose(t.log_probs, Reference(tiny_moe, TEMPERATURE).log_probs(t), atol=1e-5, rtol=0)
     assert all((greedy[f"p{p}/s0"].response_ids == greedy[f"p{p}/s1"].response_ids).all() for p in range(3))
+
+
+def test_kept_tokens_come_back_and_the_trainers_take_their_log_probs_over_them(tiny_moe, start, gang):
+    engine = start(tiny_moe)
+    by_top_k, by_top_p = (engine.generate(requests(6, 4), **sampling) for sampling in (BY_TOP_K, BY_TOP_P))
+    assert_sets_are_what_was_sampled_from(by_top_k, tiny_moe, BY_TOP_K)
+    assert_sets_are_what_was_sampled_from(by_top_p, tiny_moe, BY_TOP_P)
+    assert_trainers_agree([*by_top_k, *by_top_p], tiny_moe, gang)
 
 
 def test_nothing_is_recorded_unless_it_is_asked_for(tiny_moe, start):

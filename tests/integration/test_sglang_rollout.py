@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
 import numpy as np
 import pytest
 import torch.distributed as dist
+from distributed import Gang
+from kept_cases import BY_TOP_K, BY_TOP_P, assert_sets_are_what_was_sampled_from, assert_trainers_agree
 from rollout_cases import (
     RESPONSE_LENGTH,
     STOPS,
@@ -19,6 +21,7 @@ from rollout_cases import (
     Reference,
     Sent,
     assert_stopped_where_asked,
+    generate,
     group_members,
     long_requests,
     one_by_one,
@@ -144,6 +147,26 @@ def test_samples_whose_prompt_left_the_cache_are_asked_for_again(
 
 def test_stop_tokens_and_stop_strings_end_a_response(engine: Engine, old_weights: Path) -> None:
     assert_stopped_where_asked(engine.generate(requests(6, 8), **STOPS), old_weights)
+
+
+def test_kept_tokens_come_back_and_the_trainers_take_their_log_probs_over_them(
+    engine: Engine, old_weights: Path, gang: Callable[[int], Gang]
+) -> None:
+    """With requests for the whole distribution in the same batches, prompts with shared rows, and routes."""
+    asked = [*requests(6, 4), *long_requests(1, 4)]
+
+    async def all_at_once() -> list[list[GenerateResult]]:
+        sets = [generate(engine.rollout, asked, **sampling) for sampling in (BY_TOP_K, BY_TOP_P)]
+        return await asyncio.gather(*sets, generate(engine.rollout, requests(4, 2)))
+
+    by_top_k, by_top_p, whole = engine.run(all_at_once())
+    assert_sets_are_what_was_sampled_from(by_top_k, old_weights, BY_TOP_K)
+    assert_sets_are_what_was_sampled_from(by_top_p, old_weights, BY_TOP_P)
+    assert_trainers_agree([*by_top_k, *by_top_p], old_weights, gang)
+    assert_is_what_the_model_computes(requests(4, 2), whole, old_weights)
+    assert all(t.kept is None for t in trajectories(whole).values())
+    greedy = trajectories(engine.generate(requests(2, 2), top_k=1, return_kept=True)).values()
+    assert all(not t.log_probs.any() and t.kept.ids_J.tolist() == t.response_ids.tolist() for t in greedy)
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine: Engine) -> None:

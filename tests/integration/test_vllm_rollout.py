@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+from kept_cases import BY_TOP_K, BY_TOP_P, assert_sets_are_what_was_sampled_from, assert_trainers_agree
 from rollout_cases import (
     Evicting,
     Reference,
@@ -433,6 +434,25 @@ def test_other_architectures_before_and_after_an_update(tmp_path, name):
 def try_to_start(config: Any, tmp_path: Path) -> None:
     log_path = tmp_path / "server.log"
     asyncio.run(VllmRollout(engine_role(config), EnginePlace(0, "cpu", (), log_path)).start())
+
+
+def test_kept_tokens_come_back_and_the_trainers_take_their_log_probs_over_them(old_weights, tmp_path, gang):
+    """With prefill in chunks, prompts with shared rows, and a request for the whole distribution afterwards."""
+    generating = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
+    config = configuration(old_weights, generating=generating, server_args={"max_num_batched_tokens": 64})
+    engine = Engine(config, tmp_path / "server.log")
+    try:
+        engine.run(engine.rollout.start())
+        asked = [*requests(6, 4), *long_requests(1, 4)]
+        by_top_k, by_top_p = (engine.generate(asked, **sampling) for sampling in (BY_TOP_K, BY_TOP_P))
+        whole = engine.generate(requests(4, 2), top_k=-1, top_p=1.0, temperature=TEMPERATURE, return_kept=False)
+    finally:
+        engine.close()
+    assert_sets_are_what_was_sampled_from(by_top_k, old_weights, BY_TOP_K, one_by_one=True)
+    assert_sets_are_what_was_sampled_from(by_top_p, old_weights, BY_TOP_P, one_by_one=True)
+    assert_trainers_agree([*by_top_k, *by_top_p], old_weights, gang)
+    assert_is_what_the_model_computes(whole, old_weights)
+    assert all(t.kept is None for t in trajectories(whole).values())
 
 
 def test_what_cannot_be_stops_the_start(old_weights, tmp_path):

@@ -55,7 +55,8 @@ def test_findings_go_to_stderr_with_status_2(config_file, capsys):
 
 
 def test_warnings_do_not_stop(config_file, capsys):
-    arguments = ["--config", str(config_file), "--validate-only", "actor_infer.generating_args.top_p=0.9"]
+    truncated = "actor_infer.generating_args={top_p: 0.9, sampling_mask: false}"
+    arguments = ["--config", str(config_file), "--validate-only", truncated]
     assert run.main(arguments) == 0
     out, err = capsys.readouterr()
     assert out.startswith("valid")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import engine_room, gives_rollout_log_probs, server, sglang, truncates, vllm
+from roll_r3.config.derived import engine_room, returns_kept, server, sglang, truncates, vllm
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.example import OWN_GPUS
 from roll_r3.config.rules.paths import ENGINE
@@ -34,16 +34,12 @@ def _memory_share_on_cpu(config: RLVRConfig) -> Verdict:
     return config.device_type == "cpu" and share is not None
 
 
-def _corrected(config: RLVRConfig) -> bool:
-    return config.rollout_correction.corrects or config.rollout_correction.bypass
-
-
-def _truncated_and_scaled(config: RLVRConfig) -> Verdict:
-    if gives_rollout_log_probs(config):
+def _whole_log_probs(config: RLVRConfig) -> Verdict:
+    if not truncates(config) or returns_kept(config):
         return False
-    if _corrected(config):
-        return "rollout_correction uses them"
-    return "training does not use them, and the metrics of rollout against trainer are left out"
+    if vllm(config) is None:
+        return "the rollout's are of the whole one too, so metrics do not show it"
+    return "the rollout's are of the truncated one: trainer / rollout is too small by sampling_mask/mass"
 
 
 def _too_cold(config: RLVRConfig) -> Verdict:
@@ -89,35 +85,30 @@ RULES: tuple[AnyRule, ...] = (
     ),
     Rule(
         id="truncated-sampling",
-        fields=("actor_infer.generating_args.top_p", "actor_infer.generating_args.top_k"),
-        why="tokens are sampled from a truncated distribution, but log-probabilities are those of the whole one: the "
-        "ratios between policies are biased",
-        fix="write top_p: 1 and top_k: -1",
-        wrong=("actor_infer.generating_args.top_k=50",),
-        right=("actor_infer.generating_args.top_p=1",),
-        violates=truncates,
-        severity="warning",
-    ),
-    Rule(
-        id="vllm-truncates-before-log-probs",
         fields=(
-            "actor_infer.generating_args.temperature",
+            "actor_infer.generating_args.sampling_mask",
             "actor_infer.generating_args.top_p",
             "actor_infer.generating_args.top_k",
-            "actor_infer.strategy_args.strategy_name",
-            "rollout_correction",
         ),
-        why="vLLM returns log-probabilities either before temperature and truncation or after both; the trainer's are "
-        "after temperature and before truncation",
-        fix="write temperature: 1, or top_p: 1 and top_k: -1, or strategy_name: sglang, or no rollout_correction",
-        wrong=(
-            _VLLM,
-            "actor_infer.generating_args={temperature: 0.8, top_k: 50}",
-            "rollout_correction.is_weight=token",
-        ),
-        right=(_VLLM, "actor_infer.generating_args={temperature: 0.8}"),
-        violates=_truncated_and_scaled,
-        only_warns=lambda c: not _corrected(c),
+        why="tokens are sampled from a truncated distribution, but the trainer's log-probabilities are of the whole "
+        "one, a policy that did not sample",
+        fix="leave sampling_mask out, or write top_p: 1 and top_k: -1",
+        depends=("actor_infer.strategy_args.strategy_name",),
+        wrong=("actor_infer.generating_args={top_k: 50, sampling_mask: false}",),
+        right=("actor_infer.generating_args.top_k=50",),
+        violates=_whole_log_probs,
+        severity="warning",
+    ),
+    unread(
+        "sampling-mask-unread",
+        "actor_infer.generating_args.sampling_mask",
+        "actor_infer.generating_args.top_p",
+        truncates,
+        "leave it out: without top_p or top_k tokens are sampled from the whole vocabulary",
+        wrong=("actor_infer.generating_args.sampling_mask=true",),
+        right=("actor_infer.generating_args={sampling_mask: true, top_p: 0.9}",),
+        depends=("actor_infer.generating_args.top_k",),
+        severity="warning",
     ),
     Rule(
         id="vllm-coldest",

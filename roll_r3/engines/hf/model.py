@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from roll_r3.batch.kept_tokens import KeptTokens
 from roll_r3.batch.routes import RoutedExperts
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.engine_role import EngineRole
@@ -18,6 +19,7 @@ from roll_r3.engines.hf.parameters import tensors_by_name
 from roll_r3.engines.hf.routers import RouteRecorder
 from roll_r3.engines.hf.sampler import Sampled, Stop, sample
 from roll_r3.engines.hf.weights import WeightReceiver
+from roll_r3.engines.kept_checks import check_kept
 from roll_r3.engines.sample import SampleRequest
 from roll_r3.errors import ConfigError, RouteError
 from roll_r3.models.architectures import ARCHITECTURES
@@ -89,12 +91,15 @@ class LoadedModel:
         return ""
 
     def _checked(self, wanted: SampleRequest, sampled: Sampled, weight_version: int) -> Trajectory | str:
-        """Return the trajectory, or how log-probabilities or routes break their contract."""
+        """Return the trajectory, or how log-probabilities, kept tokens or routes break their contract."""
         log_probs_R = np.array(sampled.log_probs, np.float32)
         try:
             check_log_probs(log_probs_R, len(sampled.token_ids))
             num_rows = len(wanted.prompt_ids) + len(sampled.token_ids) - 1
             routes = self._routes(sampled, num_rows) if wanted.record_routes else None
+            kept = KeptTokens.from_lists(sampled.kept) if wanted.sampling.return_kept else None
+            if kept is not None:
+                check_kept(kept, sampled.token_ids, self._facts.vocab_size)
         except RouteError as error:
             return str(error)
         return Trajectory.one_turn(
@@ -106,6 +111,7 @@ class LoadedModel:
             version=weight_version,
             finish_reason=sampled.finish_reason,
             routes=routes,
+            kept=kept,
         )
 
     def _routes(self, sampled: Sampled, num_rows: int) -> RoutedExperts:

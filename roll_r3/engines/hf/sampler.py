@@ -23,7 +23,9 @@ class Sampled:
 
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    """Log-probabilities under the temperature, of the whole distribution."""
+    """Log-probabilities under the temperature: over the kept tokens if these are returned, else over the vocabulary."""
+    kept: list[list[int]] = field(default_factory=list)
+    """Set of tokens that each token was sampled from; empty if not requested."""
     finish_reason: Literal["stop", "length"] = "length"
     routes: list[torch.Tensor] = field(default_factory=list)
     """Expert ids of the processed tokens, prompt first, in parts of [M, R, K]; empty if none are recorded."""
@@ -92,11 +94,16 @@ def sample(
                 results[b].routes.append(ids_MBSK[:, b, real_BS[b]])
         log_probs_BV = torch.log_softmax(output.logits[:, -1].float() / settings.temperature, -1)
         draws_B = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-        tokens_B = choose(log_probs_BV, draws_B.to(log_probs_BV.device), top_p=settings.top_p, top_k=settings.top_k)
+        kept_BV = kept_tokens(log_probs_BV, top_p=settings.top_p, top_k=settings.top_k)
+        tokens_B = choose(log_probs_BV.masked_fill(~kept_BV, -torch.inf), draws_B.to(log_probs_BV.device))
+        if settings.return_kept:
+            log_probs_BV = log_probs_BV.masked_fill(~kept_BV, -torch.inf).log_softmax(-1)
         chosen_B = log_probs_BV.gather(-1, tokens_B[:, None])[:, 0].tolist()
         for b, token in enumerate(tokens_B.tolist()):
             if b in running:
                 results[b].token_ids.append(token)
+                if settings.return_kept:
+                    results[b].kept.append(kept_BV[b].nonzero()[:, 0].tolist())
                 results[b].log_probs.append(min(chosen_B[b], 0.0))
                 if stop.ends(results[b].token_ids):
                     results[b].finish_reason = "stop"
@@ -109,25 +116,33 @@ def sample(
     return results
 
 
-def choose(log_probs_BV: torch.Tensor, draws_B: torch.Tensor, *, top_p: float, top_k: int) -> torch.Tensor:
+def kept_tokens(log_probs_BV: torch.Tensor, *, top_p: float, top_k: int) -> torch.Tensor:
+    """Return the mask of the tokens to sample among. bool [B, V]
+
+    Args:
+        top_p: cumulated probability of the kept likeliest tokens, before top_k.
+        top_k: number of kept likeliest tokens; -1: all.
+    """
+    if top_p == 1 and top_k < 1:
+        return torch.ones_like(log_probs_BV, dtype=torch.bool)
+    ordered_BV, order_BV = log_probs_BV.double().exp().sort(dim=-1, descending=True, stable=True)
+    kept_BV = ordered_BV.cumsum(-1) - ordered_BV < top_p
+    if top_k > 0:
+        kept_BV[:, top_k:] = False
+    kept_BV[:, 0] = True
+    return torch.zeros_like(kept_BV).scatter(-1, order_BV, kept_BV)
+
+
+def choose(log_probs_BV: torch.Tensor, draws_B: torch.Tensor) -> torch.Tensor:
     """Choose a token for each row, by inversion of the distribution function. [B]
 
     Args:
+        log_probs_BV: up to a constant per row; -inf: not to choose.
         draws_B: uniform in [0, 1), fp64.
-        top_p: cumulated probability of the kept likeliest tokens.
-        top_k: number of kept likeliest tokens; -1: all.
     """
-    probs_BV = log_probs_BV.double().exp()
-    if top_p < 1 or top_k > 0:
-        ordered_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-        dropped_BV = ordered_BV.cumsum(-1) - ordered_BV >= top_p
-        if top_k > 0:
-            dropped_BV[:, top_k:] = True
-        dropped_BV[:, 0] = False
-        probs_BV = probs_BV.masked_fill(torch.zeros_like(dropped_BV).scatter(-1, order_BV, dropped_BV), 0.0)
-    summed_BV = probs_BV.cumsum(-1)
+    summed_BV = log_probs_BV.double().exp().cumsum(-1)
     below_B1 = draws_B[:, None] * summed_BV[:, -1:]
-    return torch.searchsorted(summed_BV, below_B1, right=True)[:, 0].clamp(max=probs_BV.shape[-1] - 1)
+    return torch.searchsorted(summed_BV, below_B1, right=True)[:, 0].clamp(max=log_probs_BV.shape[-1] - 1)
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

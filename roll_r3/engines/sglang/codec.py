@@ -6,6 +6,7 @@ Shape legend: R response tokens; L all decoder layers, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ class SglangCodec:
     """Requests to `/generate`. Implements `roll_r3.engines.parts.Codec`."""
 
     path = "/generate"
+    returns_kept = True
+    """False for a release that is not asked for kept tokens: log-probabilities are of the whole distribution."""
 
     def load(self) -> None:
         """Do nothing: answers name their end token."""
@@ -53,6 +56,8 @@ class SglangCodec:
         if sampling.stop_strings:
             params["stop"] = list(sampling.stop_strings)
         request = {"input_ids": list(sample.prompt_ids), "sampling_params": params, "return_logprob": True}
+        if self.returns_kept and sampling.return_kept:
+            request["return_sampling_mask"] = True
         if sample.record_routes:
             request |= {"return_routed_experts": True, "routed_experts_start_len": sample.first_row}
         if sample.cache_key:
@@ -67,6 +72,10 @@ class SglangCodec:
                 form documented by SGLang.
             RouteError: log-probabilities or routes break their contract.
         """
+        kept = self.returns_kept and asked.sample.sampling.return_kept
+        if not kept:
+            sampling = replace(asked.sample.sampling, return_kept=False)
+            asked = replace(asked, sample=replace(asked.sample, sampling=sampling))
         with reading("the answer cannot be read", body):
             said, payload = parsed(body)
             meta = said["meta_info"]
@@ -75,10 +84,11 @@ class SglangCodec:
                 finish_reason=read_finish_reason(reason["type"], reason.get("message", "no reason given")),
                 ended_by=_ended_by(reason.get("matched")),
                 response_ids_R=token_ids(said["output_ids"]),
-                log_prob_entries=meta["output_token_logprobs"],
+                log_prob_entries=_kept_log_probs(meta) if kept else meta["output_token_logprobs"],
                 weight_versions=_weight_versions(meta),
                 prompt_tokens=integer(meta["prompt_tokens"], "prompt_tokens"),
                 cached_tokens=_cached_tokens(meta),
+                kept=meta["output_token_sampling_mask"] if kept else None,
             )
             if payload is not None and meta["routed_experts"] != "":
                 raise ValueError("routed_experts is not in meta_info")
@@ -93,6 +103,15 @@ def read_cache_page(body: bytes) -> int:
         if not off and integer(page, "page_size") < 1:
             raise ValueError(f"page_size must be positive, got {page}")
     return 0 if off else page
+
+
+def _kept_log_probs(meta: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Return entries of the log-probabilities over the kept tokens, with the ids of those over the vocabulary.
+
+    Raises ValueError if their numbers differ.
+    """
+    whole, values = meta["output_token_logprobs"], meta["output_token_sampling_logprobs"]
+    return [(value, entry[1]) for value, entry in zip(values, whole, strict=True)]
 
 
 def _ended_by(matched: Any) -> int | str | None:

@@ -55,8 +55,14 @@ _RUNNERS_LOSE_ROUTES: dict[str, str] = {
 }
 """Values of `moe_runner_backend` without SGLang's recorder."""
 
+_MASK_TOKENS = 4096
+"""SGLang's default limit of a returned set. It refuses requests with a larger top_k, and aborts at a larger set."""
+_TIES = 2
+"""Factor on top_k for tokens as likely as the last kept one: kernels on a GPU keep all of them."""
+
 _REFUSED: dict[str, str] = {
     "enable_return_routed_experts": "it follows actor_infer.router_replay.mode",
+    "sampling_mask_max_tokens": "it follows actor_infer.generating_args.top_k",
     "enable_fp32_lm_head": "it follows fp32_lm_head, which the trainer reads too",
     "dp_size": _NO_REPLICAS,
     "data_parallel_size": _NO_REPLICAS,
@@ -124,6 +130,7 @@ def server_arguments(
     context_length: int,
     record_routes: bool,
     fp32_lm_head: bool,
+    kept_top_k: int = 0,
 ) -> list[str]:
     """Return SGLang's command line, without the key.
 
@@ -131,6 +138,7 @@ def server_arguments(
 
     Args:
         context_length: default of the configuration's.
+        kept_top_k: top_k of requests for kept tokens; 0: there are none.
     """
     arguments: dict[str, Argument] = {
         "model_path": model_path,
@@ -155,6 +163,8 @@ def server_arguments(
         "sleep_on_idle": True,  # otherwise each scheduler polls on a core of its own while the trainer trains
         "log_level_http": "warning",
     }
+    if _TIES * kept_top_k > _MASK_TOKENS:
+        arguments["sampling_mask_max_tokens"] = _TIES * kept_top_k
     if device == "cpu":
         room = (config.max_running_requests or CPU_SAMPLES) * (config.context_length or context_length)
         arguments |= {

@@ -18,7 +18,7 @@ from roll_r3.engines.sglang.server import (
     server_command,
     server_environment,
 )
-from roll_r3.engines.sglang.version import check_version
+from roll_r3.engines.sglang.version import RETURNS_KEPT, check_version, returns_kept
 from roll_r3.models.facts import ModelFacts
 from roll_r3.strategies.base import EnginePlace
 
@@ -37,8 +37,9 @@ class SglangRollout(ServerRollout):
     def __init__(self, role: EngineRole, place: EnginePlace) -> None:
         settings = role.settings
         assert isinstance(settings, SglangConfig), "the registry gives each strategy its own settings"
-        program = SglangProgram(role, place, settings)
-        super().__init__(role, place, Parts(program, SglangCodec(), SglangStatus(), settings))
+        codec = SglangCodec()
+        program = SglangProgram(role, place, settings, codec)
+        super().__init__(role, place, Parts(program, codec, SglangStatus(), settings))
 
 
 class SglangProgram:
@@ -48,8 +49,9 @@ class SglangProgram:
     package = "sglang"
     keyed_path = _SERVER_INFO
 
-    def __init__(self, role: EngineRole, place: EnginePlace, settings: SglangConfig) -> None:
+    def __init__(self, role: EngineRole, place: EnginePlace, settings: SglangConfig, codec: SglangCodec) -> None:
         self._role, self._place, self._settings = role, place, settings
+        self._codec = codec
 
     @property
     def python(self) -> str:
@@ -62,7 +64,15 @@ class SglangProgram:
         ]
 
     def check_version(self, text: str) -> str | None:
-        return check_version(text)
+        """As `Program.check_version`; a release without kept tokens is not asked for them."""
+        warning = check_version(text)
+        self._codec.returns_kept = returns_kept(text)
+        if self._role.sampling.return_kept and not self._codec.returns_kept:
+            return (
+                f"SGLang {text} does not return kept tokens for certain ({RETURNS_KEPT} does): log-probabilities are "
+                "of the whole distribution"
+            )
+        return warning
 
     def command(self, checkpoint: str, facts: ModelFacts, port: int) -> list[str]:
         arguments = server_arguments(
@@ -75,6 +85,7 @@ class SglangProgram:
             context_length=min(self._role.context_length, facts.context_length),
             record_routes=self._role.record_routes,
             fp32_lm_head=self._role.fp32_lm_head,
+            kept_top_k=self._role.sampling.top_k if self._role.sampling.return_kept else 0,
         )
         return server_command(self._settings, arguments)
 

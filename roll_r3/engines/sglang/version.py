@@ -8,6 +8,14 @@ from roll_r3.errors import EngineError
 
 MINIMUM = Version("0.5.12")
 TESTED = Version("0.5.23")
+RETURNS_KEPT = Version("0.5.23")
+"""First release known to return exactly the set that a token was sampled from. Some earlier ones reconstruct it after
+sampling."""
+
+
+def returns_kept(text: str) -> bool:
+    """Return True if a release accepted by `check_version` returns the kept tokens of truncated sampling."""
+    return Version(text) >= RETURNS_KEPT
 
 
 def check_version(text: str) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from roll_r3.config.findings.readable import readable
+from roll_r3.config.sampling_settings import KEPT_LIMIT, Sampling
 from roll_r3.engines.answers import (
     Answer,
     checked_sample,
@@ -50,12 +51,17 @@ _COUNT = re.compile(rb"[0-9]{1,16}(\.[0-9]{1,17})?(e\+[0-9]{1,2})?")
 class VllmCodec:
     """Requests to `/inference/v1/generate`. Implements `roll_r3.engines.parts.Codec`.
 
-    Log-probabilities are right at the temperature of the server's launch (`logprobs_mode`).
+    Log-probabilities are right under the sampling settings of the server's launch (`logprobs_mode`).
     """
 
     path = "/inference/v1/generate"
 
-    def __init__(self, checkpoint: str, *, trust_remote_code: bool) -> None:
+    def __init__(self, checkpoint: str, *, trust_remote_code: bool, returns_kept: bool = False) -> None:
+        """
+        Args:
+            returns_kept: the server returns the kept tokens of every request.
+        """
+        self._returns_kept = returns_kept
         self._checkpoint = checkpoint
         self._trust_remote_code = trust_remote_code
         self.end_tokens: frozenset[int] = frozenset()
@@ -73,9 +79,7 @@ class VllmCodec:
         sample, sampling = asked.sample, asked.sample.sampling
         params: dict[str, Any] = {
             "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
+            **self._distribution(sampling),
             "seed": sample.seed,
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
@@ -87,6 +91,18 @@ class VllmCodec:
         if sample.cache_key:
             request["cache_salt"] = sample.cache_key
         return request
+
+    def _distribution(self, sampling: Sampling) -> dict[str, float]:
+        """Return temperature, top_p and top_k. A server that returns kept tokens refuses greedy or unbounded requests.
+
+        They become requests for the likeliest token, and for one of the `KEPT_LIMIT` likeliest.
+        """
+        temperature, top_k = sampling.temperature, sampling.top_k
+        if self._returns_kept and temperature == 0:
+            temperature, top_k = 1.0, 1
+        elif self._returns_kept and top_k < 1:
+            top_k = KEPT_LIMIT
+        return {"temperature": temperature, "top_p": sampling.top_p, "top_k": top_k}
 
     def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         """Read and check an answer.
@@ -111,6 +127,7 @@ class VllmCodec:
                 weight_versions=_weight_versions(choice),
                 prompt_tokens=integer(said["usage"]["prompt_tokens"], "prompt_tokens"),
                 cached_tokens=_cached_tokens(said["usage"]),
+                kept=choice["sampling_mask"] if asked.sample.sampling.return_kept else None,
             )
             if payload is not None and choice["routed_experts"] != "":
                 raise ValueError("routed_experts is not in the choice")

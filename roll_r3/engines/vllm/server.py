@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from roll_r3 import platform
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.config.strategies import VllmConfig
 from roll_r3.engines.server_args import (
     CPU_SAMPLES,
@@ -123,7 +124,8 @@ _REFUSED: dict[str, str] = {
     "weight_transfer_config": f"{_OWNED}: the trainer sends weights its own way",
     "enable_scale_out": f"{_OWNED}: it requests tokens, not text",
     "enable_prompt_tokens_details": f"{_OWNED}, where routes are recorded",
-    "logprobs_mode": f"{_OWNED}, from generating_args.temperature",
+    "logprobs_mode": f"{_OWNED}, from generating_args",
+    "return_sampling_mask": "it follows actor_infer.generating_args.sampling_mask",
     "max_logprobs": "the strategy requests those of the sampled tokens",
     "logits_processors": _OTHER_SAMPLING,
     "watermark_config": _OTHER_SAMPLING,
@@ -191,7 +193,7 @@ def server_arguments(
     device: str,
     port: int,
     seed: int,
-    temperature: float,
+    sampling: Sampling,
     context_length: int,
     record_routes: bool,
     shape: Shape,
@@ -201,8 +203,8 @@ def server_arguments(
     In `server_args` True becomes a bare flag, and False the flag with `no-` before it.
 
     Args:
-        temperature: of sampling. At 1 vLLM's raw log-probabilities are the right ones, and truncation does not change
-            them. At other values they must be taken after the division, hence after truncation too.
+        sampling: settings of training's samples. vLLM's raw log-probabilities are before temperature and truncation;
+            with either they must be taken after both.
         context_length: default of the configuration's.
         shape: of the model; it determines the cache's memory.
     """
@@ -223,7 +225,8 @@ def server_arguments(
         "enable_return_routed_experts": record_routes,
         "enable_scale_out": True,
         "enable_prompt_tokens_details": record_routes,  # number of cached prompt tokens
-        "logprobs_mode": "raw_logprobs" if temperature == 1 else "processed_logprobs",
+        "logprobs_mode": "raw_logprobs" if sampling.is_plain else "processed_logprobs",
+        "return_sampling_mask": sampling.return_kept,
         "weight_transfer_config": json.dumps({"backend": "roll_r3"}),
         "disable_uvicorn_access_log": True,
     }

@@ -41,7 +41,11 @@ class VllmRollout(ServerRollout):
     def __init__(self, role: EngineRole, place: EnginePlace) -> None:
         settings = role.settings
         assert isinstance(settings, VllmConfig), "the registry gives each strategy its own settings"
-        codec = VllmCodec(role.checkpoint, trust_remote_code=role.trust_remote_code)
+        codec = VllmCodec(
+            role.checkpoint,
+            trust_remote_code=role.trust_remote_code,
+            returns_kept=role.sampling.return_kept,
+        )
         super().__init__(role, place, Parts(VllmProgram(role, place, settings), codec, VllmStatus(), settings))
 
 
@@ -79,7 +83,7 @@ class VllmProgram:
             device=self._place.device,
             port=port,
             seed=self._role.seed + self._place.engine_index,
-            temperature=self._role.sampling.temperature,
+            sampling=self._role.sampling,
             context_length=min(self._role.context_length, facts.context_length),
             record_routes=self._role.record_routes,
             shape=self._shape(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from roll_r3.config.derived import model_workers, sglang, vllm
+from roll_r3.config.derived import model_workers, returns_kept, sglang, vllm
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.example import OWN_GPUS
 from roll_r3.config.rules.paths import ENGINE, INFER_REPLAY, TRAIN_REPLAY
@@ -74,6 +74,13 @@ def _sglang_too_old(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
     except EngineError as error:
         return str(error)
     return False
+
+
+def _sglang_keeps_no_sets(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
+    version = surroundings.versions.get("sglang")
+    if version is None or _sglang_too_old(config, surroundings) or not returns_kept(config):
+        return False
+    return sglang(config) is not None and not sglang_version.returns_kept(version)
 
 
 def _sglang_untested(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -178,6 +185,20 @@ RULES: tuple[SurroundingsRule, ...] = (
         right=(),
         right_where=Pretend(versions={"sglang": "0.5.23"}),
         violates=_sglang_too_old,
+    ),
+    SurroundingsRule(
+        id="sglang-returns-kept-tokens",
+        fields=("actor_infer.generating_args.sampling_mask", "actor_infer.strategy_args.strategy_name"),
+        why="the installed release of SGLang does not return the tokens kept by top_p and top_k for certain: the "
+        "trainer's log-probabilities would be of the whole distribution, a policy that did not sample",
+        fix=f"install SGLang {sglang_version.RETURNS_KEPT} or later, or write top_p: 1 and top_k: -1",
+        depends=("actor_infer.generating_args.top_p", "actor_infer.generating_args.top_k"),
+        wrong=("actor_infer.generating_args={top_k: 50, sampling_mask: true}",),
+        wrong_where=Pretend(versions={"sglang": "0.5.20"}),
+        right=("actor_infer.generating_args={top_k: 50, sampling_mask: true}",),
+        right_where=Pretend(versions={"sglang": "0.5.23"}),
+        violates=_sglang_keeps_no_sets,
+        only_warns=lambda c: c.actor_infer.generating_args.sampling_mask == "auto",
     ),
     SurroundingsRule(
         id="sglang-untested",

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from roll_r3.algorithms.stats import TokenStats
 from roll_r3.batch.data_parallel import DataParallel
-from roll_r3.batch.micro_batch import MicroBatch
+from roll_r3.batch.micro_batch import KeptSlots, MicroBatch
 from roll_r3.batch.route_pieces import ReadRoutes
 from roll_r3.batch.token_map import Layout
 from roll_r3.config.model_role import Learning, ModelRole
@@ -122,11 +122,18 @@ class MegatronBackend:
         )
 
     def token_values(
-        self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, *, temperature: float, entropy_gradient: bool
+        self,
+        logits_BSV: torch.Tensor,
+        labels_BS: torch.Tensor,
+        kept: KeptSlots | None,
+        *,
+        temperature: float,
+        entropy_gradient: bool,
     ) -> TokenValues:
         return label_log_probs_and_entropy(
             logits_BSV,
             labels_BS,
+            kept,
             temperature=temperature,
             vocab_size=self.model.vocab_size,
             entropy_gradient=entropy_gradient,

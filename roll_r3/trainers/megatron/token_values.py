@@ -13,6 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from roll_r3.batch.micro_batch import KeptSlots
+from roll_r3.trainers.kept_values import VocabularyPart, kept_log_probs_and_entropy
+
 _NO_TOKEN = -1e9
 """Logit of a padded column: its probability is exactly 0, and unlike -inf it never gives 0 * inf."""
 
@@ -20,6 +23,7 @@ _NO_TOKEN = -1e9
 def label_log_probs_and_entropy(
     logits_BSV: torch.Tensor,
     labels_BS: torch.Tensor,
+    kept: KeptSlots | None = None,
     *,
     temperature: float,
     vocab_size: int,
@@ -28,12 +32,18 @@ def label_log_probs_and_entropy(
     """Log-probability of each label, and entropy, under the sampling temperature, in nats.
 
     Args:
+        kept: sets of the labels, over which both are taken; None: the whole vocabulary.
         vocab_size: number of columns with a token, over all ranks.
         entropy_gradient: True makes the entropy differentiable, like the log-probabilities.
 
     Returns:
         fp32 [B, S] each, the same on every tensor-parallel rank.
     """
+    if kept is not None:
+        part = _vocabulary_part(logits_BSV.size(-1))
+        return kept_log_probs_and_entropy(
+            logits_BSV, labels_BS, kept, temperature=temperature, entropy_gradient=entropy_gradient, part=part
+        )
     logits_BSV = logits_BSV.float() / temperature
     columns = logits_BSV.size(-1)
     held = vocab_size - parallel_state.get_tensor_model_parallel_rank() * columns
@@ -44,6 +54,19 @@ def label_log_probs_and_entropy(
         entropy_BS: torch.Tensor = _VocabParallelEntropy.apply(logits_BSV)  # type: ignore[no-untyped-call]
     # last, because megatron's cross entropy overwrites its input; nothing above needs it for its gradient
     return -vocab_parallel_cross_entropy(logits_BSV, labels_BS), entropy_BS
+
+
+def _vocabulary_part(columns: int) -> VocabularyPart | None:
+    """Return the part of the vocabulary of this tensor-parallel rank; None without tensor parallelism."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return None
+    group = parallel_state.get_tensor_model_parallel_group()
+    operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+    def reduce(values: torch.Tensor, operation: str) -> None:
+        dist.all_reduce(values, operations[operation], group=group)
+
+    return VocabularyPart(parallel_state.get_tensor_model_parallel_rank() * columns, reduce)
 
 
 class _VocabParallelEntropy(torch.autograd.Function):

@@ -41,6 +41,7 @@ def devices(role: str, number: int) -> str:
 FSDP2 = f"{TRAIN}.strategy_name=fsdp2_train"
 FSDP2_REFERENCE = "reference.strategy_args={strategy_name: fsdp2_infer}"
 HF = f"{ENGINE}.strategy_name=hf_infer"
+VLLM = f"{ENGINE}.strategy_name=vllm"
 TWO_STAGES = {"pipeline_model_parallel_size": 2}
 LAYOUT = {"pipeline_model_parallel_layout": "'Ett|ttL'"}
 REINFORCE = "adv_estimator=reinforce"
@@ -307,16 +308,6 @@ MORE_EXAMPLES: dict[str, Examples] = {
         ],
         [],
     ),
-    "vllm-truncates-before-log-probs": (
-        [
-            [
-                "actor_infer.strategy_args={strategy_name: vllm}",
-                "actor_infer.generating_args={temperature: 0.8, top_k: 50}",
-                "rollout_correction.bypass=true",
-            ]
-        ],
-        [],
-    ),
     "kl-penalty-of-both-signs": (
         [["add_token_level_kl=true", "init_kl_coef=0.1", "reference={}", "kl_penalty=abs"]],
         [],
@@ -374,7 +365,16 @@ MORE_EXAMPLES: dict[str, Examples] = {
     ),
     "norm-mean-type-unread": ([["norm_mean_type=null"]], []),
     "top-k-range": ([["actor_infer.generating_args.top_k=-2"]], []),
-    "truncated-sampling": ([["actor_infer.generating_args.top_p=0.9"]], []),
+    "truncated-sampling": (
+        [
+            ["actor_infer.generating_args={top_p: 0.9, sampling_mask: false}"],
+            [VLLM, "actor_infer.generating_args={temperature: 0.8, top_k: 50, sampling_mask: false}"],
+        ],
+        [
+            [VLLM, "actor_infer.generating_args={temperature: 0.8, top_k: 50}"],
+            [HF, "actor_infer.generating_args.top_p=0.9"],
+        ],
+    ),
     "data-named": ([["actor_train.data_args.file_name=''"], ["actor_train.data_args.file_name=[a.jsonl, '']"]], []),
     "reward-known": ([["rewards.default.reward='a.b:'"], ["rewards.default.reward=a b:c"]], []),
     "reward-domains-once": (
@@ -447,8 +447,6 @@ def test_a_rule_accepts(load_text, rule, overrides):
 
 
 GPUS = "device_type=cuda"
-VLLM = f"{ENGINE}.strategy_name=vllm"
-TRUNCATED = "actor_infer.generating_args={temperature: 0.8, top_k: 50}"
 
 
 @pytest.mark.parametrize(
@@ -457,7 +455,6 @@ TRUNCATED = "actor_infer.generating_args={temperature: 0.8, top_k: 50}"
         ("gpus-not-shared", ["device_type=auto"]),
         ("engine-on-one-node", [GPUS, "actor_infer.device_mapping=range(7, 9)", sglang(tp_size=2)]),
         ("engines-beyond-loopback", [GPUS, "actor_infer.device_mapping=[8]"]),
-        ("vllm-truncates-before-log-probs", [VLLM, TRUNCATED]),
     ],
 )
 def test_an_error_that_may_be_none_is_a_warning(load_text, rule, overrides):
@@ -481,7 +478,6 @@ def test_the_rows_that_only_warn_sometimes_are_those_above():
         "gpus-not-shared",
         "engine-on-one-node",
         "engines-beyond-loopback",
-        "vllm-truncates-before-log-probs",
     }
 
 
@@ -508,6 +504,7 @@ RUNS_AS_WRITTEN = {
     "reference-only-infers",
     "reference-runs-no-code",
     "reference-unused",
+    "sampling-mask-unread",
     "sample-ratio-clip-is-narrow",
     "sp-needs-tp",
     "token-sum-meets-clipping",
@@ -549,7 +546,9 @@ def test_devices_that_do_not_divide_are_not_reported_again_as_samples_that_do_no
 
 
 def test_warnings_come_after_errors_and_both_are_counted(load_text):
-    loaded = load_text(MINIMAL, "actor_infer.generating_args.top_p=0.5", "dual_clip_loss=1", "rewards={}")
+    loaded = load_text(
+        MINIMAL, "actor_infer.generating_args={top_p: 0.5, sampling_mask: false}", "dual_clip_loss=1", "rewards={}"
+    )
     text = render(check_rules(loaded.config), loaded.origins)
     assert text.index("warning [") > text.rindex("error [")
     assert text.endswith("2 errors and 1 warning")

@@ -8,7 +8,7 @@ import pytest
 
 from roll_r3.config.derived import samples_at_once, sampling, server
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.sampling_settings import Sampling
+from roll_r3.config.sampling_settings import KEPT_LIMIT, Sampling
 
 
 def config(strategy: str = "sglang", settings: dict[str, Any] | None = None, **generating: Any) -> RLVRConfig:
@@ -30,7 +30,18 @@ def test_training_samples_as_generating_args_say() -> None:
         "stop_token_ids": (3,),
         "stop_strings": ("</a>",),
     }
-    assert sampling(config(**given)) == Sampling(**given)
+    assert sampling(config(**given)) == Sampling(**given, return_kept=True)
+    assert sampling(config(**given, sampling_mask=False)) == Sampling(**given)
+    assert sampling(config(sampling_mask=True)) == Sampling(max_new_tokens=30), "nothing is truncated"
+
+
+@pytest.mark.parametrize("mask", ["auto", True])
+@pytest.mark.parametrize("strategy", ["sglang", "vllm", "hf_infer"])
+def test_a_set_of_top_p_has_a_limit(strategy: str, mask: Any) -> None:
+    found = sampling(config(strategy, top_p=0.9, sampling_mask=mask))
+    assert (found.top_k, found.return_kept) == (KEPT_LIMIT, True)
+    assert sampling(config(strategy, top_p=0.9, top_k=5000, sampling_mask=mask)).top_k == 5000
+    assert sampling(config(strategy, top_p=0.9, sampling_mask=False)).top_k == -1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from roll_r3.engines.hf.routers import RouteRecorder
-from roll_r3.engines.hf.sampler import Stop, choose
+from roll_r3.engines.hf.sampler import Stop, choose, kept_tokens
 from roll_r3.errors import RouteError
 
 PROBS = (0.1, 0.4, 0.0, 0.3, 0.2)
@@ -16,7 +16,8 @@ def shares(*, top_p: float = 1.0, top_k: int = -1) -> list[float]:
     """Return the share of each token over evenly spread draws."""
     draws_B = torch.arange(10_000, dtype=torch.float64) / 10_000
     log_probs_BV = torch.tensor(PROBS).log().expand(len(draws_B), -1)
-    tokens_B = choose(log_probs_BV, draws_B, top_p=top_p, top_k=top_k)
+    kept_BV = kept_tokens(log_probs_BV, top_p=top_p, top_k=top_k)
+    tokens_B = choose(log_probs_BV.masked_fill(~kept_BV, -torch.inf), draws_B)
     return (torch.bincount(tokens_B, minlength=len(PROBS)) / len(draws_B)).tolist()
 
 
@@ -38,7 +39,7 @@ def test_tokens_are_chosen_as_often_as_they_are_likely(top_p, top_k, kept):
 def test_the_ends_of_the_unit_interval_choose_tokens_that_can_be():
     log_probs_BV = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log().expand(2, -1)
     draws_B = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert choose(log_probs_BV, draws_B, top_p=1.0, top_k=-1).tolist() == [1, 2]
+    assert choose(log_probs_BV, draws_B).tolist() == [1, 2]
 
 
 def test_a_forward_is_recorded_once_by_every_router_in_their_order():

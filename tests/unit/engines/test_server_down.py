@@ -25,6 +25,7 @@ from roll_r3.engines.client import UnreachableError
 from roll_r3.engines.process import _NOTE_S, ServerProcess
 from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
 from roll_r3.engines.server import ServerRollout
+from roll_r3.engines.sglang.codec import SglangCodec
 from roll_r3.engines.sglang.strategy import SglangProgram, SglangRollout
 from roll_r3.engines.startup import Startup, WarmUp
 from roll_r3.errors import ConfigError, EngineError, RouteError
@@ -370,7 +371,7 @@ def test_an_interpreter_that_never_says_what_it_has_is_given_up_and_killed(tmp_p
 
     async def scenario(engine: ServerRollout) -> None:
         settings = engine._settings.model_copy(update={"python": str(python), "startup_timeout": 1.0})
-        program = SglangProgram(engine._role, engine._place, settings)
+        program = SglangProgram(engine._role, engine._place, settings, SglangCodec())
         engine._parts, engine._settings = replace(engine._parts, program=program, settings=settings), settings
         with pytest.raises(
             EngineError, match=r"did not report its SGLang release within 1 s \(strategy_config.startup_timeout\)"

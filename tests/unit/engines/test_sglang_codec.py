@@ -111,6 +111,47 @@ def test_without_recording_the_answer_needs_no_routes() -> None:
     assert read(value, record_routes=False).routes is None
 
 
+KEPT = {"output_token_sampling_mask": [[9, 4], [8], [7, 258, 3]], "output_token_sampling_logprobs": [-0.25, 0.0, -0.5]}
+
+
+def test_kept_tokens_come_with_log_probs_over_them() -> None:
+    trajectory = read(answer(**KEPT), return_kept=True, top_k=5)
+    assert trajectory.log_probs.tolist() == [-0.25, 0.0, -0.5]
+    assert trajectory.kept is not None
+    assert (trajectory.kept.counts_S.tolist(), trajectory.kept.ids_J.tolist()) == ([2, 1, 3], [9, 4, 8, 7, 258, 3])
+    whole = read(answer(**KEPT))
+    assert whole.kept is None and whole.log_probs.tolist() == [-0.5, -1.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"output_token_sampling_mask": None}, "must be a list of lists of integers, got None"),
+        ({"output_token_sampling_logprobs": [-0.25, 0.0]}, r"zip\(\) argument 2 is longer"),
+        ({"output_token_sampling_logprobs": [-0.25, None, 0.0]}, "not numbers"),
+        ({"output_token_sampling_logprobs": [-0.25, float("nan"), 0.0]}, "must be finite"),
+    ],
+)
+def test_broken_kept_tokens_are_refused(change: dict[str, Any], why: str) -> None:
+    with pytest.raises((SampleError, RouteError), match=why):
+        read(answer() | {"meta_info": answer(**KEPT)["meta_info"] | change}, return_kept=True, top_k=5)
+
+
+def test_an_answer_without_the_kept_tokens_that_were_asked_for_is_refused() -> None:
+    with pytest.raises(SampleError, match="output_token_sampling"):
+        read(answer(), return_kept=True, top_k=5)
+
+
+def test_a_release_without_kept_tokens_is_not_asked_for_them() -> None:
+    codec = SglangCodec()
+    asked = Asked(SampleRequest(PROMPT, "s", 0, Sampling(8, top_k=5, return_kept=True)), 4)
+    assert codec.request(asked)["return_sampling_mask"] is True
+    codec.returns_kept = False
+    assert "return_sampling_mask" not in codec.request(asked)
+    trajectory = codec.read(json.dumps(answer()).encode(), asked, FACTS).trajectory
+    assert trajectory.kept is None and trajectory.log_probs.tolist() == [-0.5, -1.5, 0.0]
+
+
 def test_a_release_without_versions_per_token_is_read() -> None:
     assert read(answer(weight_versions=None)).weight_versions == (4,)
 

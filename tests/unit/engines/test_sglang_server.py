@@ -7,6 +7,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -33,9 +34,7 @@ from roll_r3.strategies.base import EnginePlace
 KEY = "a-very-secret-key"
 
 
-def arguments(
-    config: SglangConfig, *, device: str = "cpu", record_routes: bool = True, fp32_lm_head: bool = False
-) -> list[str]:
+def arguments(config: SglangConfig, *, device: str = "cpu", record_routes: bool = True, **settings: Any) -> list[str]:
     return server_arguments(
         config,
         model_path="/models/tiny",
@@ -45,8 +44,13 @@ def arguments(
         seed=7,
         context_length=100,
         record_routes=record_routes,
-        fp32_lm_head=fp32_lm_head,
+        **{"fp32_lm_head": False, **settings},
     )
+
+
+def test_the_limit_of_a_set_leaves_room_for_tokens_as_likely_as_the_last() -> None:
+    assert "--sampling-mask-max-tokens" not in arguments(SglangConfig(), kept_top_k=2048)
+    assert value_of(arguments(SglangConfig(), kept_top_k=5000), "--sampling-mask-max-tokens") == "10000"
 
 
 def value_of(line: list[str], flag: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roll_r3.batch.trajectory import Trajectory
-from roll_r3.config.sampling_settings import Sampling
+from roll_r3.config.sampling_settings import KEPT_LIMIT, Sampling
 from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
 from roll_r3.engines.vllm.codec import VllmCodec, read_npy
 from roll_r3.errors import RouteError
@@ -127,6 +127,29 @@ def test_a_good_answer_becomes_a_trajectory(num_experts, dtype, kept):
 
 def test_without_recording_the_answer_needs_no_routes():
     assert read(answer(routed_experts=None), record_routes=False).routes is None
+
+
+def test_kept_tokens_are_those_of_the_choice():
+    sets = [[9, 4], [8], [7, 258, 3]]
+    trajectory = read(answer(sampling_mask=sets), return_kept=True, top_k=5)
+    assert trajectory.kept.counts_S.tolist() == [2, 1, 3] and trajectory.kept.ids_J.tolist() == [9, 4, 8, 7, 258, 3]
+    assert read(answer(sampling_mask=sets)).kept is None
+    with pytest.raises(RouteError, match="must be a list of lists of integers, got None"):
+        read(answer(sampling_mask=None), return_kept=True, top_k=5)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "sent"),
+    [
+        ({"top_k": 5, "top_p": 0.9, "temperature": 0.7}, (0.7, 0.9, 5)),
+        ({}, (1.0, 1.0, KEPT_LIMIT)),
+        ({"temperature": 0.0}, (1.0, 1.0, 1)),
+    ],
+)
+def test_a_server_that_returns_kept_tokens_gets_bounded_requests_only(sampling, sent):
+    codec = VllmCodec("", trust_remote_code=False, returns_kept=True)
+    params = codec.request(Asked(SampleRequest(PROMPT, "s", 0, Sampling(8, **sampling)), 4))["sampling_params"]
+    assert (params["temperature"], params["top_p"], params["top_k"]) == sent
 
 
 def test_rows_from_the_first_wanted_on_are_read():

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from importlib.metadata import distributions
+from typing import Any
 
 import pytest
 
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.config.strategies import VllmConfig
 from roll_r3.engines.vllm import launcher
 from roll_r3.engines.vllm.server import (
@@ -46,7 +48,7 @@ QWEN = {
 }
 
 
-def arguments(config: VllmConfig, *, device: str = "cpu", record_routes: bool = True, temperature: float = 1.0):
+def arguments(config: VllmConfig, *, device: str = "cpu", record_routes: bool = True, **sampling: Any):
     return server_arguments(
         config,
         model_path="/models/tiny",
@@ -54,7 +56,7 @@ def arguments(config: VllmConfig, *, device: str = "cpu", record_routes: bool = 
         device=device,
         port=1234,
         seed=7,
-        temperature=temperature,
+        sampling=Sampling(max_new_tokens=8, **sampling),
         context_length=100,
         record_routes=record_routes,
         shape=shape_of(QWEN),
@@ -92,9 +94,19 @@ def test_routes_are_recorded_only_when_asked_for():
     assert "--enable-return-routed-experts" not in arguments(VllmConfig(), record_routes=False)
 
 
-@pytest.mark.parametrize(("temperature", "mode"), [(1.0, "raw_logprobs"), (0.8, "processed_logprobs")])
-def test_log_probs_are_those_under_the_temperature(temperature, mode):
-    assert value_of(arguments(VllmConfig(), temperature=temperature), "--logprobs-mode") == mode
+@pytest.mark.parametrize(
+    ("sampling", "mode", "returns_kept"),
+    [
+        ({}, "raw_logprobs", False),
+        ({"temperature": 0.8}, "processed_logprobs", False),
+        ({"top_p": 0.9}, "processed_logprobs", False),
+        ({"top_k": 9, "return_kept": True}, "processed_logprobs", True),
+    ],
+)
+def test_log_probs_are_of_the_distribution_that_is_sampled(sampling, mode, returns_kept):
+    line = arguments(VllmConfig(), **sampling)
+    assert value_of(line, "--logprobs-mode") == mode
+    assert ("--return-sampling-mask" in line) == returns_kept
 
 
 def test_a_cpu_gets_a_cache_for_what_it_decodes_at_once_and_no_more():

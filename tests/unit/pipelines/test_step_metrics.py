@@ -85,19 +85,22 @@ def test_figures(record):
 
 
 @pytest.mark.parametrize(
-    ("engine", "temperature", "top_k", "given"),
-    [("vllm", 0.8, 50, False), ("vllm", 0.8, -1, True), ("vllm", 1.0, 50, True), ("sglang", 0.8, 50, True)],
+    ("engine", "top_k", "mask", "given"),
+    [("vllm", 50, False, False), ("vllm", -1, False, True), ("vllm", 50, "auto", True), ("sglang", 50, False, True)],
 )
 def test_figures_that_compare_with_the_rollout_are_left_out_where_its_log_probs_are_others(
-    record, engine, temperature, top_k, given
+    record, engine, top_k, mask, given
 ):
     infer = {
         "strategy_args": {"strategy_name": engine},
-        "generating_args": {"temperature": temperature, "top_k": top_k},
+        "generating_args": {"temperature": 0.8, "top_k": top_k, "sampling_mask": mask},
     }
     m = step_metrics(RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer=infer), record)
     compared = [name for name in m if name.startswith(("rollout_corr/", "training/", "actor/rollout_train"))]
     assert len(compared) == (12 if given else 0)
+    batch = record.batch
+    masses = np.exp(batch.old_log_probs_N - batch.rollout_log_probs_N)[batch.loss_mask_N]
+    assert m.get("sampling_mask/mass") == (None if given else pytest.approx(masses.mean(), rel=1e-6))
 
 
 def test_filtered_tokens_stay_in_the_comparison_with_the_rollout(record):

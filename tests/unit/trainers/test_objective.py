@@ -59,7 +59,7 @@ def batch_of(seed: int) -> Batch:
     return batch.filled_up(8)
 
 
-def token_values(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, entropy_gradient: bool) -> Any:
+def token_values(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, kept: Any, entropy_gradient: bool) -> Any:
     table = logits_BSV.log_softmax(-1)
     return table.gather(-1, labels_BS[..., None])[..., 0], -(table.exp() * table).sum(-1)
 

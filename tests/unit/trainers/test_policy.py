@@ -77,7 +77,7 @@ class Backend:
         with torch.set_grad_enabled(not forward_only):
             return [objective(m, self.table[m.tensor(m.batch.input_ids_N, 0, self.device)])[1] for m in micro_batches]
 
-    def token_values(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, **asked: Any) -> Any:
+    def token_values(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, kept: Any, **asked: Any) -> Any:
         self.calls.append(f"temperature {asked['temperature']}")
         log_probs_BS = logits_BSV.log_softmax(-1).gather(-1, labels_BS[..., None])[..., 0]
         return log_probs_BS, torch.zeros_like(log_probs_BS)

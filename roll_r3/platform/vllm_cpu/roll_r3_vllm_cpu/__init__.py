@@ -2,7 +2,8 @@
 
 1. Routed experts. vLLM feeds its recording connector from the newer model runner only, which needs Triton on a CPU.
    `roll_r3_vllm_cpu.runner` feeds the same connector from the CPU's runner, and vLLM's check is patched to accept it.
-2. New expert weights. The CPU kernel reads experts in a packed layout, and vLLM packs them at the first load only.
+2. Kept tokens. vLLM returns the sets of truncated sampling from the newer model runner only; ours adds them.
+3. New expert weights. The CPU kernel reads experts in a packed layout, and vLLM packs them at the first load only.
    After an update the kernel would silently read plain rows as packed ones.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 RELEASE = "0.32.0"
+_WORKER = "roll_r3_vllm_cpu.runner.RecordingWorker"
 
 
 def register() -> None:
@@ -30,6 +32,7 @@ def register() -> None:
     if not hasattr(VllmConfig, "_roll_r3_cpu"):
         VllmConfig._roll_r3_cpu = True
         _record_routes_on_a_cpu()
+        _return_kept_tokens_on_a_cpu()
         _pack_experts_on_every_update()
 
 
@@ -52,10 +55,29 @@ def _record_routes_on_a_cpu() -> None:
             check(self)
         finally:
             del platform.is_out_of_tree
-        self.parallel_config.worker_cls = "roll_r3_vllm_cpu.runner.RecordingWorker"
+        self.parallel_config.worker_cls = _WORKER
 
     assert "is_out_of_tree" not in platform.__dict__, "it is inherited"
     VllmConfig._verify_aux_output_compatibility = check_for_a_cpu
+
+
+def _return_kept_tokens_on_a_cpu() -> None:
+    """Skip vLLM's check of the model runner, keep its other checks of sampling masks, and select our worker."""
+    from vllm.config import VllmConfig
+
+    check = VllmConfig._verify_sampling_replay_config
+    newer = VllmConfig.use_v2_model_runner
+
+    def check_for_a_cpu(self: VllmConfig) -> None:
+        VllmConfig.use_v2_model_runner = True
+        try:
+            check(self)
+        finally:
+            VllmConfig.use_v2_model_runner = newer
+        if self.model_config is not None and self.model_config.return_sampling_mask:
+            self.parallel_config.worker_cls = _WORKER
+
+    VllmConfig._verify_sampling_replay_config = check_for_a_cpu
 
 
 def _pack_experts_on_every_update() -> None:

@@ -1,4 +1,4 @@
-"""Model runner of a CPU worker, feeding vLLM's recorder of routed experts at every step."""
+"""Model runner of a CPU worker: it feeds vLLM's recorder of routed experts at every step, and returns kept tokens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,40 @@ from vllm.distributed.aux_output_connector.worker import (
     PendingAuxOutput,
     get_aux_output_connector,
 )
+from vllm.v1.outputs import SamplingMaskLists
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 
 class RecordingModelRunner(CPUModelRunner):
-    """CPU runner recording routes like vLLM's newer runner: opens each step, takes its routes, hands them out."""
+    """CPU runner recording routes like vLLM's newer runner: opens each step, takes its routes, hands them out.
+
+    It returns the sets of truncated sampling too: the tokens with a finite log-probability after top_k and top_p.
+    """
 
     _recorder: AuxOutputWorkerConnector | None = None
+    _kept: SamplingMaskLists | None = None
+    """Sets of the step just sampled, in the runner's order of requests."""
+
+    def _sample(self, *args: Any, **named: Any) -> Any:
+        if not self.model_config.return_sampling_mask:
+            return super()._sample(*args, **named)
+        sample = self.sampler.sample
+        processed: list[Any] = []
+
+        def sample_and_keep(*of: Any, **with_: Any) -> Any:
+            sampled, log_probs = sample(*of, **with_)
+            processed.append(log_probs)
+            return sampled, log_probs
+
+        self.sampler.sample = sample_and_keep
+        try:
+            output = super()._sample(*args, **named)
+        finally:
+            del self.sampler.sample
+        kept = (processed[0] > float("-inf")).cpu().numpy()
+        offsets = np.concatenate([np.zeros(1, np.int64), kept.sum(-1).cumsum()])
+        self._kept = SamplingMaskLists(np.nonzero(kept)[1].astype(np.int32), offsets)
+        return output
 
     def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False, *args: Any, **named: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **named)
@@ -38,6 +65,8 @@ class RecordingModelRunner(CPUModelRunner):
             output = super().sample_tokens(grammar_output)
         finally:
             self.input_batch.generators.update(held)
+        if self._kept is not None and output is not None:
+            output.sampling_masks, self._kept = self._kept, None
         if pending is not None:
             assert list(output.req_ids) == pending.request_ids, "routes and tokens of other requests"
             sampled = np.array([len(tokens) for tokens in output.sampled_token_ids], dtype=np.int32)
