@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from roll_r3.config.base import Config, Seconds
+from roll_r3.config.rewards import RewardConfig
 from roll_r3.config.sections import (
     CheckpointConfig,
     FilterGroupsConfig,
     OverlongBufferConfig,
     PgArgsConfig,
-    RewardConfig,
     RolloutCorrectionConfig,
     ValidationConfig,
     WorkerTimeoutsConfig,

@@ -1,4 +1,4 @@
-"""Sections of the root that describe no role: rewards, corrections, filters, evaluation, checkpoints, limits."""
+"""Sections of the root that describe no role: corrections, filters, evaluation, checkpoints, limits."""
 
 from __future__ import annotations
 
@@ -8,30 +8,6 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from roll_r3.config.base import Config, Seconds
 from roll_r3.config.workers import DataArgs, GeneratingArgs
-
-
-class RewardConfig(Config):
-    """One reward rule."""
-
-    reward: str
-    """Built-in rule (`exact_match`, `math`) or `package.module:function`. A function takes by name any of `response`,
-    `ground_truth`, `domain`, `prompt`, `messages`, `row`, `finish_reason` and `num_response_tokens`."""
-    tag_included: tuple[str, ...] = ()
-    """Domains scored by this rule; empty: every domain not named by another rule."""
-    kwargs: dict[str, str | int | float | bool] = {}
-    """Further arguments of the rule, under other names. Not for secrets, since the configuration is printed and saved:
-    read those from `os.environ` (the run's, without Ray's variables)."""
-    timeout: Seconds | None = None
-    """Seconds per response; default: 30, and 2 for `math`. Past it a function is killed, without a reward; its first
-    call in a process may take longer, for imports. `math` gives 0, in processor time, so a busy machine changes no
-    score."""
-    skip_special_tokens: bool = True
-    """Remove special tokens, such as the end token, from the response's text; false: the rule sees them."""
-
-    @property
-    def time_limit(self) -> float:
-        """Seconds allowed for one response."""
-        return self.timeout or (2.0 if self.reward == "math" else 30.0)
 
 
 class CorrectionFilter(Config):

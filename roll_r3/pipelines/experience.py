@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -65,6 +65,8 @@ class Scored:
     """Number of responses dropped because they have no reward."""
     undecided: int
     """Number of responses with score 0 because a judge gave up on them."""
+    by_rule: Mapping[str, float] = field(default_factory=dict)
+    """Mean score of each reward rule."""
 
     @property
     def groups(self) -> list[str]:
@@ -126,6 +128,7 @@ class ExperienceMaker:
         metrics: dict[str, float] = {}
         with self._progress.stage("rewards", step), clock.stage("reward"):
             scored = score(step, groups, self._rewards, self._decoder, self._progress.say)
+            metrics |= {f"reward/rule/{name}": mean for name, mean in scored.by_rule.items()}
             batch = Batch.from_trajectories(scored.trajectories).filled_up(self._samples_multiple())
             batch, shaped_n, shaping = shape_and_mask(batch, scored, self._algorithm)
             metrics |= shaping
@@ -225,7 +228,7 @@ def score(
         raise RollError(
             "no sample of the step is left: " + "; ".join([*reasons, scores.why] if scores.why else reasons)
         )
-    return Scored(trajectories, samples, scores.failed, scores.undecided)
+    return Scored(trajectories, samples, scores.failed, scores.undecided, scores.by_rule)
 
 
 def _response(prompt: Prompt, trajectory: Trajectory, rewards: Rewards, decoder: Decoder) -> Response:

@@ -89,7 +89,7 @@ def step_metrics(config: RLVRConfig, r: StepRecord) -> dict[str, float]:
         "rollout/retries": r.retries,
         "rollout/engine_restarts": r.engine_restarts,
         "reward/failed": r.failed_rewards,
-        "reward/math_undecided": r.undecided_rewards,
+        "reward/undecided": r.undecided_rewards,
         "system/global_step": r.step,
         "system/samples": r.samples_seen,
         "system/tps": float(tokens / seconds),

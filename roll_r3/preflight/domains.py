@@ -9,7 +9,7 @@ from pathlib import Path
 
 from roll_r3.config.findings.report import show_value
 from roll_r3.config.reading.disk import why_no_file
-from roll_r3.config.sections import RewardConfig
+from roll_r3.config.rewards import RewardConfig
 from roll_r3.config.workers import DataArgs
 
 _LOOKED_AT = 8 << 20

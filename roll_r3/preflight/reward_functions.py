@@ -6,6 +6,7 @@ Reward processes import them before a run starts (`roll_r3.rewards`), and report
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import distributions
@@ -13,9 +14,10 @@ from importlib.util import find_spec
 from inspect import Parameter, Signature
 from pathlib import Path
 
-from roll_r3.config.rules.data import BUILT_IN_REWARDS, FUNCTION
-from roll_r3.config.sections import RewardConfig
+from roll_r3.config.rewards import JudgeConfig, RewardConfig
+from roll_r3.config.rules.rewards import FUNCTION
 from roll_r3.rewards.functions import CallError, call_of
+from roll_r3.rewards.rules import BUILT_IN
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _SCOPES = (*_FUNCTIONS, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -25,25 +27,31 @@ def reward_problems(rewards: Mapping[str, RewardConfig]) -> Iterator[str]:
     """Yield one problem per reward rule that is missing or cannot be called with its kwargs."""
     for config in rewards.values():
         problem = ""
-        if config.reward in BUILT_IN_REWARDS:
-            problem = _built_in_problem(config)
+        if config.reward in BUILT_IN:
+            problem = _missing_package(config) or _function_problem(BUILT_IN[config.reward], config.kwargs)
+        elif config.judge is not None:
+            problem = _missing_key(config.judge)
         elif FUNCTION.fullmatch(config.reward):  # other text is reported by a rule of its own
-            problem = _function_problem(config)
+            problem = _function_problem(config.reward, config.kwargs)
         if problem:
             yield f"{config.reward}: {problem}"
 
 
-def _built_in_problem(config: RewardConfig) -> str:
-    if config.kwargs:
-        return f"it takes no kwargs, got {', '.join(config.kwargs)}"
+def _missing_package(config: RewardConfig) -> str:
     if config.reward == "math" and not list(distributions(name="math-verify")):
         return "it needs the package math-verify, which is not installed"
     return ""
 
 
-def _function_problem(config: RewardConfig) -> str:
+def _missing_key(judge: JudgeConfig) -> str:
+    if judge.api_key_env is not None and not os.environ.get(judge.api_key_env):
+        return f"the environment variable {judge.api_key_env} of judge.api_key_env is not set"
+    return ""
+
+
+def _function_problem(reward: str, kwargs: Mapping[str, object]) -> str:
     """Return why `module:function` cannot be called; empty if it can, or if only an import can tell."""
-    module, _, name = config.reward.partition(":")
+    module, _, name = reward.partition(":")
     spec = _find_module(module)
     if spec is None:
         return f"there is no module {module} on the import path"
@@ -59,7 +67,7 @@ def _function_problem(config: RewardConfig) -> str:
             unknown = {"*", "__getattr__"} & {bound_name for bound_name, _ in bound}
             return "" if unknown else f"{spec.origin} defines no {name}"
         case [ast.FunctionDef(decorator_list=[], args=arguments)]:
-            return _call_problem(arguments, config.kwargs)
+            return _call_problem(arguments, kwargs)
     return ""
 
 

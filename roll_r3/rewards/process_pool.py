@@ -1,4 +1,4 @@
-"""Pool of processes for reward rules.
+"""Pool of processes for reward rules, with a thread of its own that gives them tasks at any time.
 
 A user's rule may loop forever, crash its interpreter or start programs. So it runs in a process that can be killed with
 its process group, and restarted. A process handles one response at a time, so that the time limit is per response.
@@ -6,19 +6,25 @@ its process group, and restarted. A process handles one response at a time, so t
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from roll_r3.errors import RollError
-from roll_r3.rewards.reward_process import POLL_S, Answer, Failure, Process, Task
+from roll_r3.rewards.reward_process import POLL_S, Answer, Process, Task
 from roll_r3.rewards.rules import Rule
+
+_Waiting = tuple[Task, "Future[Answer]"]
 
 
 class RewardProcesses:
-    """Fixed number of processes. Their starting thread must outlive them: the kernel kills its children with it."""
+    """Fixed number of processes. The thread starts them and outlives them: the kernel kills its children with it."""
 
     def __init__(self, rules: Sequence[Rule], size: int, log_dir: Path) -> None:
         """Prepare the processes without starting them."""
@@ -26,16 +32,35 @@ class RewardProcesses:
         self._processes = [
             Process(number, list(rules), log_dir / f"rewards-{number}.log", first_calls) for number in range(size)
         ]
+        self._thread: threading.Thread | None = None
+        self._ready: Future[None] = Future()
+        self._waiting: deque[_Waiting] = deque()
+        self._running: dict[int, Future[Answer]] = {}
+        """Number of a task given to a process -> its future."""
+        self._given = 0
+        """Number of tasks given so far."""
+        self._wake, self._woken = -1, -1
+        """Ends of a pipe that ends the thread's wait: to write, to read."""
+        self._lock = threading.Lock()
+        """Held to add tasks or to stop."""
+        self._stopped: BaseException | None = None
+        """Reason that no task is taken any more."""
 
     def start(self) -> None:
         """Start the processes, without waiting for them."""
-        for process in self._processes:
-            process.start()
+        self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._serve, name="rewards", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Kill the processes with their process groups."""
-        for process in self._processes:
-            process.kill()
+        """Kill the processes with their process groups. Open tasks are cancelled."""
+        if self._thread is None:
+            return
+        self._stop(RollError("the reward processes are closed"))
+        self._thread.join()
+        self._thread = None
+        os.close(self._wake)
+        os.close(self._woken)
 
     def wait_until_ready(self) -> None:
         """Wait until every process has imported every rule.
@@ -43,64 +68,92 @@ class RewardProcesses:
         Raises:
             ConfigError: an import failed, or a rule cannot be called with its kwargs and the offered values.
         """
-        while starting := [process for process in self._processes if not process.ready]:
-            self._wait(starting)
-            for process in starting:
-                process.poll()
+        self._ready.result()
 
-    def score(self, tasks: Sequence[Task], max_failures: int) -> list[Answer]:
-        """Return the answers to all tasks, in their order.
+    def submit(self, tasks: Sequence[Task]) -> list[Future[Answer]]:
+        """Queue tasks, and return at once.
 
         A rule gives a `Failure` if it raises, exceeds its `timeout`, kills its process or returns no finite number.
-        A judge gives `Undecided` for most of these.
+        A judge gives `Undecided` for most of these. A cancelled future that has not begun is left out.
 
         Raises:
-            RollError: a restarted process could not import the rules again.
-            TooManyFailuresError: more than `max_failures` responses have no score; raised early.
+            RollError: a restarted process could not import the rules again; of the futures too.
         """
+        waiting: list[_Waiting] = [(task, Future()) for task in tasks]
+        with self._lock:
+            if self._stopped is not None:
+                raise self._stopped
+            self._waiting.extend(waiting)
+        self._end_wait()
+        return [future for _, future in waiting]
+
+    def score(self, tasks: Sequence[Task]) -> list[Answer]:
+        """Return the answers to all tasks, in their order. Raises as `submit`."""
+        return [future.result() for future in self.submit(tasks)]
+
+    def _serve(self) -> None:
+        """Run the thread."""
         try:
-            return self._score(tasks, max_failures)
-        except BaseException:  # including signals: the next call must not receive answers of this one
             for process in self._processes:
-                if process.task is not None:
-                    process.restart()
-            raise
+                process.start()
+            while self._stopped is None:
+                if not self._ready.done() and all(process.ready for process in self._processes):
+                    self._ready.set_result(None)
+                self._give()
+                self._wait()
+                self._poll()
+        except BaseException as error:  # noqa: BLE001  goes to everyone who waits
+            self._stop(error)
+        finally:
+            for process in self._processes:
+                process.kill()
+            self._break_off()
 
-    def _score(self, tasks: Sequence[Task], max_failures: int) -> list[Answer]:
-        answers: list[Answer | None] = [None] * len(tasks)
-        waiting = deque(range(len(tasks)))
-        failures: dict[int, Failure] = {}
-        while waiting or any(process.task is not None for process in self._processes):
-            for process in self._processes:
-                if waiting and process.ready and process.task is None and process.give(waiting[0], tasks[waiting[0]]):
-                    waiting.popleft()
-            self._wait([p for p in self._processes if p.task is not None or (waiting and not p.ready)])
-            for process in self._processes:
-                index, answer = process.task, process.poll()
-                if answer is None:
+    def _give(self) -> None:
+        for process in self._processes:
+            while self._waiting and process.ready and process.task is None:
+                task, future = self._waiting[0]
+                if not (future.running() or future.set_running_or_notify_cancel()):
+                    self._waiting.popleft()
                     continue
-                assert index is not None
-                answers[index] = answer
-                if isinstance(answer, Failure):
-                    failures[index] = answer
-                    if len(failures) > max_failures:
-                        raise TooManyFailuresError(failures)
-        return [answer for answer in answers if answer is not None]
+                self._given += 1
+                if process.give(self._given, task):
+                    self._running[self._given] = future
+                    self._waiting.popleft()
 
-    def _wait(self, processes: Sequence[Process]) -> None:
-        """Wait for a message, the next deadline, or the next poll."""
-        now = time.monotonic()
-        limit = min((process.deadline - now for process in processes), default=0.0)
-        wait([process.pipe for process in processes], max(0.0, min(limit, POLL_S)))
+    def _poll(self) -> None:
+        for process in self._processes:
+            number, answer = process.task, process.poll()
+            if answer is not None:
+                assert number is not None
+                self._running.pop(number).set_result(answer)
 
+    def _wait(self) -> None:
+        """Wait for a message, new tasks, the next deadline, or the next poll."""
+        busy = [p for p in self._processes if p.task is not None or not p.ready]
+        limit = min((p.deadline - time.monotonic() for p in busy), default=POLL_S)
+        wait([*(p.pipe for p in busy), self._woken], max(0.0, min(limit, POLL_S)) if busy else None)
+        with suppress(BlockingIOError):
+            os.read(self._woken, 1 << 10)
 
-class TooManyFailuresError(RollError):
-    """Error: too many responses without a score."""
+    def _end_wait(self) -> None:
+        with suppress(BlockingIOError):  # a full pipe wakes as well
+            os.write(self._wake, b"x")
 
-    def __init__(self, failures: dict[int, Failure]) -> None:
-        """
-        Args:
-            failures: index of the task -> failure.
-        """
-        super().__init__(f"{len(failures)} responses have no reward")
-        self.failures = failures
+    def _stop(self, reason: BaseException) -> None:
+        with self._lock:
+            self._stopped = self._stopped or reason
+        self._end_wait()
+
+    def _break_off(self) -> None:
+        """Tell everyone who waits that the thread has ended."""
+        reason = self._stopped
+        assert reason is not None
+        left = [*self._running.values(), *(future for _, future in self._waiting)]
+        self._running.clear()
+        self._waiting.clear()
+        if not self._ready.done():
+            self._ready.set_exception(reason)
+        for future in left:
+            if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
+                future.set_exception(reason)

@@ -16,10 +16,21 @@ from typing import Any
 from roll_r3.errors import ConfigError
 from roll_r3.rewards.functions import Call, CallError, call_of
 
-BUILT_IN = {"exact_match": "roll_r3.rewards.rules:exact_match", "math": "roll_r3.rewards.math_rule:math"}
-"""Name of a built-in rule -> `package.module:function`."""
-TRUTH_CHECKS = {"math": "roll_r3.rewards.math_rule:can_be_matched"}
-"""Name of a built-in rule -> rule returning 1 for a ground truth that a response can match, else 0."""
+BUILT_IN = {
+    "code": "roll_r3.rewards.code.code_rule:code",
+    "exact_match": "roll_r3.rewards.rules:exact_match",
+    "ifeval": "roll_r3.rewards.ifeval.ifeval_rule:ifeval",
+    "math": "roll_r3.rewards.math_rule:math",
+    "multiple_choice": "roll_r3.rewards.multiple_choice:multiple_choice",
+}
+"""Name of a built-in rule -> `package.module:function`. `llm_judge` is asked by `roll_r3.rewards.judge`."""
+TRUTH_CHECKS = {
+    "code": "roll_r3.rewards.code.code_rule:has_tests",
+    "ifeval": "roll_r3.rewards.ifeval.ifeval_rule:knows_instructions",
+    "math": "roll_r3.rewards.math_rule:can_be_matched",
+    "multiple_choice": "roll_r3.rewards.multiple_choice:is_letter",
+}
+"""Name of a built-in rule -> rule that returns 1 for a row with a possible reward; else it returns 0 or raises."""
 
 
 class Undecided(BaseException):

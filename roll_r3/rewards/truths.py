@@ -1,10 +1,11 @@
-"""Check for ground truths without a matching response, made before the first step in the reward processes."""
+"""Check for rows without a possible reward, made before the first step in the reward processes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from roll_r3.config.findings.readable import printable
 from roll_r3.errors import ConfigError
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 5
 _SHOWN_TRUTH = 60
+_BY_TEXT = "math"
+"""Rule with a check of the text alone, made once for equal texts."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +29,35 @@ class Truth:
     prompt_id: str
     domain: str
     text: str
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """All columns of the row."""
 
 
 def check_rules(rules: Sequence[Rule]) -> dict[int, Rule]:
-    """Return index of a rule -> rule for checking its ground truths, where one exists."""
+    """Return index of a rule -> rule for checking its rows, where one exists."""
     checked = {i: rule for i, rule in enumerate(rules) if rule.reward in TRUTH_CHECKS}
     return {i: replace(rule, reward=TRUTH_CHECKS[rule.reward]) for i, rule in checked.items()}
 
 
 def check_truths(processes: RewardProcesses, rules: Sequence[tuple[Rule, int, Sequence[Truth]]]) -> None:
-    """Check every ground truth once.
+    """Check every row once.
 
     Args:
-        rules: (rule, index of its check among the rules of `processes`, its ground truths).
+        rules: (rule, index of its check among the rules of `processes`, its rows).
 
     Raises:
-        ConfigError: some cannot be matched; the log has all of them.
+        ConfigError: some have no possible reward; the log has all of them.
     """
-    tasks = {(check, truth.text): Task(check, _empty_response(truth)) for _, check, truths in rules for truth in truths}
-    answers = dict(zip(tasks, processes.score(list(tasks.values()), len(tasks)), strict=True))
+    tasks = {
+        (check, _key(rule, truth)): Task(check, _empty_response(truth))
+        for rule, check, truths in rules
+        for truth in truths
+    }
+    answers = dict(zip(tasks, processes.score(list(tasks.values())), strict=True))
     problems = []
     for rule, check, truths in rules:
-        lost = [(truth, why) for truth in truths if (why := _reason_unmatched(answers[check, truth.text]))]
+        reasons = [(truth, _reason_unmatched(answers[check, _key(rule, truth)])) for truth in truths]
+        lost = [(truth, why) for truth, why in reasons if why]
         for truth, why in lost:
             logger.warning("%s: ground truth %r of row %s can never be matched: %s", rule, *_printable(truth), why)
         if lost:
@@ -56,8 +66,12 @@ def check_truths(processes: RewardProcesses, rules: Sequence[tuple[Rule, int, Se
         raise ConfigError("\n".join(problems))
 
 
+def _key(rule: Rule, truth: Truth) -> str:
+    return truth.text if rule.reward == _BY_TEXT else truth.prompt_id
+
+
 def _empty_response(truth: Truth) -> Response:
-    return Response("", truth.text, truth.domain, "", (), {}, "stop", 0)
+    return Response("", truth.text, truth.domain, "", (), truth.row, "stop", 0)
 
 
 def _reason_unmatched(answer: Answer) -> str:

@@ -161,15 +161,17 @@ METRICS: dict[str, Metric] = {
     "rollout/dropped_samples": Metric("samples", "samples dropped after all retries"),
     "rollout/retries": Metric("requests", "retried requests"),
     "rollout/engine_restarts": Metric("restarts", "engine restarts since the last step"),
+    "reward/rule/*": Metric("reward", "mean score of a reward rule, before its weight; * is its name in `rewards`"),
     "reward/overlong_ratio": Metric("share", "samples with a penalty by overlong_buffer"),
     "reward/rule/*": Metric("reward", "mean score of a reward rule, before its weight; * is its name in `rewards`"),
     "reward/failed": Metric("samples", "samples left out because their rule failed"),
     "reward/groups_without_signal": Metric("share", "groups with equal scores, hence without GRPO gradient"),
     "reward/groups_all_right": Metric("share", "such groups with score above 0"),
     "reward/groups_all_wrong": Metric("share", "such groups with score 0 or less"),
-    "reward/math_undecided": Metric(
+    "reward/undecided": Metric(
         "samples",
-        "samples scored 0 by `math` because math-verify failed, or exceeded its time or memory",
+        "samples for which a judge could not decide, so that it gave 0: math-verify failed or exceeded its limits, or "
+        "a verdict of `llm_judge` has no score",
     ),
     "time/step_total": Metric("s", "whole step"),
     "time/step_generate": Metric("s", "rollout"),

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from roll_r3.config.sections import RewardConfig
+from roll_r3.config.rewards import RewardConfig
 from roll_r3.rewards.functions import Response
 from roll_r3.rewards.scoring import Rewards
 

@@ -19,7 +19,7 @@ from faults import Fault, nothing_left
 from reward_processes import LIMIT, MISBEHAVES, Open, asked, ended, rewards, score
 from whole_run import START_TIMEOUT, Run, few_steps
 
-from roll_r3.config.sections import RewardConfig
+from roll_r3.config.rewards import RewardConfig
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.models.tiny import make_tiny_checkpoint
@@ -194,7 +194,7 @@ found.start()
 found.wait_until_ready()
 print("ready", flush=True)
 if {busy}:
-    found.score([Task(0, Response("loop", "", "", "", (), {{}}, "stop", 1))] * 2, 0)
+    found.score([Task(0, Response("loop", "", "", "", (), {{}}, "stop", 1))] * 2)
 time.sleep(600)
 """
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -230,9 +230,9 @@ def test_at_most_one_response_is_with_each_process(tmp_path: Path) -> None:
 
             process.give = counted  # type: ignore[method-assign]
         tasks = [Task(0, asked("seconds 0.01"))] * 20
-        assert found.score(tasks, 0) == [0.01] * 20
+        assert found.score(tasks) == [0.01] * 20
         assert (len(given), max(given)) == (20, 2)
-        assert not any(isinstance(answer, Failure) for answer in found.score(tasks, 0))
+        assert not any(isinstance(answer, Failure) for answer in found.score(tasks))
     finally:
         found.close()
 

@@ -13,10 +13,10 @@ import pytest
 from reward_processes import MISBEHAVES, Open, asked, ended, rewards, score
 from slow_answers import SLOW
 
-from roll_r3.config.sections import RewardConfig
+from roll_r3.config.rewards import RewardConfig
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.rewards import reward_process as process
-from roll_r3.rewards.scoring import Rewards
+from roll_r3.rewards.scoring import Answer, Rewards
 from roll_r3.rewards.truths import Truth
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -233,3 +233,94 @@ def test_an_unexpected_message_is_ignored(rewards: Open, caplog: pytest.LogCaptu
     one.give = after_another  # type: ignore[method-assign]
     assert score(found, "1", "2") == [1.0, 2.0]
     assert caplog.text.count("sent an unexpected message") == 2
+
+
+def test_responses_are_scored_while_others_are_still_made(rewards: Open) -> None:
+    found = rewards(workers=2)
+    slow, quick = found.begin([asked("seconds 0.8")]), found.begin([asked("1"), asked("2")])
+    assert [answer.score for answer in quick.result()] == [1.0, 2.0]
+    assert not slow.done()
+    later = [found.begin([asked(f"{i}.{j}") for j in range(3)]) for i in range(5)]
+    assert [[answer.score for answer in each.result()] for each in later] == [
+        [float(f"{i}.{j}") for j in range(3)] for i in range(5)
+    ]
+    assert not slow.done()
+    assert [answer.score for answer in slow.result()] == [0.8]
+    assert found.begin([]).result() == []
+
+
+def test_answers_tell_what_each_response_got(rewards: Open, caplog: pytest.LogCaptureFixture) -> None:
+    found = rewards(max_failed=0.5)
+    responses = [asked("1"), asked("raise it"), asked("2")]
+    answers = found.begin(responses).result()
+    assert answers == [
+        Answer(1.0, {"mine": 1.0}),
+        Answer(None, {}, f"rewards.mine ({MISBEHAVES}) raised ValueError: it"),
+        Answer(2.0, {"mine": 2.0}),
+    ]
+    assert not caplog.records, "accept logs them, once"
+    scores = found.accept(responses, answers)
+    assert (scores.scores, scores.failed, scores.by_rule) == ([1.0, None, 2.0], 1, {"mine": 1.5})
+    assert len(caplog.records) == 1
+    with pytest.raises(RollError, match="1 of the step's 1 responses"):
+        found.accept(responses[1:2], answers[1:2])
+
+
+def test_a_cancelled_call_leaves_out_what_has_not_begun(rewards: Open, tmp_path: Path) -> None:
+    found = rewards(workers=1)
+    first, second = found.begin([asked("seconds 0.5")]), found.begin([asked("seconds 0.9")] * 50)
+    assert second.cancel()
+    began = time.monotonic()
+    assert score(found, "3") == [3.0]
+    assert first.done()
+    assert time.monotonic() - began < 5
+
+
+def test_several_rules_of_a_domain_are_summed_with_their_weights(tmp_path: Path) -> None:
+    rules = {
+        "exact": RewardConfig(reward="exact_match", weight=2.0, tag_included=("x",)),
+        "number": RewardConfig(reward=MISBEHAVES, weight=-0.5, tag_included=("x", "y")),
+        "math": RewardConfig(reward="math", tag_included=("z",), timeout=0.5),
+        "length": RewardConfig(reward=MISBEHAVES, kwargs={}, tag_included=("z",), weight=0.0),
+        "watched": RewardConfig(reward="exact_match"),
+        "also": RewardConfig(reward="exact_match", weight=0.5),
+    }
+    with Rewards(rules, workers=2, max_failed=1.0, log_dir=tmp_path) as found:
+        found.wait_until_ready()
+        found.check_truths([Truth("0", "x", ""), Truth("1", "z", "4")])
+        with pytest.raises(ConfigError, match=r"rewards.math \(math\): 1 of 1 ground truths"):
+            found.check_truths([Truth("0", "x", ""), Truth("1", "z", "")])
+        scored = found.score(
+            [
+                asked("3", "3", "x"),
+                asked("3", "4", "x"),
+                asked("5", "5", "y"),
+                asked("quit", "quit", "x"),
+                asked("4", "4", "z"),
+                asked("a", "a", "another"),
+            ]
+        )
+    assert scored.scores == [0.5, -1.5, -2.5, None, 1.0, 1.5]
+    assert scored.by_rule == {"exact": 2 / 3, "number": 11 / 3, "math": 1.0, "length": 4.0, "watched": 1.0, "also": 1.0}
+    assert scored.why == f"rewards.number ({MISBEHAVES}) raised SystemExit: enough"
+
+
+def test_built_in_rules_read_their_row(rewards: Open) -> None:
+    """Each in its process, with its check of the rows."""
+    tests = {"case_type": "assert", "test_cases": ["assert f() == 1"]}
+    found = rewards("code", timeout=10, kwargs={"reward_type": "share"})
+    assert found.score([asked("def f(): return 1", row=tests), asked("def f(): return 2", row=tests)]).scores == [1, 0]
+    found.check_truths([Truth("rows-0", "default", "", tests)])
+    with pytest.raises(
+        ConfigError, match=r"1 of 2 ground truths can never be matched.* of row rows-1 raised ValueError"
+    ):
+        found.check_truths([Truth("rows-0", "default", "", tests), Truth("rows-1", "default", "", {})])
+    found = rewards("ifeval", kwargs={"reward_type": "soft"})
+    row = {"instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"], "kwargs": [{}, {}]}
+    assert found.score([asked("a, b", row=row), asked("ab", row=row)]).scores == [0.5, 1.0]
+    with pytest.raises(ConfigError, match="of row rows-1 raised ValueError: the ground truth must be JSON"):
+        found.check_truths([Truth("rows-0", "default", "", row), Truth("rows-1", "default", "", {})])
+    found = rewards("multiple_choice", kwargs={"response_length_penalty_coef": 1.0})
+    assert found.score([asked(r"\boxed{C}", "C", num_response_tokens=250)]).scores == [0.75]
+    with pytest.raises(ConfigError, match="of row rows-1 raised ValueError: a choice must begin with a capital letter"):
+        found.check_truths([Truth("rows-0", "default", "A"), Truth("rows-1", "default", "a")])

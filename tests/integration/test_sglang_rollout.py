@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from distributed import Gang
 from kept_cases import BY_TOP_K, BY_TOP_P, assert_sets_are_what_was_sampled_from, assert_trainers_agree
+from reward_processes import asked
 from rollout_cases import (
     RESPONSE_LENGTH,
     STOPS,
@@ -34,10 +35,12 @@ from sglang_cases import Engine, configuration
 
 from roll_r3.config.engine_role import engine_role
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rewards import JudgeConfig, RewardConfig
 from roll_r3.engines.sglang.strategy import SglangRollout
 from roll_r3.engines.sglang.weights import SglangWeightChannel
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.tiny import make_tiny_checkpoint
+from roll_r3.rewards.scoring import Rewards
 from roll_r3.strategies.base import EnginePlace, GenerateRequest, GenerateResult
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
@@ -218,6 +221,33 @@ def test_the_key_shows_nowhere(engine: Engine) -> None:
     assert "'api_key': '<hidden>'" in log
     assert key not in log
     assert key not in repr(engine.rollout.weight_target()) + repr(engine.rollout)
+
+
+def test_the_engine_judges_by_openais_api(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small random model answers: noise, mostly without a verdict."""
+    server = engine.rollout._client
+    monkeypatch.setenv("ENGINE_KEY", engine.rollout._key)
+    judge = JudgeConfig(
+        base_url=f"{server._base}/v1",
+        model="default",
+        api_key_env="ENGINE_KEY",
+        prompt="{prompt}{response}={ground_truth}?",
+        max_tokens=8,
+        max_concurrency=3,
+        retries=0,
+    )
+    responses = [asked(str(i), str(i), prompt="1+1=") for i in range(6)]
+    with Rewards({"a": RewardConfig(reward="llm_judge", judge=judge)}, 1, 0.0, tmp_path) as rewards:
+        answers = rewards.begin(responses).result()
+        assert all(answer.score is not None for answer in answers), answers
+        assert [answer.undecided for answer in answers] == [" gave the verdict " in a.why for a in answers]
+        monkeypatch.setattr(rewards._judges._clients[0], "_judge", judge.model_copy(update={"max_tokens": -1}))
+        (refused,) = rewards.begin(responses[:1]).result()
+        assert refused.why.startswith("rewards.a (llm_judge) gave no verdict: the server answered 4")
+    monkeypatch.setenv("ENGINE_KEY", "wrong")
+    with Rewards({"a": RewardConfig(reward="llm_judge", judge=judge)}, 1, 1.0, tmp_path) as rewards:
+        (refused,) = rewards.begin(responses[:1]).result()
+        assert (refused.score, "the server answered 401" in refused.why) == (None, True)
 
 
 def test_new_weights_arrive_and_stale_answers_are_refused(engine: Engine, old_weights: Path, new_weights: Path) -> None:

@@ -138,7 +138,7 @@ def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: P
         domains = Counter(prompt.domain for prompt in prompts)
         rewards.check_domains(set(domains))
         rewards.wait_until_ready()
-        rewards.check_truths(Truth(p.prompt_id, p.domain, p.ground_truth) for p in prompts)
+        rewards.check_truths(Truth(p.prompt_id, p.domain, p.ground_truth, p.row) for p in prompts)
     progress.say(
         f"{facts.model_type}, {len(facts.moe_layers)} MoE layers of {facts.num_layers}, top-{facts.top_k} of "
         f"{facts.num_experts} experts; {len(prompts)} prompts"

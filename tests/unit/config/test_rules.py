@@ -71,6 +71,14 @@ REFERENCE_ALLGATHER = [
 ]
 
 Examples = tuple[list[list[str]], list[list[str]]]
+
+
+def judge(url: str, *fields: str) -> str:
+    """Override the rewards by one judge."""
+    inside = ", ".join([f"base_url: '{url}'", "model: m", *fields])
+    return "rewards={a: {reward: llm_judge, judge: {" + inside + "}}}"
+
+
 MORE_EXAMPLES: dict[str, Examples] = {
     "r3-on-both-sides": ([["actor_infer.router_replay.mode=disable"]], []),
     "reference-routes-by-itself": ([[KL, "reference.router_replay.mode=R2"]], []),
@@ -377,14 +385,44 @@ MORE_EXAMPLES: dict[str, Examples] = {
     ),
     "data-named": ([["actor_train.data_args.file_name=''"], ["actor_train.data_args.file_name=[a.jsonl, '']"]], []),
     "reward-known": ([["rewards.default.reward='a.b:'"], ["rewards.default.reward=a b:c"]], []),
-    "reward-domains-once": (
+    "reward-arguments": (
+        [
+            ["rewards={a: {reward: code, kwargs: {seconds: 0}}}"],
+            ["rewards={a: {reward: code, kwargs: {total_seconds: 9}}}"],
+            ["rewards={a: {reward: math, kwargs: {seconds: 9}}}"],
+            ["rewards={a: {reward: ifeval, kwargs: {repetition_penalty: -0.5}}}"],
+            ["rewards={a: {reward: multiple_choice, kwargs: {response_length_penalty_coef: true}}}"],
+        ],
+        [["rewards={a: {reward: multiple_choice, kwargs: {reward_type: soft, repetition_penalty: 0.5}}}"]],
+    ),
+    "reward-text-once": (
+        [],
         [
             [
-                "rewards={a: {reward: math, tag_included: [x]}, b: {reward: math, tag_included: [x]}}",
-                "actor_train.data_args.domain=tag",
+                "rewards={a: {reward: math, tag_included: [x]}, b: {reward: exact_match, skip_special_tokens: false}}",
+                "actor_train.data_args={file_name: a, domain: tag}",
             ]
         ],
-        [],
+    ),
+    "judge-named": ([["rewards={a: {reward: math, judge: {base_url: http://a, model: m}}}"]], []),
+    "judge-address": (
+        [
+            [judge("ftp://a/v1")],
+            [judge("http:///v1")],
+            [judge("http://a:99999/v1")],
+            [judge("http://user:key@a/v1")],
+            [judge("http://a/v1?key=x")],
+            [judge("http://a/v1/chat/completions")],
+        ],
+        [[judge("https://api.example.com/v1")], [judge("http://[::1]:30000/v1/")]],
+    ),
+    "judge-score": (
+        [[judge("http://a", "score: '([0-9'")]],
+        [[judge("http://a", "score: boxed")]],
+    ),
+    "judge-question": (
+        [[judge("http://a", "prompt: 'Is {reponse} right?'")]],
+        [[judge("http://a", "prompt: rating")]],
     ),
     "kl-loss-coef-unread": ([], [["kl_loss_coef=0.001"]]),
     "reference-only-infers": (

@@ -106,7 +106,7 @@ class Cluster:
 
     def score(self, responses: Sequence[Response]) -> Any:
         self.scored = list(responses)
-        return Scores([1.0 for _ in responses], why="", undecided=1)
+        return Scores([1.0 for _ in responses], why="", undecided=1, by_rule={"mine": 0.75})
 
 
 class FarReference(Cluster):
@@ -196,6 +196,7 @@ def test_a_rule_is_offered_all_that_is_known_of_a_sample() -> None:
     assert (first.finish_reason, first.num_response_tokens) == ("stop", 1)
     assert (last.row, last.prompt) == ({"tests": [1]}, "question 1")
     assert experience.scored.undecided == 1
+    assert experience.metrics["reward/rule/mine"] == 0.75
 
 
 def test_each_response_is_decoded_once_as_its_rule_reads_it() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from roll_r3.config.sections import RewardConfig
+from roll_r3.config.rewards import RewardConfig
 from roll_r3.config.workers import DataArgs
 from roll_r3.preflight import domains
 from roll_r3.preflight.domains import domains_without_rule

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from roll_r3.config.sections import RewardConfig
+from roll_r3.config.rewards import RewardConfig
 from roll_r3.preflight import reward_functions
 from roll_r3.preflight.reward_functions import reward_problems
 
@@ -137,7 +137,7 @@ def test_a_function_that_only_an_import_can_resolve_is_not_judged(package):
 def test_the_built_in_rewards(monkeypatch):
     for name in ("exact_match", "math"):
         [problem] = reward_problems({"mine": RewardConfig(reward=name, kwargs={"letter": "a"})})
-        assert problem == f"{name}: it takes no kwargs, got letter"
+        assert problem == f"{name}: kwargs.letter: the function has no parameter of this name"
     monkeypatch.setattr(reward_functions, "distributions", lambda name: [name] if name == "math-verify" else [])
     assert not list(reward_problems({"mine": RewardConfig(reward="math")}))
     monkeypatch.setattr(reward_functions, "distributions", lambda name: [])

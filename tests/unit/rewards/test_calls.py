@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from roll_r3.config.sections import RewardConfig
+from roll_r3.config.rewards import RewardConfig
 from roll_r3.errors import ConfigError
 from roll_r3.rewards.functions import OFFERED, CallError, Response, call_of
 from roll_r3.rewards.rules import Rule

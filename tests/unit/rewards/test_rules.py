@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from roll_r3.config.rules.data import BUILT_IN_REWARDS
-from roll_r3.config.sections import RewardConfig
+from roll_r3.config.rewards import BUILT_IN_REWARDS, JUDGE, RewardConfig
 from roll_r3.errors import ConfigError
 from roll_r3.rewards.rules import BUILT_IN, Rule, as_score
 from roll_r3.rewards.scoring import Rewards
 
 
 def test_the_rules_are_those_that_a_check_knows() -> None:
-    assert frozenset(BUILT_IN) == BUILT_IN_REWARDS
+    assert {*BUILT_IN, JUDGE} == BUILT_IN_REWARDS
 
 
 def find(reward: str) -> Any:
@@ -35,7 +34,7 @@ def test_built_in_rules() -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("nothing", "'nothing' is neither exact_match, math nor"),
+        ("nothing", "'nothing' is neither code, exact_match, ifeval, math, multiple_choice nor"),
         ("no.such.module:f", "cannot import"),
         ("math:no_such", "cannot import"),
         ("math:pi", "not a function"),
@@ -75,21 +74,6 @@ def rewards_of(**rewards: Any) -> Rewards:
     return Rewards(rules, workers=4, max_failed=0.1, log_dir=Path("no/such/place"))
 
 
-@pytest.mark.parametrize(
-    ("rewards", "message"),
-    [
-        ({"a": {"reward": "math"}, "b": {"reward": "math"}}, "both score"),
-        (
-            {"a": {"reward": "math", "tag_included": ["x"]}, "b": {"reward": "math", "tag_included": ["x"]}},
-            "two reward rules",
-        ),
-    ],
-)
-def test_two_rules_for_one_domain_are_named(rewards: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        rewards_of(**rewards)
-
-
 def test_a_domain_without_a_rule_is_named() -> None:
     with pytest.raises(ConfigError, match="no rule scores the domains code"):
         rewards_of(a={"reward": "math", "tag_included": ("math",)}).check_domains({"math", "code"})
@@ -102,8 +86,10 @@ def test_each_domain_has_its_own_text() -> None:
 
 
 def test_time_limits() -> None:
-    limits = [RewardConfig(**fields).time_limit for fields in ({"reward": "math"}, {"reward": "a:b"})]
-    assert limits == [2.0, 30.0]
+    limits = [
+        RewardConfig(**fields).time_limit for fields in ({"reward": "math"}, {"reward": "code"}, {"reward": "a:b"})
+    ]
+    assert limits == [2.0, 120.0, 30.0]
     assert RewardConfig(reward="math", timeout=7).time_limit == 7
 
 
@@ -122,3 +108,15 @@ def test_a_line_lists_the_domains_of_each_rule() -> None:
     )
     plain = rewards_of(default={"reward": "exact_match"})
     assert plain.shares({"default": 7}) == "rewards: default (exact_match) scores 7 prompts"
+
+
+def test_a_line_names_weights_and_the_prompts_with_several_rules() -> None:
+    rewards = rewards_of(
+        a={"reward": "math", "tag_included": ("x",)},
+        b={"reward": "exact_match", "tag_included": ("x", "y"), "weight": 0.5},
+    )
+    assert rewards.shares({"x": 3, "y": 2}) == (
+        "rewards: a (math) scores 3 prompts [x 3], b (exact_match, weight 0.5) scores 5 prompts [x 3, y 2]; 3 prompts "
+        "have several rules, and the weighted sum as score"
+    )
+    assert (rewards.section_of("x"), rewards.section_of("y")) == ("a", "b")
