@@ -97,7 +97,21 @@ class RolloutWorker:
             begun: result of `begin_generate`. Ray keeps no order among the calls of an asyncio actor, but runs this one
                 after the call that it depends on, and has it fail if that one failed.
         """
-        return await self._generating.pop(number)
+        task = self._generating[number]
+        try:
+            await asyncio.wait([task])
+            return GenerateResult(()) if task.cancelled() else task.result()
+        finally:
+            del self._generating[number]
+
+    async def abort(self, number: int, begun: None) -> None:
+        """End a request, if it is still under way; its result is empty then.
+
+        Args:
+            begun: as in `generated`.
+        """
+        if number in self._generating:
+            self._generating[number].cancel()
 
     async def _generate(self, request: GenerateRequest) -> GenerateResult:
         result = await self._strategy.generate(request)

@@ -38,6 +38,8 @@ class Rollouts(Protocol):
 
     def begin_generate(self, name: str, requests: Sequence[GenerateRequest]) -> list[Hashable]: ...
 
+    def abort(self, calls: Sequence[Hashable]) -> None: ...
+
     def begin_restart(self, name: str) -> Hashable: ...
 
     def ended(self, timeout: float | None) -> dict[Hashable, Any]: ...
@@ -102,6 +104,8 @@ class _Task:
     """The missing samples."""
     result: GenerateResult = field(default_factory=lambda: GenerateResult(()))
     """The samples so far."""
+    aborted: bool = False
+    """True if nobody waits for its result any more."""
 
 
 class EnginePool:
@@ -146,8 +150,9 @@ class EnginePool:
 
     @property
     def in_flight(self) -> int:
-        """Number of requests submitted and not yet returned by `completed`."""
-        return len(self._queue) + len(self._under_way) + len(self._done)
+        """Number of requests submitted, not aborted, and not yet returned by `completed`."""
+        under_way = sum(not task.aborted for _, task in self._under_way.values())
+        return len(self._queue) + under_way + len(self._done)
 
     def submit(self, requests: Sequence[GenerateRequest]) -> list[Ticket]:
         """Queue requests and begin as many as the engines have room for; return their tickets in the same order."""
@@ -155,6 +160,18 @@ class EnginePool:
         self._queue.extend(_Task(ticket, ticket.request) for ticket in tickets)
         self._dispatch()
         return tickets
+
+    def abort(self, tickets: Sequence[Ticket]) -> None:
+        """Give up requests: `completed` returns none of them. Their engines end samples under way, and get others."""
+        given_up = {ticket.number for ticket in tickets}
+        if not given_up:
+            return
+        self._queue = deque(task for task in self._queue if task.ticket.number not in given_up)
+        self._done = [done for done in self._done if done.ticket.number not in given_up]
+        calls = [call for call, (_, task) in self._under_way.items() if task.ticket.number in given_up]
+        for call in calls:
+            self._under_way[call][1].aborted = True
+        self._rollout.abort(calls)
 
     def completed(self, timeout: float | None = None) -> list[Completed]:
         """Wait for results and return them in the order in which they came.
@@ -239,6 +256,8 @@ class EnginePool:
         """Settle the answer to a task: it is done, or its lost samples go to the front of the queue."""
         engine.samples -= len(task.rest.sample_ids)
         engine.groups -= 1
+        if task.aborted:
+            return
         task.result = joined(task.ticket.request, task.result, result)
         if not result.lost:
             self._done.append(Completed(task.ticket, task.result))

@@ -37,6 +37,8 @@ class RolloutGroup(WorkerGroup):
         self._numbers = count()
         self._under_way: dict[Any, tuple[str, Path]] = {}
         self._restarting: set[Any] = set()
+        self._begun: dict[Any, tuple[int, Any]] = {}
+        """Call of `generated` -> its number, and the call of `begin_generate` before it."""
         self._watch: Watch | None = None
 
     @classmethod
@@ -74,7 +76,14 @@ class RolloutGroup(WorkerGroup):
         begun = member.handle.begin_generate.remote(dict(zip(numbers, requests, strict=True)))
         refs: list[Hashable] = [member.handle.generated.remote(number, begun) for number in numbers]
         self._under_way |= dict.fromkeys(refs, (member.name, member.log))
+        self._begun |= {ref: (number, begun) for ref, number in zip(refs, numbers, strict=True)}
         return refs
+
+    def abort(self, calls: Sequence[Hashable]) -> None:
+        """Have engines end requests of `begin_generate`. Each call still ends, with a result that may be empty."""
+        for call in calls:
+            number, begun = self._begun[call]
+            self._named(self._under_way[call][0]).handle.abort.remote(number, begun)
 
     def begin_restart(self, name: str) -> Hashable:
         """Restart an engine. The result of the call is empty, or the reason for a failed start."""
@@ -96,6 +105,7 @@ class RolloutGroup(WorkerGroup):
         results: dict[Any, Any] = self._waiting.take(self._under_way, self._watch, timeout)
         for ref in results:
             del self._under_way[ref]
+            self._begun.pop(ref, None)
             self._restarting.discard(ref)
         if results:
             self._watch.came()

@@ -8,6 +8,7 @@ from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.config.base import Config
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling_settings import KEPT_LIMIT, Sampling
+from roll_r3.config.sections import GroupFilter
 from roll_r3.config.strategies import MegatronConfig, ServerConfig, SglangConfig, VllmConfig
 from roll_r3.config.tree import join
 from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig
@@ -236,6 +237,17 @@ def sampling(config: RLVRConfig) -> Sampling:
         stop_token_ids=generating.stop_token_ids,
         stop_strings=generating.stop_strings,
     )
+
+
+def group_filter(config: RLVRConfig, section: str) -> GroupFilter:
+    """Return the filter of groups whose prompts belong to a section of `rewards`."""
+    own = config.rewards[section].filter_groups if section in config.rewards else None
+    return config.filter_groups if own is None else own
+
+
+def filters_groups(config: RLVRConfig) -> bool:
+    """Return true if groups of any section are filtered."""
+    return any(group_filter(config, section).enable for section in config.rewards)
 
 
 def samples_at_once(settings: ServerConfig) -> int:

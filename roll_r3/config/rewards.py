@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from roll_r3.config.base import Config, Seconds
+from roll_r3.config.sections import GroupFilter
 
 BUILT_IN_REWARDS = frozenset({"code", "exact_match", "ifeval", "llm_judge", "math", "multiple_choice"})
 JUDGE = "llm_judge"
@@ -68,6 +69,8 @@ class RewardConfig(Config):
     """Remove special tokens, such as the end token, from the response's text; false: the rule sees them."""
     judge: JudgeConfig | None = None
     """The judge of `llm_judge`."""
+    filter_groups: GroupFilter | None = None
+    """Filter of groups whose prompts belong to this section; default: the root's `filter_groups`."""
 
     @property
     def time_limit(self) -> float:

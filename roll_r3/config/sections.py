@@ -10,6 +10,19 @@ from roll_r3.config.base import Config, Seconds
 from roll_r3.config.workers import DataArgs, GeneratingArgs
 
 
+class GroupFilter(Config):
+    """Filter of groups by the scores of their samples."""
+
+    enable: bool = False
+    """Filter groups by the scores of their samples."""
+    kind: Literal["std", "mean"] = "std"
+    """std: keep groups with a standard deviation of scores above `low`. mean: keep groups with low < mean < high."""
+    low: float = 0.0
+    """Lower bound, excluded."""
+    high: float = 1.0
+    """Upper bound of the mean, excluded."""
+
+
 class CorrectionFilter(Config):
     """Filter of tokens or samples by the mismatch between trainer and rollout. Rejected ones leave the loss mask."""
 
@@ -70,18 +83,10 @@ class RolloutCorrectionConfig(Config):
         return self.is_weight is not None or bool(self.filters) or self.opsm_delta is not None
 
 
-class FilterGroupsConfig(Config):
+class FilterGroupsConfig(GroupFilter):
     """Dynamic sampling (DAPO, arXiv 2503.14476): only groups with a learning signal are trained on, and more prompts
     are sampled until the step is full."""
 
-    enable: bool = False
-    """Filter groups by the scores of their samples."""
-    kind: Literal["std", "mean"] = "std"
-    """std: keep groups with a standard deviation of scores above `low`. mean: keep groups with low < mean < high."""
-    low: float = 0.0
-    """Lower bound, excluded."""
-    high: float = 1.0
-    """Upper bound of the mean, excluded."""
     max_num_gen_batches: PositiveInt = 10
     """Largest number of prompts sampled for a step, in multiples of rollout_batch_size. Then the step trains on the
     groups found so far."""

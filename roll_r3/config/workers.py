@@ -120,6 +120,10 @@ class GeneratingArgs(Config):
     so its text may end a little after the string."""
 
 
+BUNDLED_DOMAIN = "task"
+"""Name of the only column of bundled tasks that `domain` can name: the task."""
+
+
 class DataArgs(Config):
     """Source of the prompts."""
 
@@ -134,7 +138,8 @@ class DataArgs(Config):
     ground_truth: str = "ground_truth"
     """Column with the reward's reference answer: text, or a number as written in the file."""
     domain: str | None = None
-    """Column to select the reward (see `rewards.*.tag_included`); default: every sample has the domain "default"."""
+    """Column to select the reward (see `rewards.*.tag_included`); for bundled tasks `task`, the name of the task.
+    Default: every sample has the domain "default"."""
     domain_interleave_probs: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     """Share of a step's prompts for each section of `rewards`, by name; the last one gets the rest. A prompt belongs
     to the first section that scores its domain. Default: prompts as they come."""

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from roll_r3.config.workers import DataArgs
 from roll_r3.data.chat import Chat, ChatTokenizer
@@ -23,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 _LOG_INTERVAL_S = 15.0
 """Seconds between two progress messages of tokenizing."""
-_MOST_PASSES = 1 << 18
-"""Maximum number of passes replayed to find a place in the data; takes a minute at most."""
 
 
 @dataclass(frozen=True)
@@ -99,95 +92,3 @@ def _tokenized(rows: Sequence[Row], chat: Chat, faults: Faults, say: Callable[[s
             messages=messages,
             row=row.columns,
         )
-
-
-def prompt_batches(
-    prompts: Sequence[Prompt], size: int, seed: int, *, drawn: Sequence[tuple[int, int]] = ()
-) -> Iterator[list[Prompt]]:
-    """Return an endless iterator of batches; (seed, pass) decides the order of each pass over the data.
-
-    A batch may span two passes, so that all batches have `size` prompts. A prompt occurs at most once in a batch unless
-    `size` exceeds the data.
-
-    Args:
-        drawn: (batches, prompts per batch) drawn before. The iterator continues after them.
-
-    Raises:
-        ConfigError: finding the place after `drawn` would take too long.
-    """
-    order = _Order(len(prompts), seed)
-    for batches, earlier_size in drawn:
-        order.skip(batches, earlier_size)
-    return ([prompts[i] for i in order.draw(size)] for _ in count())
-
-
-class _Order:
-    """Order of the prompts, with the current place in it."""
-
-    def __init__(self, prompts: int, seed: int) -> None:
-        self._prompts, self._seed = prompts, seed
-        self._epoch = 0
-        """Index of the next pass."""
-        self._pass: npt.NDArray[np.int64] = np.arange(prompts)
-        self._at = prompts
-        """Number of prompts drawn from this pass."""
-
-    def draw(self, size: int) -> list[int]:
-        """Draw the next batch of prompt indices."""
-        batch: list[int] = []
-        while len(batch) < size:
-            if self._at == self._prompts:
-                self._begin_pass(len(batch) if size <= self._prompts else 0)
-            piece = self._pass[self._at : self._at + size - len(batch)].tolist()
-            batch += piece
-            self._at += len(piece)
-        return batch
-
-    def skip(self, batches: int, size: int) -> None:
-        """Advance as if `batches` batches were drawn.
-
-        The order of a pass depends on its number, and on the prompts that its first batch took from the previous pass.
-        So only the passes after the last one aligned with a batch are replayed.
-
-        Raises:
-            ConfigError: too many passes would be replayed.
-        """
-        at, end = self._at, self._at + batches * size  # counted from the start of this pass
-        begun = (end - 1) // self._prompts
-        first = max(1, self._last_aligned(begun, size))
-        if begun - first >= _MOST_PASSES:
-            raise ConfigError(
-                f"the place in the data after {batches} batches of {size} prompts of {self._prompts} cannot be found: "
-                f"{begun - first} passes over the data would have to be replayed, more than {_MOST_PASSES}. "
-                "Start from the weights of the checkpoint (python -m roll_r3.export makes a pretrain of them)"
-            )
-        self._epoch += first - 1
-        for number in range(first, begun + 1):
-            self._begin_pass((number * self._prompts - at) % size if size <= self._prompts else 0)
-        self._at = end - begun * self._prompts
-
-    def _last_aligned(self, begun: int, size: int) -> int:
-        """Return the last of the next passes aligned with a batch; 0 or less: none of them is.
-
-        Pass i begins after i * prompts - at prompts from here. It is aligned where this is a multiple of size.
-        """
-        if size > self._prompts:
-            return begun
-        common = math.gcd(self._prompts, size)
-        if self._at % common:
-            return 0
-        every = size // common
-        one = self._at // common * pow(self._prompts // common, -1, every) % every
-        return begun - (begun - one) % every
-
-    def _begin_pass(self, taken: int) -> None:
-        """
-        Args:
-            taken: number of prompts that the current batch took from the end of the last pass. They go to the end of
-                the new pass, so that the batch holds no prompt twice.
-        """
-        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._prompts)
-        self._epoch += 1
-        late = np.zeros(self._prompts, bool)
-        late[self._pass[self._prompts - taken :]] = True
-        self._pass, self._at = np.concatenate([order[~late[order]], order[late[order]]]), 0

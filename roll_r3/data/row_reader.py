@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from roll_r3.config.workers import DataArgs
+from roll_r3.config.workers import BUNDLED_DOMAIN, DataArgs
 from roll_r3.data import columns
 from roll_r3.data.columns import Message
 from roll_r3.data.faults import DataError, Faults, Place, quoted
@@ -66,7 +66,7 @@ def validate_rows(args: DataArgs, faults: Faults) -> None:
 
 def _rows_of(file: str, args: DataArgs, faults: Faults, limit: ReadLimit | None) -> Iterator[Row]:
     if file.startswith(BUNDLED):
-        yield from _bundled(file)
+        yield from _bundled(file, args.domain)
         return
     unit = "line" if ".jsonl" in format_of(file) else "row"
     left_out: list[str] = []
@@ -129,13 +129,14 @@ def _plain(found: dict[str, Any], left_out: list[str]) -> dict[str, Any]:
     return {name: plain(value) for name, value in found.items() if name not in left_out}
 
 
-def _bundled(name: str) -> Iterator[Row]:
-    for i, (prompt, answer) in enumerate(BUNDLED_TASKS[name.removeprefix(BUNDLED)]()):
+def _bundled(name: str, domain: str | None) -> Iterator[Row]:
+    task = name.removeprefix(BUNDLED)
+    for i, (prompt, answer) in enumerate(BUNDLED_TASKS[task]()):
         yield Row(
             Place(name, i + 1),
             ({"role": "user", "content": prompt},),
             answer,
-            "default",
+            task if domain == BUNDLED_DOMAIN else "default",
             f"{stem_of(name)}-{i}",
             {"prompt": prompt, "ground_truth": answer},
         )

@@ -20,6 +20,11 @@ def addition_mod10() -> list[Example]:
     return [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(10)]
 
 
+def subtraction_mod10() -> list[Example]:
+    """Return all 100 differences of two digits modulo 10: "3-9=" -> "4"."""
+    return [(f"{a}-{b}=", str((a - b) % 10)) for a in range(10) for b in range(10)]
+
+
 def copy_digits() -> list[Example]:
     """Return three digits to copy: "copy 407:" -> "407"."""
     return [(f"copy {n:03d}:", f"{n:03d}") for n in range(1000)]
@@ -28,7 +33,11 @@ def copy_digits() -> list[Example]:
 HEAD_DIM = 32
 """Head size of the quickstart's model: the smallest supported by vLLM's CPU kernel."""
 
-BUNDLED_TASKS = {"addition_mod10": addition_mod10, "copy_digits": copy_digits}
+BUNDLED_TASKS = {
+    "addition_mod10": addition_mod10,
+    "subtraction_mod10": subtraction_mod10,
+    "copy_digits": copy_digits,
+}
 
 
 def main() -> None:

@@ -88,6 +88,9 @@ class Status(Protocol):
     async def recomputed(self, client: ServerClient) -> int:
         """Return the number of times the engine discarded and recomputed a sample so far, if its answers hide it."""
 
+    async def abort(self, client: ServerClient, request_id: str) -> None:
+        """End a request of this id, whose connection is closed by now; nothing if there is none."""
+
     async def cache_page(self, client: ServerClient) -> int:
         """Return the tokens per page of the prefix cache; it keeps whole pages only. 0: no cache."""
 

@@ -63,6 +63,8 @@ class Asked:
     sample: SampleRequest
     weight_version: int
     """Version of the weights of every token."""
+    request_id: str = ""
+    """Name of the request at the server; empty: the server chooses one."""
 
     def most_bytes(self, facts: ModelFacts) -> int:
         """Return an upper bound of the answer's size: routes of the longest response in base64, and text."""

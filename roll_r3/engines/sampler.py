@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from roll_r3.batch.trajectory import Trajectory
@@ -99,14 +101,14 @@ class Sampler:
         return _Outcome(dropped=reason or "no reason given", retries=attempts - 1)
 
     async def ask(self, wanted: SampleRequest) -> Sample:
-        """Send one request and check its answer. Takes no slot.
+        """Send one request and check its answer. Takes no slot. A cancelled request ends at the server too.
 
         Raises:
             SampleError: no usable answer.
             RouteError: log-probabilities or routes break their contract.
             EngineError: the server is dead, or dies meanwhile.
         """
-        asked = Asked(wanted, self.weight_version)
+        asked = Asked(wanted, self.weight_version, secrets.token_hex(16))
         self._health.require_running()
         try:
             body = await self._health.until_exit(
@@ -119,6 +121,10 @@ class Sampler:
             )
         except UnreachableError:
             await self._health.until_exit(asyncio.sleep(EXIT_S))  # a server that dies refuses connections first
+            raise
+        except asyncio.CancelledError:
+            with suppress(SampleError):
+                await self._status.abort(self._client, asked.request_id)
             raise
         return await asyncio.to_thread(self._codec.read, body, asked, self._facts)
 

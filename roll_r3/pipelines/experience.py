@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -20,15 +21,15 @@ from roll_r3.cluster.models import BatchLogProbs, ModelGroup
 from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.config.derived import algorithm_of, forces_ratio, needs_old_log_probs
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.draws import Place
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
 from roll_r3.pipelines.step_metrics import StepClock
 from roll_r3.rewards.functions import Response
-from roll_r3.rewards.scoring import Rewards
+from roll_r3.rewards.scoring import Answer, Rewards
 from roll_r3.strategies.base import GenerateResult
 from roll_r3.tracking.progress import Progress
 
-SampledGroup = tuple[Prompt, GenerateResult]
 _REASONS = 4
 """Number of reasons for dropped samples shown in a line."""
 
@@ -37,6 +38,31 @@ class Decoder(Protocol):
     """Part of a Hugging Face tokenizer needed by rewards."""
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """Samples of a prompt, with their scores or a promise of them."""
+
+    prompt: Prompt
+    result: GenerateResult
+    responses: Sequence[Response]
+    """In the order of the result's trajectories."""
+    answers: Future[list[Answer]]
+    """One answer for each response."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Groups of a step."""
+
+    groups: Sequence[ScoredGroup]
+    """Groups to train on."""
+    discarded: Sequence[ScoredGroup]
+    """Groups dropped by a filter, without their trajectories."""
+    place: Place
+    """Place in the prompts after the step."""
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -91,13 +117,21 @@ class Experience:
     clock: StepClock
     results: list[GenerateResult]
     scored: Scored
-    advantages: TokenAdvantages
-    batch: Batch
-    """The scored samples; fillers may follow them."""
+    advantages: TokenAdvantages | None
+    """None where no sample or token is left."""
+    batch: Batch | None
+    """The scored samples; fillers may follow them. None where no sample or token is left."""
     old: BatchLogProbs | None
     """Those of the old policy; None: the update finds them (see `needs_old_log_probs`)."""
     metrics: dict[str, float]
     """Metrics of collecting, masking and correcting the samples."""
+    place: Place
+    """Place in the prompts after the step."""
+
+    @property
+    def trains(self) -> bool:
+        """True if a token is left to train on."""
+        return self.batch is not None and bool(self.batch.loss_mask_N.any())
 
 
 class ExperienceMaker:
@@ -107,7 +141,6 @@ class ExperienceMaker:
         self,
         config: RLVRConfig,
         *,
-        decoder: Decoder,
         rewards: Rewards,
         trainer: ModelGroup,
         reference: ModelGroup | None,
@@ -115,23 +148,28 @@ class ExperienceMaker:
     ) -> None:
         self._config = config
         self._algorithm = algorithm_of(config)
-        self._decoder, self._rewards = decoder, rewards
+        self._rewards = rewards
         self._trainer, self._reference = trainer, reference
         self._progress = progress
 
-    def make(self, step: int, groups: Sequence[SampledGroup], clock: StepClock) -> Experience:
+    def make(self, step: int, collected: Collected, clock: StepClock) -> Experience:
         """Score the samples and look at them with the trainer and the reference.
 
         Raises:
-            RollError: no sample is left.
+            RollError: no sample is left, though no filter dropped one.
         """
-        metrics: dict[str, float] = {}
+        metrics = dict(collected.metrics)
+        results = [group.result for group in (*collected.groups, *collected.discarded)]
         with self._progress.stage("rewards", step), clock.stage("reward"):
-            scored = score(step, groups, self._rewards, self._decoder, self._progress.say)
+            scored = score(step, collected, self._rewards, self._progress.say)
             metrics |= {f"reward/rule/{name}": mean for name, mean in scored.by_rule.items()}
+            if not scored.trajectories:
+                return Experience(step, clock, results, scored, None, None, None, metrics, collected.place)
             batch = Batch.from_trajectories(scored.trajectories).filled_up(self._samples_multiple())
             batch, shaped_n, shaping = shape_and_mask(batch, scored, self._algorithm)
             metrics |= shaping
+        if not batch.loss_mask_N.any():
+            return Experience(step, clock, results, scored, None, None, None, metrics, collected.place)
         if self._reference is not None:
             with self._progress.stage("reference", step), clock.stage("reference"):
                 reference = self._reference.compute_log_probs(replace(batch, routes=None))
@@ -151,7 +189,7 @@ class ExperienceMaker:
             metrics |= figures
         if forces_ratio(self._config, batch.num_samples):
             batch = replace(batch, old_log_probs_N=None)
-        return Experience(step, clock, [result for _, result in groups], scored, advantages, batch, old, metrics)
+        return Experience(step, clock, results, scored, advantages, batch, old, metrics, collected.place)
 
     def _old_log_probs(self, batch: Batch, step: int) -> BatchLogProbs | None:
         """Return the log-probabilities of the old policy; None if the update finds them."""
@@ -190,27 +228,29 @@ def shape_and_mask(
     return batch, shaped_n, masking | shaping
 
 
-def score(
-    step: int, groups: Sequence[SampledGroup], rewards: Rewards, decoder: Decoder, say: Callable[[str], None]
-) -> Scored:
-    """Score the samples of a step; report dropped ones with the reasons.
+def score(step: int, collected: Collected, rewards: Rewards, say: Callable[[str], None]) -> Scored:
+    """Wait for the scores of a step's samples; report dropped samples with the reasons.
 
     Raises:
-        RollError: no sample is left.
+        RollError: no sample is left, though no filter dropped one; or too many responses have no reward.
     """
-    found = [(p, t, _response(p, t, rewards, decoder)) for p, result in groups for t in result.trajectories]
-    dropped = [why for _, result in groups for why in result.dropped.values()]
+    decided = [*collected.groups, *collected.discarded]
+    responses = [response for group in decided for response in group.responses]
+    dropped = [why for group in decided for why in group.result.dropped.values()]
     reasons = sorted(set(dropped))[:_REASONS]
     if dropped:
         say(
-            f"step {step}: dropped {len(dropped)} of {len(dropped) + len(found)} samples not returned by the engines: "
-            f"{'; '.join(reasons)}"
+            f"step {step}: dropped {len(dropped)} of {len(dropped) + len(responses)} samples not returned by the "
+            f"engines: {'; '.join(reasons)}"
         )
-    scores = rewards.score([response for _, _, response in found])
+    scores = rewards.accept(responses, [answer for group in decided for answer in group.answers.result()])
     if scores.failed:
-        say(f"step {step}: dropped {scores.failed} of {len(found)} responses without a reward: {scores.why}")
+        say(f"step {step}: dropped {scores.failed} of {len(responses)} responses without a reward: {scores.why}")
     trajectories, samples = [], []
-    for (prompt, t, response), value in zip(found, scores.scores, strict=True):
+    trained = [
+        (g.prompt, *both) for g in collected.groups for both in zip(g.result.trajectories, g.responses, strict=True)
+    ]
+    for (prompt, t, response), value in zip(trained, scores.scores, strict=False):  # discarded groups come last
         if value is not None:
             trajectories.append(t)
             samples.append(
@@ -224,14 +264,14 @@ def score(
                     rewards.section_of(prompt.domain),
                 )
             )
-    if not trajectories:
+    if not trajectories and not collected.discarded:
         raise RollError(
             "no sample of the step is left: " + "; ".join([*reasons, scores.why] if scores.why else reasons)
         )
     return Scored(trajectories, samples, scores.failed, scores.undecided, scores.by_rule)
 
 
-def _response(prompt: Prompt, trajectory: Trajectory, rewards: Rewards, decoder: Decoder) -> Response:
+def response_of(prompt: Prompt, trajectory: Trajectory, rewards: Rewards, decoder: Decoder) -> Response:
     """Return the values of a sample for a reward rule."""
     ids = trajectory.response_ids.tolist()
     return Response(

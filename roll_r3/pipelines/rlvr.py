@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,9 +11,9 @@ from roll_r3.cluster.engine_pool import EnginePool
 from roll_r3.cluster.models import ModelGroup
 from roll_r3.cluster.rollouts import RolloutGroup
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.data.prompts import Prompt
+from roll_r3.data.draws import PromptSource
 from roll_r3.pipelines.experience import Decoder, Experience, ExperienceMaker, ScoredSample
-from roll_r3.pipelines.sampling import group_requests, sample_all
+from roll_r3.pipelines.sampling import Collector
 from roll_r3.pipelines.silence import SilenceWatch
 from roll_r3.pipelines.step_metrics import StepClock, StepRecord, step_metrics
 from roll_r3.rewards.scoring import Rewards
@@ -38,7 +37,7 @@ class RLVRPipeline:
         self,
         config: RLVRConfig,
         *,
-        prompts: Iterator[list[Prompt]],
+        prompts: PromptSource,
         decoder: Decoder,
         rewards: Rewards,
         rollout: RolloutGroup,
@@ -47,16 +46,18 @@ class RLVRPipeline:
         progress: Progress,
     ) -> None:
         self._config = config
-        self._prompts = prompts
         self._pool = EnginePool(config, rollout, trainer, progress.say)
+        self._collector = Collector(config, self._pool, prompts, rewards, decoder, progress.say)
         self._experience = ExperienceMaker(
-            config, decoder=decoder, rewards=rewards, trainer=trainer, reference=reference, progress=progress
+            config, rewards=rewards, trainer=trainer, reference=reference, progress=progress
         )
         self._trainer = trainer
         self._progress = progress
         self._silence = SilenceWatch(config)
         self.samples_seen = 0
         """Samples trained on since the run began."""
+        self.place = prompts.place
+        """Place in the prompts after the last step."""
 
     def start(self, *, done: int = 0, samples_seen: int = 0) -> None:
         """Give the engines the trainer's weights, so both sides begin from the same numbers.
@@ -72,32 +73,40 @@ class RLVRPipeline:
         """Run the first half of step `step`, counted from 1. No weight changes, so it may be interrupted anywhere."""
         clock = StepClock()
         with self._progress.stage("rollout", step), clock.stage("generate"):
-            prompts = next(self._prompts)
-            results = sample_all(self._pool, group_requests(self._config, prompts, step))
-        return self._experience.make(step, list(zip(prompts, results, strict=True)), clock)
+            collected = self._collector.collect(step)
+        return self._experience.make(step, collected, clock)
 
     def learn(self, experience: Experience) -> StepResult:
         """Run the second half: update the weights and send them to the engines."""
         step, clock, batch = experience.step, experience.clock, experience.batch
-        with self._progress.stage("update", step), clock.stage("train"):
-            update = self._trainer.train_step(batch, step)
-        old = experience.old or update.old
-        assert old is not None
-        for text in update.skipped:
-            logger.warning("%s", text)
-            self._progress.say(text)
+        old, update = experience.old, None
+        if experience.trains:
+            assert batch is not None
+            with self._progress.stage("update", step), clock.stage("train"):
+                update = self._trainer.train_step(batch, step)
+            old = old or update.old
+            for text in update.skipped:
+                logger.warning("%s", text)
+                self._progress.say(text)
+        else:
+            self._progress.say(f"step {step}: no token is left to train on, so the weights stay as they are")
         with self._progress.stage("weights to the engines", step), clock.stage("model_update"):
             self._pool.update_weights(version=step)
+        if batch is not None and old is not None:
+            batch = replace(batch, old_log_probs_N=old.log_probs_N)
         scored = experience.scored
-        self.samples_seen += len(scored.trajectories)
+        if update is not None:
+            self.samples_seen += len(scored.trajectories)
+        self.place = experience.place
         record = StepRecord(
             step=step,
             seconds=clock.stop(),
             trajectories=scored.trajectories,
             groups=scored.groups,
+            domains=scored.domains,
             scores=np.array(scored.scores),
             advantages=experience.advantages,
-            batch=replace(batch, old_log_probs_N=old.log_probs_N),
+            batch=batch,
             old=old,
             update=update,
             dropped=sum(len(r.dropped) for r in experience.results),
@@ -108,7 +117,7 @@ class RLVRPipeline:
             samples_seen=self.samples_seen,
         )
         metrics = step_metrics(self._config, record) | experience.metrics
-        if warning := self._silence.observe(metrics):
+        if update is not None and (warning := self._silence.observe(metrics)):
             logger.warning("%s", warning)
             self._progress.say(f"step {step}: {warning}")
         return StepResult(metrics, scored.samples)

@@ -30,8 +30,20 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+Draws = tuple[tuple[PositiveInt, PositiveInt], ...]
+"""(steps, prompts per step) drawn from an order of prompts. Steps without a prompt are left out."""
+
+
+class SectionDraws(_Strict):
+    """Draws from the order of one section's prompts."""
+
+    prompts: PositiveInt
+    """Number of the section's prompts."""
+    drawn: Draws
+
+
 class Data(_Strict):
-    """Place of a run in its data."""
+    """Data of a run, and its place there (`roll_r3.data.draws.Place`)."""
 
     prompts: PositiveInt
     """Number of prompts in the data."""
@@ -39,8 +51,12 @@ class Data(_Strict):
     """Fingerprint of all prompts, in the order of reading."""
     seed: NonNegativeInt
     """Seed of the prompts' order."""
-    drawn: tuple[tuple[PositiveInt, PositiveInt], ...]
-    """(batches, prompts per batch) drawn so far, in this order."""
+    drawn: Draws
+    """Draws from the order of all prompts."""
+    sections: dict[str, SectionDraws] = {}
+    """Draws from the orders of sections of `rewards`."""
+    returned: tuple[NonNegativeInt, ...] = ()
+    """Numbers of prompts drawn without use, in the order of reading."""
 
 
 class RunState(_Strict):
@@ -60,10 +76,13 @@ class RunState(_Strict):
     @model_validator(mode="after")
     def _drawn_in_steps(self) -> Self:
         """Check the drawn batches against the steps; forged numbers could make resuming endless."""
-        if (batches := sum(count for count, _ in self.data.drawn)) != self.step:
-            raise ValueError(f"{batches} batches were drawn in {self.step} steps")
-        if (prompts := sum(count * size for count, size in self.data.drawn)) > _MAX_DRAWN:
-            raise ValueError(f"{prompts} prompts were drawn, more than the maximum of {_MAX_DRAWN}")
+        for drawn in (self.data.drawn, *(section.drawn for section in self.data.sections.values())):
+            if (batches := sum(count for count, _ in drawn)) > self.step:
+                raise ValueError(f"{batches} batches were drawn in {self.step} steps")
+            if (prompts := sum(count * size for count, size in drawn)) > _MAX_DRAWN:
+                raise ValueError(f"{prompts} prompts were drawn, more than the maximum of {_MAX_DRAWN}")
+        if self.data.returned and max(self.data.returned) >= self.data.prompts:
+            raise ValueError(f"prompt {max(self.data.returned)} of {self.data.prompts} was returned")
         return self
 
     def text(self) -> str:
@@ -96,7 +115,7 @@ def check_resumable(state: RunState, *, trainer: str, data: Data) -> None:
 
     Args:
         trainer: strategy of this run.
-        data: data of this run; `drawn` is ignored.
+        data: data of this run; its place is ignored, except for the numbers of prompts in sections.
 
     Raises:
         ConfigError: it cannot; with all reasons.
@@ -116,5 +135,12 @@ def check_resumable(state: RunState, *, trainer: str, data: Data) -> None:
         problems.append(
             f"its prompts are ordered by seed {state.data.seed}, not {data.seed}: write seed: {state.data.seed}"
         )
+    for name, now in data.sections.items():
+        then = state.data.sections.get(name, now)
+        if then.prompts != now.prompts:
+            problems.append(
+                f"section {name} of rewards had {then.prompts} prompts, now {now.prompts}: use the same tag_included, "
+                "or start from its weights"
+            )
     if problems:
         raise ConfigError(f"cannot resume from step {state.step}: " + "; ".join(problems))

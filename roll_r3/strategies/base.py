@@ -147,7 +147,7 @@ class RolloutStrategy(Protocol):
         """Sample one group. Many calls run at once; the engine itself limits the number of samples in flight.
 
         An engine that goes down meanwhile raises nothing: the result has the samples that came before, and the others
-        are `lost`.
+        are `lost`. A cancelled call ends its samples at the engine.
 
         Raises:
             EngineError: the engine was not started, or was started again and has had no weights since.

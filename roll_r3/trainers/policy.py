@@ -250,8 +250,10 @@ class TrainPolicy(InferPolicy):
         outcome = _Outcome(seconds_in_routes=attaching.seconds)
         log_probs_N = entropy_N = None
         for number, (mini_batch, denominator) in enumerate(zip(parts, totals, strict=True), 1):
+            if not denominator and not on_policy:
+                continue  # weight decay and momentum would move the weights
             micro_batches, values = self._optimizer_step(
-                mini_batch, denominator, outcome, step=step, number=number, compares=unseen and number == 1
+                mini_batch, max(denominator, 1.0), outcome, step=step, number=number, compares=unseen and number == 1
             )
             if on_policy:  # the one optimizer step, on the samples of the batch in its order
                 log_probs_N, entropy_N = self._whole(batch, micro_batches, values)

@@ -61,12 +61,16 @@ def is_on_policy(batch: Batch, parts: Sequence[Batch]) -> bool:
 
 
 def denominators(parts: Sequence[Batch], mode: str, data_parallel: DataParallel) -> list[float]:
-    """Return the loss denominator of each optimizer step over all data-parallel ranks; collective over them."""
+    """Return the loss denominator of each optimizer step over all data-parallel ranks; collective over them.
+
+    It is 0 where no rank has a token to train on.
+    """
     total = torch.tensor(
         [loss_denominator(part, mode) for part in parts], dtype=torch.float64, device=data_parallel.device
     )
     data_parallel.reduce(total)
-    return [max(value, 1.0) for value in total.tolist()]
+    found: list[float] = total.tolist()
+    return found
 
 
 def step_metrics(figures: Sequence[StepFigures], skipped: Sequence[str]) -> dict[str, float]:

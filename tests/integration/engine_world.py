@@ -19,11 +19,11 @@ import torch
 from faults import Fault
 from rollout_cases import Reference, Rollout, group_members, requests, trajectories
 from safetensors.torch import load_file
+from whole_rollout import sample_all
 
 from roll_r3.cluster.engine_pool import EnginePool
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import EngineError
-from roll_r3.pipelines.sampling import sample_all
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 from roll_r3.weights.channel import ServerWeightChannel
 
@@ -67,6 +67,9 @@ class Rollouts:
     def begin_generate(self, name: str, asked: Sequence[GenerateRequest]) -> list[Hashable]:
         rollout = self.engines[self.names.index(name)].rollout
         return [self._begin(name, rollout.generate(request)) for request in asked]
+
+    def abort(self, calls: Sequence[Hashable]) -> None:
+        raise NotImplementedError("no test of faults aborts")
 
     def begin_restart(self, name: str) -> Hashable:
         async def restart() -> str:

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from roll_r3.config.engine_role import engine_role
 from roll_r3.data.tiny_task import addition_mod10
 from roll_r3.engines.hf.strategy import HfRollout
+from roll_r3.engines.sample import SampleRequest
 from roll_r3.errors import ConfigError, EngineError
 from roll_r3.models.tiny import TINY_MODELS, make_tiny_checkpoint
 from roll_r3.strategies.base import EnginePlace, GenerateResult, ProcessInfo, WeightTarget
@@ -193,6 +194,31 @@ def test_the_actors_loop_lives_while_the_model_runs(tiny_moe, start):
         return beats
 
     assert engine.run(both()) > 5
+
+
+def test_samples_of_an_aborted_request_are_in_no_later_batch(tiny_moe, start, monkeypatch):
+    engine = start(tiny_moe, max_running_requests=4)
+    batches: list[list[str]] = []
+    sample = engine.rollout._model.sample
+
+    def recorded(jobs: Sequence[SampleRequest], version: int) -> Any:
+        batches.append([job.sample_id for job in jobs])
+        return sample(jobs, version)
+
+    monkeypatch.setattr(engine.rollout._model, "sample", recorded)
+
+    async def scenario() -> list[GenerateResult | BaseException]:
+        tasks = [asyncio.create_task(generate(engine.rollout, [request])) for request in requests(4, 4)]
+        while not batches:
+            await asyncio.sleep(0)
+        tasks[0].cancel()
+        tasks[2].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    found = engine.run(scenario())
+    assert [type(one) for one in found] == [asyncio.CancelledError, list, asyncio.CancelledError, list]
+    assert batches == [[f"p{i}/s{j}" for j in range(4)] for i in (0, 1, 3)]
+    assert_is_what_the_model_computes([*found[1], *found[3]], tiny_moe)
 
 
 CHANNELS: list[Any] = []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -63,7 +64,7 @@ def new_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(old_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     config = configuration(
-        old_weights, "float32", temperature=TEMPERATURE, prompt_length=160, max_total_tokens=2048, max_retries=1
+        old_weights, "float32", temperature=TEMPERATURE, prompt_length=1000, max_total_tokens=2048, max_retries=1
     ).model_copy(update={"fp32_lm_head": True})  # no number changes in fp32, but SGLang computes logits by another path
     engine = Engine(config, tmp_path_factory.mktemp("log") / "server.log")
     try:
@@ -173,13 +174,52 @@ def test_kept_tokens_come_back_and_the_trainers_take_their_log_probs_over_them(
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine: Engine) -> None:
-    too_long = one_group(tuple([7] * 200), ("long",), (1,))
+    too_long = one_group(tuple([7] * 1600), ("long",), (1,))
     bad, good = engine.generate([too_long, requests(1, 2)[0]])
     assert bad.trajectories == ()
     assert "long" in bad.dropped
     assert "400" in bad.dropped["long"]
     assert bad.retries == 1
     assert len(good.trajectories) == 2
+
+
+async def requests_of_server(engine: Engine) -> int:
+    """Return the number of requests that the scheduler runs or queues."""
+    answer = json.loads(await engine.rollout._client.get("/v1/loads", 10.0))
+    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in answer["loads"])
+
+
+async def seconds_until(condition: Callable[[], Awaitable[bool]]) -> float:
+    start = time.monotonic()
+    while not await condition():
+        await asyncio.sleep(0.05)
+    return time.monotonic() - start
+
+
+def test_aborted_requests_leave_the_server_at_once_and_later_ones_are_exact(engine: Engine, old_weights: Path) -> None:
+    """SGLang by itself looks for closed connections every 4 seconds."""
+
+    async def aborted() -> float:
+        asked = [*requests(8, 4), *long_requests(2, 4)]
+        task = asyncio.create_task(generate(engine.rollout, asked, max_new_tokens=800))
+
+        async def busy() -> bool:
+            return await requests_of_server(engine) > 0
+
+        async def idle() -> bool:
+            return not await busy()
+
+        await seconds_until(busy)
+        await asyncio.sleep(0.5)
+        assert not task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return await seconds_until(idle)
+
+    assert engine.run(aborted(), 60) < 2.0
+    slots = engine.rollout._sampler._slots
+    assert slots.free == slots.total
+    assert_equals_transformers(engine, old_weights, version=0)
 
 
 def test_with_nothing_to_do_it_leaves_the_cores_to_others(engine: Engine) -> None:

@@ -194,6 +194,32 @@ def test_an_abort_leaves_the_rows_of_what_was_sampled(engine, old_weights):
     )
 
 
+async def requests_of_server(engine: Engine) -> float:
+    """Return the number of requests that the scheduler runs or queues."""
+    text = (await engine.rollout._client.get("/metrics", 60.0)).decode()
+    counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, counts))
+
+
+def test_aborted_requests_leave_the_server_at_once_and_later_ones_are_exact(engine, old_weights):
+    async def aborted() -> float:
+        task = asyncio.create_task(generate(engine.rollout, long_requests(32, 2, length=120), max_new_tokens=100))
+        while not await requests_of_server(engine):
+            await asyncio.sleep(0.02)
+        assert not task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        start = time.monotonic()
+        while await requests_of_server(engine):
+            await asyncio.sleep(0.02)
+        return time.monotonic() - start
+
+    seconds = engine.run(aborted(), 60)
+    print("idle after", seconds)
+    assert seconds < 1.0
+    assert_is_what_the_model_computes(engine.generate(requests(3, 2)), old_weights)
+
+
 def test_a_prompts_rows_are_fetched_once_and_are_those_of_every_sample(engine, old_weights):
     """Fetch whole blocks, 128 of 149 rows. Two prompts have a common beginning; results are as if each were alone."""
     # few enough for the cache: after a preemption vLLM could not assign rows to their samples

@@ -5,6 +5,7 @@ from __future__ import annotations
 from roll_r3.config.derived import changed
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
+from roll_r3.config.workers import BUNDLED_DOMAIN
 
 
 def _no_prompts(config: RLVRConfig) -> Verdict:
@@ -32,7 +33,9 @@ def _clashing_arguments(config: RLVRConfig) -> Verdict:
 def _columns_of_bundled(config: RLVRConfig) -> Verdict:
     names = config.actor_train.data_args.file_name
     bundled = all(name.startswith("bundled:") for name in ([names] if isinstance(names, str) else names))
-    return ", ".join(column for column in _COLUMNS if bundled and names and changed(config, column))
+    by_task = config.actor_train.data_args.domain == BUNDLED_DOMAIN
+    named = [column for column in _COLUMNS if changed(config, column) and not (by_task and column == _COLUMNS[3])]
+    return ", ".join(named) if bundled and names else False
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -48,7 +51,7 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="bundled-columns-unread",
         fields=("actor_train.data_args.file_name", *_COLUMNS),
-        why="a bundled task has no columns to name: these settings have no effect",
+        why="a bundled task has no columns to name, except `domain: task`: these settings have no effect",
         fix="leave them out",
         wrong=("actor_train.data_args.id=name",),
         right=("actor_train.data_args={file_name: prompts.jsonl, id: name}",),

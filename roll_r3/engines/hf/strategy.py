@@ -71,6 +71,8 @@ class HfRollout:
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Sample a group, in batches of `max_running_requests` samples with those of other calls.
 
+        If it is cancelled, its samples in later batches are not made; the current batch is completed.
+
         Raises:
             EngineError: the engine is not running.
         """
@@ -92,8 +94,7 @@ class HfRollout:
 
     async def _sample_queue(self, model: LoadedModel) -> None:
         """Sample batch after batch, until the queue is empty."""
-        while self._queue:
-            batch = self._next_batch()
+        while batch := self._next_batch():
             try:
                 outcomes = await asyncio.to_thread(model.sample, [one.wanted for one in batch], self._weight_version)
             except Exception as error:  # noqa: BLE001  # the callers raise it
@@ -105,7 +106,10 @@ class HfRollout:
                 one.end(outcome)
 
     def _next_batch(self) -> list[_Waiting]:
-        """Take the first samples of the queue, as long as their settings are alike."""
+        """Take the first samples of the queue, as long as their settings are alike; none if none is left."""
+        self._queue = [one for one in self._queue if not one.outcome.done()]  # without those of cancelled calls
+        if not self._queue:
+            return []
         sampling = self._queue[0].wanted.sampling
         size = 0
         while size < min(len(self._queue), self._settings.max_running_requests):

@@ -62,6 +62,8 @@ class SglangCodec:
             request |= {"return_routed_experts": True, "routed_experts_start_len": sample.first_row}
         if sample.cache_key:
             request["extra_key"] = sample.cache_key
+        if asked.request_id:
+            request["rid"] = asked.request_id
         return request
 
     def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:

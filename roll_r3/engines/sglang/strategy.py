@@ -112,5 +112,9 @@ class SglangStatus:
     async def recomputed(self, client: ServerClient) -> int:
         return 0  # each answer has its own count
 
+    async def abort(self, client: ServerClient, request_id: str) -> None:
+        # SGLang looks for a closed connection every 4 seconds only
+        await client.post("/abort_request", {"rid": request_id}, _CALL_S)
+
     async def cache_page(self, client: ServerClient) -> int:
         return read_cache_page(await client.get(_SERVER_INFO, _CALL_S))

@@ -123,5 +123,8 @@ class VllmStatus:
         """Count preemptions. vLLM's answers give what was cached when a sample began, not whether it began again."""
         return read_preemptions(await client.get(_METRICS, _CALL_S))
 
+    async def abort(self, client: ServerClient, request_id: str) -> None:
+        """Do nothing: vLLM ends a request with its connection."""
+
     async def cache_page(self, client: ServerClient) -> int:
         return read_cache_page(await client.get(_METRICS, _CALL_S))

@@ -14,12 +14,14 @@ from roll_r3.cluster.ray_session import ray_cluster
 from roll_r3.cluster.roles import Roles
 from roll_r3.config.findings.write_errors import with_filename
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.data.prompts import Prompt, prompt_batches
+from roll_r3.data.draws import NOWHERE
+from roll_r3.data.prompts import Prompt
 from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
 from roll_r3.pipelines.experience import Experience, ScoredSample
 from roll_r3.pipelines.lifecycle.checkpoints import Checkpoints
+from roll_r3.pipelines.lifecycle.places import place_of
 from roll_r3.pipelines.lifecycle.recovery import Recoveries
-from roll_r3.pipelines.lifecycle.resume import ResumePoint, data_of, newest_point, rewind
+from roll_r3.pipelines.lifecycle.resume import ResumePoint, data_of, newest_point, rewind, source_of
 from roll_r3.pipelines.lifecycle.shutdown import GracefulExit, Shutdown
 from roll_r3.pipelines.rlvr import RLVRPipeline
 from roll_r3.rewards.scoring import Rewards
@@ -119,8 +121,8 @@ class Attempts:
         config, progress, run_dir = self._config, self._progress, self._run_dir
         done = point.state.step if point else 0
         again = self._device_kind is not None
-        data = data_of(self._prompts, config.seed, point.state.data.drawn if point else ())
-        batches = prompt_batches(self._prompts, config.rollout_batch_size, config.seed, drawn=data.drawn)
+        begun = place_of(point.state.data) if point else NOWHERE
+        prompts = source_of(config, self._prompts, self._rewards.section_of, begun)
         with progress.stage("starting Ray"):
             stack.enter_context(ray_cluster(config, progress.say))
             placement = stack.enter_context(place(config, again=self._device_kind))
@@ -137,7 +139,7 @@ class Attempts:
                 roles.trainer.load_checkpoint(point.checkpoint / TRAINER)
         pipeline = RLVRPipeline(
             config,
-            prompts=batches,
+            prompts=prompts,
             decoder=self._tokenizer,
             rewards=self._rewards,
             rollout=roles.rollout,
@@ -149,6 +151,7 @@ class Attempts:
         with progress.stage("sending the first weights"), _lost_if(again):
             pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
         shutdown, say = self._shutdown, progress.say
+        data = data_of(self._prompts, config.seed)
         saving = stack.enter_context(
             Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, shutdown=shutdown, say=say)
         )
@@ -178,7 +181,7 @@ class Attempts:
             except GracefulExit:
                 self._progress.say(f"SIGTERM: leaving after step {done}")
                 with self._shutdown.held():
-                    saving.leave(done, pipeline.samples_seen)
+                    saving.leave(done, pipeline.samples_seen, pipeline.place)
         return before, shown
 
     def _learn(
@@ -194,7 +197,7 @@ class Attempts:
             samples_file.write(json.dumps({"step": step} | asdict(sample), ensure_ascii=False) + "\n")
         samples_file.flush()
         self._progress.step_done(step, result.metrics)
-        saving.step_done(step, pipeline.samples_seen)
+        saving.step_done(step, pipeline.samples_seen, pipeline.place)
         return shown
 
 

@@ -16,7 +16,9 @@ from roll_r3.cluster.models import ModelGroup
 from roll_r3.config.findings.write_errors import disk_of, explain
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.yaml_file import to_yaml
+from roll_r3.data.draws import Place
 from roll_r3.errors import CheckpointError, LostWorkerError, RollError
+from roll_r3.pipelines.lifecycle.places import placed
 from roll_r3.pipelines.lifecycle.shutdown import GracefulExit, ImmediateExit, Shutdown
 from roll_r3.saving.manifest import EVERY_NODE, FileSum, file_sum, files_below, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
@@ -80,7 +82,7 @@ class Checkpoints:
         say: Callable[[str], None],
     ) -> None:
         """Args:
-        data: position of the run in its prompts after step `begun`.
+        data: prompts of the run.
         shutdown: lets a SIGTERM wait for a checkpoint under way while an error ends the run.
         say: takes a line for everything saved, from the writing thread.
         """
@@ -117,8 +119,11 @@ class Checkpoints:
                 raise
             self._say(str(failure))
 
-    def step_done(self, step: int, samples_seen: int) -> None:
+    def step_done(self, step: int, samples_seen: int, place: Place) -> None:
         """Save everything due after a step with written metrics.
+
+        Args:
+            place: place in the prompts after the step.
 
         Raises:
             CheckpointError: something could not be written, now or since the step before, for want of space for
@@ -129,7 +134,7 @@ class Checkpoints:
             self.wait()
         if self._is_due(step, self._config.save_steps):
             self.wait()
-            self._begin(step, samples_seen)
+            self._begin(step, samples_seen, place)
             if not self._config.checkpoint_config.async_save:
                 self.wait()
         if self._is_due(step, self._config.save_hf_steps):
@@ -146,7 +151,7 @@ class Checkpoints:
         if lacks_export(self._config, self._run_dir, step):
             self._export(step)
 
-    def leave(self, step: int, samples_seen: int) -> None:
+    def leave(self, step: int, samples_seen: int, place: Place) -> None:
         """Save the last step before an exit, unless it is saved or saving is off, and wait for it.
 
         Raises:
@@ -156,7 +161,7 @@ class Checkpoints:
         if self._config.save_steps == 0:
             self._say("nothing is saved: save_steps is 0")
         elif step > self._begun and not self._checkpoints.path(step).exists():
-            self._begin(step, samples_seen)
+            self._begin(step, samples_seen, place)
             self.wait()
 
     def wait(self) -> None:
@@ -186,13 +191,13 @@ class Checkpoints:
                 raise CheckpointError(f"{folder} does not hold what the trainer's first rank wrote there: {EVERY_NODE}")
             self._finished(self._exports, step, began)
 
-    def _begin(self, step: int, samples_seen: int) -> None:
+    def _begin(self, step: int, samples_seen: int, place: Place) -> None:
         """Keep the state of the step, and have the rest of the checkpoint written."""
         began = time.perf_counter()
         logger.info("step %d: saving", step)
         with self._abandoned_on_failure(self._checkpoints, step):
             folder = self._checkpoints.begin(step)
-            sums = self._write_own(folder, step, samples_seen)
+            sums = self._write_own(folder, step, samples_seen, place)
             self._trainer.take_snapshot()
         self._under_way = self._writer.submit(self._complete, folder, step, sums, began)
 
@@ -227,26 +232,15 @@ class Checkpoints:
                 f"resume_from_checkpoint: auto goes on from the newest checkpoint (disk: {disk})"
             ) from error
 
-    def _write_own(self, folder: Path, step: int, samples_seen: int) -> dict[str, FileSum]:
+    def _write_own(self, folder: Path, step: int, samples_seen: int, place: Place) -> dict[str, FileSum]:
         """The driver's part of a checkpoint; checksums by name."""
-        drawn = [*self._data.drawn, (step - self._begun, self._config.rollout_batch_size)]
         state = RunState(
             step=step,
             samples_seen=samples_seen,
             trainer=self._config.actor_train.strategy_args.strategy_name,
-            data=self._data.model_copy(update={"drawn": tuple(_runs(drawn))}),
+            data=placed(self._data, place),
         )
         write_durably(folder / STATE, state.text())
         write_durably(folder / CONFIG, to_yaml(self._config))
         shutil.copyfile(self._run_dir.metrics_file, folder / METRICS)
         return {name: file_sum(folder / name) for name in (STATE, CONFIG, METRICS)}
-
-
-def _runs(drawn: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same, batches of one size in a row counted together."""
-    merged: list[tuple[int, int]] = []
-    for batches, size in drawn:
-        if merged and merged[-1][1] == size:
-            batches += merged.pop()[0]
-        merged.append((batches, size))
-    return merged

@@ -17,13 +17,14 @@ from roll_r3.config.derived import checkpoint_of, sglang, vllm, workers
 from roll_r3.config.findings.report import Origins
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.yaml_file import to_yaml
+from roll_r3.data.draws import unused_sections
 from roll_r3.data.prompts import read_prompts
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint_files import resolve_checkpoint
 from roll_r3.models.facts import read_facts
 from roll_r3.pipelines.lifecycle.attempts import Attempts
 from roll_r3.pipelines.lifecycle.checkpoints import lacks_export, try_saving
-from roll_r3.pipelines.lifecycle.resume import changes, data_of, opened, replace_file, rewind
+from roll_r3.pipelines.lifecycle.resume import changes, data_of, opened, replace_file, rewind, source_of
 from roll_r3.pipelines.lifecycle.shutdown import Shutdown
 from roll_r3.preflight.check import require_valid
 from roll_r3.preflight.surroundings import read_surroundings
@@ -66,8 +67,9 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
             Rewards(config.rewards, config.reward_workers, config.max_failed_rewards, run_dir.log_dir)
         )
         tokenizer, prompts = _prepare(config, origins, rewards, progress)
+        source = source_of(config, prompts, rewards.section_of)
         if point is not None:
-            data = data_of(prompts, config.seed)
+            data = data_of(prompts, config.seed, source.place)
             check_resumable(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=data)
             changed = changes(config, point)
             rewind(run_dir, point, progress.say)
@@ -144,6 +146,9 @@ def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: P
         f"{facts.num_experts} experts; {len(prompts)} prompts"
     )
     progress.say(rewards.shares(domains))
+    shares = config.actor_train.data_args.domain_interleave_probs
+    for section, count in unused_sections(prompts, shares, rewards.section_of).items():
+        progress.say(f"{count} prompts of {section} are not used: it has no share in domain_interleave_probs")
     return tokenizer, prompts
 
 

@@ -20,9 +20,11 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.disk import is_directory, read_at_most
 from roll_r3.config.reading.yaml_file import parse_yaml, to_yaml
 from roll_r3.config.tree import join
+from roll_r3.data.draws import NOWHERE, Place, PromptSource, prompt_source
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import BusyError, CheckpointError, ConfigError
 from roll_r3.pipelines.lifecycle.checkpoints import stores_of
+from roll_r3.pipelines.lifecycle.places import placed
 from roll_r3.saving.manifest import verify, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, Data, RunState, fingerprint, read_state
 from roll_r3.saving.store import CHECKPOINTS, Store, mark_newest, newest_run, runs_saved
@@ -236,7 +238,24 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
     return {k: v for name, inner in node.items() for k, v in _flat(inner, join(path, str(name))).items()}
 
 
-def data_of(prompts: Sequence[Prompt], seed: int, drawn: Sequence[tuple[int, int]] = ()) -> Data:
-    """Return the position of a run in these prompts."""
+def data_of(prompts: Sequence[Prompt], seed: int, place: Place = NOWHERE) -> Data:
+    """Return these prompts as the data of a run, with its place there."""
     sha256 = fingerprint([(p.token_ids, p.ground_truth, p.domain) for p in prompts])
-    return Data(prompts=len(prompts), sha256=sha256, seed=seed, drawn=tuple(drawn))
+    return placed(Data(prompts=len(prompts), sha256=sha256, seed=seed, drawn=()), place)
+
+
+def source_of(
+    config: RLVRConfig, prompts: Sequence[Prompt], section_of: Callable[[str], str], place: Place = NOWHERE
+) -> PromptSource:
+    """Return the prompts of a run as its steps draw them, at a place.
+
+    Args:
+        section_of: section of `rewards` of a domain.
+
+    Raises:
+        ConfigError: a section of domain_interleave_probs has no prompts; or finding the place would take too long.
+    """
+    shares = config.actor_train.data_args.domain_interleave_probs
+    return prompt_source(
+        prompts, config.rollout_batch_size, config.seed, shares=shares, section_of=section_of, place=place
+    )

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from whole_rollout import sample_all
 
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.engine_pool import EnginePool, joined, still_lost
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling_settings import Sampling
 from roll_r3.errors import EngineError
-from roll_r3.pipelines.sampling import sample_all
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
 
 SAMPLING = Sampling(max_new_tokens=8)
@@ -61,6 +61,7 @@ class Cluster:
         self._ends: dict[int, tuple[float, Callable[[], Any]]] = {}
         self._free = dict.fromkeys(self.names, 0.0)
         self._calls = 0
+        self.aborted: list[Hashable] = []
 
     def _call(self, at: float, end: Callable[[], Any]) -> int:
         self._calls += 1
@@ -89,6 +90,11 @@ class Cluster:
             lost=tuple(i for i in request.sample_ids if i in gone),
             retries=1,
         )
+
+    def abort(self, calls: Sequence[Hashable]) -> None:
+        for call in calls:
+            self._ends[call] = self.now, lambda: GenerateResult(())  # type: ignore[index]
+        self.aborted += calls
 
     def begin_restart(self, name: str) -> Hashable:
         self.log.append(("restart", name))
@@ -440,3 +446,44 @@ def test_a_sample_that_came_twice_is_refused() -> None:
     first = GenerateResult((trajectory("a0"),), lost=("a1",))
     with pytest.raises(AssertionError, match="not asked for again"):
         joined(REQUESTS[0], first, GenerateResult((trajectory("a0"),)))
+
+
+def test_aborted_requests_never_complete_and_their_engines_get_others() -> None:
+    cluster = Cluster(engines=1)
+    cluster.seconds["actor_infer-0"] = 5.0
+    pool, _ = pool_of(cluster, at_once=1)
+    tickets = pool.submit([group(name) for name in "abcdef"])
+    assert [request.group_id for _, request in cluster.asked] == ["a", "b"]
+    pool.abort([tickets[i] for i in (1, 3, 4)])
+    assert (pool.in_flight, len(cluster.aborted)) == (3, 1), "queued ones never reach an engine"
+    came = [done.ticket.request.group_id for done in pool.completed()]
+    while pool.in_flight:
+        came += [done.ticket.request.group_id for done in pool.completed()]
+    assert came == ["a", "c", "f"]
+    assert [request.group_id for _, request in cluster.asked] == ["a", "b", "c", "f"]
+    pool.abort(tickets)
+    assert (pool.in_flight, pool.completed(), pool.step_done()) == (0, [], 0)
+
+
+def test_completed_requests_can_still_be_aborted_and_an_update_waits_for_the_rest() -> None:
+    cluster = Cluster()
+    cluster.seconds["actor_infer-1"] = 5.0
+    pool, _ = pool_of(cluster)
+    tickets = pool.submit([group("a"), group("b"), group("c")])
+    pool._take(None)
+    pool.abort([tickets[0], tickets[1]])
+    pool.update_weights(8)  # the cluster asserts that nothing is under way
+    assert [done.ticket.request.group_id for done in pool.completed()] == ["c"]
+
+
+def test_an_engine_that_dies_under_an_aborted_request_is_restarted() -> None:
+    cluster = Cluster(engines=1)
+    pool, said = pool_of(cluster)
+    (ticket,) = pool.submit([group("a")])
+    pool.abort([ticket])
+    call = cluster.aborted[0]
+    cluster._ends[call] = cluster.now, lambda: GenerateResult((), lost=("a0",))  # type: ignore[index]
+    cluster.is_down["actor_infer-0"] = DEATH
+    assert ids_of(sample_all(pool, [group("b")])) == [["b0", "b1"]]
+    assert pool.step_done() == 1
+    assert "samples requested again: 2" in said, "those of b alone"

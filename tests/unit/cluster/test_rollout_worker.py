@@ -82,6 +82,30 @@ def test_requests_begin_together_and_each_result_is_taken_by_itself() -> None:
     assert worker._strategy.asked == ["a", "b"]  # type: ignore[attr-defined]
 
 
+def test_an_aborted_request_has_an_empty_result_and_others_go_on() -> None:
+    worker = RolloutWorker.__new__(RolloutWorker)
+    worker._strategy, worker._generating, worker._num_experts = Echo(), {}, 8  # type: ignore[assignment]
+    requests = {
+        number: GenerateRequest((1,), (name,), (0,), name, Sampling(max_new_tokens=1), record_routes=False)
+        for number, name in enumerate("aab")
+    }
+
+    async def scenario() -> list[GenerateResult]:
+        await worker.begin_generate(requests)
+        await worker.abort(0, None)  # before it ran at all
+        results = asyncio.gather(*(worker.generated(number, None) for number in requests))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await worker.abort(1, None)
+        found = await results
+        await worker.abort(2, None)
+        return found
+
+    assert asyncio.run(scenario()) == [GenerateResult(()), GenerateResult(()), GenerateResult((), {"b": "bad"})]
+    assert worker._strategy.asked == ["a", "b"]  # type: ignore[attr-defined]
+    assert worker._generating == {}
+
+
 def test_a_mistake_of_the_program_is_not_taken_for_an_engine_that_does_not_start() -> None:
     worker = RolloutWorker.__new__(RolloutWorker)
     worker._strategy = Strategy(KeyError("x"))

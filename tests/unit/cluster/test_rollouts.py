@@ -60,6 +60,17 @@ def test_requests_go_out_in_one_call_and_results_come_one_by_one(ended: dict[Any
     assert group.ended(1.0) == {first[0]: "a", second[0]: "c"}
 
 
+def test_an_abort_follows_the_call_that_began_the_request(ended: dict[Any, Any]) -> None:
+    group, handles = group_of(2)
+    first, second = group.begin_generate("actor_infer-1", [request("a"), request("b")])
+    group.abort([second])
+    handles[1].abort.remote.assert_called_once_with(1, "begun 1")  # Ray keeps no order among calls
+    handles[0].abort.remote.assert_not_called()
+    ended |= {first: "a", second: "nothing"}
+    assert group.ended(None) == {first: "a", second: "nothing"}
+    assert group._begun == {}
+
+
 def test_a_wait_is_named_after_its_calls(ended: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A restart takes longer than samples do, so each has a limit of its own."""
     group, _ = group_of(2)

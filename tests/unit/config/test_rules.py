@@ -520,6 +520,8 @@ def test_the_rows_that_only_warn_sometimes_are_those_above():
 
 
 RUNS_AS_WRITTEN = {
+    "additional-prompts-save-time",
+    "shares-give-prompts",
     "batch-std-needs-mean",
     "shift-cancels",
     "scale-cancels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from roll_r3.batch.trajectory import Trajectory
 from roll_r3.config.sampling_settings import Sampling
 from roll_r3.config.strategies import SglangConfig
 from roll_r3.engines.parts import Parts
-from roll_r3.engines.sample import Sample, SampleError, SampleRequest
+from roll_r3.engines.sample import Asked, Sample, SampleError, SampleRequest
 from roll_r3.engines.sampler import Sampler
 from roll_r3.errors import EngineError, RouteError
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
@@ -180,3 +181,54 @@ def test_a_prompt_that_the_cache_did_not_take_costs_nobody_a_retry() -> None:
     results = run(Engine(), max_retries=0, sharing=Sharing(SampleError("HTTP 500")))
     assert [t.response_ids.tolist() for t in results[1].trajectories] == [[20], [21], [22]]
     assert results[1].retries == 0
+
+
+class Server:
+    """Server that never answers; it records what it is asked and told to end."""
+
+    def __init__(self) -> None:
+        self.began = asyncio.Event()
+        self.log: list[tuple[str, str]] = []
+
+    path = "/generate"
+    num_layers = top_k = 1
+
+    def request(self, asked: Asked) -> dict[str, Any]:
+        return {"id": asked.request_id}
+
+    async def post(self, path: str, request: dict[str, Any], *limits: Any) -> bytes:
+        self.log.append((path, request["id"]))
+        self.began.set()
+        await asyncio.Event().wait()
+        return b""
+
+    async def abort(self, client: Any, request_id: str) -> None:
+        self.log.append(("abort", request_id))
+        raise SampleError("no connection")
+
+    def require_running(self) -> None: ...
+
+    async def until_exit(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return await work
+
+
+def test_a_cancelled_request_is_ended_at_the_server_under_its_own_id() -> None:
+    async def scenario() -> Server:
+        server: Any = Server()
+        settings = SglangConfig()
+        made = Sampler(Parts(server, server, server, settings), server, server, server, running_requests=8)
+        made.sharing = Sharing()  # type: ignore[assignment]
+        task = asyncio.create_task(made.generate(REQUESTS[0]))
+        await server.began.wait()
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert made._slots.free == made._slots.total
+        return server
+
+    asked = asyncio.run(scenario()).log
+    names = [name for path, name in asked if path == "/generate"]
+    assert len(set(names)) == 2
+    assert all(len(name) == 32 for name in names), "no id begins like another: SGLang ends all that begin so"
+    assert sorted(name for path, name in asked if path == "abort") == sorted(names)

@@ -10,18 +10,25 @@ from threading import Event
 from typing import Any
 
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.draws import NOWHERE
 from roll_r3.data.prompts import Prompt
 from roll_r3.pipelines.lifecycle.checkpoints import Checkpoints, stores_of
+from roll_r3.pipelines.lifecycle.places import place_of
 from roll_r3.pipelines.lifecycle.resume import (
     data_of,
     opened,
     rewind,
+    source_of,
 )
 from roll_r3.pipelines.lifecycle.shutdown import Shutdown
 from roll_r3.saving.manifest import FileSum, file_sum
 from roll_r3.tracking.progress import Progress
 
-PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i)) for i in range(10)]
+PROMPTS = [Prompt(f"p{i}", f"{i}", (i, i + 1), str(i), domain="xy"[i % 2]) for i in range(10)]
+
+
+def section_of(domain: str) -> str:
+    return {"x": "a", "y": "b"}[domain]
 
 
 class TwoFiles:
@@ -69,14 +76,20 @@ class RecordedProgress(Progress):
 class FakeRun:
     """Loop around the saving, without training."""
 
-    def __init__(self, config: RLVRConfig, *, hour: int = 1) -> None:
-        self.config = config
+    def __init__(self, config: RLVRConfig, *, hour: int = 1, late: int = 0) -> None:
+        """
+        Args:
+            late: additional prompts of a step and section, which come back unused.
+        """
+        self.config, self.late = config, late
+        self.drawn: list[list[int]] = []
+        """Prompts of each step and section."""
         self.said: list[str] = []
         with opened(config, datetime(2026, 1, 1, hour), RecordedProgress(self.said)) as (self.run_dir, self.point):
             pass
         self.checkpoints, self.exports = stores_of(self.run_dir)
         self.done = self.point.state.step if self.point else 0
-        data = data_of(PROMPTS, config.seed, self.point.state.data.drawn if self.point else ())
+        self.source = source_of(config, PROMPTS, section_of, place_of(self.point.state.data) if self.point else NOWHERE)
         if self.point:
             rewind(self.run_dir, self.point, self.said.append)
         self.trainer: Any = TwoFiles()
@@ -85,7 +98,7 @@ class FakeRun:
             config,
             self.run_dir,
             self.trainer,
-            data=data,
+            data=data_of(PROMPTS, config.seed),
             begun=self.done,
             shutdown=self.shutdown,
             say=self.said.append,
@@ -98,8 +111,17 @@ class FakeRun:
             with self.run_dir.samples_file.open("a") as stream:
                 stream.write(json.dumps({"step": step, "sample": "x"}) + "\n")
             self.done = step
-            self.saving.step_done(step, samples_seen=32 * step)
+            self.draw()
+            self.saving.step_done(step, 32 * step, self.source.place)
         return self
+
+    def draw(self) -> None:
+        """Draw the prompts of a step."""
+        for part in self.source.parts:
+            part.begin()
+            numbers = part.draw(part.size + self.late)
+            self.drawn.append(numbers)
+            part.end(numbers[:: part.size][: self.late])
 
     def steps_in(self, path: Path) -> list[int]:
         return [json.loads(line)["step"] for line in path.read_text().splitlines()]

@@ -34,7 +34,7 @@ class Experience:
 class Pipeline:
     """Pipeline that counts the live data of previous steps when a step is sampled."""
 
-    samples_seen = 0
+    samples_seen, place = 0, "here"
 
     def __init__(self) -> None:
         self.kept: list[int] = []
@@ -71,7 +71,7 @@ def test_a_steps_routes_are_let_go_before_the_next_is_sampled(tmp_path: Path) ->
     attempts_of(tmp_path)._steps(pipeline, 0, log, checkpoints)
     assert pipeline.kept == [0, 0, 0]
     assert [call.args for call in log.write.call_args_list] == [(step, {"time/step_save": 1.5}) for step in (1, 2, 3)]
-    assert [call.args for call in checkpoints.step_done.call_args_list] == [(step, 0) for step in (1, 2, 3)]
+    assert [call.args for call in checkpoints.step_done.call_args_list] == [(step, 0, "here") for step in (1, 2, 3)]
 
 
 def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(tmp_path: Pat
     checkpoints: Any = MagicMock()
     checkpoints.seconds_waited.return_value = 0.0
     checkpoints.wait.side_effect = wait
-    checkpoints.leave.side_effect = lambda step, _: done.append(f"left after {step}")
+    checkpoints.leave.side_effect = lambda step, *_: done.append(f"left after {step}")
     with pytest.raises(GracefulExit), Shutdown(60.0) as shutdown:
         attempts_of(tmp_path, shutdown)._steps(Pipeline(), 0, MagicMock(), checkpoints)
     assert done == ["written", "left after 3"]
@@ -107,7 +107,7 @@ def test_sigterm_while_a_call_of_rays_is_waiting_saves_the_newest_step(tmp_path:
     checkpoints.seconds_waited.return_value = 0.0
     with pytest.raises(GracefulExit), Shutdown(60.0) as shutdown:
         attempts_of(tmp_path, shutdown)._steps(Waiting(), 0, MagicMock(), checkpoints)
-    checkpoints.leave.assert_called_once_with(1, 0)
+    checkpoints.leave.assert_called_once_with(1, 0, "here")
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("ray_cluster", "place", "Roles", "RLVRPipeline", "MetricLog", "Checkpoints", "rewind"):
         monkeypatch.setattr(attempts, name, getattr(cluster, name))
     monkeypatch.setattr(attempts, "data_of", MagicMock())
-    monkeypatch.setattr(attempts, "prompt_batches", MagicMock())
+    monkeypatch.setattr(attempts, "source_of", MagicMock())
     monkeypatch.setattr(attempts, "newest_point", lambda *_: None)
     monkeypatch.setattr(Attempts, "_steps", cluster.steps)
     for name in ("ray_cluster", "place", "Roles", "MetricLog", "Checkpoints"):

@@ -101,7 +101,7 @@ def test_an_export_that_was_due_when_a_run_ended_is_made_by_the_next(tmp_path):
 
     run.trainer.save_hf = full
     with pytest.raises(CheckpointError, match=r"step 10 was not exported: No space left on device\n") as stopped:
-        run.saving.step_done(10, samples_seen=320)
+        run.saving.step_done(10, 320, run.source.place)
     assert "there is step 2, step 4, step 6, step 8, step 10" in str(stopped.value), "of checkpoints"
     again = FakeRun(config)
     assert again.done == 10
@@ -156,7 +156,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, size):
         config = config.model_copy(update={"rewards": {f"rule{i}": config.rewards["default"] for i in range(400)}})
     run = FakeRun(config).run_to(3)
     with files_up_to(size), pytest.raises(CheckpointError, match=r"step 4 was not saved: .*File too large") as stopped:
-        run.saving.step_done(4, samples_seen=128)
+        run.saving.step_done(4, 128, run.source.place)
     assert re.search(r"\(disk: /\S* \(\d+ of \d+ MB are free\)\)$", str(stopped.value))
     assert "there is step 2" in str(stopped.value)
     assert [entry.name for entry in run.checkpoints.folder.iterdir()] == ["step-00000002"]
@@ -199,9 +199,9 @@ def test_the_next_checkpoint_and_an_export_wait_for_the_one_before(tmp_path):
     run.trainer.may_write.clear()
     run.done = 5
     Timer(0.3, run.trainer.may_write.set).start()
-    run.saving.step_done(6, samples_seen=192)
+    run.saving.step_done(6, 192, run.source.place)
     Timer(0.3, run.trainer.may_write.set).start()
-    run.saving.step_done(10, samples_seen=320)
+    run.saving.step_done(10, 320, run.source.place)
     assert run.trainer.calls[-3:] == ["snapshot", "written", "exported"]
 
 
@@ -265,9 +265,9 @@ def test_a_run_that_is_left_saves_no_step_twice(tmp_path):
     run = beside(tmp_path)
     run.trainer.may_write.clear()
     Timer(0.3, run.trainer.may_write.set).start()
-    run.run_to(2).saving.leave(2, samples_seen=64)
+    run.run_to(2).saving.leave(2, 64, run.source.place)
     assert run.trainer.calls == ["snapshot", "written"]
-    run.run_to(3).saving.leave(3, samples_seen=96)
+    run.run_to(3).saving.leave(3, 96, run.source.place)
     assert run.checkpoints.steps() == [2, 3], "and is waited for"
 
 
@@ -319,15 +319,15 @@ def test_a_failure_to_save_does_not_hide_the_error_before_it(tmp_path):
 
 def test_what_is_left_is_saved_once(tmp_path):
     run = FakeRun(config_of(tmp_path, save_steps=3)).run_to(5)
-    run.saving.leave(5, 160)
-    run.saving.leave(5, 160)
+    run.saving.leave(5, 160, run.source.place)
+    run.saving.leave(5, 160, run.source.place)
     assert run.checkpoints.steps() == [3, 5]
     verify(run.checkpoints.path(5))
     again = FakeRun(config_of(tmp_path, resume_from_checkpoint="auto"))
-    again.saving.leave(5, 160)
+    again.saving.leave(5, 160, again.source.place)
     assert again.checkpoints.steps() == [3, 5], "nothing was done since"
     none = FakeRun(config_of(tmp_path / "none", save_steps=0)).run_to(2)
-    none.saving.leave(2, 64)
+    none.saving.leave(2, 64, none.source.place)
     assert none.checkpoints.steps() == []
     assert none.said == ["nothing is saved: save_steps is 0"]
 

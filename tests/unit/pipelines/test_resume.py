@@ -224,3 +224,22 @@ def test_a_directory_that_cannot_be_made_is_a_mistake_in_one_line(tmp_path):
     ) as told:
         FakeRun(config_of(tmp_path / "file"))
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("shares", [{}, {"a": 0.25, "b": 0.75}], ids=["all", "sections"])
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_run_that_was_killed_draws_the_prompts_that_it_would_have_drawn(tmp_path, shares, late):
+    """Kill it within step 8, after the checkpoint of step 6: prompts drawn since then are drawn again."""
+    sections = {name: {"reward": "math", "tag_included": [tag]} for name, tag in (("a", "x"), ("b", "y"))}
+    data = {"data_args": {"domain": "tag", "domain_interleave_probs": shares}}
+    config = config_of(tmp_path, resume_from_checkpoint="auto", rewards=sections, actor_train=data)
+    killed = FakeRun(config, late=late).run_to(7)
+    killed.draw()
+    again = FakeRun(config, late=late)
+    assert again.done == 6
+    again.run_to(8)
+    parts = max(len(shares), 1)
+    assert again.drawn == killed.drawn[6 * parts :]
+    assert again.source.place == killed.source.place
+    if late:
+        assert len(killed.source.place.returned) == late * parts

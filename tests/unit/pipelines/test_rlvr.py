@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,14 @@ from roll_r3.batch.batch import Batch
 from roll_r3.batch.trajectory import Trajectory
 from roll_r3.cluster.models import BatchLogProbs, BatchUpdate
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.data.draws import prompt_source
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import RollError
 from roll_r3.pipelines.rlvr import RLVRPipeline
 from roll_r3.rewards.functions import Response
-from roll_r3.rewards.scoring import Scores
+from roll_r3.rewards.scoring import Answer, Scores
 from roll_r3.strategies.base import GenerateRequest, GenerateResult
-from roll_r3.tracking.names import METRICS
+from roll_r3.tracking.names import METRICS, declared_order
 from roll_r3.tracking.progress import Progress
 
 PROMPTS = [
@@ -34,6 +36,10 @@ PROMPTS = [
     )
     for i, domain in enumerate(("plain", "special"))
 ]
+
+
+IN_ORDER = 0
+"""Seed under which two prompts are drawn in the order of reading."""
 
 
 def trajectory(sample_id: str, group_id: str) -> Trajectory:
@@ -57,6 +63,7 @@ class Cluster:
         self.passes = 0
         """Number of passes before updates."""
         self.trained: list[Batch] = []
+        self.versions: list[int] = []
 
     def begin_generate(self, name: str, requests: Sequence[GenerateRequest]) -> list[int]:
         self.results = [
@@ -67,6 +74,9 @@ class Cluster:
             for r in requests
         ]
         return list(range(len(requests)))
+
+    def abort(self, calls: Sequence[Any]) -> None:
+        raise NotImplementedError("nothing is aborted")
 
     def ended(self, timeout: float | None) -> dict[int, GenerateResult]:
         return dict(enumerate(self.results))
@@ -90,6 +100,7 @@ class Cluster:
     def connect_engines(self, targets: Sequence[Any]) -> None: ...
 
     def update_weights(self, version: int) -> str:
+        self.versions.append(version)
         return ""
 
     def weights_updated(self, version: int) -> None: ...
@@ -104,9 +115,18 @@ class Cluster:
     def section_of(self, domain: str) -> str:
         return domain
 
-    def score(self, responses: Sequence[Response]) -> Any:
-        self.scored = list(responses)
-        return Scores([1.0 for _ in responses], why="", undecided=1, by_rule={"mine": 0.75})
+    def begin(self, responses: Sequence[Response]) -> Future[list[Answer]]:
+        self.scored += responses
+        answers: Future[list[Answer]] = Future()
+        answers.set_result([Answer(score, {}) for score in self.scores_of(responses)])
+        return answers
+
+    def scores_of(self, responses: Sequence[Response]) -> list[float]:
+        return [1.0 for _ in responses]
+
+    def accept(self, responses: Sequence[Response], answers: Sequence[Answer]) -> Scores:
+        assert responses == self.scored
+        return Scores([answer.score for answer in answers], why="", undecided=1, by_rule={"mine": 0.75})
 
 
 class FarReference(Cluster):
@@ -141,7 +161,7 @@ def pipeline(
     )
     return RLVRPipeline(
         config,
-        prompts=iter([PROMPTS]),
+        prompts=prompt_source(PROMPTS, 2, IN_ORDER, shares={}, section_of=str),
         decoder=cluster,
         rewards=cluster,
         rollout=cluster,
@@ -283,9 +303,11 @@ def test_corrections_reach_the_update_and_the_metrics(mini_batch: int, forced: b
 def test_a_step_of_which_filters_leave_nothing_still_reports() -> None:
     cluster = Cluster({})
     run = pipeline({}, [], cluster, 4, rollout_correction={"filters": [{"low": 0.5}], "opsm_delta": 3})
-    metrics = run.learn(run.sample(1)).metrics
-    [trained] = cluster.trained
-    assert not trained.loss_mask_N.any()
+    experience = run.sample(1)
+    metrics = run.learn(experience).metrics
+    assert experience.batch is not None and not experience.batch.loss_mask_N.any()
+    assert cluster.trained == []
+    assert metrics["mask/final_mask_sum_eq_0"] == 1
     assert metrics["rollout_corr/rejected_tokens"] == metrics["rollout_corr/rejected_samples"] == 1
     assert metrics["rollout_corr/kl"] == 1
     assert all(np.isfinite(value) for value in metrics.values())
@@ -301,3 +323,42 @@ def test_bypass_trains_against_the_rollout_without_a_pass(mini_batch: int) -> No
     np.testing.assert_array_equal(trained.old_log_probs_N, trained.rollout_log_probs_N)
     assert metrics["critic/old_log_prob/mean"] == -1
     assert not [name for name in metrics if name.startswith("rollout_corr/")]
+
+
+def test_a_step_whose_groups_are_all_filtered_out_keeps_the_weights_and_goes_on() -> None:
+    """Every response scores 1."""
+    cluster, said = Cluster({}), list[str]()
+    run = pipeline({}, said, cluster, filter_groups={"enable": True}, reference={}, use_kl_loss=True)
+    experience = run.sample(1)
+    result = run.learn(experience)
+    assert (cluster.trained, cluster.passes, cluster.versions) == ([], 0, [1]), "the engines get their version"
+    assert (result.samples, run.samples_seen, run.place) == ([], 0, experience.place)
+    assert said == [
+        "step 1: 0 of 2 groups passed the filter after 2 prompts (all prompts of the data): the step is smaller",
+        "step 1: no token is left to train on, so the weights stay as they are",
+    ]
+    metrics = result.metrics
+    assert (metrics["mask/final_mask_sum_eq_0"], metrics["rollout/filter_all_right"]) == (1, 1)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert not [name for name in metrics if name.startswith(("critic/", "actor/"))]
+    assert declared_order(metrics)[1] == []
+    Progress(1).step_done(1, metrics)
+
+
+def test_a_step_whose_tokens_are_all_masked_keeps_the_weights_and_shows_its_samples() -> None:
+    """Every group has mean 1, outside the bounds."""
+    cluster = Cluster({})
+    run = pipeline({}, [], cluster, difficulty_mask=True, reference={}, use_kl_loss=True)
+    result = run.learn(run.sample(1))
+    assert (cluster.trained, cluster.passes, run.samples_seen) == ([], 0, 0)
+    assert len(result.samples) == 4
+    assert result.metrics["critic/score/mean"] == 1
+    assert result.metrics["actor/final_mask_ratio"] == 0
+    assert all(np.isfinite(value) for value in result.metrics.values())
+
+
+def test_a_usual_step_is_counted_as_trained() -> None:
+    run = pipeline({}, [], Cluster({}))
+    metrics = run.learn(run.sample(1)).metrics
+    assert (metrics["mask/final_mask_sum_eq_0"], run.samples_seen) == (0, 4)
+    assert not [name for name in metrics if name.startswith(("rollout/filter", "plain/"))]

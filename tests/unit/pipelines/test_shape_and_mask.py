@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,6 @@ from roll_r3.config.derived import algorithm_of
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.pipelines.experience import Scored, ScoredSample, shape_and_mask
 from roll_r3.rewards.functions import Response
-from roll_r3.rewards.scoring import Scores
 from roll_r3.tracking.names import METRICS
 from tests.unit.pipelines.test_rlvr import Cluster, pipeline
 
@@ -21,8 +19,8 @@ from tests.unit.pipelines.test_rlvr import Cluster, pipeline
 class Graded(Cluster):
     """The first prompt is right in half of the responses, the second always."""
 
-    def score(self, responses: Sequence[Response]) -> Any:
-        return Scores([1.0, 0.0, 1.0, 1.0][: len(responses)], why="", undecided=0)
+    def scores_of(self, responses: Sequence[Response]) -> list[float]:
+        return [1.0, 0.0] if responses[0].ground_truth == "0" else [1.0, 1.0]
 
 
 def test_a_step_trains_on_the_samples_kept_with_the_scores_as_shaped() -> None:

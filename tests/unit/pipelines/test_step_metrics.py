@@ -17,7 +17,7 @@ from roll_r3.config.sections import RolloutCorrectionConfig
 from roll_r3.pipelines.step_metrics import StepRecord, step_metrics
 from roll_r3.replay.counts import ReplayCounts
 from roll_r3.replay.expert_load import ExpertLoad
-from roll_r3.tracking.names import METRICS
+from roll_r3.tracking.names import METRICS, declared_order
 
 
 def trajectory(name: str, prompt: int, log_probs: list[float], finish: str) -> Trajectory:
@@ -168,3 +168,24 @@ def test_an_audited_step_says_how_much_was_compared(record):
     assert m["router_replay/audit_equal"] == 0.75
     assert m["router_replay/audit_entries"] == 40
     assert set(m) <= set(METRICS)
+
+
+def test_sections_have_figures_of_their_own_if_there_are_several(record):
+    two = {name: {"reward": "math", "tag_included": [name]} for name in ("sums", "proofs")}
+    config = RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={}, rewards=two)
+    record = replace(record, domains=["sums", "proofs"], groups=["a", "b"])
+    metrics = step_metrics(config, record)
+    assert {name: value for name, value in metrics.items() if name.startswith(("sums/", "proofs/"))} == {
+        "sums/critic/score/mean": 1,
+        "sums/tokens/response_length/mean": 2,
+        "sums/tokens/response_length/max": 2,
+        "sums/tokens/truncated_ratio": 0,
+        "sums/rollout/groups": 1,
+        "proofs/critic/score/mean": 0,
+        "proofs/tokens/response_length/mean": 1,
+        "proofs/tokens/response_length/max": 1,
+        "proofs/tokens/truncated_ratio": 1,
+        "proofs/rollout/groups": 1,
+    }
+    assert declared_order(metrics)[1] == []
+    assert not [name for name in step_metrics(CONFIG, record) if name.startswith("sums/")]

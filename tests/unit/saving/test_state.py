@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
 from roll_r3.errors import CheckpointError, ConfigError
-from roll_r3.saving.state import STATE, Data, RunState, check_resumable, fingerprint, read_state
+from roll_r3.saving.state import (
+    STATE,
+    Data,
+    RunState,
+    SectionDraws,
+    check_resumable,
+    fingerprint,
+    read_state,
+)
 
 DATA = Data(prompts=100, sha256="a" * 64, seed=42, drawn=((3, 16), (1, 8)))
 RUN = RunState(step=4, samples_seen=448, trainer="megatron_train", data=DATA)
@@ -84,3 +93,31 @@ def test_a_message_is_short(tmp_path):
     with pytest.raises(CheckpointError) as refused:
         read_state(tmp_path)
     assert len(str(refused.value)) < 2000
+
+
+def test_a_state_of_an_earlier_release_is_read(tmp_path):
+    old = json.loads(RUN.text())
+    del old["data"]["sections"], old["data"]["returned"]
+    (tmp_path / STATE).write_text(json.dumps(old))
+    assert read_state(tmp_path) == RUN
+
+
+SECTION = SectionDraws(prompts=40, drawn=((4, 3),))
+
+
+def test_places_in_sections_and_returned_prompts_are_kept(tmp_path):
+    run = RUN.model_copy(update={"data": DATA.model_copy(update={"sections": {"a": SECTION}, "returned": (7, 99)})})
+    (tmp_path / STATE).write_text(run.text())
+    assert read_state(tmp_path) == run
+    forgeries = (("[4, 3]", "[5, 3]", "5 batches were drawn in 4"), ("99", "100", "prompt 100 of 100"))
+    for given, forged, message in forgeries:
+        (tmp_path / STATE).write_text(json.dumps(json.loads(run.text())).replace(given, forged))
+        with pytest.raises(CheckpointError, match=message):
+            read_state(tmp_path)
+
+
+def test_a_section_with_other_prompts_is_refused():
+    run = RUN.model_copy(update={"data": DATA.model_copy(update={"sections": {"a": SECTION}})})
+    others = {"a": SectionDraws(prompts=41, drawn=()), "b": SectionDraws(prompts=59, drawn=())}
+    with pytest.raises(ConfigError, match="section a of rewards had 40 prompts, now 41"):
+        check_resumable(run, trainer="megatron_train", data=DATA.model_copy(update={"sections": others}))

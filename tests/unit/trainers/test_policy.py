@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from roll_r3.strategies.base import ProcessInfo
 from roll_r3.trainers import policy as module
 from roll_r3.trainers.cutting import CutRules
 from roll_r3.trainers.policy import TrainPolicy
-from roll_r3.trainers.update import StepFigures
+from roll_r3.trainers.update import StepFigures, mini_batches
 
 VOCAB = 8
 
@@ -169,6 +170,16 @@ def test_several_optimizer_steps_bring_no_log_probabilities(make: Callable[..., 
     result = strategy.train_step(_batch(old_log_probs_N=np.full(12, -2, np.float32)), 1)
     assert [call for call in strategy.backend.calls if call in ("run", "step", "sum")] == ["run", "step"] * 2
     assert (result.log_probs_N, result.metrics["actor_train/optimizer_steps"]) == (None, 2)
+
+
+def test_an_optimizer_step_without_a_token_to_train_on_is_not_made(make: Callable[..., Any]) -> None:
+    strategy = make(accumulation=1)
+    old = np.full(12, -2, np.float32)
+    (first, _) = mini_batches(strategy.learning, _batch(old_log_probs_N=old), seed=42, step=1, dp_rank=0)
+    mask_N = np.repeat([name in first.sample_ids for name in "abcd"], 3)
+    result = strategy.train_step(replace(_batch(old_log_probs_N=old), loss_mask_N=mask_N), 1)
+    assert strategy.backend.calls.count("step") == result.metrics["actor_train/optimizer_steps"] == 1
+    assert result.skipped == ()
 
 
 def test_a_world_needs_one_rank_for_each_device() -> None:
