@@ -1,6 +1,7 @@
 """The command line: load, check, then print, plan or launch.
 
     python -m roll_r3.run --config FILE [section.field=value ...] [--validate-only | --print-config | --plan]
+    python -m roll_r3.run --config FILE [section.field=value ...] --eval-only
     python -m roll_r3.run --explain RULE
 
 Exit status: 0 done, 1 the run failed, 2 the configuration cannot work, 130 interrupted, 143 ended by SIGTERM.
@@ -100,7 +101,7 @@ def _discard_output() -> None:
 
 
 def _starts_run(options: argparse.Namespace) -> bool:
-    """Return true if the command is to train, not to check or print the configuration."""
+    """Return true if the command is to train or evaluate, not to check or print the configuration."""
     return not (options.validate_only or options.print_config or options.plan or options.explain is not None)
 
 
@@ -130,6 +131,12 @@ def _run(options: argparse.Namespace, stack: ExitStack) -> int:
     if options.plan:
         print(render_plan(_plan(loaded, surroundings)))
         return EXIT_OK
+    if options.eval_only and loaded.config.validation is None:
+        raise ConfigError("--eval-only needs prompts to evaluate: add the section `validation` to the configuration")
+    if options.eval_only:
+        from roll_r3.pipelines.lifecycle.launch import evaluate  # noqa: PLC0415  as below
+
+        return evaluate(loaded.config, loaded.origins)
     from roll_r3.pipelines.lifecycle.launch import launch  # noqa: PLC0415  imports torch and Ray, not needed for checks
 
     return launch(loaded.config, loaded.origins)
@@ -199,6 +206,11 @@ def _parser() -> argparse.ArgumentParser:
         "--plan",
         action="store_true",
         help="print the placement of processes, their memory and their traffic, start nothing",
+    )
+    action.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate the checkpoint in resume_from_checkpoint (off: `pretrain`) once, train nothing",
     )
     action.add_argument("--explain", metavar="RULE", help="explain a rule of the check; `list` names all")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from roll_r3.config.algorithm import AlgorithmConfig
 from roll_r3.config.base import Config
@@ -11,7 +11,7 @@ from roll_r3.config.sampling_settings import KEPT_LIMIT, Sampling
 from roll_r3.config.sections import GroupFilter
 from roll_r3.config.strategies import MegatronConfig, ServerConfig, SglangConfig, VllmConfig
 from roll_r3.config.tree import join
-from roll_r3.config.workers import ActorTrainConfig, ReferenceConfig, WorkerConfig
+from roll_r3.config.workers import ActorTrainConfig, GeneratingArgs, ReferenceConfig, WorkerConfig
 
 ModelWorker = ActorTrainConfig | ReferenceConfig
 DEVICES_PER_NODE = 8
@@ -225,17 +225,34 @@ def sampled_tokens(config: RLVRConfig) -> int:
     return config.actor_infer.generating_args.max_new_tokens or config.response_length
 
 
+def evaluated_tokens(config: RLVRConfig) -> int:
+    """Return the number of tokens of the longest response in an evaluation; 0 without evaluation."""
+    settings = config.validation
+    return 0 if settings is None else settings.generating_args.max_new_tokens or config.response_length
+
+
 def sampling(config: RLVRConfig) -> Sampling:
     """Return the settings of sampling for training."""
-    generating, kept = config.actor_infer.generating_args, returns_kept(config)
+    found, kept = _sampling(config.actor_infer.generating_args, sampled_tokens(config)), returns_kept(config)
+    return replace(found, top_k=KEPT_LIMIT if kept and found.top_k < 1 else found.top_k, return_kept=kept)
+
+
+def evaluation_sampling(config: RLVRConfig) -> Sampling:
+    """Return the settings of sampling for an evaluation, independent of training's."""
+    settings = config.validation
+    assert settings is not None, "asked for by an evaluation only"
+    return _sampling(settings.generating_args, evaluated_tokens(config), greedy=settings.val_greedy)
+
+
+def _sampling(generating: GeneratingArgs, max_new_tokens: int, *, greedy: bool = False) -> Sampling:
     return Sampling(
-        max_new_tokens=sampled_tokens(config),
+        max_new_tokens=max_new_tokens,
         temperature=generating.temperature,
         top_p=generating.top_p,
-        top_k=KEPT_LIMIT if kept and generating.top_k < 1 else generating.top_k,
-        return_kept=kept,
+        top_k=generating.top_k,
         stop_token_ids=generating.stop_token_ids,
         stop_strings=generating.stop_strings,
+        greedy=greedy,
     )
 
 
@@ -256,13 +273,13 @@ def samples_at_once(settings: ServerConfig) -> int:
 
 
 def engine_room(config: RLVRConfig) -> int:
-    """Return the tokens needed in an engine's context and cache for the longest sample.
+    """Return the tokens needed in an engine's context and cache for the longest sample, of training or evaluation.
 
     SGLang reserves 2 tokens in its limit of a response, and 7 in its limit of a prompt (0.5.23: `max_req_len` and
     `max_req_input_len` of its tp_worker and scheduler).
     """
     reserved, least = (2, 7) if sglang(config) is not None else (0, 0)
-    return config.prompt_length + max(sampled_tokens(config) + reserved, least)
+    return config.prompt_length + max(max(sampled_tokens(config), evaluated_tokens(config)) + reserved, least)
 
 
 def algorithm_of(config: RLVRConfig) -> AlgorithmConfig:

@@ -160,7 +160,7 @@ def _type_text(annotation: Any, titles: dict[type[BaseModel], str]) -> str:
         return f"by name: {_type_text(arguments[1], titles)}"
     if is_section(annotation):
         return f"[{_strategy(annotation) or 'section'}](#{_anchor(titles[annotation])})"
-    names = {str: "text", int: "integer", float: "number", bool: "true/false", types.NoneType: "null"}
+    names = {str: "text", int: "integer", float: "number", bool: "true/false", types.NoneType: "null", Any: "any"}
     return names[annotation]
 
 

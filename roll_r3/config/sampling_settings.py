@@ -24,6 +24,8 @@ class Sampling:
     """Token ids that end a response, besides the checkpoint's own. The response keeps the token."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a response. The response keeps the token that completes one."""
+    greedy: bool = False
+    """Take the likeliest token each time; temperature, top_p and top_k have no effect."""
     return_kept: bool = False
     """True if an answer must hold the set of tokens that each token was sampled from, and log-probabilities over it;
     `top_k` is then finite."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 HIDDEN = "<hidden>"
 """Text in place of a secret."""
-_SECTIONS = ("system_envs",)
+_SECTIONS = ("system_envs", "tracker_kwargs")
 """Sections with values that are never reported."""
 _KEYS = ("api_key", "judge_api_key", "login_kwargs")
 """Keys of ROLL and of trackers with a secret."""

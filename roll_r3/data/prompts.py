@@ -37,12 +37,18 @@ class Prompt:
 
 
 def read_prompts(
-    args: DataArgs, tokenizer: ChatTokenizer, max_tokens: int, say: Callable[[str], None] = logger.info
+    args: DataArgs,
+    tokenizer: ChatTokenizer,
+    max_tokens: int,
+    say: Callable[[str], None] = logger.info,
+    *,
+    section: str = "actor_train.data_args",
 ) -> list[Prompt]:
     """Read, template and tokenize all rows; skip prompts longer than `max_tokens`.
 
     Args:
         say: receives messages: progress, number of skipped rows, number of rows with their own system message.
+        section: dotted path of `args`, for messages.
 
     Raises:
         ConfigError: the faults of all files; or no prompt is short enough.
@@ -50,15 +56,15 @@ def read_prompts(
     faults = Faults()
     chat = Chat(tokenizer, args)
     rows = list(read_rows(args, faults))
-    _raise_if_any(faults)
+    raise_if_any(faults, section)
     prompts = list(_tokenized(rows, chat, faults, say))
-    _raise_if_any(faults)
+    raise_if_any(faults, section)
     short = [prompt for prompt in prompts if len(prompt.token_ids) <= max_tokens]
     if chat.own_system:
         say(f"{chat.own_system} of {len(rows)} rows keep their own system message instead of data_args.system_prompt")
     if not short:
         raise ConfigError(
-            f"actor_train.data_args.file_name ({args.file_name!r}): no prompt of at most prompt_length={max_tokens} "
+            f"{section}.file_name ({args.file_name!r}): no prompt of at most prompt_length={max_tokens} "
             f"tokens; the shortest of {len(prompts)} has {min(len(prompt.token_ids) for prompt in prompts)}"
         )
     if long := len(prompts) - len(short):
@@ -66,9 +72,10 @@ def read_prompts(
     return short
 
 
-def _raise_if_any(faults: Faults) -> None:
+def raise_if_any(faults: Faults, section: str) -> None:
+    """Raise ConfigError with all faults, if there are any."""
     if faults:
-        raise ConfigError("\n  ".join(["actor_train.data_args: the data cannot be used:", *faults.lines()]))
+        raise ConfigError("\n  ".join([f"{section}: the data cannot be used:", *faults.lines()]))
 
 
 def _tokenized(rows: Sequence[Row], chat: Chat, faults: Faults, say: Callable[[str], None]) -> Iterator[Prompt]:

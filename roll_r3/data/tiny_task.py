@@ -25,6 +25,17 @@ def subtraction_mod10() -> list[Example]:
     return [(f"{a}-{b}=", str((a - b) % 10)) for a in range(10) for b in range(10)]
 
 
+def addition_mod10_train() -> list[Example]:
+    """Return four fifths of `addition_mod10`, without those of `addition_mod10_test`."""
+    held_out = set(addition_mod10_test())
+    return [example for example in addition_mod10() if example not in held_out]
+
+
+def addition_mod10_test() -> list[Example]:
+    """Return a fifth of `addition_mod10`: two sums of each first and each second digit."""
+    return [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(10) if (a + 2 * b) % 5 == 0]
+
+
 def copy_digits() -> list[Example]:
     """Return three digits to copy: "copy 407:" -> "407"."""
     return [(f"copy {n:03d}:", f"{n:03d}") for n in range(1000)]
@@ -36,6 +47,8 @@ HEAD_DIM = 32
 BUNDLED_TASKS = {
     "addition_mod10": addition_mod10,
     "subtraction_mod10": subtraction_mod10,
+    "addition_mod10_train": addition_mod10_train,
+    "addition_mod10_test": addition_mod10_test,
     "copy_digits": copy_digits,
 }
 

@@ -51,7 +51,15 @@ def samples_of(request: GenerateRequest) -> list[SampleRequest]:
     if len(request.seeds) != len(request.sample_ids):
         raise ValueError(f"{len(request.sample_ids)} sample ids came with {len(request.seeds)} seeds")
     return [
-        SampleRequest(request.prompt_ids, sample_id, seed, request.sampling, request.group_id, request.record_routes)
+        SampleRequest(
+            request.prompt_ids,
+            sample_id,
+            seed,
+            request.sampling,
+            request.group_id,
+            request.record_routes,
+            cache_key=request.cache_key,
+        )
         for sample_id, seed in zip(request.sample_ids, request.seeds, strict=True)
     ]
 

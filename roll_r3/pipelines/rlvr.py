@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +13,8 @@ from roll_r3.cluster.models import ModelGroup
 from roll_r3.cluster.rollouts import RolloutGroup
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.draws import PromptSource
+from roll_r3.data.evaluation_sets import EvaluationSet
+from roll_r3.pipelines.evaluation import Evaluation, Evaluator
 from roll_r3.pipelines.experience import Decoder, Experience, ExperienceMaker, ScoredSample
 from roll_r3.pipelines.sampling import Collector
 from roll_r3.pipelines.silence import SilenceWatch
@@ -44,12 +47,16 @@ class RLVRPipeline:
         trainer: ModelGroup,
         reference: ModelGroup | None,
         progress: Progress,
+        evaluation_sets: Sequence[EvaluationSet] = (),
     ) -> None:
         self._config = config
         self._pool = EnginePool(config, rollout, trainer, progress.say)
         self._collector = Collector(config, self._pool, prompts, rewards, decoder, progress.say)
         self._experience = ExperienceMaker(
             config, rewards=rewards, trainer=trainer, reference=reference, progress=progress
+        )
+        self._evaluator = Evaluator(
+            config, evaluation_sets, pool=self._pool, rewards=rewards, decoder=decoder, progress=progress
         )
         self._trainer = trainer
         self._progress = progress
@@ -68,6 +75,10 @@ class RLVRPipeline:
         """
         self.samples_seen = samples_seen
         self._pool.update_weights(version=done)
+
+    def evaluate(self, step: int) -> Evaluation:
+        """Evaluate the weights after `step` steps. No weight changes, so it may be interrupted anywhere."""
+        return self._evaluator.run(step)
 
     def sample(self, step: int) -> Experience:
         """Run the first half of step `step`, counted from 1. No weight changes, so it may be interrupted anywhere."""

@@ -14,6 +14,7 @@ from roll_r3.config.derived import (
 from roll_r3.config.findings.report import Origins
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.devices import shared_with_engines
+from roll_r3.config.sections import ValidationConfig
 from roll_r3.preflight.surroundings import Surroundings
 
 
@@ -36,7 +37,19 @@ def summary(config: RLVRConfig, origins: Origins, surroundings: Surroundings) ->
     lines.append(
         f"  actor_infer: {engine.strategy_args.strategy_name}, devices {len(engine.device_mapping)}, engines {engines}"
     )
+    if config.validation is not None:
+        lines.append(f"  evaluation: {_evaluation(config, config.validation)}")
     return "\n".join(lines)
+
+
+def _evaluation(config: RLVRConfig, validation: ValidationConfig) -> str:
+    moments = [
+        "at the start" if validation.eval_at_start else "",
+        f"every {config.eval_steps} steps" if config.eval_steps else "",
+        "at the end",
+    ]
+    responses = "one greedy sample" if validation.val_greedy else f"{validation.val_n_sample} samples"
+    return f"{', '.join(filter(None, moments))}; {responses} of each prompt"
 
 
 def _sizes(worker: ModelWorker) -> dict[str, int | None]:

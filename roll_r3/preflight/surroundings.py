@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from roll_r3.config.derived import changed, checkpoint_of, saving_dir, sglang, vllm, workers
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.paths import ENGINE
+from roll_r3.config.workers import DataArgs
 from roll_r3.preflight import files
 from roll_r3.preflight.domains import domains_without_rule
 from roll_r3.preflight.model_files import Model, find_model, incomplete
 from roll_r3.preflight.reward_functions import reward_problems
-from roll_r3.preflight.versions import find_interpreter, find_versions
+from roll_r3.preflight.versions import find_interpreter, find_versions, release
 from roll_r3.strategies.registry import STRATEGIES, StrategyEntry
+from roll_r3.tracking.trackers.libraries import LIBRARIES
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Surroundings:
     data_problems: tuple[str, ...] = ()
     domain_problems: tuple[str, ...] = ()
     """Domains without a reward rule, one text per prompt file."""
+    evaluation_problems: tuple[str, ...] = ()
+    """Problems of the evaluation's prompts, domains without a reward rule included."""
+    missing_trackers: tuple[str, ...] = ()
+    """Trackers in `track_with` without their library on this machine."""
     reward_problems: tuple[str, ...] = ()
     output_problem: str = ""
     saving_problem: str = ""
@@ -57,6 +63,10 @@ def read_surroundings(config: RLVRConfig) -> Surroundings:
         checkpoint_problems=problems | lacking,
         data_problems=tuple(files.data_problems(config.actor_train.data_args)),
         domain_problems=tuple(domains_without_rule(config.actor_train.data_args, config.rewards)),
+        evaluation_problems=()
+        if config.validation is None
+        else _evaluation_problems(config, config.validation.data_args),
+        missing_trackers=tuple(name for name in config.track_with if release(LIBRARIES[name].package) is None),
         reward_problems=tuple(reward_problems(config.rewards)),
         output_problem=files.output_problem(config.output_dir, config.exp_name),
         saving_problem=files.output_problem(saving_dir(config), config.exp_name),
@@ -64,6 +74,10 @@ def read_surroundings(config: RLVRConfig) -> Surroundings:
         engine_python_missing=python is not None and find_interpreter(python) is None,
         versions=find_versions(config),
     )
+
+
+def _evaluation_problems(config: RLVRConfig, args: DataArgs) -> tuple[str, ...]:
+    return (*files.data_problems(args), *domains_without_rule(args, config.rewards))
 
 
 def elsewhere(config: RLVRConfig) -> Surroundings:

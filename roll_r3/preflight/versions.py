@@ -37,14 +37,14 @@ def find_versions(config: RLVRConfig) -> dict[str, str | None]:
         not_made = {} if changed(config, f"{ENGINE}.python") else {"vllm": None}
         found |= _versions_for(on_vllm.python, "vllm", "") or not_made  # its server inherits no PYTHONPATH
     if megatron_workers(config):
-        found["megatron-core"] = _release("megatron-core")
+        found["megatron-core"] = release("megatron-core")
     return found
 
 
 def _versions_for(python: str | None, package: str, path: str) -> dict[str, str | None]:
     """Return `find_versions` for one package; `python` None is this interpreter."""
     if python is None:
-        return {package: _release(package)}
+        return {package: release(package)}
     interpreter = find_interpreter(python)
     return {} if interpreter is None else versions_beside(interpreter, package, path)
 
@@ -67,11 +67,11 @@ def versions_beside(python: Path, package: str, path: str = "") -> dict[str, str
         base = Path(settings.get("home", "")) / os.path.basename(os.path.realpath(python))
     if not closed:
         folders += _system_folders(base)
-    release = _release(package, folders)
-    return {package: release} if release is not None or (closed and not path) else {}
+    found = release(package, folders)
+    return {package: found} if found is not None or (closed and not path) else {}
 
 
-def _release(package: str, folders: Sequence[Path] | None = None) -> str | None:
+def release(package: str, folders: Sequence[Path] | None = None) -> str | None:
     """Return the release of the first installation in `folders`, by default on the import path."""
     path = sys.path if folders is None else [str(folder) for folder in folders]
     return next((found.version for found in distributions(name=package, path=path)), None)

@@ -82,6 +82,8 @@ class GenerateRequest:
     sampling: Sampling
     record_routes: bool
     """True if trajectories must carry routes. Only engines that were started to record them can."""
+    cache_key: str = ""
+    """Key of the engine's prefix cache: prefixes are found only under the key that stored them."""
 
 
 @dataclass(frozen=True)

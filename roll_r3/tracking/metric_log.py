@@ -1,41 +1,65 @@
-"""Log of metrics: always metrics.jsonl, and TensorBoard if configured."""
+"""Log of metrics: always metrics.jsonl, and the configured trackers."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from roll_r3.config.findings.write_errors import with_filename
 from roll_r3.tracking.names import declared_order
 from roll_r3.tracking.run_dir import RunDir
 from roll_r3.tracking.run_summary import summarised
+from roll_r3.tracking.trackers.background import BackgroundTracker
+from roll_r3.tracking.trackers.base import Row, TrackedRun
+from roll_r3.tracking.trackers.libraries import LIBRARIES
+
+logger = logging.getLogger(__name__)
+
+EVALUATION = "val/"
+"""Beginning of the names of an evaluation's scores."""
+_OF_EVALUATION = (EVALUATION, "time/step_evaluation")
+_CLOSE_S, _CLOSE_AT_EXIT_S = 60.0, 5.0
+"""Seconds for the trackers to end, after the run, and after a signal."""
 
 
 class MetricLog:
-    """Writer of one set of metrics per step. Keeps the metrics of the final summary.
+    """Writer of one set of metrics per step, and of one per evaluation. Keeps the metrics of the final summary.
 
     A resumed run appends to its metrics.
     """
 
-    def __init__(self, run_dir: RunDir, trackers: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        trackers: Sequence[str],
+        *,
+        kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        config: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = logger.warning,
+    ) -> None:
+        """
+        Args:
+            kwargs: name of a tracker -> arguments of its library's start function.
+            config: plain values shown by trackers.
+            say: receives a message about a failing tracker.
+        """
         earlier = _read(run_dir.metrics_file)
-        self.history: list[dict[str, float]] = [summarised(row) for row in earlier.values()]
-        self._path, self._board_path = run_dir.metrics_file, run_dir.tensorboard_dir
+        self.history = [summarised(row) for row in earlier.values() if not row or _without_evaluation(row)]
+        """Metrics of each step."""
+        self.evaluations = {step: scores for step, row in earlier.items() if (scores := _scores(row))}
+        """Step -> scores of the evaluation after it."""
+        self._path = run_dir.metrics_file
         self._file = self._path.open("a")
-        self._board = None
-        if "tensorboard" in trackers:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  seconds to import
-
-            is_new = not run_dir.tensorboard_dir.is_dir()
-            # an existing board has these steps, and may have later ones, which will be repeated
-            purge = None if is_new else max(earlier, default=0) + 1
-            self._board = SummaryWriter(str(run_dir.tensorboard_dir), purge_step=purge)
-            if is_new:
-                for step, row in earlier.items():
-                    self._show(step, row)
+        run = TrackedRun(run_dir.path, config or {}, earlier)
+        self._trackers = [
+            BackgroundTracker(name, LIBRARIES[name].load(), run, _arguments(kwargs or {}, name), say)
+            for name in trackers
+        ]
 
     def __enter__(self) -> MetricLog:
         return self
@@ -46,12 +70,12 @@ class MetricLog:
         try:
             with with_filename(self._path):
                 self._file.close()
-            if self._board is not None:
-                with with_filename(self._board_path):
-                    self._board.close()
         except OSError:
             if error is None:  # otherwise a full disk would be reported twice
                 raise
+        finally:
+            for tracker in self._trackers:
+                tracker.close(_CLOSE_S if error is None or isinstance(error, Exception) else _CLOSE_AT_EXIT_S)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step.
@@ -59,36 +83,76 @@ class MetricLog:
         Raises:
             KeyError: a name is not declared in `roll_r3.tracking.names`.
         """
+        self.history.append(summarised(self._record(step, metrics)))
+
+    def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the evaluation after a step. Raises as `write`."""
+        self.evaluations[step] = _scores(self._record(step, metrics))
+
+    def write_samples(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        """Show samples in the trackers with tables. Values other than texts and numbers become JSON."""
+        plain = [{column: _plain(value) for column, value in row.items()} for row in rows]
+        for tracker in self._trackers:
+            tracker.log_samples(step, name, plain)
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         declared, unknown = declared_order(metrics)
         if unknown:
             raise KeyError(f"metrics not declared in roll_r3.tracking.names: {', '.join(unknown)}")
         row = {name: float(metrics[name]) for name in declared}
-        self.history.append(summarised(row))
-        # JSON has no NaN or infinity: written as null; TensorBoard shows them
+        # JSON has no NaN or infinity: written as null; trackers may show them
         line = {"step": step} | {n: v if math.isfinite(v) else None for n, v in row.items()}
         with with_filename(self._path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        self._show(step, row)
+        for tracker in self._trackers:
+            tracker.log(step, row)
+        return row
 
-    def _show(self, step: int, row: Mapping[str, float]) -> None:
-        if self._board is not None:
-            with with_filename(self._board_path):
-                for name, value in row.items():
-                    self._board.add_scalar(name, value, step)
-                self._board.flush()
+
+def _arguments(kwargs: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Return the arguments of a tracker; libraries ask for lists, where the configuration has tuples."""
+    given = kwargs.get(name, {})
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(value, default=str)
+
+
+def _without_evaluation(row: Mapping[str, float]) -> bool:
+    """Return True if a row has metrics of a step."""
+    return any(not name.startswith(_OF_EVALUATION) for name in row)
+
+
+def _scores(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.startswith(EVALUATION)}
 
 
 def _read(metrics: Path) -> dict[int, dict[str, float]]:
-    """Read the metrics of each step."""
+    """Read the metrics of each step, its evaluation included."""
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    rows = {}
+    rows: dict[int, dict[str, float]] = {}
     for line in lines:
         row = json.loads(line)
-        rows[int(row.pop("step"))] = {name: math.nan if value is None else value for name, value in row.items()}
+        step = int(row.pop("step"))
+        rows.setdefault(step, {}).update({name: math.nan if value is None else value for name, value in row.items()})
     return rows
 
 
 def last_step(metrics: Path) -> int:
     """Return the last written step; 0 if there is none."""
     return max(_read(metrics), default=0)
+
+
+def evaluated_steps(metrics: str) -> set[int]:
+    """Return the steps with an evaluation in the text of metrics.jsonl. Lines cut off are skipped."""
+    steps = set()
+    for line in metrics.splitlines():
+        try:
+            row = json.loads(line)
+            if isinstance(row, dict) and any(name.startswith(EVALUATION) for name in row):
+                steps.add(int(row["step"]))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return steps

@@ -100,8 +100,8 @@ class RunDir:
         return self.path / "samples.jsonl"
 
     @property
-    def tensorboard_dir(self) -> Path:
-        return self.path / "tensorboard"
+    def validation_file(self) -> Path:
+        return self.path / "validation.jsonl"
 
 
 def _make(folder: Path) -> bool:

@@ -38,8 +38,8 @@ class RunLog(logging.FileHandler):
 def log_threads() -> None:
     """Log an error that ends a thread, instead of a traceback on the terminal.
 
-    TensorBoard's writer thread ends with errors of the disk, and raises them in the main thread too, where they are
-    reported.
+    TensorBoard's writer thread ends with errors of the disk, and raises them in its tracker's thread too, where they
+    are reported.
     """
 
     def ended(args: threading.ExceptHookArgs) -> None:

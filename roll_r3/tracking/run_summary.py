@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,8 @@ WINDOW = 5
 """Number of steps averaged for "first" and "last": the mean reward of one step is noisy."""
 
 
+_SCORE = re.compile(r"val/[^/]+/\w+@\d+")
+"""Names of the scores of whole sets."""
 REWARD = "critic/score/mean"
 FIGURES = {
     "router_replay/coverage": "coverage",
@@ -58,16 +61,22 @@ def run_summary(
     before: Sequence[Sample],
     after: Sequence[Sample],
     *,
+    evaluations: Mapping[int, Mapping[str, float]] | None = None,
     replay_mode: str,
     seconds: float,
 ) -> str:
-    """Format the summary as plain text: directory, rewards, replay, samples."""
+    """Format the summary as plain text: directory, rewards, evaluation, replay, samples.
+
+    Args:
+        evaluations: step -> scores of the evaluation after it.
+    """
     steps = len(history)
     lines = ["", f"finished {steps} steps in {format_seconds(seconds)}", f"run directory   {run_dir}"]
     start, finish = (window_mean(history, REWARD, end=e) for e in (False, True))
     if start is not None and finish is not None:
         shown = min(WINDOW, steps)
         lines.append(f"mean reward     {start:.3f} (first {shown} steps) -> {finish:.3f} (last {shown} steps)")
+    lines += _first_and_last(evaluations or {})
     lines.append(f"router replay   {replay_mode}")
     for name, label in FIGURES.items():
         values = [row[name] for row in history if name in row]
@@ -83,3 +92,27 @@ def run_summary(
             ]
     lines.append(f"curves          tensorboard --logdir {run_dir}")
     return "\n".join(lines)
+
+
+def _first_and_last(evaluations: Mapping[int, Mapping[str, float]]) -> Iterator[str]:
+    """Yield a line for each score of a set, in the first and the last evaluation."""
+    if not evaluations:
+        return
+    first, last = min(evaluations), max(evaluations)
+    yield f"evaluation      after step {first} -> after step {last}"
+    for name in _by_set(name for name in evaluations[last] if _SCORE.fullmatch(name)):
+        before = evaluations[first].get(name)
+        shown = "?" if before is None else f"{before:.4f}"
+        yield f"  {name.removeprefix('val/'):<38}{shown} -> {evaluations[last][name]:.4f}"
+
+
+def _by_set(names: Iterable[str]) -> list[str]:
+    """Return names of scores, those of one set together."""
+    return sorted(names, key=lambda name: name.split("/")[1])
+
+
+def evaluation_table(metrics: Mapping[str, float]) -> str:
+    """Format the metrics of one evaluation as plain text, one per line."""
+    names = _by_set(name for name in metrics if name.startswith("val/"))
+    width = max(map(len, names), default=0)
+    return "\n".join(f"  {name:<{width}}  {metrics[name]:.6g}" for name in names)

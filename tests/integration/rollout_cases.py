@@ -103,6 +103,15 @@ async def generate(
     return await asyncio.gather(*map(rollout.generate, asked))
 
 
+async def evaluate(
+    rollout: RolloutStrategy, requests: Sequence[GenerateRequest], **sampling: Any
+) -> list[GenerateResult]:
+    """Request many groups at once as an evaluation does: without routes, with a key of its own."""
+    settings = Sampling(RESPONSE_LENGTH, **sampling)
+    asked = [replace(one, sampling=settings, record_routes=False, cache_key="evaluation") for one in requests]
+    return await asyncio.gather(*map(rollout.generate, asked))
+
+
 class Rollout(Generic[RolloutT]):
     """A strategy and its event loop."""
 
@@ -228,6 +237,13 @@ class Reference:
         """Return log-probabilities of the response tokens. [R]"""
         return self._of_response(trajectory, self._forward(trajectory).logits)
 
+    def below_best(self, trajectory: Trajectory) -> np.ndarray:
+        """Return the distance of each response token from the likeliest one, in nats. [R]"""
+        logits_1TV = self._forward(trajectory).logits
+        best_TV = torch.log_softmax(logits_1TV[0].double() / self._temperature, -1).amax(-1)
+        first = len(trajectory.prompt_ids) - 1
+        return best_TV[first:-1].numpy() - self._of_response(trajectory, logits_1TV)
+
     def log_probs_and_routes(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
         """Return ([R] of the response tokens, top-k ids [layers, T - 1, k] of the logits, in the router's order).
 
@@ -259,3 +275,10 @@ class Reference:
         log_probs_TV = torch.log_softmax(logits_1TV[0].double() / self._temperature, -1)
         first = len(trajectory.prompt_ids) - 1
         return log_probs_TV[first:-1].gather(-1, labels_R[:, None])[:, 0].numpy()
+
+
+def assert_likeliest(results: Sequence[GenerateResult], reference: Reference, tolerance: float) -> None:
+    """Check greedy responses: every token is the likeliest one, but for differences of rounding in nats."""
+    found = trajectories(results)
+    assert max(float(reference.below_best(t).max()) for t in found.values()) <= tolerance
+    assert all(t.routes is None for t in found.values()), "an evaluation costs no routes"

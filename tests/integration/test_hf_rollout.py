@@ -18,7 +18,9 @@ from rollout_cases import (
     STOPS,
     Reference,
     Rollout,
+    assert_likeliest,
     assert_stopped_where_asked,
+    evaluate,
     generate,
     one_group,
     requests,
@@ -167,6 +169,11 @@ def test_a_truncated_distribution_is_sampled_from_and_log_probs_are_of_the_whole
     for t in greedy.values():
         np.testing.assert_allclose(t.log_probs, Reference(tiny_moe, TEMPERATURE).log_probs(t), atol=1e-5, rtol=0)
     assert all((greedy[f"p{p}/s0"].response_ids == greedy[f"p{p}/s1"].response_ids).all() for p in range(3))
+
+
+def test_an_evaluation_takes_the_likeliest_tokens(tiny_moe, start):
+    engine = start(tiny_moe)
+    assert_likeliest(engine.run(evaluate(engine.rollout, requests(4, 2), greedy=True)), Reference(tiny_moe), 1e-4)
 
 
 def test_kept_tokens_come_back_and_the_trainers_take_their_log_probs_over_them(tiny_moe, start, gang):

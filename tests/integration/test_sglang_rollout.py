@@ -22,7 +22,9 @@ from rollout_cases import (
     Evicting,
     Reference,
     Sent,
+    assert_likeliest,
     assert_stopped_where_asked,
+    evaluate,
     generate,
     group_members,
     long_requests,
@@ -147,6 +149,16 @@ def test_samples_whose_prompt_left_the_cache_are_asked_for_again(
     assert results[0].retries >= 3
     assert_is_what_the_model_computes(asked, results, old_weights)
     assert evicting.shareable_rows(asked[0]) == 0, "nothing is shared for a while"
+
+
+def test_an_evaluation_takes_the_likeliest_tokens_and_leaves_training_as_it_was(
+    engine: Engine, old_weights: Path
+) -> None:
+    asked = requests(4, 2)
+    before = trajectories(engine.generate(asked))
+    assert_likeliest(engine.run(evaluate(engine.rollout, asked, greedy=True)), Reference(old_weights), 1e-3)
+    for sample_id, t in trajectories(engine.generate(asked)).items():
+        assert t.response_ids.tobytes() == before[sample_id].response_ids.tobytes()
 
 
 def test_stop_tokens_and_stop_strings_end_a_response(engine: Engine, old_weights: Path) -> None:

@@ -24,6 +24,8 @@ from rollout_cases import (
     Evicting,
     Reference,
     Sent,
+    assert_likeliest,
+    evaluate,
     generate,
     group_members,
     long_requests,
@@ -244,6 +246,11 @@ def test_samples_whose_prompt_left_the_cache_are_asked_for_again(engine, old_wei
     assert result.retries >= 3
     assert_is_what_the_model_computes([result], old_weights)
     assert evicting.shareable_rows(long_requests(1, 4)[0]) == 0, "nothing is shared for a while"
+
+
+def test_an_evaluation_takes_the_likeliest_tokens(engine, old_weights):
+    asked = requests(4, 2)
+    assert_likeliest(engine.run(evaluate(engine.rollout, asked, greedy=True)), Reference(old_weights), 1e-3)
 
 
 def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engine):

@@ -25,6 +25,7 @@ NAMES_CODE = {
     "roll_r3/engines/vllm/plugin/roll_r3_vllm/__init__.py": "a file of this package",
     "roll_r3/engines/vllm/plugin/roll_r3_vllm/weights.py": "a file of this package",
     "examples/benchmarks/__main__.py": "a benchmark by its name",
+    "roll_r3/tracking/trackers/libraries.py": "a tracker of the table",
 }
 """Modules importing or running another by a computed name, and the name."""
 PICKLES_IN_THE_GROUP = {

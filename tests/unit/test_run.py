@@ -88,6 +88,20 @@ def test_every_example_lacks_nothing_but_the_model_that_the_quickstart_makes(pat
     assert re.findall(r"^error \[(.*?)\]", said, re.MULTILINE) == ["checkpoint-readable"], said
 
 
+def test_eval_only_evaluates_and_needs_prompts(config_file, monkeypatch, capsys):
+    module = ModuleType("roll_r3.pipelines.lifecycle.launch")
+    evaluated: list[Any] = []
+    module.evaluate = lambda config, origins: evaluated.append(config) or 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "roll_r3.pipelines.lifecycle.launch", module)
+    assert run.main(["--config", str(config_file), "--eval-only"]) == 2
+    assert "--eval-only needs prompts to evaluate: add the section `validation`" in capsys.readouterr().err
+    prompts = "validation={data_args: {file_name: 'bundled:copy_digits'}}"
+    assert run.main(["--config", str(config_file), prompts, "--eval-only"]) == 0
+    assert evaluated[0].validation.data_args.file_name == "bundled:copy_digits"
+    with pytest.raises(SystemExit):
+        run.main(["--config", str(config_file), "--eval-only", "--plan"])
+
+
 def test_a_valid_configuration_is_launched(config_file, monkeypatch):
     seen = []
     launch_with(monkeypatch, lambda config, origins: seen.append(config) or 0)

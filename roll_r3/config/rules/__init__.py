@@ -16,6 +16,7 @@ from roll_r3.config.rules import (
     corrections,
     data,
     devices,
+    evaluation,
     groups,
     layout,
     losses,
@@ -23,6 +24,7 @@ from roll_r3.config.rules import (
     rewards,
     rollout,
     saving,
+    tracking,
     variables,
     waiting,
 )
@@ -42,7 +44,9 @@ RULES: tuple[AnyRule, ...] = (
     *data.RULES,
     *rewards.RULES,
     *groups.RULES,
+    *evaluation.RULES,
     *saving.RULES,
+    *tracking.RULES,
     *variables.RULES,
     *waiting.RULES,
 )

@@ -5,15 +5,18 @@ from __future__ import annotations
 from roll_r3.config.derived import changed
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
-from roll_r3.config.workers import BUNDLED_DOMAIN
+from roll_r3.config.workers import BUNDLED_DOMAIN, DataArgs
 
 
-def _no_prompts(config: RLVRConfig) -> Verdict:
-    names = config.actor_train.data_args.file_name
+def no_prompts(args: DataArgs) -> Verdict:
+    """Return the verdict on a section without files."""
+    names = args.file_name
     return not names if isinstance(names, str) else not names or "" in names
 
 
-_COLUMNS = tuple(f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id"))
+COLUMNS = ("prompt", "messages", "ground_truth", "domain", "id")
+"""Fields of a `DataArgs` with the name of a column."""
+_COLUMNS = tuple(f"actor_train.data_args.{name}" for name in COLUMNS)
 
 
 _TEMPLATE_PARTS = frozenset(
@@ -26,16 +29,21 @@ _TEMPLATE_PARTS = frozenset(
 """Arguments of apply_chat_template passed by roll_r3, or without a plain value."""
 
 
-def _clashing_arguments(config: RLVRConfig) -> Verdict:
-    return ", ".join(name for name in config.actor_train.data_args.chat_template_kwargs if name in _TEMPLATE_PARTS)
+def clashing_arguments(args: DataArgs) -> Verdict:
+    """Return the verdict on arguments of the chat template that roll_r3 passes itself."""
+    return ", ".join(name for name in args.chat_template_kwargs if name in _TEMPLATE_PARTS)
 
 
-def _columns_of_bundled(config: RLVRConfig) -> Verdict:
-    names = config.actor_train.data_args.file_name
+def columns_of_bundled(config: RLVRConfig, section: str, args: DataArgs) -> Verdict:
+    """Return the verdict on columns named for bundled tasks.
+
+    Args:
+        section: dotted path of `args`.
+    """
+    names = args.file_name
     bundled = all(name.startswith("bundled:") for name in ([names] if isinstance(names, str) else names))
-    by_task = config.actor_train.data_args.domain == BUNDLED_DOMAIN
-    named = [column for column in _COLUMNS if changed(config, column) and not (by_task and column == _COLUMNS[3])]
-    return ", ".join(named) if bundled and names else False
+    columns = [f"{section}.{name}" for name in COLUMNS if not (name == "domain" and args.domain == BUNDLED_DOMAIN)]
+    return ", ".join(column for column in columns if bundled and names and changed(config, column))
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -46,7 +54,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="name one or more .jsonl, .jsonl.gz, .json or .parquet files, or bundled:NAME",
         wrong=("actor_train.data_args={}",),
         right=("actor_train.data_args.file_name=[a.jsonl]",),
-        violates=_no_prompts,
+        violates=lambda c: no_prompts(c.actor_train.data_args),
     ),
     Rule(
         id="bundled-columns-unread",
@@ -55,7 +63,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="leave them out",
         wrong=("actor_train.data_args.id=name",),
         right=("actor_train.data_args={file_name: prompts.jsonl, id: name}",),
-        violates=_columns_of_bundled,
+        violates=lambda c: columns_of_bundled(c, "actor_train.data_args", c.actor_train.data_args),
     ),
     Rule(
         id="chat-template-kwargs-free",
@@ -64,7 +72,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="leave them out; the prompt comes from data_args.prompt or data_args.messages",
         wrong=("actor_train.data_args={file_name: a, chat_template_kwargs: {add_generation_prompt: false}}",),
         right=("actor_train.data_args={file_name: a, chat_template_kwargs: {enable_thinking: false}}",),
-        violates=_clashing_arguments,
+        violates=lambda c: clashing_arguments(c.actor_train.data_args),
     ),
     unread(
         "prompt-column-unread",

@@ -10,7 +10,12 @@ from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
 
 VLLM_COLDEST = 0.01
 _VLLM = "actor_infer.strategy_args={strategy_name: vllm}"
-_ROOM = ("prompt_length", "response_length", "actor_infer.generating_args.max_new_tokens")
+_ROOM = (
+    "prompt_length",
+    "response_length",
+    "actor_infer.generating_args.max_new_tokens",
+    "validation.generating_args.max_new_tokens",
+)
 
 
 def _too_little(config: RLVRConfig, tokens: int | None) -> Verdict:

@@ -93,8 +93,8 @@ def sample(
             for b in running:
                 results[b].routes.append(ids_MBSK[:, b, real_BS[b]])
         log_probs_BV = torch.log_softmax(output.logits[:, -1].float() / settings.temperature, -1)
+        kept_BV = _kept(log_probs_BV, settings)
         draws_B = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-        kept_BV = kept_tokens(log_probs_BV, top_p=settings.top_p, top_k=settings.top_k)
         tokens_B = choose(log_probs_BV.masked_fill(~kept_BV, -torch.inf), draws_B.to(log_probs_BV.device))
         if settings.return_kept:
             log_probs_BV = log_probs_BV.masked_fill(~kept_BV, -torch.inf).log_softmax(-1)
@@ -114,6 +114,13 @@ def sample(
         positions_BS = positions_BS[:, -1:] + 1
         mask_BS = torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], -1)
     return results
+
+
+def _kept(log_probs_BV: torch.Tensor, settings: Sampling) -> torch.Tensor:
+    """Return the mask of the tokens to sample among: of greedy sampling the likeliest one. bool [B, V]"""
+    if settings.greedy:
+        return kept_tokens(log_probs_BV, top_p=1.0, top_k=1)
+    return kept_tokens(log_probs_BV, top_p=settings.top_p, top_k=settings.top_k)
 
 
 def kept_tokens(log_probs_BV: torch.Tensor, *, top_p: float, top_k: int) -> torch.Tensor:

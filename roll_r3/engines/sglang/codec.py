@@ -45,7 +45,7 @@ class SglangCodec:
         sample, sampling = asked.sample, asked.sample.sampling
         params: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
+            "temperature": 0.0 if sampling.greedy else sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "sampling_seed": sample.seed,

@@ -97,7 +97,7 @@ class VllmCodec:
 
         They become requests for the likeliest token, and for one of the `KEPT_LIMIT` likeliest.
         """
-        temperature, top_k = sampling.temperature, sampling.top_k
+        temperature, top_k = 0.0 if sampling.greedy else sampling.temperature, sampling.top_k
         if self._returns_kept and temperature == 0:
             temperature, top_k = 1.0, 1
         elif self._returns_kept and top_k < 1:

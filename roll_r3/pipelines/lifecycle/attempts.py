@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
@@ -15,8 +15,10 @@ from roll_r3.cluster.roles import Roles
 from roll_r3.config.findings.write_errors import with_filename
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.draws import NOWHERE
+from roll_r3.data.evaluation_sets import EvaluationSet
 from roll_r3.data.prompts import Prompt
 from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
+from roll_r3.pipelines.evaluation import Evaluation, evaluation_due
 from roll_r3.pipelines.experience import Experience, ScoredSample
 from roll_r3.pipelines.lifecycle.checkpoints import Checkpoints
 from roll_r3.pipelines.lifecycle.places import place_of
@@ -29,8 +31,13 @@ from roll_r3.saving.state import TRAINER
 from roll_r3.tracking.metric_log import MetricLog, last_step
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
+from roll_r3.tracking.trackers.libraries import without_secrets
 
 logger = logging.getLogger(__name__)
+
+
+_SHOWN_SAMPLES = 100
+"""Most samples of an evaluation shown by trackers; validation.jsonl has all."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Finished:
     first: list[ScoredSample]
     """Samples of the first step of the last attempt."""
     last: list[ScoredSample]
+    evaluations: dict[int, dict[str, float]]
+    """Step -> metrics of its evaluation."""
 
 
 class Attempts:
@@ -57,10 +66,12 @@ class Attempts:
         rewards: Rewards,
         progress: Progress,
         shutdown: Shutdown,
+        evaluation_sets: Sequence[EvaluationSet] = (),
     ) -> None:
         self._config = config
         self._run_dir = run_dir
         self._tokenizer, self._prompts, self._rewards = tokenizer, prompts, rewards
+        self._evaluation_sets = evaluation_sets
         self._progress, self._shutdown = progress, shutdown
         self._device_kind: str | None = None
         """"cuda" or "cpu" once a start found out: a later one takes the same or none."""
@@ -116,10 +127,48 @@ class Attempts:
         self._progress.say(f"LOST: {error}")
         return None
 
+    def evaluate(self, point: ResumePoint | None) -> Evaluation:
+        """Evaluate the weights of `point`, or those of `pretrain`, once, and train nothing.
+
+        Raises:
+            RollError: as `run`. A lost worker ends it too.
+            GracefulExit: SIGTERM came.
+        """
+        done = point.state.step if point else 0
+        with ExitStack() as stack, self._shutdown.as_raised():
+            _, pipeline = self._bring_up(point, stack)
+            log = stack.enter_context(self._metric_log())
+            return self._evaluate(pipeline, done, log)
+
     def _start(self, point: ResumePoint | None, stack: ExitStack) -> Finished:
         """Bring everything up, go on from `point`; `stack` takes everything down again."""
-        config, progress, run_dir = self._config, self._progress, self._run_dir
+        config, run_dir = self._config, self._run_dir
         done = point.state.step if point else 0
+        data = data_of(self._prompts, config.seed)
+        roles, pipeline = self._bring_up(point, stack)
+        log = stack.enter_context(self._metric_log())
+        shutdown, say = self._shutdown, self._progress.say
+        saving = stack.enter_context(
+            Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, shutdown=shutdown, say=say)
+        )
+        if done:
+            saving.catch_up(done)
+        shown = self._steps(pipeline, done, log, saving)
+        return Finished(log.history, *shown, log.evaluations)
+
+    def _metric_log(self) -> MetricLog:
+        config = self._config
+        return MetricLog(
+            self._run_dir,
+            config.track_with,
+            kwargs=config.tracker_kwargs,
+            config=without_secrets(config),
+            say=self._progress.say,
+        )
+
+    def _bring_up(self, point: ResumePoint | None, stack: ExitStack) -> tuple[Roles, RLVRPipeline]:
+        """Start the cluster with the weights of `point`, in the engines too; `stack` takes it down again."""
+        config, progress, run_dir = self._config, self._progress, self._run_dir
         again = self._device_kind is not None
         begun = place_of(point.state.data) if point else NOWHERE
         prompts = source_of(config, self._prompts, self._rewards.section_of, begun)
@@ -146,19 +195,12 @@ class Attempts:
             trainer=roles.trainer,
             reference=roles.reference,
             progress=progress,
+            evaluation_sets=self._evaluation_sets,
         )
-        log = stack.enter_context(MetricLog(run_dir, config.track_with))
+        done, samples_seen = (point.state.step, point.state.samples_seen) if point else (0, 0)
         with progress.stage("sending the first weights"), _lost_if(again):
-            pipeline.start(done=done, samples_seen=point.state.samples_seen if point else 0)
-        shutdown, say = self._shutdown, progress.say
-        data = data_of(self._prompts, config.seed)
-        saving = stack.enter_context(
-            Checkpoints(config, run_dir, roles.trainer, data=data, begun=done, shutdown=shutdown, say=say)
-        )
-        if done:
-            saving.catch_up(done)
-        shown = self._steps(pipeline, done, log, saving)
-        return Finished(log.history, *shown)
+            pipeline.start(done=done, samples_seen=samples_seen)
+        return roles, pipeline
 
     def _steps(
         self, pipeline: RLVRPipeline, done: int, log: MetricLog, saving: Checkpoints
@@ -170,12 +212,14 @@ class Attempts:
         with with_filename(path), path.open("a") as samples_file:
             try:
                 with self._shutdown.as_raised():
+                    self._evaluate_if_due(pipeline, done, log)
                     for step in range(done + 1, self._config.max_steps + 1):
                         experience = pipeline.sample(step)
                         with self._shutdown.held():
                             shown = self._learn(pipeline, experience, log, saving, samples_file)
                             before, done = before or shown, step
                         del experience  # else its routes would lie in the object store while the next step is sampled
+                        self._evaluate_if_due(pipeline, step, log)
                     with self._shutdown.held():
                         saving.wait()  # the last checkpoint, too, is whole before a SIGTERM ends who writes it
             except GracefulExit:
@@ -183,6 +227,23 @@ class Attempts:
                 with self._shutdown.held():
                     saving.leave(done, pipeline.samples_seen, pipeline.place)
         return before, shown
+
+    def _evaluate_if_due(self, pipeline: RLVRPipeline, step: int, log: MetricLog) -> None:
+        """Evaluate the weights after a step, unless a resumed run has their evaluation."""
+        if evaluation_due(self._config, step) and step not in log.evaluations:
+            self._evaluate(pipeline, step, log)
+
+    def _evaluate(self, pipeline: RLVRPipeline, step: int, log: MetricLog) -> Evaluation:
+        """Evaluate, and write the samples, then the metrics: a resumed run repeats an evaluation without metrics."""
+        evaluation = pipeline.evaluate(step)
+        path = self._run_dir.validation_file
+        with self._shutdown.held():
+            with with_filename(path), path.open("a") as stream:
+                for sample in evaluation.samples:
+                    stream.write(json.dumps({"step": step} | asdict(sample), ensure_ascii=False) + "\n")
+            log.write_evaluation(step, evaluation.metrics)
+            log.write_samples(step, "val/samples", [asdict(sample) for sample in evaluation.samples[:_SHOWN_SAMPLES]])
+        return evaluation
 
     def _learn(
         self, pipeline: RLVRPipeline, experience: Experience, log: MetricLog, saving: Checkpoints, samples_file: TextIO
@@ -196,6 +257,7 @@ class Attempts:
         for sample in shown:
             samples_file.write(json.dumps({"step": step} | asdict(sample), ensure_ascii=False) + "\n")
         samples_file.flush()
+        log.write_samples(step, "samples", [asdict(sample) for sample in shown])
         self._progress.step_done(step, result.metrics)
         saving.step_done(step, pipeline.samples_seen, pipeline.place)
         return shown

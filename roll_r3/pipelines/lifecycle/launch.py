@@ -18,23 +18,34 @@ from roll_r3.config.findings.report import Origins
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.data.draws import unused_sections
+from roll_r3.data.evaluation_sets import EvaluationSet, read_evaluation_sets
 from roll_r3.data.prompts import read_prompts
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint_files import resolve_checkpoint
 from roll_r3.models.facts import read_facts
+from roll_r3.pipelines.evaluation import evaluation_due
 from roll_r3.pipelines.lifecycle.attempts import Attempts
 from roll_r3.pipelines.lifecycle.checkpoints import lacks_export, try_saving
-from roll_r3.pipelines.lifecycle.resume import changes, data_of, opened, replace_file, rewind, source_of
+from roll_r3.pipelines.lifecycle.resume import (
+    changes,
+    data_of,
+    opened,
+    opened_for_evaluation,
+    replace_file,
+    rewind,
+    source_of,
+)
 from roll_r3.pipelines.lifecycle.shutdown import Shutdown
 from roll_r3.preflight.check import require_valid
 from roll_r3.preflight.surroundings import read_surroundings
 from roll_r3.rewards.scoring import Rewards
 from roll_r3.rewards.truths import Truth
 from roll_r3.saving.state import check_resumable
+from roll_r3.tracking.metric_log import evaluated_steps
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
 from roll_r3.tracking.run_log import RunLog, log_threads
-from roll_r3.tracking.run_summary import run_summary
+from roll_r3.tracking.run_summary import evaluation_table, run_summary
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +69,7 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
         shutdown = stack.enter_context(Shutdown(config.sigterm_grace_period))
         run_dir, point = stack.enter_context(opened(config, datetime.now(UTC), progress))
         done = point.state.step if point else 0
-        if point is not None and done >= config.max_steps and not lacks_export(config, run_dir, done):
+        if point is not None and done >= config.max_steps and not _lacks_something(config, run_dir, done):
             progress.say(f"nothing to do: {point.checkpoint} is of step {done}, and max_steps is {config.max_steps}")
             return 0
         _log_driver(run_dir, progress)
@@ -86,6 +97,7 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
             rewards=rewards,
             progress=progress,
             shutdown=shutdown,
+            evaluation_sets=_prepare_evaluation(config, tokenizer, rewards, progress),
         )
         finished = attempts.run(point)
     summary = run_summary(
@@ -93,11 +105,64 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
         finished.history,
         finished.first,
         finished.last,
+        evaluations=finished.evaluations,
         replay_mode=config.actor_train.router_replay.mode,
         seconds=time.monotonic() - started,
     )
     Progress(config.max_steps, sys.stdout).say(summary)  # as `print`, but who reads may be gone
     return 0
+
+
+def evaluate(config: RLVRConfig, origins: Origins) -> int:
+    """Evaluate once, in a directory of its own, and train nothing; print the scores.
+
+    The weights are those of `resume_from_checkpoint`, or of `pretrain` if it is off.
+
+    Args:
+        origins: as of `launch`.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        RollError: the reason for the end, in words for the person who started it.
+    """
+    config = with_absolute_paths(config)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(config.max_steps))
+        shutdown = stack.enter_context(Shutdown(config.sigterm_grace_period))
+        run_dir, point = stack.enter_context(opened_for_evaluation(config, datetime.now(UTC), progress))
+        _log_driver(run_dir, progress)
+        progress.say(f"directory: {run_dir.path}")
+        rewards = stack.enter_context(
+            Rewards(config.rewards, config.reward_workers, config.max_failed_rewards, run_dir.log_dir)
+        )
+        tokenizer, prompts = _prepare(config, origins, rewards, progress)
+        if point is not None:
+            check_resumable(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=point.state.data)
+        replace_file(run_dir.path / "config.yaml", to_yaml(config))
+        attempts = Attempts(
+            config,
+            run_dir=run_dir,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            rewards=rewards,
+            progress=progress,
+            shutdown=shutdown,
+            evaluation_sets=_prepare_evaluation(config, tokenizer, rewards, progress),
+        )
+        evaluation = attempts.evaluate(point)
+    weights = point.checkpoint if point else checkpoint_of(config, "actor_train")
+    table = evaluation_table(evaluation.metrics)
+    Progress(config.max_steps, sys.stdout).say(f"\nevaluation of {weights}\ndirectory {run_dir.path}\n{table}")
+    return 0
+
+
+def _lacks_something(config: RLVRConfig, run_dir: RunDir, step: int) -> bool:
+    """Return True if the export or the evaluation of the last step is due and missing."""
+    metrics = run_dir.metrics_file.read_text() if run_dir.metrics_file.is_file() else ""
+    unevaluated = evaluation_due(config, step) and step not in evaluated_steps(metrics)
+    return unevaluated or lacks_export(config, run_dir, step)
 
 
 def with_absolute_paths(config: RLVRConfig) -> RLVRConfig:
@@ -150,6 +215,22 @@ def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: P
     for section, count in unused_sections(prompts, shares, rewards.section_of).items():
         progress.say(f"{count} prompts of {section} are not used: it has no share in domain_interleave_probs")
     return tokenizer, prompts
+
+
+def _prepare_evaluation(
+    config: RLVRConfig, tokenizer: Any, rewards: Rewards, progress: Progress
+) -> list[EvaluationSet]:
+    """Read and check the prompts of the evaluation, like those of training. Empty without evaluation."""
+    if config.validation is None:
+        return []
+    with progress.stage("reading prompts of the evaluation"):
+        sets = read_evaluation_sets(config.validation.data_args, tokenizer, config.prompt_length, _told(progress))
+        prompts = [prompt for one in sets for prompt in one.prompts]
+        rewards.check_domains({prompt.domain for prompt in prompts})
+        rewards.check_truths(Truth(p.prompt_id, p.domain, p.ground_truth) for p in prompts)
+    named = ", ".join(f"{one.name} ({len(one.prompts):,} prompts)" for one in sets)
+    progress.say(f"evaluation: {named}, {config.validation.val_n_sample} responses each")
+    return sets
 
 
 def _told(progress: Progress) -> Callable[[str], None]:

@@ -19,6 +19,7 @@ from roll_r3.config.load import MAX_BYTES
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.disk import is_directory, read_at_most
 from roll_r3.config.reading.yaml_file import parse_yaml, to_yaml
+from roll_r3.config.sections import CheckpointConfig
 from roll_r3.config.tree import join
 from roll_r3.data.draws import NOWHERE, Place, PromptSource, prompt_source
 from roll_r3.data.prompts import Prompt
@@ -28,10 +29,13 @@ from roll_r3.pipelines.lifecycle.places import placed
 from roll_r3.saving.manifest import verify, write_durably
 from roll_r3.saving.state import CONFIG, METRICS, Data, RunState, fingerprint, read_state
 from roll_r3.saving.store import CHECKPOINTS, Store, mark_newest, newest_run, runs_saved
+from roll_r3.tracking.metric_log import evaluated_steps
 from roll_r3.tracking.progress import Progress
 from roll_r3.tracking.run_dir import RunDir
 
 _MAX_METRICS = 1 << 30
+EVALUATIONS = "evaluations"
+"""Directory of an experiment for evaluations without training."""
 _NAMED = 5
 """Number of runs listed by a message."""
 COMPARING = "comparing the checkpoint with its checksums"
@@ -85,6 +89,35 @@ def opened(config: RLVRConfig, now: datetime, progress: Progress) -> Iterator[tu
             raise BusyError(f"{error}{_others(experiment, run)}") from error
         mark_newest(run_dir.saved)
         yield run_dir, named if run is None else newest_point(run_dir, progress)
+
+
+@contextmanager
+def opened_for_evaluation(
+    config: RLVRConfig, now: datetime, progress: Progress
+) -> Iterator[tuple[RunDir, ResumePoint | None]]:
+    """Lock a new directory below `evaluations/` of the experiment, and find the checkpoint; None: `pretrain`.
+
+    The run with the checkpoint stays as it is.
+
+    Raises:
+        ConfigError: as `opened`; or resume_from_checkpoint is auto and no run has a checkpoint.
+    """
+    point, named = None, config.resume_from_checkpoint
+    if named == "auto":
+        experiment = Path(saving_dir(config)).absolute() / config.exp_name
+        run = newest_run(experiment)
+        if run is None:
+            raise ConfigError(f"resume_from_checkpoint: auto: no run in {experiment} has a checkpoint to evaluate")
+        named = str(experiment / run)
+    if named != "off":
+        with progress.stage(COMPARING):
+            point = _named(Path(os.path.realpath(named)), progress.say)
+    folder = f"{config.exp_name}/{EVALUATIONS}"
+    run_dir = _directory(
+        config.model_copy(update={"exp_name": folder, "checkpoint_config": CheckpointConfig()}), now, None
+    )
+    with run_dir.locked(progress.say):
+        yield run_dir, point
 
 
 def _directory(config: RLVRConfig, now: datetime, run: str | None) -> RunDir:
@@ -156,13 +189,26 @@ def rewind(run_dir: RunDir, point: ResumePoint | None, say: Callable[[str], None
     """
     done = point.state.step if point else 0
     checkpoints, exports = stores_of(run_dir)
-    replace_file(run_dir.metrics_file, _metrics_of(point.checkpoint) if point else "")
+    saved = _metrics_of(point.checkpoint) if point else ""
+    metrics = saved + _evaluation_after(run_dir.metrics_file, done, saved)
+    replace_file(run_dir.metrics_file, metrics)
     for aside in checkpoints.set_aside_after(done, "damaged"):
         say(f"what is left of a damaged checkpoint is in {aside}")
     for aside in exports.set_aside_after(done, "earlier"):
         say(f"weights of a step that is done again are in {aside}")
     if run_dir.samples_file.is_file():
         replace_file(run_dir.samples_file, "".join(_until(run_dir.samples_file, done)))
+    if run_dir.validation_file.is_file():
+        last = done if evaluated_steps(metrics) & {done} else done - 1
+        replace_file(run_dir.validation_file, "".join(_until(run_dir.validation_file, last)))
+
+
+def _evaluation_after(metrics: Path, step: int, saved: str) -> str:
+    """Return the line of a step's evaluation, made after its checkpoint; empty if there is none, or it is saved."""
+    if not metrics.is_file() or step in evaluated_steps(saved):
+        return ""
+    lines = metrics.read_text(errors="replace").splitlines(keepends=True)
+    return next((line for line in reversed(lines) if line.endswith("\n") and step in evaluated_steps(line)), "")
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from roll_r3.config.derived import uses_saving_dir
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.rules.data import COLUMNS
 from roll_r3.config.rules.paths import ENGINE
 from roll_r3.config.rules.table import Verdict
 from roll_r3.models.families import untrainable_by_name
 from roll_r3.preflight.rules.surroundings_rule import CHECKPOINTS, Pretend, SurroundingsRule
 from roll_r3.preflight.surroundings import Surroundings
-
-_COLUMNS = tuple(f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id"))
+from roll_r3.tracking.trackers.libraries import LIBRARIES
 
 
 def _unreadable_checkpoints(config: RLVRConfig, surroundings: Surroundings) -> Verdict:
@@ -53,9 +53,7 @@ RULES: tuple[SurroundingsRule, ...] = (
     SurroundingsRule(
         id="data-readable",
         fields=("actor_train.data_args.file_name",),
-        depends=tuple(
-            f"actor_train.data_args.{name}" for name in ("prompt", "messages", "ground_truth", "domain", "id")
-        ),
+        depends=tuple(f"actor_train.data_args.{name}" for name in COLUMNS),
         why="prompts come from files with valid rows",
         fix="write the paths of existing files (relative to the working directory), and their columns",
         wrong=("actor_train.data_args.file_name=no_such_prompts.jsonl",),
@@ -74,6 +72,28 @@ RULES: tuple[SurroundingsRule, ...] = (
         wrong_where=Pretend(domain_problems=("docs/prompts.jsonl has rows of code",)),
         right=("rewards={a: {reward: exact_match, tag_included: [default]}}",),
         violates=lambda config, where: "; ".join(where.domain_problems),
+    ),
+    SurroundingsRule(
+        id="evaluation-data-readable",
+        fields=("validation.data_args.file_name",),
+        depends=(*(f"validation.data_args.{name}" for name in COLUMNS), "rewards"),
+        why="prompts of the evaluation come from files with valid rows, each with a reward rule for its domain",
+        fix="write the paths of existing files (relative to the working directory), and their columns",
+        wrong=("validation={data_args: {file_name: no_such_prompts.jsonl}}",),
+        right=("validation={data_args: {file_name: 'bundled:copy_digits'}}",),
+        violates=lambda config, where: "\n".join(where.evaluation_problems),
+    ),
+    SurroundingsRule(
+        id="tracker-installed",
+        fields=("track_with",),
+        why="the library of a tracker is not installed here",
+        fix="install the named extras, or remove the trackers",
+        wrong=("track_with=[wandb]",),
+        wrong_where=Pretend(missing_trackers=("wandb",)),
+        right=("track_with=[tensorboard]",),
+        violates=lambda config, where: ", ".join(
+            f"{name}: pip install 'roll_r3[{LIBRARIES[name].extra}]'" for name in where.missing_trackers
+        ),
     ),
     SurroundingsRule(
         id="reward-importable",

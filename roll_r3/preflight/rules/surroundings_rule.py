@@ -33,6 +33,8 @@ class Pretend:
     """Fields of the checkpoints' config.json -> their values."""
     domain_problems: tuple[str, ...] = ()
     """Files, and their domains without a reward rule."""
+    missing_trackers: tuple[str, ...] = ()
+    """Trackers without their library."""
 
     def change(self, surroundings: Surroundings) -> Surroundings:
         """Return `surroundings` with these differences."""
@@ -45,7 +47,14 @@ class Pretend:
             for name, model in surroundings.models.items()
         }
         problems = self.domain_problems or surroundings.domain_problems
-        return replace(surroundings, strategies=strategies, versions=versions, models=models, domain_problems=problems)
+        return replace(
+            surroundings,
+            strategies=strategies,
+            versions=versions,
+            models=models,
+            domain_problems=problems,
+            missing_trackers=self.missing_trackers or surroundings.missing_trackers,
+        )
 
 
 VLLM_INSTALLED = Pretend(versions={"vllm": f"{TESTED}+cpu"})

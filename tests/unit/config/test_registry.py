@@ -21,6 +21,7 @@ from roll_r3.config.workers import (
     VllmStrategy,
 )
 from roll_r3.strategies.registry import STRATEGIES
+from roll_r3.tracking.trackers.libraries import LIBRARIES
 
 SECTIONS = {
     "rollout": (ActorInferConfig, (SglangStrategy, VllmStrategy, HfInferStrategy)),
@@ -50,7 +51,7 @@ def test_a_role_without_a_name_runs_the_first_of_them(kind):
     assert type(role().strategy_args) is type(role(strategy_args={}).strategy_args) is first
 
 
-def test_every_strategy_and_channel_is_compared_with_its_contract():
+def test_every_strategy_channel_and_tracker_is_compared_with_its_contract():
     """`mypy` does so in a module with imports of every engine, so its source is read."""
     tree = ast.parse((Path(__file__).parents[2] / "types" / "contracts.py").read_text())
     module_of = {
@@ -63,7 +64,9 @@ def test_every_strategy_and_channel_is_compared_with_its_contract():
     }
     rows = STRATEGIES.values()
     kinds = {kind.upper(): {entry.factory for entry in rows if entry.kind == kind} for kind in SECTIONS}
-    assert compared == {**kinds, "CHANNEL": {entry.weight_channel for entry in rows if entry.weight_channel}}
+    trackers = {f"roll_r3.tracking.trackers.{library.module}:{library.starter}" for library in LIBRARIES.values()}
+    channels = {entry.weight_channel for entry in rows if entry.weight_channel}
+    assert compared == {**kinds, "CHANNEL": channels, "TRACKER": trackers}
 
 
 @pytest.mark.parametrize(

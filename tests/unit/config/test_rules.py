@@ -534,6 +534,7 @@ RUNS_AS_WRITTEN = {
     "correction-filter-bound-unread",
     "devices-unnamed",
     "engine-batch-unread",
+    "evaluation-limited-by-vllm",
     "infer-batch-unread",
     "kl-penalty-of-both-signs",
     "kl-weighs-nothing",

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from roll_r3.config.derived import samples_at_once, sampling, server
+from roll_r3.config.derived import engine_room, evaluation_sampling, samples_at_once, sampling, server
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.sampling_settings import KEPT_LIMIT, Sampling
+from roll_r3.config.sections import ValidationConfig
 
 
 def config(strategy: str = "sglang", settings: dict[str, Any] | None = None, **generating: Any) -> RLVRConfig:
@@ -42,6 +43,25 @@ def test_a_set_of_top_p_has_a_limit(strategy: str, mask: Any) -> None:
     assert (found.top_k, found.return_kept) == (KEPT_LIMIT, True)
     assert sampling(config(strategy, top_p=0.9, top_k=5000, sampling_mask=mask)).top_k == 5000
     assert sampling(config(strategy, top_p=0.9, sampling_mask=False)).top_k == -1
+
+
+def evaluated(strategy: str = "sglang", **validation: Any) -> RLVRConfig:
+    section = ValidationConfig.model_validate({"data_args": {"file_name": "a"}} | validation)
+    return config(strategy, max_new_tokens=20, temperature=0.5).model_copy(update={"validation": section})
+
+
+def test_an_evaluation_samples_by_its_own_settings() -> None:
+    assert evaluation_sampling(evaluated()) == Sampling(max_new_tokens=30), "nothing of training's but the default"
+    given = {"max_new_tokens": 99, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "stop_token_ids": (3,)}
+    assert evaluation_sampling(evaluated(generating_args=given)) == Sampling(**given)
+    assert evaluation_sampling(evaluated(val_greedy=True)) == Sampling(max_new_tokens=30, greedy=True)
+
+
+def test_an_engine_has_room_for_the_longest_sample_of_training_and_evaluation() -> None:
+    longer = evaluated(generating_args={"max_new_tokens": 99})
+    assert engine_room(longer) == longer.prompt_length + 99 + 2
+    assert engine_room(evaluated("vllm", generating_args={"max_new_tokens": 5})) == longer.prompt_length + 20
+    assert engine_room(evaluated("vllm")) == longer.prompt_length + 30
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from roll_r3.config.sampling_settings import Sampling
 from roll_r3.engines.hf.routers import RouteRecorder
-from roll_r3.engines.hf.sampler import Stop, choose, kept_tokens
+from roll_r3.engines.hf.sampler import Stop, _kept, choose, kept_tokens
 from roll_r3.errors import RouteError
 
 PROBS = (0.1, 0.4, 0.0, 0.3, 0.2)
@@ -40,6 +41,14 @@ def test_the_ends_of_the_unit_interval_choose_tokens_that_can_be():
     log_probs_BV = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log().expand(2, -1)
     draws_B = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert choose(log_probs_BV, draws_B).tolist() == [1, 2]
+
+
+def test_greedy_keeps_the_likeliest_token_whatever_else_is_set():
+    log_probs_BV = torch.tensor([PROBS, PROBS[::-1]]).log()
+    greedy = Sampling(4, temperature=2.0, top_p=0.9, top_k=3, greedy=True)
+    assert _kept(log_probs_BV, greedy).int().tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]]
+    assert _kept(log_probs_BV, Sampling(4)).all()
+    assert _kept(log_probs_BV, Sampling(4, top_k=2)).sum(-1).tolist() == [2, 2]
 
 
 def test_a_forward_is_recorded_once_by_every_router_in_their_order():

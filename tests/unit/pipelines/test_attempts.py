@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import operator
 import os
 import signal
 import time
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,8 @@ import pytest
 
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.errors import ConfigError, EngineError, LostWorkerError, WorkerError
+from roll_r3.pipelines.evaluation import Evaluation
+from roll_r3.pipelines.evaluation_metrics import EvaluatedSample
 from roll_r3.pipelines.lifecycle import attempts
 from roll_r3.pipelines.lifecycle.attempts import Attempts
 from roll_r3.pipelines.lifecycle.shutdown import GracefulExit, Shutdown
@@ -50,10 +54,10 @@ class Pipeline:
         return StepResult({}, [])
 
 
-def attempts_of(tmp_path: Path, shutdown: Shutdown | None = None) -> Attempts:
+def attempts_of(tmp_path: Path, shutdown: Shutdown | None = None, **fields: Any) -> Attempts:
     anything = MagicMock()
     return Attempts(
-        RLVRConfig(exp_name="exp", pretrain="p", max_steps=3, actor_train={}, actor_infer={}),
+        RLVRConfig(exp_name="exp", pretrain="p", max_steps=3, actor_train={}, actor_infer={}, **fields),
         run_dir=RunDir(tmp_path, tmp_path),
         tokenizer=None,
         prompts=[],
@@ -72,6 +76,73 @@ def test_a_steps_routes_are_let_go_before_the_next_is_sampled(tmp_path: Path) ->
     assert pipeline.kept == [0, 0, 0]
     assert [call.args for call in log.write.call_args_list] == [(step, {"time/step_save": 1.5}) for step in (1, 2, 3)]
     assert [call.args for call in checkpoints.step_done.call_args_list] == [(step, 0, "here") for step in (1, 2, 3)]
+
+
+EVALUATED = {"validation": {"data_args": {"file_name": "a"}}, "eval_steps": 2}
+SAMPLE = EvaluatedSample("a", "row-0", 0, "default", "1+1=", "2", "2", 1.0, "stop", 1)
+
+
+class Evaluating(Pipeline):
+    """Pipeline with a record of everything done."""
+
+    def __init__(self, done: list[str]) -> None:
+        super().__init__()
+        self.done = done
+
+    def evaluate(self, step: int) -> Evaluation:
+        self.done.append(f"evaluation {step}")
+        return Evaluation(step, {"val/a/avg@1": 0.5}, [SAMPLE])
+
+    def learn(self, experience: Experience) -> StepResult:
+        self.done.append(f"step {experience.step}")
+        return super().learn(experience)
+
+
+def steps_of(run: Attempts, pipeline: Any, log: Any, done: int = 0) -> Any:
+    checkpoints: Any = MagicMock()
+    checkpoints.seconds_waited.return_value = 0.0
+    checkpoints.step_done.side_effect = lambda step, *_: pipeline.done.append(f"saved {step}")
+    run._steps(pipeline, done, log, checkpoints)
+    return checkpoints
+
+
+def test_evaluations_are_made_at_the_start_between_steps_and_at_the_end(tmp_path: Path) -> None:
+    done: list[str] = []
+    log: Any = MagicMock(evaluations={})
+    steps_of(attempts_of(tmp_path, **EVALUATED), Evaluating(done), log)
+    assert done == [
+        "evaluation 0",
+        *("step 1", "saved 1"),
+        *("step 2", "saved 2", "evaluation 2"),
+        *("step 3", "saved 3", "evaluation 3"),
+    ]
+    assert [call.args for call in log.write_evaluation.call_args_list] == [(s, {"val/a/avg@1": 0.5}) for s in (0, 2, 3)]
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 3]
+    assert rows[0] == {"step": 0} | asdict(SAMPLE)
+
+
+@pytest.mark.parametrize(("known", "again"), [({}, ["evaluation 2"]), ({2: {}}, [])])
+def test_a_resumed_run_makes_the_evaluation_of_its_step_once(tmp_path: Path, known: Any, again: list[str]) -> None:
+    done: list[str] = []
+    steps_of(attempts_of(tmp_path, **EVALUATED), Evaluating(done), MagicMock(evaluations=known), done=2)
+    assert done == [*again, "step 3", "saved 3", "evaluation 3"]
+
+
+def test_sigterm_ends_an_evaluation_at_once_and_leaves_no_part_of_it(tmp_path: Path) -> None:
+    class Terminated(Evaluating):
+        def evaluate(self, step: int) -> Evaluation:
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+            return super().evaluate(step)
+
+    done: list[str] = []
+    log: Any = MagicMock(evaluations={})
+    with pytest.raises(GracefulExit), Shutdown(60.0) as shutdown:
+        steps_of(attempts_of(tmp_path, shutdown, **EVALUATED), Terminated(done), log)
+    assert done == ["evaluation 0", "step 1", "saved 1", "step 2", "saved 2"]
+    assert [call.args[0] for call in log.write_evaluation.call_args_list] == [0]
 
 
 def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(tmp_path: Path) -> None:

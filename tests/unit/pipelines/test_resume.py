@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -14,10 +16,12 @@ from roll_r3.errors import BusyError, CheckpointError, ConfigError, RollError
 from roll_r3.pipelines.lifecycle.resume import (
     ResumePoint,
     changes,
+    opened_for_evaluation,
     rewind,
 )
 from roll_r3.saving.manifest import verify
 from roll_r3.saving.state import read_state
+from roll_r3.tracking.progress import Progress
 
 
 def test_auto_goes_on_with_the_run_in_its_directory(tmp_path):
@@ -145,6 +149,74 @@ def test_a_run_that_begins_again_has_no_history(tmp_path):
     rewind(run.run_dir, None, run.said.append)
     assert run.run_dir.metrics_file.read_text() == run.run_dir.samples_file.read_text() == ""
     assert run.exports.steps() == []
+
+
+def evaluate(run: FakeRun, step: int) -> None:
+    """Write the files of an evaluation."""
+    with run.run_dir.metrics_file.open("a") as stream:
+        stream.write(json.dumps({"step": step, "val/a/avg@1": step / 10}) + "\n")
+    with run.run_dir.validation_file.open("a") as stream:
+        stream.write(json.dumps({"step": step, "set": "a"}) + "\n")
+
+
+def test_an_evaluation_after_the_checkpoint_is_kept_and_a_later_one_is_not(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    run = FakeRun(config)
+    evaluate(run, 0)
+    run.run_to(4)
+    evaluate(run, 4)
+    run.run_to(5)
+    evaluate(run, 5)
+    for _ in range(2):  # a second resume finds it only once too
+        again = FakeRun(config)
+        assert again.done == 4
+        assert again.steps_in(again.run_dir.metrics_file) == [0, 1, 2, 3, 4, 4]
+        assert again.steps_in(again.run_dir.validation_file) == [0, 4]
+    again.run_to(6)
+    assert again.steps_in(again.checkpoints.path(6) / "metrics.jsonl") == [0, 1, 2, 3, 4, 4, 5, 6]
+    other = FakeRun(config_of(tmp_path, resume_from_checkpoint=str(again.checkpoints.path(4))), hour=2)
+    assert other.steps_in(other.run_dir.metrics_file) == [0, 1, 2, 3, 4], "it has to be made"
+
+
+def test_samples_of_an_evaluation_without_metrics_are_dropped(tmp_path):
+    config = config_of(tmp_path, resume_from_checkpoint="auto")
+    run = FakeRun(config).run_to(2)
+    with run.run_dir.validation_file.open("a") as stream:
+        stream.write('{"step": 2, "set": "a"}\n')
+    again = FakeRun(config)
+    assert again.steps_in(again.run_dir.validation_file) == []
+
+
+def test_a_run_that_begins_again_keeps_its_first_evaluation(tmp_path):
+    run = FakeRun(config_of(tmp_path))
+    evaluate(run, 0)
+    run.run_to(1)
+    rewind(run.run_dir, None, run.said.append)
+    assert run.steps_in(run.run_dir.metrics_file) == run.steps_in(run.run_dir.validation_file) == [0]
+
+
+@pytest.mark.parametrize("named", ["auto", "path", "run"])
+def test_an_evaluation_alone_leaves_the_run_as_it_is(tmp_path, named):
+    run = FakeRun(config_of(tmp_path)).run_to(5)
+    before = run.run_dir.metrics_file.read_text()
+    latest = (tmp_path / "exp" / "latest").resolve()
+    name = {"auto": "auto", "path": str(run.checkpoints.path(2)), "run": str(run.run_dir.path)}[named]
+    config = config_of(tmp_path, resume_from_checkpoint=name)
+    with opened_for_evaluation(config, datetime(2026, 1, 2), Progress(1, io.StringIO())) as (run_dir, point):
+        assert run_dir.path == tmp_path / "exp" / "evaluations" / "20260102-000000"
+        assert point is not None and point.state.step == (2 if named == "path" else 4)
+    assert run.run_dir.metrics_file.read_text() == before
+    assert (tmp_path / "exp" / "latest").resolve() == latest
+    assert FakeRun(config_of(tmp_path, resume_from_checkpoint="auto"), hour=3).run_dir == run.run_dir
+
+
+def test_an_evaluation_alone_needs_a_checkpoint_or_none(tmp_path):
+    now, progress = datetime(2026, 1, 2), Progress(1, io.StringIO())
+    with opened_for_evaluation(config_of(tmp_path), now, progress) as (_, point):
+        assert point is None, "pretrain"
+    auto = config_of(tmp_path, resume_from_checkpoint="auto")
+    with pytest.raises(ConfigError, match="has a checkpoint to evaluate"), opened_for_evaluation(auto, now, progress):
+        pass
 
 
 SAYS_NO_CONFIGURATION = {

@@ -267,6 +267,40 @@ def test_the_summary_of_roles_without_a_layout():
     assert "  actor_infer: hf_infer, devices 2, engines 2" in lines
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("eval_steps=5",), "at the start, every 5 steps, at the end; 4 samples of each prompt"),
+        (("validation.eval_at_start=false",), "at the end; 4 samples of each prompt"),
+        (
+            ("validation.val_greedy=true", "validation.val_n_sample=1"),
+            "at the start, at the end; one greedy sample of each prompt",
+        ),
+    ],
+)
+def test_the_summary_says_when_it_evaluates(overrides, line):
+    prompts = "validation={data_args: {file_name: 'bundled:copy_digits'}, val_n_sample: 4}"
+    config = configured(prompts, *overrides)
+    assert f"  evaluation: {line}" in summary(config, Origins("run.yaml"), elsewhere(config)).splitlines()
+    assert "evaluation" not in summary(configured(), Origins("run.yaml"), elsewhere(configured()))
+
+
+def test_prompts_of_an_evaluation_need_a_rule_for_their_domain(tmp_path):
+    (tmp_path / "code.jsonl").write_text('{"prompt": "x", "ground_truth": "y", "tag": "code"}\n')
+    config = configured(
+        f"validation={{data_args: {{file_name: {tmp_path}/code.jsonl, domain: tag}}}}",
+        "rewards={a: {reward: exact_match, tag_included: [default]}}",
+    )
+    [problem] = read_surroundings(config).evaluation_problems
+    assert problem.endswith("code.jsonl has rows of code")
+    assert elsewhere(config).evaluation_problems == elsewhere(config).missing_trackers == ()
+
+
+def test_a_tracker_without_its_library_is_found_on_this_machine(monkeypatch):
+    monkeypatch.setattr("roll_r3.preflight.surroundings.release", lambda package: None)
+    assert read_surroundings(configured("track_with=[wandb, trackio]")).missing_trackers == ("wandb", "trackio")
+
+
 def test_models_that_differ_in_their_context_alone_are_the_same_model():
     config = configured("actor_infer.model_args.model_name_or_path=elsewhere/copy")
     raw = dict(around(configured()).models["Qwen/Qwen3-30B-A3B"].raw)

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import pytest
 
 from roll_r3.errors import BusyError
-from roll_r3.tracking.metric_log import MetricLog
+from roll_r3.tracking.metric_log import MetricLog, evaluated_steps, last_step
 from roll_r3.tracking.names import METRICS, declared_order, metrics_page
 from roll_r3.tracking.progress import Progress, format_seconds
 from roll_r3.tracking.run_dir import RunDir
 from roll_r3.tracking.run_log import RunLog, log_threads
-from roll_r3.tracking.run_summary import run_summary
+from roll_r3.tracking.run_summary import evaluation_table, run_summary
 
 NOW = datetime(2026, 11, 21, 12, 0, 0)
 
@@ -41,7 +41,7 @@ def test_metrics_are_written_in_declared_order_and_kept(tmp_path):
     assert lines == [{"step": 1, "critic/score/mean": 0.5, "actor/lr": None}]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
+    board = EventAccumulator(str(run_dir.path / "tensorboard")).Reload()
     assert board.Scalars("critic/score/mean")[0].value == 0.5
 
 
@@ -60,7 +60,7 @@ def test_a_resumed_run_appends_its_metrics(tmp_path):
         log.write(3, {"critic/score/mean": 0.75})
     assert run_dir.metrics_file.read_text().splitlines(keepends=True)[:2] == lines[:2]
     assert json.loads(run_dir.metrics_file.read_text().splitlines()[2]) == {"step": 3, "critic/score/mean": 0.75}
-    board = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
+    board = EventAccumulator(str(run_dir.path / "tensorboard")).Reload()
     assert [(event.step, round(event.value, 2)) for event in board.Scalars("critic/score/mean")] == [
         (1, 0.1),
         (2, 0.25),
@@ -79,7 +79,7 @@ def test_a_restarted_run_shows_the_new_steps_alone(tmp_path):
     run_dir.metrics_file.write_text("")
     with MetricLog(run_dir, ["tensorboard"]) as log:
         log.write(1, {"critic/score/mean": 0.75})
-    board = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
+    board = EventAccumulator(str(run_dir.path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("critic/score/mean")] == [(1, 0.75)]
 
 
@@ -90,7 +90,7 @@ def test_a_new_run_that_begins_with_metrics_shows_them(tmp_path):
     run_dir.metrics_file.write_text('{"step": 4, "critic/score/mean": 0.5, "actor/lr": null}\n')
     with MetricLog(run_dir, ["tensorboard"]) as log:
         log.write(5, {"critic/score/mean": 0.75})
-    board = EventAccumulator(str(run_dir.tensorboard_dir)).Reload()
+    board = EventAccumulator(str(run_dir.path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("critic/score/mean")] == [(4, 0.5), (5, 0.75)]
 
 
@@ -217,6 +217,59 @@ def test_only_metrics_of_the_summary_are_kept(tmp_path):
     assert short == whole
     with MetricLog(run_dir, []) as log:
         assert log.history == kept
+
+
+def test_an_evaluation_is_a_line_of_its_own_and_no_step(tmp_path):
+    run_dir = RunDir.create(str(tmp_path), "exp", NOW)
+    with MetricLog(run_dir, []) as log:
+        log.write_evaluation(0, {"val/aime/pass@1": 0.25, "time/step_evaluation": 2.0})
+        log.write(1, {"critic/score/mean": 0.5})
+        log.write_evaluation(1, {"val/aime/pass@1": 0.5, "time/step_evaluation": 2.0})
+        with pytest.raises(KeyError, match="val/aime/typo"):
+            log.write_evaluation(1, {"val/aime/typo": 0.5})
+    broken = '[1]\n{"val/aime/pass@1": 1}\n{"step": null, "val/x/avg@1": 1}\n{"step": 2, "val/ai'
+    assert evaluated_steps(run_dir.metrics_file.read_text() + broken) == {0, 1}
+    assert last_step(run_dir.metrics_file) == 1
+    with MetricLog(run_dir, []) as again:
+        assert again.history == log.history == [{"critic/score/mean": 0.5}]
+        assert again.evaluations == log.evaluations == {0: {"val/aime/pass@1": 0.25}, 1: {"val/aime/pass@1": 0.5}}
+
+
+def test_the_board_has_the_evaluation_before_the_first_step_once(tmp_path):
+    """A worker was lost in the first step, before a checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = RunDir.create(str(tmp_path), "exp", NOW)
+    for value in (0.25, 0.5):
+        run_dir.metrics_file.unlink(missing_ok=True)
+        with MetricLog(run_dir, ["tensorboard"]) as log:
+            log.write_evaluation(0, {"val/aime/pass@1": value})
+    board = EventAccumulator(str(run_dir.path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("val/aime/pass@1")] == [(0, 0.5)]
+
+
+def test_the_summary_has_the_first_and_the_last_evaluation_by_set():
+    evaluations = {
+        0: {"val/aime/avg@2": 0.25, "val/gsm/avg@2": 0.1},
+        5: {"val/aime/avg@2": 0.3, "val/gsm/avg@2": 0.2},
+        10: {
+            "val/aime/avg@2": 0.5,
+            "val/gsm/avg@2": 0.75,
+            "val/aime/pass@2": 1.0,
+            "val/aime/prompts": 30.0,
+            "val/aime/algebra/avg@2": 0.5,
+        },
+    }
+    text = run_summary(Path("/runs/x"), [], [], [], evaluations=evaluations, replay_mode="R3", seconds=61)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    start = lines.index("evaluation after step 0 -> after step 10")
+    assert lines[start + 1 : start + 5] == [
+        "aime/avg@2 0.2500 -> 0.5000",
+        "aime/pass@2 ? -> 1.0000",
+        "gsm/avg@2 0.1000 -> 0.7500",
+        "router replay R3",
+    ]
+    assert "val/aime/algebra/avg@2  0.5" in evaluation_table(evaluations[10])
 
 
 def test_the_summary_has_directory_rewards_and_replay():
