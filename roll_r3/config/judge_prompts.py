@@ -41,7 +41,7 @@ _PLACEHOLDER = re.compile("{(" + "|".join(_FIELDS) + ")}")
 
 
 def placeholders(text: str) -> set[str]:
-    """Return the values that a question asks for: prompt, response, ground_truth."""
+    """Return the requested values of a question: prompt, response, ground_truth."""
     return {_FIELDS[name] for name in _PLACEHOLDER.findall(text)}
 
 

@@ -17,15 +17,14 @@ _SECONDS = {"code": 120.0, "math": 2.0}
 
 
 class JudgeConfig(Config):
-    """Model that judges responses, behind the API of OpenAI (`/chat/completions`): a service, or a local SGLang or vLLM
-    server."""
+    """Judging model behind the API of OpenAI (`/chat/completions`): a service, or a local SGLang or vLLM server."""
 
     base_url: str
     """Address up to `/chat/completions`, such as http://127.0.0.1:30000/v1."""
     model: str
     """Name of the model at the server."""
     api_key_env: str | None = None
-    """Environment variable with the key, in the environment that starts the run; default: no key is sent."""
+    """Variable with the key, in the environment of the run's start or in system_envs; default: no key is sent."""
     prompt: str = "match"
     """Question to the judge: `match` (YES or NO: the response has the ground truth), `rating` (0 to 10), or a text with
     {response} and any of {prompt} and {ground_truth}. ROLL's names {question}, {reference} and
@@ -43,7 +42,7 @@ class JudgeConfig(Config):
     """Largest number of open requests, over all samples."""
     retries: NonNegativeInt = 5
     """Repetitions of a request after 408, 409, 429, 5xx, a timeout, a lost connection or an unreadable answer. The
-    pause doubles from 0.5 to 30 seconds, or is what Retry-After says."""
+    pause doubles from 0.5 to 30 seconds; Retry-After replaces it."""
     timeout: Seconds = 120.0
     """Seconds for one request."""
 

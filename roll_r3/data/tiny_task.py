@@ -20,9 +20,9 @@ def addition_mod10() -> list[Example]:
     return [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(10)]
 
 
-def subtraction_mod10() -> list[Example]:
-    """Return all 100 differences of two digits modulo 10: "3-9=" -> "4"."""
-    return [(f"{a}-{b}=", str((a - b) % 10)) for a in range(10) for b in range(10)]
+def repeat_digit() -> list[Example]:
+    """Return the ten digits to repeat: "7=" -> "7"."""
+    return [(f"{digit}=", str(digit)) for digit in range(10)]
 
 
 def addition_mod10_train() -> list[Example]:
@@ -46,7 +46,7 @@ HEAD_DIM = 32
 
 BUNDLED_TASKS = {
     "addition_mod10": addition_mod10,
-    "subtraction_mod10": subtraction_mod10,
+    "repeat_digit": repeat_digit,
     "addition_mod10_train": addition_mod10_train,
     "addition_mod10_test": addition_mod10_test,
     "copy_digits": copy_digits,

@@ -67,6 +67,9 @@ class Codec(Protocol):
     def request(self, asked: Asked) -> dict[str, Any]:
         """Return the JSON body of a request. All sampling settings come from `asked.sample.sampling`."""
 
+    def kept_limit(self, asked: Asked) -> int:
+        """Return top_k of the sets of kept tokens in the answer; 0 if it has none."""
+
     def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         """Read and check an answer. Called in a thread.
 

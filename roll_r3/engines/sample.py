@@ -74,13 +74,17 @@ class Asked:
     request_id: str = ""
     """Name of the request at the server; empty: the server chooses one."""
 
-    def most_bytes(self, facts: ModelFacts) -> int:
-        """Return an upper bound of the answer's size: routes of the longest response in base64, and text."""
+    def most_bytes(self, facts: ModelFacts, kept_limit: int) -> int:
+        """Return an upper bound of the answer's size: routes of the longest response in base64, and text.
+
+        Args:
+            kept_limit: top_k of the sets of kept tokens in the answer; 0: it has none.
+        """
         max_new_tokens = self.sample.sampling.max_new_tokens
         rows = len(self.sample.prompt_ids) + max_new_tokens - 1 - self.sample.first_row
         routes = rows * facts.num_layers * facts.top_k * _ID_BYTES if self.sample.record_routes else 0
-        kept = self.sample.sampling.top_k * _TIES * _KEPT_BYTES if self.sample.sampling.return_kept else 0
-        return 4 * (routes // 3 + 1) + max_new_tokens * (_TOKEN_BYTES + kept) + _HEAD_BYTES
+        token_bytes = _TOKEN_BYTES + kept_limit * _TIES * _KEPT_BYTES
+        return 4 * (routes // 3 + 1) + max_new_tokens * token_bytes + _HEAD_BYTES
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Sampler:
                     self._codec.path,
                     self._codec.request(asked),
                     self._settings.request_timeout,
-                    asked.most_bytes(self._facts),
+                    asked.most_bytes(self._facts, self._codec.kept_limit(asked)),
                 )
             )
         except UnreachableError:

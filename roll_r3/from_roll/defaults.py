@@ -40,7 +40,7 @@ def _on_several_nodes(draft: Draft) -> bool:
 
 
 def _by_domain(draft: Draft) -> bool:
-    """Return true if rows reach a reward by ROLL's column `domain` alone, which holds the reward's name."""
+    """Return true if rows reach a reward by ROLL's column `domain` alone, with the reward's name."""
     rewards = draft.get("rewards")
     return not draft.tagged and isinstance(rewards, dict) and len(rewards) > 1
 

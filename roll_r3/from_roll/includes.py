@@ -24,7 +24,7 @@ NUMBERS: dict[str, dict[str, float]] = {
     "step_envs": _STEPS | _PENALTIES | {"sokoban_format_penalty": -0.05, "default_history_length": 5},
     **{f"traj_envs_gem_{kind}": _STEPS for kind in ("code", "games", "math", "qa", "rg")},
 }
-"""Include shipped with ROLL -> numbers that it defines at the root. Its other values belong to environments."""
+"""Include shipped with ROLL -> numbers defined by it at the root. Its other values belong to environments."""
 _ENVIRONMENTS = re.compile(
     r"custom_env|gem_\w+|env_manager_cls|agent_runner_cls|default_history_length|max_(tokens_per_step|actions_per_traj)|"
     r"(\w+_)?(action|response)_pattern|\w+_format_penalty|(\w+_)?agent_(system_)?template|(pre|next)_step_template"

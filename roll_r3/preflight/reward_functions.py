@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from inspect import Parameter, Signature
 from pathlib import Path
 
-from roll_r3.config.rewards import JudgeConfig, RewardConfig
+from roll_r3.config.rewards import RewardConfig
 from roll_r3.config.rules.rewards import FUNCTION
 from roll_r3.rewards.functions import CallError, call_of
 from roll_r3.rewards.rules import BUILT_IN
@@ -23,14 +23,20 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _SCOPES = (*_FUNCTIONS, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
+def missing_keys(rewards: Mapping[str, RewardConfig], variables: Mapping[str, str]) -> Iterator[str]:
+    """Yield the variables of judges' keys set neither in this environment nor in `variables`."""
+    names = [reward.judge.api_key_env for reward in rewards.values() if reward.judge is not None]
+    for name in dict.fromkeys(names):
+        if name is not None and not (variables.get(name) or os.environ.get(name)):
+            yield name
+
+
 def reward_problems(rewards: Mapping[str, RewardConfig]) -> Iterator[str]:
     """Yield one problem per reward rule that is missing or cannot be called with its kwargs."""
     for config in rewards.values():
         problem = ""
         if config.reward in BUILT_IN:
             problem = _missing_package(config) or _function_problem(BUILT_IN[config.reward], config.kwargs)
-        elif config.judge is not None:
-            problem = _missing_key(config.judge)
         elif FUNCTION.fullmatch(config.reward):  # other text is reported by a rule of its own
             problem = _function_problem(config.reward, config.kwargs)
         if problem:
@@ -40,12 +46,6 @@ def reward_problems(rewards: Mapping[str, RewardConfig]) -> Iterator[str]:
 def _missing_package(config: RewardConfig) -> str:
     if config.reward == "math" and not list(distributions(name="math-verify")):
         return "it needs the package math-verify, which is not installed"
-    return ""
-
-
-def _missing_key(judge: JudgeConfig) -> str:
-    if judge.api_key_env is not None and not os.environ.get(judge.api_key_env):
-        return f"the environment variable {judge.api_key_env} of judge.api_key_env is not set"
     return ""
 
 

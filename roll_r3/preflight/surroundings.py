@@ -12,7 +12,7 @@ from roll_r3.config.workers import DataArgs
 from roll_r3.preflight import files
 from roll_r3.preflight.domains import domains_without_rule
 from roll_r3.preflight.model_files import Model, find_model, incomplete
-from roll_r3.preflight.reward_functions import reward_problems
+from roll_r3.preflight.reward_functions import missing_keys, reward_problems
 from roll_r3.preflight.versions import find_interpreter, find_versions, release
 from roll_r3.strategies.registry import STRATEGIES, StrategyEntry
 from roll_r3.tracking.trackers.libraries import LIBRARIES
@@ -35,6 +35,8 @@ class Surroundings:
     missing_trackers: tuple[str, ...] = ()
     """Trackers in `track_with` without their library on this machine."""
     reward_problems: tuple[str, ...] = ()
+    missing_keys: tuple[str, ...] = ()
+    """Environment variables of judges' keys, not set."""
     output_problem: str = ""
     saving_problem: str = ""
     """Reason that checkpoints cannot be written to the configured directory."""
@@ -68,6 +70,7 @@ def read_surroundings(config: RLVRConfig) -> Surroundings:
         else _evaluation_problems(config, config.validation.data_args),
         missing_trackers=tuple(name for name in config.track_with if release(LIBRARIES[name].package) is None),
         reward_problems=tuple(reward_problems(config.rewards)),
+        missing_keys=tuple(missing_keys(config.rewards, config.system_envs)),
         output_problem=files.output_problem(config.output_dir, config.exp_name),
         saving_problem=files.output_problem(saving_dir(config), config.exp_name),
         resume_problem=files.resume_problem(config.resume_from_checkpoint),

@@ -14,7 +14,7 @@ _NO_DOMAIN = "default"
 
 
 class RuleChoice:
-    """Rules of each domain: those that name it, else those that name none."""
+    """Rules of each domain: the rules with its name, else the rules without names."""
 
     def __init__(self, rewards: Mapping[str, RewardConfig]) -> None:
         self._names = list(rewards)
@@ -40,7 +40,7 @@ class RuleChoice:
             raise ConfigError(f"rewards: no rule scores the domains {', '.join(lost)}; name them in a tag_included")
 
     def section_of(self, domain: str) -> str:
-        """Return the name of the first section of `rewards` that scores a domain."""
+        """Return the name of a domain's first section in `rewards`."""
         return self._names[self.of(domain)[0]]
 
     def skips_special_tokens(self, domain: str) -> bool:

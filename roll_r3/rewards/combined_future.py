@@ -14,7 +14,7 @@ Whole = TypeVar("Whole")
 def gathered(parts: Sequence[Future[Part]], make: Callable[[list[Part]], Whole]) -> Future[Whole]:
     """Return a future of `make` of all results, in their order.
 
-    It fails with the first error of a part. Cancelling it cancels the parts that have not begun.
+    It fails with the first error of a part. Cancelling it cancels the parts not begun yet.
     """
     whole: Future[Whole] = Future()
     lock = threading.Lock()

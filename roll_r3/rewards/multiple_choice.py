@@ -13,7 +13,7 @@ _SCORES = {  # right and boxed, right, wrong but boxed, wrong
 }
 _ANNOUNCED = "answer is"
 _SHORT, _LONG, _SHORTEST_REWARD = 100, 400, -0.5
-"""Lengths in tokens between which the length reward rises from its least value to 0."""
+"""Lengths in tokens, where the length reward begins to rise and reaches 0; its least value."""
 
 
 def multiple_choice(

@@ -1,7 +1,7 @@
-"""Pool of processes for reward rules, with a thread of its own that gives them tasks at any time.
+"""Pool of processes for reward rules, with a thread of its own to give them tasks at any time.
 
-A user's rule may loop forever, crash its interpreter or start programs. So it runs in a process that can be killed with
-its process group, and restarted. A process handles one response at a time, so that the time limit is per response.
+A user's rule may loop forever, crash its interpreter or start programs. So it runs in a process of its own, to be
+killed with its process group, and restarted. A process handles one response at a time, for a time limit per response.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ class RewardProcesses:
         self._given = 0
         """Number of tasks given so far."""
         self._wake, self._woken = -1, -1
-        """Ends of a pipe that ends the thread's wait: to write, to read."""
+        """Ends of the pipe for ending the thread's wait: to write, to read."""
         self._lock = threading.Lock()
         """Held to add tasks or to stop."""
         self._stopped: BaseException | None = None
-        """Reason that no task is taken any more."""
+        """Reason for taking no more tasks."""
 
     def start(self) -> None:
         """Start the processes, without waiting for them."""
-        self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._woken, self._wake = os.pipe()
+        os.set_blocking(self._woken, False)
+        os.set_blocking(self._wake, False)
         self._thread = threading.Thread(target=self._serve, name="rewards", daemon=True)
         self._thread.start()
 
@@ -74,7 +76,7 @@ class RewardProcesses:
         """Queue tasks, and return at once.
 
         A rule gives a `Failure` if it raises, exceeds its `timeout`, kills its process or returns no finite number.
-        A judge gives `Undecided` for most of these. A cancelled future that has not begun is left out.
+        A judge gives `Undecided` for most of these. Cancelled futures are left out, unless begun.
 
         Raises:
             RollError: a restarted process could not import the rules again; of the futures too.
@@ -146,7 +148,7 @@ class RewardProcesses:
         self._end_wait()
 
     def _break_off(self) -> None:
-        """Tell everyone who waits that the thread has ended."""
+        """Fail all open futures with the thread's end."""
         reason = self._stopped
         assert reason is not None
         left = [*self._running.values(), *(future for _, future in self._waiting)]

@@ -30,7 +30,7 @@ TRUTH_CHECKS = {
     "math": "roll_r3.rewards.math_rule:can_be_matched",
     "multiple_choice": "roll_r3.rewards.multiple_choice:is_letter",
 }
-"""Name of a built-in rule -> rule that returns 1 for a row with a possible reward; else it returns 0 or raises."""
+"""Name of a built-in rule -> check of a row: 1 if a reward is possible; else it returns 0 or raises."""
 
 
 class Undecided(BaseException):

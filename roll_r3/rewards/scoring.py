@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _SHOWN_REASONS = 3
 _SHOWN_RESPONSE, _SHOWN_TRUTH = 200, 100
 _LIMIT_ARGUMENTS = {"code": "total_seconds", "math": "seconds"}
-"""Built-in rule that keeps its time limit itself and scores 0 past it -> its argument with the limit."""
+"""Built-in rule with an own time limit, scoring 0 past it -> its argument with the limit."""
 _GRACE_S = 60.0
 """Seconds of wall time beyond the limit of such a rule until its process is killed."""
 
@@ -59,7 +59,7 @@ class Scores:
     undecided: int = 0
     """Number of responses scored 0 because a judge could not decide."""
     by_rule: Mapping[str, float] = field(default_factory=dict)
-    """Mean score of each rule over the responses that it scored, before weights."""
+    """Mean score of each rule over its scored responses, before weights."""
 
     @property
     def failed(self) -> int:
@@ -141,7 +141,7 @@ class Rewards:
         )
 
     def section_of(self, domain: str) -> str:
-        """Return the name of the first section of `rewards` that scores a domain."""
+        """Return the name of a domain's first section in `rewards`."""
         return self._choice.section_of(domain)
 
     def skips_special_tokens(self, domain: str) -> bool:
@@ -151,7 +151,7 @@ class Rewards:
     def begin(self, responses: Sequence[Response]) -> Future[list[Answer]]:
         """Begin to score responses, and return at once. Many calls may be open, scored in the order of arrival.
 
-        A cancelled future leaves out what has not begun.
+        A cancelled future leaves out all not begun yet.
         """
         return gathered([self._begin(response) for response in responses], list)
 

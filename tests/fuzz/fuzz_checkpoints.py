@@ -28,9 +28,11 @@ from roll_r3 import export, run
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.config.rules.example import MINIMAL
-from roll_r3.data.prompts import prompt_batches
+from roll_r3.data.draws import prompt_source
+from roll_r3.data.prompts import Prompt
 from roll_r3.errors import CheckpointError, ConfigError, RollError
 from roll_r3.pipelines.lifecycle import resume
+from roll_r3.pipelines.lifecycle.places import place_of
 from roll_r3.saving.manifest import file_sum, files_below, seal
 from roll_r3.saving.state import CONFIG, METRICS, STATE, TRAINER, Data, RunState
 from roll_r3.tracking.metric_log import MetricLog
@@ -118,6 +120,7 @@ def _extreme_state(draw: st.DrawFn) -> Any:
     return state
 
 
+PROMPTS = [Prompt(f"p{i}", "", (i,), "") for i in range(100)]
 GOOD = files()
 _TENSORS = next(name for name in GOOD if name.endswith(".safetensors"))
 
@@ -290,7 +293,8 @@ class Checkpoints:
                 resume.rewind(run_dir, point, lambda text: None)
                 with MetricLog(run_dir, ()):
                     pass
-                next(prompt_batches(["p"] * 100, 8, 42, drawn=point.state.data.drawn))  # type: ignore[list-item]
+                place = place_of(point.state.data)
+                prompt_source(PROMPTS, 8, 42, shares={}, section_of=str, place=place).parts[0].draw(8)
         finally:
             shutil.rmtree(self._config.output_dir, ignore_errors=True)
 

@@ -38,6 +38,9 @@ class JudgeServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print nothing where a client hangs up."""
+
     def asked(self, question: str) -> int:
         """Return the number of requests with a question."""
         return sum(request["messages"][0]["content"] == question for request in self.requests)

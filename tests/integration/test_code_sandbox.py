@@ -1,4 +1,4 @@
-"""Programs that misbehave, in the sandbox of the reward `code`."""
+"""Misbehaving programs in the sandbox of the reward `code`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def at(request: pytest.FixtureRequest) -> Level:
 
 
 def left() -> list[str]:
-    """Return what sandboxes of this process left behind: folders and processes."""
+    """Return folders and processes left behind by sandboxes of this process."""
     mark = f"roll_r3-code-{os.getpid()}-"
     deadline = time.monotonic() + 5
     while True:

@@ -57,11 +57,19 @@ EACH_PAIR = [
 ]
 
 
+TRUNCATED = ("actor_infer.generating_args.top_k=20", "actor_infer.generating_args.top_p=0.95")
+
+
 @pytest.mark.parametrize("pair", [marked(pair) for pair in EACH_PAIR])
 def test_a_pair_trains_and_its_rollout_follows(pair, tmp_path, checkpoint):
-    metrics = metrics_of(pair, tmp_path, checkpoint, *few_steps(2), *FP32)
+    """Runs of FSDP2 sample from a truncated distribution; both sides take log-probabilities over the same tokens."""
+    truncated = pair.trainer == "fsdp2_train"
+    metrics = metrics_of(pair, tmp_path, checkpoint, *few_steps(2), *FP32, *(TRUNCATED if truncated else ()))
     check_replay(pair, metrics)
     check_new_weights_arrive(metrics)
+    for step in metrics:
+        assert step.get("sampling_mask/coverage") == (1.0 if truncated else None)
+        assert not truncated or (1 < step["sampling_mask/mean_size"] < 20 and 0.9 < step["sampling_mask/mass"] < 1)
 
 
 LONG = (

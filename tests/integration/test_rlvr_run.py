@@ -105,6 +105,8 @@ def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path, mod
         "actor_train.max_tokens_per_microbatch_in_train=512",
         "actor_train.router_replay.audit=true",
         "actor_train.router_replay.audit_every=2",
+        "rollout_correction={is_weight: token, is_floor: 0.5, is_cap: 5, opsm_delta: 0.5}",
+        "rollout_correction.filters=[{level: geometric, low: 0.5, high: 2}]",
     )
     try:
         assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
@@ -117,6 +119,12 @@ def test_latent_attention_dense_layers_and_a_moving_bias_train_too(tmp_path, mod
     # the moved bias reaches the engine: it still samples from the trainer's policy
     assert max(m["actor/rollout_train_logprobs_abs_diff_mean"] for m in metrics) < 0.1
     assert min(m["router_replay/agreement_native"] for m in metrics) > 0.9
+    for m in metrics:
+        assert 0.9 < m["rollout_corr/ess"] <= 1
+        assert m["actor/is_weight_mean"] == pytest.approx(1, abs=0.1)
+        assert m["rollout_corr/rejected_samples"] == m["rollout_corr/opsm_samples"] == 0
+        assert m["expert_load/live/entropy"] == pytest.approx(m["expert_load/rollout/entropy"], abs=0.05)
+        assert len([name for name in m if name.startswith("expert_load/live/layer_")]) == 3
 
 
 def test_r2_replays_the_trainers_own_pass_and_a_seed_samples_the_same_again(tmp_path, checkpoint, finished):
@@ -129,6 +137,31 @@ def test_r2_replays_the_trainers_own_pass_and_a_seed_samples_the_same_again(tmp_
         # another mode changes the update, not the samples of the first weights
         for name in ("critic/score/mean", "tokens/response_length/mean"):
             assert metrics[0][name] == finished.metrics()[0][name]
+    finally:
+        run.end()
+
+
+def test_a_step_takes_the_first_groups_with_a_signal_from_each_section(tmp_path, checkpoint):
+    """Filter, additional prompts and shares at once: aborts go through every worker to the engine.
+
+    Few of the ten digits to repeat have a signal, so steps are smaller.
+    """
+    chosen = ("filter_groups={enable: true, max_num_gen_batches: 3}", "max_additional_running_prompts=8")
+    run = Run(tmp_path, checkpoint, *few_steps(3, *chosen, "save_steps=3"), config="quickstart_domains")
+    try:
+        assert run.finish(START_TIMEOUT) == 0, run.stderr.read_text()
+        metrics = run.metrics()
+        for m in metrics:
+            repeated = m.get("repetition/rollout/groups", 0)
+            assert m["addition/rollout/groups"] == 12
+            assert repeated <= 4
+            assert m["reward/groups_without_signal"] == 0
+            assert m["router_replay/coverage"] == 1.0
+            assert m["rollout/filter_kept_groups"] == 12 + repeated < m["rollout/filter_sampled_groups"]
+        data = json.loads((run.path / "checkpoints" / "step-00000003" / "state.json").read_text())["data"]
+        assert len(data["returned"]) == metrics[-1]["rollout/aborted_groups"] > 0
+        drawn = sum(count * size for section in data["sections"].values() for count, size in section["drawn"])
+        assert drawn == sum(m["rollout/filter_sampled_groups"] for m in metrics) + len(data["returned"])
     finally:
         run.end()
 

@@ -195,10 +195,10 @@ def test_a_request_that_cannot_be_served_is_dropped_with_the_servers_words(engin
     assert len(good.trajectories) == 2
 
 
-async def requests_of_server(engine: Engine) -> int:
-    """Return the number of requests that the scheduler runs or queues."""
+async def requests_of_server(engine: Engine, *states: str) -> int:
+    """Return the number of requests in these states of the scheduler."""
     answer = json.loads(await engine.rollout._client.get("/v1/loads", 10.0))
-    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in answer["loads"])
+    return sum(load[f"num_{state}_reqs"] for load in answer["loads"] for state in states)
 
 
 async def seconds_until(condition: Callable[[], Awaitable[bool]]) -> float:
@@ -209,20 +209,18 @@ async def seconds_until(condition: Callable[[], Awaitable[bool]]) -> float:
 
 
 def test_aborted_requests_leave_the_server_at_once_and_later_ones_are_exact(engine: Engine, old_weights: Path) -> None:
-    """SGLang by itself looks for closed connections every 4 seconds."""
+    """SGLang by itself looks for closed connections of queued requests every 4 seconds."""
 
     async def aborted() -> float:
-        asked = [*requests(8, 4), *long_requests(2, 4)]
-        task = asyncio.create_task(generate(engine.rollout, asked, max_new_tokens=800))
+        task = asyncio.create_task(generate(engine.rollout, long_requests(24, 2), max_new_tokens=800))
 
-        async def busy() -> bool:
-            return await requests_of_server(engine) > 0
+        async def full() -> bool:
+            return await requests_of_server(engine, "waiting") > 0
 
         async def idle() -> bool:
-            return not await busy()
+            return not await requests_of_server(engine, "waiting", "running")
 
-        await seconds_until(busy)
-        await asyncio.sleep(0.5)
+        await seconds_until(full)
         assert not task.done()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

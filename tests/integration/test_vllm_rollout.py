@@ -478,6 +478,7 @@ def test_kept_tokens_come_back_and_the_trainers_take_their_log_probs_over_them(o
         engine.run(engine.rollout.start())
         asked = [*requests(6, 4), *long_requests(1, 4)]
         by_top_k, by_top_p = (engine.generate(asked, **sampling) for sampling in (BY_TOP_K, BY_TOP_P))
+        likeliest = engine.run(evaluate(engine.rollout, requests(4, 2), greedy=True))
         whole = engine.generate(requests(4, 2), top_k=-1, top_p=1.0, temperature=TEMPERATURE, return_kept=False)
     finally:
         engine.close()
@@ -485,7 +486,8 @@ def test_kept_tokens_come_back_and_the_trainers_take_their_log_probs_over_them(o
     assert_sets_are_what_was_sampled_from(by_top_p, old_weights, BY_TOP_P, one_by_one=True)
     assert_trainers_agree([*by_top_k, *by_top_p], old_weights, gang)
     assert_is_what_the_model_computes(whole, old_weights)
-    assert all(t.kept is None for t in trajectories(whole).values())
+    assert_likeliest(likeliest, Reference(old_weights), 1e-5)
+    assert all(t.kept is None for t in trajectories([*whole, *likeliest]).values())
 
 
 def test_what_cannot_be_stops_the_start(old_weights, tmp_path):

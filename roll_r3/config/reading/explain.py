@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from roll_r3.config.findings.report import ABSENT, MAX_FINDINGS, Finding, show_value
 from roll_r3.config.reading.field_paths import TAG, did_you_mean, example_at, fields_at, kinds_at
-from roll_r3.config.secrets import hidden
+from roll_r3.config.secrets import is_hidden
 from roll_r3.config.tree import Keys, children, dotted, holds
 
 MAX_INTEGER = 2**63 - 1
@@ -99,7 +99,7 @@ def _fix(path: str, value: object, details: list[ErrorDetails], data: dict[str, 
     if kinds <= _NUMBERS:
         return f"write a number, for example {example_at(path)}"
     if kinds == {"string_type"} and isinstance(value, int | float):
-        return f'write it in quotes, as in "{show_value(hidden(path, value))}"'
+        return "write it in quotes" if is_hidden(path) else f'write it in quotes, as in "{show_value(value)}"'
     if "string_pattern_mismatch" in kinds:
         return f"write a name such as {re.sub('[^A-Za-z0-9._-]+', '-', str(value)).strip('._-') or 'my-run'}"
     nouns = list(dict.fromkeys(_NOUNS[detail["type"]] for detail in details if detail["type"] in _NOUNS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from roll_r3.config.derived import gives_rollout_log_probs
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
 from roll_r3.config.sections import CorrectionFilter
@@ -144,6 +145,37 @@ RULES: tuple[AnyRule, ...] = (
         ),
         right=(f"{_SECTION}.bypass=true",),
         violates=lambda c: c.rollout_correction.bypass and c.actor_train.router_replay.mode == "R2",
+    ),
+    Rule(
+        id="correction-compares-like-with-like",
+        fields=(
+            _SECTION,
+            "actor_infer.generating_args.sampling_mask",
+            "actor_infer.generating_args.top_p",
+            "actor_infer.generating_args.top_k",
+            "actor_infer.strategy_args.strategy_name",
+        ),
+        why="vLLM's log-probabilities are of the truncated distribution, but the trainer's are of the whole one: their "
+        "ratio is too small for every token",
+        fix="leave sampling_mask out, or write top_p: 1 and top_k: -1, or no rollout_correction",
+        wrong=(
+            "actor_infer.strategy_args={strategy_name: vllm}",
+            "actor_infer.generating_args={top_k: 50, sampling_mask: false}",
+            f"{_SECTION}.is_weight=token",
+        ),
+        right=("actor_infer.strategy_args={strategy_name: vllm}", f"{_SECTION}.is_weight=token"),
+        violates=lambda c: (
+            (c.rollout_correction.corrects or c.rollout_correction.bypass) and not gives_rollout_log_probs(c)
+        ),
+    ),
+    Rule(
+        id="bypass-without-entropies",
+        fields=(f"{_SECTION}.bypass", "top_entropy_quantile"),
+        why="top_entropy_quantile reads entropies of the pass for old log-probabilities, which bypass leaves out",
+        fix="write top_entropy_quantile: 1, or bypass: false",
+        wrong=(f"{_SECTION}.bypass=true", "top_entropy_quantile=0.2"),
+        right=(f"{_SECTION}.bypass=true",),
+        violates=lambda c: c.rollout_correction.bypass and c.top_entropy_quantile < 1,
     ),
     Rule(
         id="bypass-with-forced-ratio",

@@ -103,6 +103,15 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("validation={data_args: {file_name: a, domain_interleave_probs: {default: 1.0}}}",),
         right=(_PROMPTS,),
     ),
+    unread(
+        "evaluation-mask-unread",
+        f"{_SAMPLING}.sampling_mask",
+        f"{_SAMPLING}.top_p",
+        lambda c: False,
+        "leave it out: an evaluation compares no log-probabilities",
+        wrong=("validation={data_args: {file_name: a}, generating_args: {top_p: 0.9, sampling_mask: false}}",),
+        right=("validation={data_args: {file_name: a}, generating_args: {top_p: 0.9}}",),
+    ),
     Rule(
         id="evaluation-domains-scored",
         fields=("rewards.*.tag_included", f"{_DATA}.domain"),
@@ -146,15 +155,6 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("validation={data_args: {file_name: a}, generating_args: {top_k: 0}}",),
         right=("validation={data_args: {file_name: a}, generating_args: {top_k: 20}}",),
         violates=_if_any(lambda _, v: v.generating_args.top_k < 1 and v.generating_args.top_k != -1),
-    ),
-    unread(
-        "evaluation-mask-unread",
-        f"{_SAMPLING}.sampling_mask",
-        "validation.val_n_sample",
-        lambda c: False,
-        "leave it out: an evaluation needs no log-probabilities",
-        wrong=("validation={data_args: {file_name: a}, generating_args: {top_k: 20, sampling_mask: true}}",),
-        right=("validation={data_args: {file_name: a}, generating_args: {top_k: 20}}",),
     ),
     Rule(
         id="evaluation-limited-by-vllm",

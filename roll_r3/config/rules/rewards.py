@@ -135,6 +135,15 @@ RULES: tuple[AnyRule, ...] = (
         violates=lambda c: not c.rewards,
     ),
     Rule(
+        id="reward-weighs",
+        fields=("rewards.*.weight",),
+        why="every reward has the weight 0, so there is nothing to learn",
+        fix="give one of them another weight",
+        wrong=("rewards.default={reward: math, weight: 0}",),
+        right=("rewards={a: {reward: math}, b: {reward: exact_match, weight: 0}}",),
+        violates=lambda c: bool(c.rewards) and all(r.weight == 0 for r in c.rewards.values()),
+    ),
+    Rule(
         id="reward-known",
         fields=("rewards.*.reward",),
         why=f"a reward is one of {', '.join(sorted(BUILT_IN_REWARDS))}, or package.module:function",

@@ -56,7 +56,7 @@ class SglangCodec:
         if sampling.stop_strings:
             params["stop"] = list(sampling.stop_strings)
         request = {"input_ids": list(sample.prompt_ids), "sampling_params": params, "return_logprob": True}
-        if self.returns_kept and sampling.return_kept:
+        if self.kept_limit(asked):
             request["return_sampling_mask"] = True
         if sample.record_routes:
             request |= {"return_routed_experts": True, "routed_experts_start_len": sample.first_row}
@@ -66,6 +66,10 @@ class SglangCodec:
             request["rid"] = asked.request_id
         return request
 
+    def kept_limit(self, asked: Asked) -> int:
+        sampling = asked.sample.sampling
+        return sampling.top_k if self.returns_kept and sampling.return_kept else 0
+
     def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         """Read and check an answer.
 
@@ -74,7 +78,7 @@ class SglangCodec:
                 form documented by SGLang.
             RouteError: log-probabilities or routes break their contract.
         """
-        kept = self.returns_kept and asked.sample.sampling.return_kept
+        kept = self.kept_limit(asked) > 0
         if not kept:
             sampling = replace(asked.sample.sampling, return_kept=False)
             asked = replace(asked, sample=replace(asked.sample, sampling=sampling))

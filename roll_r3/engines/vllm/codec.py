@@ -6,6 +6,7 @@ Shape legend: R response tokens; L all decoder layers, K experts per token.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,17 +93,25 @@ class VllmCodec:
             request["cache_salt"] = sample.cache_key
         return request
 
+    def kept_limit(self, asked: Asked) -> int:
+        """As `Codec.kept_limit`: the server returns the sets of all requests, of evaluations too."""
+        return self._bounded(asked.sample.sampling).top_k if self._returns_kept else 0
+
     def _distribution(self, sampling: Sampling) -> dict[str, float]:
-        """Return temperature, top_p and top_k. A server that returns kept tokens refuses greedy or unbounded requests.
+        """Return temperature, top_p and top_k."""
+        if self._returns_kept:
+            sampling = self._bounded(sampling)
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        return {"temperature": temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+
+    def _bounded(self, sampling: Sampling) -> Sampling:
+        """Return settings accepted by a server that returns kept tokens: it refuses greedy or unbounded requests.
 
         They become requests for the likeliest token, and for one of the `KEPT_LIMIT` likeliest.
         """
-        temperature, top_k = 0.0 if sampling.greedy else sampling.temperature, sampling.top_k
-        if self._returns_kept and temperature == 0:
-            temperature, top_k = 1.0, 1
-        elif self._returns_kept and top_k < 1:
-            top_k = KEPT_LIMIT
-        return {"temperature": temperature, "top_p": sampling.top_p, "top_k": top_k}
+        if sampling.greedy:
+            return replace(sampling, greedy=False, temperature=1.0, top_k=1)
+        return replace(sampling, top_k=KEPT_LIMIT) if sampling.top_k < 1 else sampling
 
     def read(self, body: bytes, asked: Asked, facts: ModelFacts) -> Sample:
         """Read and check an answer.

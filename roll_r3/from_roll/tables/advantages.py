@@ -27,7 +27,7 @@ def _critic(draft: Draft) -> None:
 
 
 def _estimator(draft: Draft) -> None:
-    """Reject unsupported estimators and norms; drop norms beside grpo, which has its own."""
+    """Reject unsupported estimators and norms; drop norms beside grpo, with norms of its own."""
     estimator = draft.get("adv_estimator")
     if estimator is ABSENT and draft.is_rolls:
         draft.refuse("adv_estimator", f"ROLL's default is gae; {_UNSUPPORTED_ESTIMATOR}")

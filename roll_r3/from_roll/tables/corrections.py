@@ -63,7 +63,7 @@ def _filters(draft: Draft) -> None:
 
 
 def _filters_of(item: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the filters of one item of ROLL, one for each statistic that it bounds."""
+    """Return the filters of one item of ROLL, one for each bounded statistic."""
     level = _LEVELS.get(str(item.get("agg_type", "token")), item.get("agg_type"))
     return [
         {

@@ -57,7 +57,7 @@ _ULYSSES = "samples are not split over devices: each is a data-parallel rank"
 
 
 def _ulysses(draft: Draft, keys: Keys) -> None:
-    """Keep the samples of an optimizer step: devices that share a sample in ROLL have samples of their own here."""
+    """Keep the samples of an optimizer step: devices with a shared sample in ROLL have their own here."""
     size, steps = draft.get(keys), draft.get(_ACCUMULATION)
     if size in (None, 1):
         draft.drop(keys)

@@ -19,7 +19,7 @@ _PARAMETERS = {
 }
 """Variant -> its parameters in ROLL, under actor_train, and here, under pg_args."""
 _READ_BY_ROLL = ("topr_positive_weight", "topr_negative_weight")
-"""Parameters that ROLL's configuration has a field for; it drops all others."""
+"""Parameters with a field in ROLL's configuration; it drops all others."""
 _CISPO = {"cispo_epsilon_low": "pg_clip_low", "cispo_epsilon_high": "pg_clip_high"}
 _CISPO_DEFAULT = 0.1
 _SIDES = ("pg_clip_low", "pg_clip_high")

@@ -20,7 +20,7 @@ _LOCAL_JUDGE = "http://127.0.0.1:30000/v1"
 """Address of a server on the driver's node, with SGLang's default port."""
 _JUDGE_FIELDS = {"max_new_tokens": "max_tokens", "temperature": "temperature"}
 _JUDGE_EXTRAS = ("top_p", "top_k")
-"""Sampling settings of a judge's request that SGLang and vLLM read."""
+"""Sampling settings of a judge's request, read by SGLang and vLLM."""
 _FILTER = "filter_groups"
 _NO_MAXIMUM = 1.0e9
 _BOUND = "sampling for a step ends after max_num_gen_batches, in ROLL never"
@@ -74,7 +74,7 @@ _OWN_MODEL = ("inference", "cluster")
 _IMAGES = ("DetectionRewardWorker", "VideoR1RewardWorker")
 _OF_JUDGE = ("judge_prompt", "judge_model_type", "judge_model_name", "judge_api_url", "judge_api_key")
 _OF_WORKERS = ("reward_type", "response_length_penalty_coef", "use_local", "code_url", *_OF_JUDGE)
-"""Settings that some worker of ROLL reads."""
+"""Settings read by some worker of ROLL."""
 
 
 def _no_worker(section: str) -> str:
@@ -173,7 +173,7 @@ def _drop_read(draft: Draft, section: Keys, read: tuple[str, ...]) -> None:
 
 
 def _base_of(url: object) -> object:
-    """Return an endpoint's address without the path of chat requests, which ROLL's files include."""
+    """Return an endpoint's address without the path of chat requests, included in ROLL's files."""
     return url.removesuffix("/").removesuffix("/chat/completions") if isinstance(url, str) else url
 
 

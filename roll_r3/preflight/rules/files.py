@@ -107,6 +107,19 @@ RULES: tuple[SurroundingsRule, ...] = (
         violates=lambda config, where: "; ".join(where.reward_problems),
     ),
     SurroundingsRule(
+        id="judge-key-set",
+        fields=("rewards.*.judge.api_key_env",),
+        why="the key of a judge is read from the environment, and these variables are not set",
+        fix="export them in the shell that starts the run, or write them in system_envs",
+        depends=("system_envs", "rewards"),
+        wrong=("rewards={a: {reward: llm_judge, judge: {base_url: http://a/v1, model: m, api_key_env: NO_SUCH_KEY}}}",),
+        right=(
+            "rewards={a: {reward: llm_judge, judge: {base_url: http://a/v1, model: m, api_key_env: NO_SUCH_KEY}}}",
+            "system_envs={NO_SUCH_KEY: abc}",
+        ),
+        violates=lambda config, where: ", ".join(where.missing_keys),
+    ),
+    SurroundingsRule(
         id="output-writable",
         fields=("output_dir", "exp_name"),
         why="the run's directory cannot be made",

@@ -215,11 +215,11 @@ RULES: tuple[AnyPreflightRule, ...] = (
     ),
     SurroundingsRule(
         id="context-holds-the-longest",
-        fields=("response_length", "prompt_length", *CHECKPOINTS),
+        fields=("response_length", "prompt_length", "validation.generating_args.max_new_tokens", *CHECKPOINTS),
         depends=("actor_infer.generating_args.max_new_tokens",),
-        why="prompt_length + response_length, plus a few tokens reserved by the engine, is longer than the model's "
-        "context",
-        fix="write a smaller prompt_length or response_length",
+        why="prompt_length and the longest response, plus a few tokens reserved by the engine, are longer than the "
+        "model's context",
+        fix="write a smaller prompt_length, response_length or max_new_tokens of validation",
         wrong=("response_length=50000",),
         right=("response_length=30000",),
         violates=_too_long,

@@ -15,7 +15,7 @@ from roll_r3.rewards.texts import code_of
 SECONDS = 120.0
 """Default limit of all tests of a response, seconds."""
 _PRINTED = 1 << 20
-"""Bytes that a program may print beyond twice the expected output."""
+"""Allowed output beyond twice the expected one, bytes."""
 
 
 def code(
@@ -33,7 +33,7 @@ def code(
         reward_type: all or share.
         seconds: processor time of a test; twice this may pass in all.
         memory_mb: address space of each process, MiB.
-        total_seconds: time for all tests; a test that has not begun by then counts as failed.
+        total_seconds: time for all tests; tests not begun by then count as failed.
 
     Raises:
         ValueError: the row has no readable tests, or reward_type is another one.

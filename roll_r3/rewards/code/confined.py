@@ -1,4 +1,4 @@
-"""Main program that confines itself, then runs a foreign Python program.
+"""Main program for foreign Python programs: confines itself, then becomes one.
 
 Reads its job, a JSON object with the fields of `roll_r3.rewards.code.sandbox.Job`, from the standard input. Writes to
 the standard error only where confinement failed. Uses the standard library only, and starts in isolated mode.
@@ -98,7 +98,7 @@ def _as_first_process(job: Mapping[str, Any], launcher: int) -> NoReturn:
 
 
 def _watched(program: int, most: int) -> int:
-    """Return the exit code of the program, or that of SIGKILL once it has too many processes.
+    """Return the exit code of the program; the one of SIGKILL once it has too many processes.
 
     RLIMIT_NPROC does not hold for root.
     """
@@ -152,7 +152,7 @@ def _enter_namespaces() -> None:
 
 
 def _mount_folder(folder: str, size: int) -> None:
-    """Make all files read-only but those of the folder, which is new and in memory."""
+    """Make all files read-only except in the folder, new and in memory."""
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     attributes = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY, 0, 0, 0)
     numbers = [ctypes.c_long(n) for n in (_MOUNT_SETATTR, _AT_FDCWD)]

@@ -1,4 +1,4 @@
-"""Tests of a row as programs, and verdicts on what they print. The formats are those of ROLL's code data.
+"""Tests of a row as programs, and verdicts on their output. The formats are ROLL's for code data.
 
 The columns `case_type`, `test_cases` and `test_case_function` are read:
 
@@ -85,7 +85,7 @@ def tests_of(row: Mapping[str, Any], code: str, response: str, token: str) -> li
 
     Args:
         code: program of the response.
-        token: text that marks the end of a test; unknown to the response.
+        token: mark of a test's end; unknown to the response.
 
     Raises:
         ValueError: the row's columns cannot be read, or hold no test.
@@ -133,7 +133,7 @@ def _framed(*texts: str, name: str = "solution") -> str:
 
 
 def _until_end(program: str, token: str) -> Test:
-    """Return a test that passes if the program reaches its end."""
+    """Return a test passed by reaching the program's end."""
     return Test(program + _PASSED.format(token=token), "", lambda output: output.endswith(token))
 
 

@@ -1,4 +1,4 @@
-"""Sandbox for foreign Python programs: a child process with limits, without network, removed with all that it started.
+"""Sandbox for foreign Python programs: a child process with limits and without network, removed with its children.
 
 Levels of confinement are tried once, the strongest first, because containers and kernels forbid some of them.
 """
@@ -44,7 +44,7 @@ class Limits:
     processes: int = 16
     """Processes; enforced in namespaces only."""
     output: int = 1 << 20
-    """Bytes of the standard output; a program that prints more is killed."""
+    """Bytes of the standard output; beyond them the program is killed."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class SandboxError(Exception):
 
 @cache
 def level() -> Level:
-    """Return the strongest level that works here.
+    """Return the strongest working level of this machine.
 
     Raises:
         SandboxError: none works.
@@ -116,7 +116,7 @@ def level() -> Level:
 
 @cache
 def weaknesses() -> str:
-    """Describe the rights of a program that the sandbox cannot take on this machine; empty in namespaces."""
+    """Describe the rights left to a program on this machine; empty in namespaces."""
     if level().namespaces:
         return ""
     lacks = ["it may start any number of processes"]
@@ -128,7 +128,7 @@ def weaknesses() -> str:
 
 
 def run(program: str, stdin: str, limits: Limits, at: Level | None = None) -> Ended:
-    """Run a Python program, and end every process that it started.
+    """Run a Python program, and end it with all of its processes.
 
     Raises:
         SandboxError: the program was not started.
@@ -189,7 +189,7 @@ def _run(job: IO[bytes], limits: Limits) -> Ended:
 
 
 def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, bytes, str]:
-    """Return output, errors of the confinement, and the limit that was exceeded, if any."""
+    """Return output, errors of the confinement, and the exceeded limit, if any."""
     deadline = time.monotonic() + 2 * limits.seconds
     found = {process.stdout: bytearray(), process.stderr: bytearray()}
     with selectors.DefaultSelector() as selector:

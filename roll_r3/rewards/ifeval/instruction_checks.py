@@ -1,6 +1,6 @@
 """Checks of verifiable instructions: each tells if a text keeps one instruction.
 
-Instructions: Zhou et al., arXiv 2311.07911, and their form in the data RLVR-IFeval, which ROLL's worker reads.
+Instructions: Zhou et al., arXiv 2311.07911, and their form in the data RLVR-IFeval, read by ROLL's worker.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 
 _SENTENCE_END = re.compile(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[.?!])\s+")
-_PARAGRAPH_MARK = re.compile(r"\* ?\* ?\*")
 _BULLET = re.compile(r"^\s*(?:\*[^*]|-)", re.MULTILINE)
 _HIGHLIGHT = re.compile(r"\*\*([^\n*]+)\*\*|\*([^\n*]+)\*")
 _FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL | re.IGNORECASE)
@@ -67,9 +66,9 @@ def response_language(text: str, language: str) -> bool:
         return False
 
 
-def marked_paragraphs(text: str, count: int) -> bool:
-    """Check the number of paragraphs between marks `* * *` or `***`; none may be empty."""
-    parts = _PARAGRAPH_MARK.split(text)
+def marked_paragraphs(text: str, count: int, mark: str = "* * *") -> bool:
+    """Check the number of paragraphs between marks; none may be empty."""
+    parts = text.split(mark)
     return len(parts) == count and all(part.strip() for part in parts)
 
 

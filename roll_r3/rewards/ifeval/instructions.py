@@ -1,4 +1,4 @@
-"""Instructions of a row: their names and arguments in the data, and the checks that they mean."""
+"""Instructions of a row: their names and arguments in the data, and their checks."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ _IDS = {
     "length_constraints:number_sentences": _Form(
         checks.number_sentences, {"num_sentences": "count", "relation": "relation"}
     ),
-    "length_constraints:number_paragraphs": _Form(checks.marked_paragraphs, {"num_paragraphs": "count"}),
+    "length_constraints:number_paragraphs": _Form(
+        checks.marked_paragraphs, {"num_paragraphs": "count"}, {"mark": "***"}
+    ),
     "length_constraints:number_words": _Form(checks.number_words, {"num_words": "count", "relation": "relation"}),
     "length_constraints:nth_paragraph_first_word": _Form(
         checks.paragraph_begins, {"num_paragraphs": "count", "nth_paragraph": "index", "first_word": "word"}
@@ -107,7 +109,7 @@ _IDS = {
 }
 """`instruction_id_list` of IFEval -> form."""
 _WHOLE = ("count", "index")
-"""Parameters that some data holds as 3.0 or "3"."""
+"""Parameters held as 3.0 or "3" by some data."""
 
 
 def instructions_of(ground_truth: str, row: Mapping[str, Any]) -> list[Instruction]:
@@ -117,7 +119,7 @@ def instructions_of(ground_truth: str, row: Mapping[str, Any]) -> list[Instructi
     {func_name, arguments...}, or a list of such.
 
     Raises:
-        ValueError: they cannot be read, are unknown, or need a package that is missing.
+        ValueError: they cannot be read, are unknown, or need a missing package.
     """
     names = _decoded(row.get("instruction_id_list"), "column instruction_id_list")
     if names is not None:

@@ -1,4 +1,4 @@
-"""Client of a judge's server; requests are repeated where that can help."""
+"""Client of a judge's server; requests are repeated where this can help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roll_r3.config.rewards import JudgeConfig
 
 _REPEATED = frozenset({408, 409, 429, *range(500, 600)})
 _MAX_BYTES = 4 << 20
-"""Largest answer that is read."""
+"""Largest accepted answer, bytes."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SHOWN = 300
 
@@ -25,7 +25,7 @@ class JudgeError(Exception):
 
 
 class _RepeatableError(JudgeError):
-    """Error that may not come again."""
+    """Error worth another try."""
 
     def __init__(self, text: str, pause_s: float | None = None) -> None:
         """

@@ -25,8 +25,8 @@ class Judges:
     def __init__(self, judges: Mapping[int, JudgeConfig]) -> None:
         self._judges = judges
         self._clients: dict[int, ChatClient] = {}
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Start the thread; without judges do nothing.
@@ -36,6 +36,8 @@ class Judges:
         """
         if not self._judges:
             return
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
         self._thread.start()
         try:
             asyncio.run_coroutine_threadsafe(self._connect(), self._loop).result()
@@ -45,15 +47,17 @@ class Judges:
 
     def close(self) -> None:
         """End the thread. Open questions are cancelled."""
-        if not self._thread.is_alive():
+        if self._loop is None or self._thread is None:
             return
         asyncio.run_coroutine_threadsafe(self._disconnect(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._loop = self._thread = None
 
     def submit(self, rule: int, response: Response) -> Future[Answer]:
         """Ask the judge of a rule, and return at once."""
+        assert self._loop is not None, "start comes first"
         return asyncio.run_coroutine_threadsafe(self._judge(rule, response), self._loop)
 
     async def _judge(self, rule: int, response: Response) -> Answer:

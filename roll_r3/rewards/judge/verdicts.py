@@ -10,7 +10,7 @@ from roll_r3.rewards.texts import after_thought, last_boxed
 _YES_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 _LAST = 8192
-"""Number of last characters of a verdict that are read."""
+"""Number of characters read, at the end of a verdict."""
 
 
 def read_verdict(text: str, score: str) -> float | None:

@@ -87,7 +87,6 @@ def inputs(t: dict[str, Tensor], **changes: Any) -> TokenInputs:
         t["mask"],
         t["advantages"],
         t["old"],
-        t["old"],
         weights=t["mask"].double(),
         scores=t["scores"],
         sums=sums_of(batch_of(t["mask"][0].numpy())),
@@ -223,7 +222,6 @@ def test_dppo_leaves_out_two_of_the_four_corners(advantage: float, live: float, 
         torch.tensor([True]),
         torch.tensor([advantage], dtype=torch.float64),
         torch.tensor([0.5], dtype=torch.float64).log(),
-        torch.zeros(1),
         weights=torch.ones(1),
     )
     loss = policy_loss(log_probs, None, x, config(pg_variant="dppo_tv", pg_clip=0.2), TokenStats()).sum()
@@ -345,7 +343,6 @@ def mean_gradient(theta: Tensor, old: Tensor, advantages: Tensor, c: AlgorithmCo
     x = TokenInputs(
         mask,
         advantages.reshape(1, -1),
-        sampled.reshape(1, -1),
         sampled.reshape(1, -1),
         weights=sampled.sum(1).exp().repeat_interleave(2)[None],
         scores=torch.ones_like(mask, dtype=torch.float64),

@@ -309,6 +309,16 @@ MORE_EXAMPLES: dict[str, Examples] = {
         ],
         [["rollout_correction.filters=[{statistic: diff, level: sequence, low: -1, high: 1}]"]],
     ),
+    "correction-compares-like-with-like": (
+        [
+            [
+                "actor_infer.strategy_args={strategy_name: vllm}",
+                "actor_infer.generating_args={top_p: 0.9, sampling_mask: false}",
+                "rollout_correction.bypass=true",
+            ]
+        ],
+        [],
+    ),
     "bypass-leaves-nothing-to-correct": (
         [
             ["rollout_correction={bypass: true, filters: [{high: 2}]}"],

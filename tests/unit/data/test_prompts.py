@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -138,3 +139,11 @@ def test_a_file_that_changed_under_an_old_time_is_other_data(tmp_path, tokenizer
 def test_bundled_tasks_are_right():
     assert ("3+9=", "2") in BUNDLED_TASKS["addition_mod10"]()
     assert ("copy 407:", "407") in BUNDLED_TASKS["copy_digits"]()
+    assert ("7=", "7") in BUNDLED_TASKS["repeat_digit"]()
+
+
+@pytest.mark.parametrize("domain", [None, "task"])
+def test_bundled_tasks_are_domains_if_they_are_asked_for(tokenizer, domain):
+    args = DataArgs(file_name=("bundled:repeat_digit", "bundled:addition_mod10"), domain=domain)
+    found = Counter(prompt.domain for prompt in read_prompts(args, tokenizer, 20))
+    assert found == ({"repeat_digit": 10, "addition_mod10": 100} if domain else {"default": 110})

@@ -77,7 +77,9 @@ def test_the_longest_answer_fits_and_little_more(facts: ModelFacts, first_row: i
     routes = "A" * (4 * -(-rows * facts.num_layers * facts.top_k * 4 // 3))
     entries = [(-123.45678901234567, 151_935, "Donaudampfschifffahrt")] * 1000
     body = {"output_ids": [151_935] * 1000, "meta_info": {"output_token_logprobs": entries, "routed_experts": routes}}
-    most = asked.most_bytes(facts)
+    most = asked.most_bytes(facts, 0)
     assert len(json.dumps(body)) <= most <= len(json.dumps(body)) + (6 << 20)
     plain = Asked(SampleRequest((1,) * 100, "s", 0, Sampling(1000), record_routes=False), 0)
-    assert plain.most_bytes(facts) < most - len(routes) + 8
+    assert plain.most_bytes(facts, 0) < most - len(routes) + 8
+    sets = [[151_935] * 2 * 20] * 1000  # with as many tokens as likely as the last
+    assert 0 <= asked.most_bytes(facts, 20) - most - len(json.dumps(sets)) < 100_000

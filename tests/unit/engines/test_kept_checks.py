@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from roll_r3.engines.kept_checks import read_kept
 from roll_r3.errors import RouteError
@@ -43,3 +45,23 @@ def test_a_broken_contract_is_named(rows: Any, why: str) -> None:
 
 def test_the_same_token_may_be_in_several_sets() -> None:
     assert read_kept([[9, 4], [8, 4], [4, 258]], RESPONSE, 260).num_rows == 3
+
+
+ROW = st.lists(st.one_of(st.integers(-1, 4), st.sampled_from([1.0, True, None, "1"])), max_size=4)
+
+
+@given(st.one_of(st.lists(ROW, max_size=3), ROW), st.lists(st.integers(0, 3), min_size=1, max_size=3))
+def test_sets_are_read_exactly_where_their_contract_holds(rows: Any, response: list[int]) -> None:
+    good = len(rows) == len(response) and all(
+        isinstance(row, list)
+        and all(type(token) is int and 0 <= token < 4 for token in row)
+        and len(set(row)) == len(row)
+        and sampled in row
+        for row, sampled in zip(rows, response, strict=True)
+    )
+    try:
+        kept = read_kept(rows, np.array(response, np.int32), 4)
+    except RouteError:
+        assert not good
+    else:
+        assert good and kept.ids_J.tolist() == [token for row in rows for token in row]

@@ -73,6 +73,9 @@ class Codec:
 
     def load(self) -> None: ...
 
+    def kept_limit(self, asked: Asked) -> int:
+        return 0
+
     def request(self, asked: Asked) -> dict[str, Any]:
         return {"wanted": asked.sample}
 

@@ -146,6 +146,9 @@ def test_a_release_without_kept_tokens_is_not_asked_for_them() -> None:
     codec = SglangCodec()
     asked = Asked(SampleRequest(PROMPT, "s", 0, Sampling(8, top_k=5, return_kept=True)), 4)
     assert codec.request(asked)["return_sampling_mask"] is True
+    whole = Asked(SampleRequest(PROMPT, "s", 0, Sampling(8, top_k=5)), 4)
+    assert (codec.kept_limit(asked), codec.kept_limit(whole)) == (5, 0)
+    assert asked.most_bytes(FACTS, 5) == asked.most_bytes(FACTS, 0) + 8 * 5 * 2 * 9
     codec.returns_kept = False
     assert "return_sampling_mask" not in codec.request(asked)
     trajectory = codec.read(json.dumps(answer()).encode(), asked, FACTS).trajectory

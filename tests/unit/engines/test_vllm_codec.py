@@ -143,13 +143,16 @@ def test_kept_tokens_are_those_of_the_choice():
     [
         ({"top_k": 5, "top_p": 0.9, "temperature": 0.7}, (0.7, 0.9, 5)),
         ({}, (1.0, 1.0, KEPT_LIMIT)),
-        ({"temperature": 0.0}, (1.0, 1.0, 1)),
+        ({"greedy": True}, (1.0, 1.0, 1)),
     ],
 )
 def test_a_server_that_returns_kept_tokens_gets_bounded_requests_only(sampling, sent):
     codec = VllmCodec("", trust_remote_code=False, returns_kept=True)
-    params = codec.request(Asked(SampleRequest(PROMPT, "s", 0, Sampling(8, **sampling)), 4))["sampling_params"]
+    asked = Asked(SampleRequest(PROMPT, "s", 0, Sampling(8, **sampling)), 4)
+    params = codec.request(asked)["sampling_params"]
     assert (params["temperature"], params["top_p"], params["top_k"]) == sent
+    assert codec.kept_limit(asked) == sent[2], "sets come back, wanted or not"
+    assert VllmCodec("", trust_remote_code=False).kept_limit(asked) == 0
 
 
 def test_rows_from_the_first_wanted_on_are_read():

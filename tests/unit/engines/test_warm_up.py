@@ -171,6 +171,9 @@ class Server:
             raise SampleError("HTTP 404")
         return self.page
 
+    def kept_limit(self, asked: Asked) -> int:
+        return 0
+
     def request(self, asked: Asked) -> dict[str, Any]:
         return {"wanted": asked.sample}
 

@@ -10,7 +10,7 @@ import pytest
 
 from roll_r3.config.rewards import RewardConfig
 from roll_r3.preflight import reward_functions
-from roll_r3.preflight.reward_functions import reward_problems
+from roll_r3.preflight.reward_functions import missing_keys, reward_problems
 
 
 @pytest.fixture
@@ -143,3 +143,24 @@ def test_the_built_in_rewards(monkeypatch):
     monkeypatch.setattr(reward_functions, "distributions", lambda name: [])
     assert "math-verify" in next(reward_problems({"mine": RewardConfig(reward="math")}))
     assert not list(reward_problems({"mine": RewardConfig(reward="exact_match")}))
+
+
+def test_a_judge_needs_its_key(monkeypatch):
+    def judged(name):
+        judge = {"base_url": "http://a/v1", "model": "m", "api_key_env": name}
+        return {"mine": RewardConfig(reward="llm_judge", judge=judge)}
+
+    monkeypatch.setenv("JUDGE_KEY", "x")
+    monkeypatch.delenv("OTHER_KEY", raising=False)
+    assert list(missing_keys(judged("JUDGE_KEY"), {})) == []
+    assert list(missing_keys(judged(None), {})) == []
+    assert list(missing_keys(judged("OTHER_KEY"), {"OTHER_KEY": "y"})) == []
+    assert list(missing_keys(judged("OTHER_KEY"), {"JUDGE_KEY": "y"})) == ["OTHER_KEY"]
+    assert not list(reward_problems(judged("OTHER_KEY")))
+
+
+def test_arguments_of_built_in_rules_are_those_of_their_functions():
+    rules = {"code": {"seconds": 1}, "ifeval": {"reward_type": "soft"}, "multiple_choice": {"repetition_penalty": 0.5}}
+    assert not list(reward_problems({n: RewardConfig(reward=n, kwargs=kwargs) for n, kwargs in rules.items()}))
+    [problem] = reward_problems({"mine": RewardConfig(reward="code", kwargs={"second": 1})})
+    assert problem == "code: kwargs.second: the function has no parameter of this name"

@@ -285,6 +285,13 @@ def test_the_summary_says_when_it_evaluates(overrides, line):
     assert "evaluation" not in summary(configured(), Origins("run.yaml"), elsewhere(configured()))
 
 
+def test_responses_of_an_evaluation_must_fit_the_model_too():
+    prompts = "validation={data_args: {file_name: 'bundled:copy_digits'}, generating_args: {max_new_tokens: 50000}}"
+    config = configured(prompts)
+    [finding] = [f for f in check_config(config, around(config)) if f.rule == "context-holds-the-longest"]
+    assert ("validation.generating_args.max_new_tokens", 50000) in finding.found
+
+
 def test_prompts_of_an_evaluation_need_a_rule_for_their_domain(tmp_path):
     (tmp_path / "code.jsonl").write_text('{"prompt": "x", "ground_truth": "y", "tag": "code"}\n')
     config = configured(

@@ -1,4 +1,4 @@
-"""Built-in rules that read a choice or instructions."""
+"""Built-in rules for choices and instructions."""
 
 from __future__ import annotations
 
