@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate the checkpoint in resume_from_checkpoint (off: `pretrain`) once, train nothing",
+        help="evaluate the checkpoint of resume_from_checkpoint, or `pretrain` if that is off; train nothing",
     )
     action.add_argument("--explain", metavar="RULE", help="explain a rule of the check; `list` names all")
     parser.add_argument(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from roll_r3.config.rewards import RewardConfig
 from roll_r3.config.rules.rewards import FUNCTION
+from roll_r3.config.secrets import names_variable
 from roll_r3.rewards.functions import CallError, call_of
 from roll_r3.rewards.rules import BUILT_IN
 
@@ -24,10 +25,13 @@ _SCOPES = (*_FUNCTIONS, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast
 
 
 def missing_keys(rewards: Mapping[str, RewardConfig], variables: Mapping[str, str]) -> Iterator[str]:
-    """Yield the variables of judges' keys set neither in this environment nor in `variables`."""
+    """Yield the variables of judges' keys set neither in this environment nor in `variables`.
+
+    A key in place of a name is reported by a rule of its own, and never shown.
+    """
     names = [reward.judge.api_key_env for reward in rewards.values() if reward.judge is not None]
     for name in dict.fromkeys(names):
-        if name is not None and not (variables.get(name) or os.environ.get(name)):
+        if name is not None and names_variable(name) and not (variables.get(name) or os.environ.get(name)):
             yield name
 
 

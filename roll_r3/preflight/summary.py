@@ -7,6 +7,7 @@ from roll_r3.config.derived import (
     checkpoint_of,
     data_parallel_size,
     engine_size,
+    filters_groups,
     layout,
     model_workers,
     runs_megatron,
@@ -27,7 +28,11 @@ def summary(config: RLVRConfig, origins: Origins, surroundings: Surroundings) ->
         f"{config.num_return_sequences_in_group} samples",
         f"  model: {_model(config, surroundings)}",
         f"  router replay: {config.actor_train.router_replay.mode}",
+        f"  algorithm: {_algorithm(config)}",
     ]
+    if prompts := _prompts(config):
+        lines.append(f"  prompts: {prompts}")
+    lines.append(f"  rewards: {_rewards(config)}")
     for role, worker in model_workers(config).items():
         shown = " ".join(f"{name} {size}" for name, size in _sizes(worker).items() if size is not None and size > 1)
         what = f"  {role}: {worker.strategy_args.strategy_name}, devices {len(worker.device_mapping)}"
@@ -40,6 +45,43 @@ def summary(config: RLVRConfig, origins: Origins, surroundings: Surroundings) ->
     if config.validation is not None:
         lines.append(f"  evaluation: {_evaluation(config, config.validation)}")
     return "\n".join(lines)
+
+
+def _algorithm(config: RLVRConfig) -> str:
+    """Return estimator and loss, with the KL terms and corrections that are on."""
+    correction = config.rollout_correction
+    parts = {
+        config.adv_estimator: True,
+        config.pg_variant: True,
+        "one ratio a sample": config.importance_sampling == "seq",
+        "KL in the loss": config.use_kl_loss,
+        "KL in the reward": config.add_token_level_kl,
+        f"weights by {correction.is_weight}": correction.is_weight is not None,
+        "filters of mismatch": bool(correction.filters),
+        "off-policy masking": correction.opsm_delta is not None,
+        "old policy of the rollout": correction.bypass,
+    }
+    return ", ".join(part for part, on in parts.items() if on)
+
+
+def _prompts(config: RLVRConfig) -> str:
+    """Return the choice of a step's prompts; empty if the next ones are taken."""
+    shares = config.actor_train.data_args.domain_interleave_probs
+    most = config.filter_groups.max_num_gen_batches * config.rollout_batch_size
+    parts = {
+        f"shares {', '.join(f'{name} {share:g}' for name, share in shares.items())}": bool(shares),
+        f"groups filtered by scores, at most {most:,} sampled for a step": filters_groups(config),
+        f"{config.max_additional_running_prompts} additional": config.max_additional_running_prompts > 0,
+    }
+    return "; ".join(part for part, on in parts.items() if on)
+
+
+def _rewards(config: RLVRConfig) -> str:
+    """Return the rules, with weights other than 1."""
+    return ", ".join(
+        f"{name} ({rule.reward}{'' if rule.weight == 1 else f' x {rule.weight:g}'})"
+        for name, rule in config.rewards.items()
+    )
 
 
 def _evaluation(config: RLVRConfig, validation: ValidationConfig) -> str:

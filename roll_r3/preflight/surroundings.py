@@ -68,7 +68,9 @@ def read_surroundings(config: RLVRConfig) -> Surroundings:
         evaluation_problems=()
         if config.validation is None
         else _evaluation_problems(config, config.validation.data_args),
-        missing_trackers=tuple(name for name in config.track_with if release(LIBRARIES[name].package) is None),
+        missing_trackers=tuple(
+            name for name in dict.fromkeys(config.track_with) if release(LIBRARIES[name].package) is None
+        ),
         reward_problems=tuple(reward_problems(config.rewards)),
         missing_keys=tuple(missing_keys(config.rewards, config.system_envs)),
         output_problem=files.output_problem(config.output_dir, config.exp_name),

@@ -39,5 +39,5 @@ def test_every_block_is_accepted(block: dict[str, Any]) -> None:
 
 def test_named_rules_exist() -> None:
     """Find the rules named on the page in the table."""
-    named = set(re.findall(r"`((?:r2|r3|weights|clip)-[a-z-]+)`", PAGE.read_text()))
+    named = set(re.findall(r"`((?:r2|r3|weights|ratio)-[a-z-]+)`", PAGE.read_text()))
     assert named <= {rule.id for rule in RULES}

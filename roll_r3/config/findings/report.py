@@ -67,7 +67,8 @@ class Finding:
     """Fields in the text: the first ones, all on request (see `render`), or none if the reason names them."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "found", tuple((path, hidden(path, value)) for path, value in self.found))
+        found = tuple((path, hidden(path, _as_written(value))) for path, value in self.found)
+        object.__setattr__(self, "found", found)
 
     @property
     def path(self) -> str:
@@ -179,8 +180,6 @@ def _field_json(path: str, value: object, origins: Origins) -> dict[str, object]
 
 def _plain(value: object) -> object:
     """Return a value for JSON, uncut; as text if JSON has no such value."""
-    if isinstance(value, BaseModel):
-        return _plain(value.model_dump())
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -206,6 +205,19 @@ def _render(finding: Finding, origins: Origins, show_dropped: bool) -> str:
     if finding.fix:
         lines.append(f"    fix: {finding.fix}")
     return "\n".join(printable(line) for text in lines for line in text.split("\n"))
+
+
+def _as_written(value: object) -> object:
+    """Return a value with its sections as dicts of the fields that were given."""
+    if isinstance(value, BaseModel):
+        return {
+            name: _as_written(getattr(value, name))
+            for name in type(value).model_fields
+            if name in value.model_fields_set
+        }
+    if isinstance(value, dict):
+        return {key: _as_written(item) for key, item in value.items()}
+    return [_as_written(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def show_value(value: object) -> str:

@@ -82,6 +82,15 @@ def _why(detail: ErrorDetails) -> str:
     return message.removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
 
 
+_RECIPES = {
+    "gspo": "GSPO is importance_sampling: seq with loss_agg_mode: seq-mean-token-mean (docs/which_loss.md)",
+    "drgrpo": "Dr. GRPO is grpo with norm_adv_by_std_in_grpo: false (docs/which_loss.md)",
+    "dapo": "DAPO is grpo with pg_clip_high: 0.28 and filter_groups (docs/which_loss.md)",
+    "icepop": "IcePop is rollout_correction: {is_weight: token, is_floor: 0.5, is_cap: 5} (docs/which_loss.md)",
+}
+"""Name of a recipe, small letters alone -> its settings; for a value that names no estimator or loss."""
+
+
 def _fix(path: str, value: object, details: list[ErrorDetails], data: dict[str, Any]) -> str:
     """Return a fix for `value`; empty if the reason includes it."""
     kinds = {detail["type"] for detail in details}
@@ -92,7 +101,8 @@ def _fix(path: str, value: object, details: list[ErrorDetails], data: dict[str, 
     if kinds & {"literal_error", TAG}:
         literals = [kind for kind in kinds_at(path) if typing.get_origin(kind) is Literal]
         choices = list(dict.fromkeys(str(choice) for kind in literals for choice in typing.get_args(kind)))
-        return f"write {'one of ' * (len(choices) > 1)}{', '.join(choices)}"
+        known = _RECIPES.get(re.sub("[^a-z]", "", str(value).lower()), "")
+        return f"write {'one of ' * (len(choices) > 1)}{', '.join(choices)}{known and f'; {known}'}"
     if kinds & _SECTIONS:
         fields = fields_at(path, data)
         return f"its fields: {', '.join(fields)}" if fields else "write `name: value` lines below it"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from roll_r3.config.derived import changed, forces_ratio, mini_batch_size, optimizer_steps
+from roll_r3.config.derived import forces_ratio, mini_batch_size, optimizer_steps
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.batching import OPTIMIZER_STEP, SAMPLES
 from roll_r3.config.rules.paths import TRAIN_REPLAY
-from roll_r3.config.rules.table import AnyRule, Rule, Verdict
+from roll_r3.config.rules.table import AnyRule, Rule
 
 _ONE_STEP = ("actor_train.training_args.gradient_accumulation_steps=64",)
-_CLIPS = ("pg_clip", "pg_clip_low", "pg_clip_high", "dual_clip_loss")
 
 
 def _one_step(config: RLVRConfig) -> bool:
@@ -20,10 +19,6 @@ def _one_step(config: RLVRConfig) -> bool:
 
 def _on_policy(config: RLVRConfig) -> bool:
     return _one_step(config) and forces_ratio(config, config.samples_per_step)
-
-
-def _clip_unread(config: RLVRConfig) -> Verdict:
-    return _on_policy(config) and any(changed(config, field) for field in _CLIPS)
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -59,17 +54,6 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("rollout_correction={is_weight: token}",),
         right=("rollout_correction={is_weight: token}", "actor_train.router_replay={}", "actor_infer.router_replay={}"),
         violates=lambda c: c.rollout_correction.is_weight is not None and c.actor_train.router_replay.mode == "R3",
-        severity="note",
-    ),
-    Rule(
-        id="clip-on-policy",
-        fields=(*_CLIPS, *OPTIMIZER_STEP),
-        depends=(*SAMPLES, "ppo_epochs", "force_on_policy_ratio"),
-        why="with one optimizer step a rollout the ratio is 1 by definition, so that no clip of it ever acts",
-        fix="leave these fields out, or write more optimizer steps",
-        wrong=("pg_clip=0.1", *_ONE_STEP),
-        right=("pg_clip=0.1",),
-        violates=_clip_unread,
         severity="note",
     ),
 )

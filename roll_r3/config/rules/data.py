@@ -16,6 +16,8 @@ def no_prompts(args: DataArgs) -> Verdict:
 
 COLUMNS = ("prompt", "messages", "ground_truth", "domain", "id")
 """Fields of a `DataArgs` with the name of a column."""
+BUNDLED_COLUMNS = "a bundled task has one column to name, for the domain, so these settings have no effect"
+"""Reason of the rules on columns named for bundled tasks."""
 _COLUMNS = tuple(f"actor_train.data_args.{name}" for name in COLUMNS)
 
 
@@ -59,8 +61,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="bundled-columns-unread",
         fields=("actor_train.data_args.file_name", *_COLUMNS),
-        why="a bundled task has no columns to name, except `domain: task`: these settings have no effect",
-        fix="leave them out",
+        why=BUNDLED_COLUMNS,
+        fix=f"leave them out, except actor_train.data_args.domain: {BUNDLED_DOMAIN}",
         wrong=("actor_train.data_args.id=name",),
         right=("actor_train.data_args={file_name: prompts.jsonl, id: name}",),
         violates=lambda c: columns_of_bundled(c, "actor_train.data_args", c.actor_train.data_args),

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from roll_r3.config.derived import changed, returns_kept, vllm
 from roll_r3.config.pipeline import RLVRConfig
-from roll_r3.config.rules.data import COLUMNS, clashing_arguments, columns_of_bundled, no_prompts
+from roll_r3.config.rules.data import BUNDLED_COLUMNS, COLUMNS, clashing_arguments, columns_of_bundled, no_prompts
 from roll_r3.config.rules.rollout import VLLM_COLDEST
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict, unread
 from roll_r3.config.sampling_settings import KEPT_LIMIT
 from roll_r3.config.sections import ValidationConfig
+from roll_r3.config.workers import BUNDLED_DOMAIN
 
 _DATA, _SAMPLING = "validation.data_args", "validation.generating_args"
 _PROMPTS = "validation={data_args: {file_name: 'bundled:addition_mod10'}}"
@@ -70,8 +71,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="evaluation-columns-unread",
         fields=(f"{_DATA}.file_name", *(f"{_DATA}.{name}" for name in COLUMNS)),
-        why="a bundled task has no columns to name: these settings have no effect",
-        fix="leave them out",
+        why=BUNDLED_COLUMNS,
+        fix=f"leave them out, except {_DATA}.domain: {BUNDLED_DOMAIN}",
         wrong=("validation={data_args: {file_name: 'bundled:addition_mod10', id: name}}",),
         right=("validation={data_args: {file_name: a.jsonl, id: name}}",),
         violates=_if_any(lambda config, validation: columns_of_bundled(config, _DATA, validation.data_args)),

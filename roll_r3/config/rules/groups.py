@@ -119,7 +119,7 @@ RULES: tuple[AnyRule, ...] = (
         id="filter-needs-groups",
         fields=("num_return_sequences_in_group", *_FILTERS),
         why="one score has no standard deviation: the filter drops every group",
-        fix="write kind: mean, or more samples in a group",
+        fix="write kind: mean, or num_return_sequences_in_group: 2 or more",
         wrong=(*_OF_ONE, "filter_groups.enable=true"),
         right=(*_OF_ONE, "filter_groups={enable: true, kind: mean}"),
         violates=_groups_of_one,

@@ -13,6 +13,8 @@ _CLIPPED = ("ppo", "cispo", "dppo_tv")
 """Losses with a clip range."""
 _OF_SAMPLES = ("ppo", "tis", "topr", "cispo")
 """Losses of a ratio, which may be the sample's."""
+_SIDES = ("pg_clip", "pg_clip_low", "pg_clip_high")
+_CLIPS = (*_SIDES, "dual_clip_loss")
 _SEQ = ("importance_sampling=seq", "loss_agg_mode=seq-mean-token-mean")
 _NARROW = ("pg_clip_low=0.0003", "pg_clip_high=0.0004")
 _ONE_STEP = ("actor_train.training_args.gradient_accumulation_steps=64",)
@@ -43,20 +45,22 @@ def _args_unread(name: str, variant: str, value: str) -> Rule:
 
 
 def _clips_without_range(config: RLVRConfig) -> Verdict:
-    sides = ("pg_clip", "pg_clip_low", "pg_clip_high")
-    return config.pg_variant not in _CLIPPED and any(changed(config, side) for side in sides)
+    return config.pg_variant not in _CLIPPED and any(changed(config, side) for side in _SIDES)
 
 
 def _is_on_policy(config: RLVRConfig) -> Verdict:
     corrects = config.pg_variant in ("cispo", "kimi15", "dppo_tv") or config.importance_sampling == "seq"
-    return corrects and mini_batch_size(config) > 0 and forces_ratio(config, config.samples_per_step)
+    clips = [clip for clip in _CLIPS if changed(config, clip)]
+    if not (corrects or clips) or mini_batch_size(config) <= 0 or not forces_ratio(config, config.samples_per_step):
+        return False
+    return f"without effect: {', '.join(clips)}" if clips else True
 
 
 RULES: tuple[AnyRule, ...] = (
     *(_args_unread(name, variant, value) for name, (variant, value) in _ARGS.items()),
     Rule(
         id="clip-range-unread",
-        fields=("pg_clip", "pg_clip_low", "pg_clip_high", "pg_variant"),
+        fields=(*_SIDES, "pg_variant"),
         why="this loss has no clip range, so the setting has no effect",
         fix="leave pg_clip, pg_clip_low and pg_clip_high out, or write pg_variant: ppo, cispo or dppo_tv",
         wrong=("pg_variant=tis", "pg_clip=0.1"),
@@ -94,7 +98,7 @@ RULES: tuple[AnyRule, ...] = (
     ),
     Rule(
         id="sample-ratio-clip-is-narrow",
-        fields=("pg_clip", "pg_clip_low", "pg_clip_high", "importance_sampling"),
+        fields=(*_SIDES, "importance_sampling"),
         why="a mean over tokens stays near 1, so a clip as wide as for tokens never acts (GSPO's paper: 3e-4 and 4e-4)",
         fix="write pg_clip_low: 0.0003 and pg_clip_high: 0.0004, or at most 0.01",
         wrong=(*_SEQ,),
@@ -125,11 +129,11 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="ratio-is-one",
         fields=("pg_variant", "importance_sampling", "force_on_policy_ratio"),
-        why="a step has one optimizer step, so the ratio is 1 and this loss has the gradient of vanilla and of ppo",
+        why="a step has one optimizer step, so the ratio is 1: no clip acts, and the gradient is that of vanilla",
         fix="nothing, or make more optimizer steps of a step (gradient_accumulation_steps, ppo_epochs)",
         wrong=("pg_variant=cispo", *_ONE_STEP),
         right=("pg_variant=cispo",),
-        depends=("actor_train.training_args",),
+        depends=(*_CLIPS, "actor_train.training_args"),
         violates=_is_on_policy,
         severity="note",
     ),

@@ -10,6 +10,7 @@ from roll_r3.config.judge_prompts import NAMED, placeholders
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rewards import BUILT_IN_REWARDS, JUDGE, JudgeConfig
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict
+from roll_r3.config.secrets import names_variable
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -118,7 +119,7 @@ def _bad_score(judge: JudgeConfig) -> str:
 
 def _bad_name(judge: JudgeConfig) -> str:
     name = judge.api_key_env
-    return "" if name is None or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) else "it must be the name, not the key"
+    return "" if name is None or names_variable(name) else "it must be the name, not the key"
 
 
 _WRONG = "rewards={a: {reward: llm_judge, judge: {base_url: %s, model: m%s}}}"

@@ -8,6 +8,7 @@ from roll_r3.batch.token_map import round_up
 from roll_r3.config.derived import (
     ModelWorker,
     data_parallel_size,
+    filters_groups,
     infer_batch_size,
     infer_budget,
     layout,
@@ -34,11 +35,14 @@ class Step:
     epochs: int
     optimizer_steps: int
     samples_per_optimizer_step: int
+    most_prompts: int
+    """Largest number sampled for the step, under a filter of groups or with additional prompts."""
 
     @classmethod
     def of(cls, config: RLVRConfig) -> Step:
         """Return the step of a configuration. Its samples must divide."""
         longest, samples, mini_batch = longest_sequence(config), config.samples_per_step, mini_batch_size(config)
+        rounds = config.filter_groups.max_num_gen_batches if filters_groups(config) else 1
         return cls(
             prompts=config.rollout_batch_size,
             samples=samples,
@@ -47,6 +51,7 @@ class Step:
             epochs=config.ppo_epochs,
             optimizer_steps=config.ppo_epochs * samples // mini_batch,
             samples_per_optimizer_step=mini_batch,
+            most_prompts=config.rollout_batch_size * rounds + config.max_additional_running_prompts,
         )
 
 

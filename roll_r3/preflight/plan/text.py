@@ -61,6 +61,8 @@ def _step(plan: Plan) -> Iterator[str]:
         f"  rollout   {step.prompts:,} prompts x {step.samples // step.prompts:,} = {step.samples:,} samples of "
         f"{step.longest:,} tokens: {step.tokens:,} tokens"
     )
+    if step.most_prompts > step.prompts:
+        yield f"  sampled   up to {step.most_prompts:,} prompts, of which {step.prompts:,} are kept"
     updates = _number(step.optimizer_steps, "optimizer step")
     yield f"  updates   {updates}{epochs}, each on {_number(step.samples_per_optimizer_step, 'sample')}"
 

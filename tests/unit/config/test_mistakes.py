@@ -87,6 +87,12 @@ rewards:
     ("override", "why", "fix"),
     [
         ("kl_estimator=k9", "must be 'k2' or 'k3'", "write one of k2, k3"),
+        (
+            "adv_estimator=Dr_GRPO",
+            "must be 'grpo', 'reinforce', 'rloo' or 'reinforce_plus_plus_baseline'",
+            "write one of grpo, reinforce, rloo, reinforce_plus_plus_baseline; Dr. GRPO is grpo with "
+            "norm_adv_by_std_in_grpo: false (docs/which_loss.md)",
+        ),
         ("kl_estimator=k1", "k1 in the loss regularises nothing: its gradient is 0 in the mean. Write k2 or k3", ""),
         ("kl_penalty=k3", "k3 in the reward pulls towards nothing near the reference", ""),
         ("kl_penalty=kl2", "must be 'k1', 'k2' or 'abs'", "write one of k1, k2, abs"),

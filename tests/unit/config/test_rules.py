@@ -290,7 +290,13 @@ MORE_EXAMPLES: dict[str, Examples] = {
     ),
     "sample-ratio-clip-is-narrow": ([[*SEQ, "pg_clip_low=0.001"], ["pg_variant=cispo", *SEQ]], []),
     "probability-clip-below-one": ([["pg_variant=dppo_tv", "pg_clip=1", "pg_clip_low=0.1"]], []),
-    "ratio-is-one": ([[*SEQ, "pg_clip=0.01", f"{BATCH}.gradient_accumulation_steps=64"]], [["pg_variant=kimi15"]]),
+    "ratio-is-one": (
+        [
+            [*SEQ, "pg_clip=0.01", f"{BATCH}.gradient_accumulation_steps=64"],
+            ["pg_clip=0.1", f"{BATCH}.gradient_accumulation_steps=64"],
+        ],
+        [["pg_variant=kimi15"], ["pg_clip=0.1"], [f"{BATCH}.gradient_accumulation_steps=64"]],
+    ),
     "correction-cap-in-range": (
         [["rollout_correction={is_weight: sequence, is_cap: 101}"]],
         [["rollout_correction={is_weight: geometric, is_cap: null}"], ["rollout_correction={is_weight: token}"]],

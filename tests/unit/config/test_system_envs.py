@@ -94,3 +94,14 @@ def test_variables_last_for_a_block(monkeypatch):
         seen = {name: os.environ[name] for name in ("DEMO_A", "DEMO_B")}
     assert seen == {"DEMO_A": "1", "DEMO_B": "2"}
     assert (os.environ["DEMO_A"], "DEMO_B" in os.environ) == ("before", False)
+
+
+def test_keys_and_passwords_in_the_fields_of_a_judge_are_not_shown():
+    judge = "{base_url: http://a/v1, model: m, api_key_env: sk-71717171}"
+    override = "rewards.b={reward: llm_judge, judge: {base_url: 'http://user:71717171@a/v1', model: m}}"
+    loaded = load_text(f"{MINIMAL}rewards: {{a: {{reward: math, judge: {judge}}}}}\n", "run.yaml", [override])
+    findings = list(check_rules(loaded.config))
+    assert {"judge-named", "judge-key-named", "judge-address"} <= {finding.rule for finding in findings}
+    shown = render(findings, loaded.origins) + str(as_json(findings, loaded.origins))
+    assert "rewards.a.judge = {'base_url': 'http://a/v1', 'model': 'm', 'api_key_env': '<hidden>'}" in shown
+    assert "71717171" not in shown

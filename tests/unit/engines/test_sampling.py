@@ -193,6 +193,9 @@ class Server:
     path = "/generate"
     num_layers = top_k = 1
 
+    def kept_limit(self, asked: Asked) -> int:
+        return 0
+
     def request(self, asked: Asked) -> dict[str, Any]:
         return {"id": asked.request_id}
 

@@ -154,6 +154,7 @@ def test_a_judge_needs_its_key(monkeypatch):
     monkeypatch.delenv("OTHER_KEY", raising=False)
     assert list(missing_keys(judged("JUDGE_KEY"), {})) == []
     assert list(missing_keys(judged(None), {})) == []
+    assert list(missing_keys(judged("sk-a-key-itself"), {})) == []
     assert list(missing_keys(judged("OTHER_KEY"), {"OTHER_KEY": "y"})) == []
     assert list(missing_keys(judged("OTHER_KEY"), {"JUDGE_KEY": "y"})) == ["OTHER_KEY"]
     assert not list(reward_problems(judged("OTHER_KEY")))

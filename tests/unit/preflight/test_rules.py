@@ -270,6 +270,35 @@ def test_the_summary_of_roles_without_a_layout():
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
+        ((), "algorithm: grpo, ppo"),
+        (
+            ("pg_variant=cispo", "importance_sampling=seq", "rollout_correction={is_weight: token, opsm_delta: 0.1}"),
+            "algorithm: grpo, cispo, one ratio a sample, weights by token, off-policy masking",
+        ),
+        (("rollout_correction.bypass=true",), "algorithm: grpo, ppo, old policy of the rollout"),
+        (
+            (
+                "filter_groups={enable: true, max_num_gen_batches: 3}",
+                "rollout_batch_size=1000",
+                "max_additional_running_prompts=4",
+                "actor_train.data_args.domain_interleave_probs={a: 0.75, b: 0.25}",
+                "rewards={a: {reward: math, weight: 0.1}, b: {reward: code}}",
+            ),
+            "prompts: shares a 0.75, b 0.25; groups filtered by scores, at most 3,000 sampled for a step; 4 additional",
+        ),
+        (("rewards={a: {reward: math, weight: 0.1}, b: {reward: code}}",), "rewards: a (math x 0.1), b (code)"),
+    ],
+)
+def test_the_summary_names_the_recipe(overrides, line):
+    config = configured(*overrides)
+    text = summary(config, Origins("run.yaml"), elsewhere(config))
+    assert f"  {line}" in text.splitlines()
+    assert ("prompts: " in text) == line.startswith("prompts")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
         (("eval_steps=5",), "at the start, every 5 steps, at the end; 4 samples of each prompt"),
         (("validation.eval_at_start=false",), "at the end; 4 samples of each prompt"),
         (

@@ -181,6 +181,16 @@ def test_a_step():
     assert found.roles[0].passes.samples == 64
 
 
+def test_prompts_sampled_in_vain_are_planned():
+    filtered = {"enable": True, "max_num_gen_batches": 3}
+    found = plan({}, 1, filter_groups=filtered, max_additional_running_prompts=16)
+    assert (found.step.prompts, found.step.most_prompts) == (128, 400)
+    assert "  sampled   up to 400 prompts, of which 128 are kept\n" in render_plan(found)
+    unfiltered = plan({}, 1, filter_groups=filtered | {"enable": False})
+    assert unfiltered.step.most_prompts == 128
+    assert "of which" not in render_plan(unfiltered)
+
+
 def test_planned_routes_have_the_size_of_recorded_ones():
     found = plan({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 8)
     recorded = RoutedExperts(np.zeros((6, 19, 2), route_dtype(16)))
