@@ -128,7 +128,7 @@ class RLVRPipeline:
             samples_seen=self.samples_seen,
         )
         metrics = step_metrics(self._config, record) | experience.metrics
-        if update is not None and (warning := self._silence.observe(metrics)):
+        if scored.trajectories and (warning := self._silence.observe(metrics)):
             logger.warning("%s", warning)
             self._progress.say(f"step {step}: {warning}")
         return StepResult(metrics, scored.samples)

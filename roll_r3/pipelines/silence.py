@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from roll_r3.config.derived import sampled_tokens
 from roll_r3.config.pipeline import RLVRConfig
 
 FIRST_WARNING = 3
@@ -20,7 +21,7 @@ class SilenceWatch:
         """Steps in a row."""
 
     def observe(self, metrics: Mapping[str, float]) -> str | None:
-        """Take the metrics of the next step; return a warning if one is due."""
+        """Take the metrics of the next step with samples; return a warning if one is due."""
         quiet = {
             "reward": metrics["critic/score/max"] == metrics["critic/score/min"] == 0,
             # a step without a token left to train has no advantages
@@ -50,14 +51,21 @@ class SilenceWatch:
         silent = self._silent
         cut = metrics["tokens/truncated_ratio"]
         if cut > _MANY_CUT:
+            given = self._config.actor_infer.generating_args.max_new_tokens
+            limit = "response_length" if given is None else "max_new_tokens"
             yield (
-                f"- {cut:.0%} of the responses reach response_length ({self._config.response_length} tokens) and are "
-                "cut before their answer: raise it, or ask for shorter answers in the prompt"
+                f"- {cut:.0%} of the responses reach {limit} ({sampled_tokens(self._config)} tokens) and are cut "
+                "before their answer: raise it, or ask for shorter answers in the prompt"
             )
         if (rejected := metrics.get("rollout_corr/rejected_tokens", 0.0)) > _MANY_CUT:
             yield (
                 f"- the filters of rollout_correction reject {rejected:.0%} of the tokens: widen their bounds, or look "
                 "for the difference between rollout and trainer in rollout_corr/ of the metrics"
+            )
+        if (kept := metrics.get("actor/final_mask_ratio", 1.0)) < 1 - _MANY_CUT:
+            yield (
+                f"- max_len_mask and difficulty_mask leave out {1 - kept:.0%} of the samples: compare actor/ of the "
+                "metrics, allow longer responses, or choose other prompts"
             )
         if silent["reward"]:
             yield (
@@ -73,7 +81,7 @@ class SilenceWatch:
                 f"{metrics['reward/groups_all_wrong']:.0%} all wrong): choose prompts that are neither too hard nor "
                 "too easy, or raise num_return_sequences_in_group"
             )
-        elif silent["gradient"] and not metrics["actor_train/optimizer_steps"]:
+        elif silent["gradient"] and metrics.get("actor_train/optimizer_steps") == 0:
             yield "- every optimizer step was skipped, because its loss or gradient was not finite: see logs/driver.log"
         elif silent["gradient"] and "actor/pg_clipfrac" in metrics:
             yield (

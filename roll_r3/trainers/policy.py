@@ -253,8 +253,9 @@ class TrainPolicy(InferPolicy):
             if not denominator and not on_policy:
                 continue  # weight decay and momentum would move the weights
             micro_batches, values = self._optimizer_step(
-                mini_batch, max(denominator, 1.0), outcome, step=step, number=number, compares=unseen and number == 1
+                mini_batch, max(denominator, 1.0), outcome, step=step, number=number, compares=unseen
             )
+            unseen = False  # later optimizer steps have other weights
             if on_policy:  # the one optimizer step, on the samples of the batch in its order
                 log_probs_N, entropy_N = self._whole(batch, micro_batches, values)
         return TrainResult(

@@ -39,6 +39,11 @@ def _unreachable_rewards(config: RLVRConfig) -> Verdict:
     return ", ".join(n for n, r in config.rewards.items() if r.tag_included and "default" not in r.tag_included)
 
 
+def _names_of_evaluations(config: RLVRConfig) -> Verdict:
+    """Name the sections with metrics under the names of an evaluation's."""
+    return len(config.rewards) > 1 and ", ".join(n for n in config.rewards if f"{n}/".startswith("val/"))
+
+
 def _bad_arguments(config: RLVRConfig) -> Verdict:
     return ", ".join(text for name, rule in config.rewards.items() for text in _bad_of(name, rule.reward, rule.kwargs))
 
@@ -134,6 +139,16 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("rewards={}",),
         right=("rewards={mine: {reward: math}}",),
         violates=lambda c: not c.rewards,
+    ),
+    Rule(
+        id="reward-is-no-evaluation",
+        fields=("rewards",),
+        why="metrics of a section begin with its name, and those of an evaluation with val/: a resumed run would take "
+        "one for the other, and leave evaluations out",
+        fix="give the section another name",
+        wrong=("rewards={val: {reward: math}, b: {reward: math}}",),
+        right=("rewards={value: {reward: math}, b: {reward: math}}",),
+        violates=_names_of_evaluations,
     ),
     Rule(
         id="reward-weighs",

@@ -89,6 +89,15 @@ RULES: tuple[AnyRule, ...] = (
         violates=lambda c: c.actor_infer.generating_args.top_k < 1 and c.actor_infer.generating_args.top_k != -1,
     ),
     Rule(
+        id="sampling-is-random",
+        fields=("actor_infer.generating_args.top_k", "actor_infer.generating_args.sampling_mask"),
+        why="a token sampled from a set of one is certain: no policy gradient is left, and nothing is learned",
+        fix="write -1 for all tokens, or 2 or more; an evaluation has validation.val_greedy",
+        wrong=("actor_infer.generating_args.top_k=1",),
+        right=("actor_infer.generating_args.top_k=2",),
+        violates=lambda c: c.actor_infer.generating_args.top_k == 1 and returns_kept(c),
+    ),
+    Rule(
         id="truncated-sampling",
         fields=(
             "actor_infer.generating_args.sampling_mask",

@@ -345,6 +345,16 @@ def test_a_step_whose_groups_are_all_filtered_out_keeps_the_weights_and_goes_on(
     Progress(1).step_done(1, metrics)
 
 
+def test_steps_without_a_token_left_to_train_on_are_reported_with_the_reason() -> None:
+    """Every group has mean 1, outside the bounds."""
+    cluster, said = Cluster({}), list[str]()
+    run = pipeline({}, said, cluster, difficulty_mask=True)
+    for step in (1, 2, 3):
+        cluster.scored.clear()
+        run.learn(run.sample(step))
+    assert "NOTHING IS LEARNED" in said[-1] and "leave out 100% of the samples" in said[-1]
+
+
 def test_a_step_whose_tokens_are_all_masked_keeps_the_weights_and_shows_its_samples() -> None:
     """Every group has mean 1, outside the bounds."""
     cluster = Cluster({})

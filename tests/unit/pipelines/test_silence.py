@@ -37,14 +37,14 @@ ALL_RIGHT = ALL_WRONG | {
     "reward/groups_all_wrong": 0.0,
 }
 CLIPPED = LEARNS | {"actor_train/grad_norm": 0.0, "actor/pg_clipfrac": 1.0}
-FILTERED = {k: v for k, v in CLIPPED.items() if not k.startswith(("critic/advantages", "actor/"))} | {
-    "rollout_corr/rejected_tokens": 1.0
-}
+LEFT_OUT = {k: v for k, v in LEARNS.items() if not k.startswith(("critic/advantages", "actor"))}
+"""Step without an update."""
 SKIPPED = {k: v for k, v in LEARNS.items() if k != "actor_train/grad_norm"} | {"actor_train/optimizer_steps": 0.0}
 
 
 def watch(**fields: Any) -> SilenceWatch:
-    return SilenceWatch(RLVRConfig(exp_name="x", pretrain="p", actor_train={}, actor_infer={}, **fields))
+    given: dict[str, Any] = {"exp_name": "x", "pretrain": "p", "actor_train": {}, "actor_infer": {}}
+    return SilenceWatch(RLVRConfig(**(given | fields)))
 
 
 def last_of(seen: SilenceWatch, *steps: dict[str, float]) -> str | None:
@@ -70,7 +70,11 @@ REASONS = {
     "all right": (ALL_RIGHT, ["every advantage is 0", "too easy", "100% all right"]),
     "cut": (ALL_WRONG | {"tokens/truncated_ratio": 0.9}, ["90% of the responses reach response_length (1024 tokens)"]),
     "clipped": (CLIPPED, ["the gradient is 0 (for 3 steps)", "100% of the tokens have no gradient"]),
-    "filtered": (FILTERED, ["every advantage is 0", "rollout_correction reject 100% of the tokens"]),
+    "filtered": (
+        LEFT_OUT | {"rollout_corr/rejected_tokens": 1.0},
+        ["every advantage is 0", "rollout_correction reject 100% of the tokens"],
+    ),
+    "masked": (LEFT_OUT | {"actor/final_mask_ratio": 0.0}, ["the gradient is 0", "leave out 100% of the samples"]),
     "skipped": (SKIPPED, ["every optimizer step was skipped"]),
 }
 
@@ -81,6 +85,12 @@ def test_the_likely_reasons_are_given(step, words):
     assert said is not None
     for word in words:
         assert word in said
+
+
+def test_the_limit_that_cuts_is_named():
+    limited = watch(actor_infer={"generating_args": {"max_new_tokens": 7}})
+    said = last_of(limited, *[ALL_WRONG | {"tokens/truncated_ratio": 0.9}] * 3)
+    assert "reach max_new_tokens (7 tokens)" in said
 
 
 def test_a_term_that_still_moves_the_weights_is_named():

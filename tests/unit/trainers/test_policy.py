@@ -19,6 +19,7 @@ from roll_r3.batch.micro_batch import MicroBatch
 from roll_r3.batch.token_map import Layout
 from roll_r3.config.model_role import ModelRole, model_role
 from roll_r3.config.pipeline import RLVRConfig
+from roll_r3.config.sections import RolloutCorrectionConfig
 from roll_r3.errors import ConfigError
 from roll_r3.strategies.base import ProcessInfo
 from roll_r3.trainers import policy as module
@@ -180,6 +181,26 @@ def test_an_optimizer_step_without_a_token_to_train_on_is_not_made(make: Callabl
     result = strategy.train_step(replace(_batch(old_log_probs_N=old), loss_mask_N=mask_N), 1)
     assert strategy.backend.calls.count("step") == result.metrics["actor_train/optimizer_steps"] == 1
     assert result.skipped == ()
+
+
+def test_the_first_optimizer_step_made_is_compared_if_no_pass_came_before(make: Callable[..., Any]) -> None:
+    strategy = make(accumulation=1)
+    compared: list[tuple[int, bool]] = []
+
+    def optimizer_step(*_: Any, number: int, compares: bool, **__: Any) -> tuple[list[Any], list[Any]]:
+        compared.append((number, compares))
+        return [], []
+
+    old = np.full(12, -2, np.float32)
+    (_, second) = mini_batches(strategy.learning, _batch(old_log_probs_N=old), seed=42, step=1, dp_rank=0)
+    mask_N = np.repeat([name in second.sample_ids for name in "abcd"], 3)
+    correction = RolloutCorrectionConfig(bypass=True)
+    algorithm = replace(strategy.learning.algorithm, rollout_correction=correction)
+    strategy.role = replace(strategy.role, learning=replace(strategy.learning, algorithm=algorithm))
+    strategy._optimizer_step = optimizer_step
+    strategy.train_step(replace(_batch(old_log_probs_N=old), loss_mask_N=mask_N), 1)
+    strategy.train_step(_batch(old_log_probs_N=old), 1)
+    assert compared == [(2, True), (1, True), (2, False)]
 
 
 def test_a_world_needs_one_rank_for_each_device() -> None:
