@@ -25,6 +25,7 @@ from roll_r3.config.findings.report import Finding, InvalidConfigError, Origins,
 from roll_r3.config.findings.write_errors import explain
 from roll_r3.config.load import LoadedConfig, load
 from roll_r3.config.reading.yaml_file import to_yaml
+from roll_r3.config.rules.variables import possible
 from roll_r3.errors import ConfigError, RollError
 from roll_r3.from_roll.roll_dialect import ROLL
 from roll_r3.preflight.check import check
@@ -108,11 +109,11 @@ def _starts_run(options: argparse.Namespace) -> bool:
 def _run(options: argparse.Namespace, stack: ExitStack) -> int:
     """Do what the options ask, with the file's environment variables set until `stack` closes."""
     loaded = load(options.config, options.overrides, ROLL)
+    stack.enter_context(variables_set(possible(loaded.config.system_envs)))  # they may name the hub's cache
     surroundings = (elsewhere if options.elsewhere else read_surroundings)(loaded.config)
     findings = check(loaded, surroundings)
     if has_errors(findings):
         raise InvalidConfigError(findings, loaded.origins)
-    stack.enter_context(variables_set(loaded.config.system_envs))  # before libraries read theirs at import
     if options.validate_only:
         _report(options, findings, loaded.origins)
         if options.format == "text":

@@ -243,7 +243,7 @@ def score(step: int, collected: Collected, rewards: Rewards, say: Callable[[str]
             f"step {step}: dropped {len(dropped)} of {len(dropped) + len(responses)} samples not returned by the "
             f"engines: {'; '.join(reasons)}"
         )
-    scores = rewards.accept(responses, [answer for group in decided for answer in group.answers.result()])
+    scores = rewards.accept(responses, rewards.wait_for([(group.responses, group.answers) for group in decided]))
     if scores.failed:
         say(f"step {step}: dropped {scores.failed} of {len(responses)} responses without a reward: {scores.why}")
     trajectories, samples = [], []

@@ -109,12 +109,14 @@ class Collector:
         Raises:
             EngineError: an engine went down more often than the configuration allows in a step.
             WorkerError: a worker failed or died.
+            RollError: too many responses have no reward, in a step with filters.
         """
         assert not self._pool.in_flight, "results of other requests would be taken for the step's"
         fillings = [self._begin(part, step) for part in self._source.parts if part.size]
         self._draw(fillings)
         while any(filling.sampling or filling.scoring for filling in fillings):
             self._take(fillings)
+            self._end_if_failing(fillings)
             for filling in fillings:
                 if filling.full:
                     self._abort(filling)
@@ -176,6 +178,17 @@ class Collector:
         else:
             released = replace(group, result=replace(group.result, trajectories=()))
             filling.discarded.append((drawn.place, released))
+
+    def _end_if_failing(self, fillings: Sequence[_Filling]) -> None:
+        """Raise RollError if rules fail on as many responses as a step has: new prompts would not help."""
+        judged = [group for filling in fillings for _, group in filling.discarded]
+        if not judged:
+            return
+        judged += [g for f in fillings for _, g in f.kept if self._filter(g.prompt).enable]
+        answers = [answer for group in judged for answer in group.answers.result()]
+        failed = sum(answer.score is None for answer in answers)
+        if failed > int(self._config.max_failed_rewards * max(len(answers), self._config.samples_per_step)):
+            self._rewards.accept([response for group in judged for response in group.responses], answers)
 
     def _abort(self, filling: _Filling) -> None:
         """Give up the prompts under way of a part with all its groups."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-_BOXED = "\\boxed{"
+import re
+
+_BRACE = re.compile(r"\\boxed\{|[{}]")
 
 
 def final_answer(response: str) -> str:
@@ -13,20 +15,22 @@ def final_answer(response: str) -> str:
     >>> final_answer("3 + 4\n= 7\n")
     '=7'
     """
-    start = len(response)
-    while (start := response.rfind(_BOXED, 0, start)) >= 0:
-        inside = _until_closed(response, start + len(_BOXED))
-        if inside is not None:
-            return "".join(inside.split())
+    inside = _last_boxed(response)
+    if inside is not None:
+        return "".join(inside.split())
     lines = [line for line in response.splitlines() if line.strip()]
     return "".join(lines[-1].split()) if lines else ""
 
 
-def _until_closed(text: str, start: int) -> str | None:
-    """Return the text up to the brace that closes an open one; None if it is missing."""
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if not depth:
-            return text[start:end]
-    return None
+def _last_boxed(text: str) -> str | None:
+    r"""Return the content of the closed `\boxed{}` that begins last; None if there is none."""
+    opened: list[tuple[int, bool]] = []
+    last, end = -1, -1
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append((brace.end(), brace[0] != "{"))
+        elif opened:
+            start, is_boxed = opened.pop()
+            if is_boxed and start > last:
+                last, end = start, brace.start()
+    return None if end < 0 else text[last:end]

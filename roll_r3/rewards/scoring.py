@@ -173,21 +173,29 @@ class Rewards:
         undecided = sum(answer.undecided for answer in answers)
         return Scores([answer.score for answer in answers], _summary(failures), undecided, _means(answers))
 
-    def score(self, responses: Sequence[Response]) -> Scores:
-        """Score a step's responses and wait for the result. Raises as `accept`, as soon as too many have failed."""
-        open_answers = [self._begin(response) for response in responses]
+    def wait_for(self, groups: Sequence[tuple[Sequence[Response], Future[list[Answer]]]]) -> list[Answer]:
+        """Wait for the answers to groups of responses, and return those of all groups in their order.
+
+        The wait ends once more responses have failed than `accept` allows: a rule that hangs would take hours. Answers
+        that are missing then have no score and no reason.
+        """
+        allowed = self._allowed([response for responses, _ in groups for response in responses])
         failed = 0
         try:
-            for done in as_completed(open_answers):
-                failed += done.result().score is None
-                if failed > self._allowed(responses):
+            for done in as_completed([answers for _, answers in groups]):
+                failed += sum(answer.score is None for answer in done.result())
+                if failed > allowed:
                     break
             unknown = Answer(None, {})
-            answers = [each.result() if each.done() else unknown for each in open_answers]
+            found = [answers.result() if answers.done() else [unknown] * len(asked) for asked, answers in groups]
         finally:
-            for each in open_answers:
-                each.cancel()
-        return self.accept(responses, answers)
+            for _, answers in groups:
+                answers.cancel()
+        return [answer for answers in found for answer in answers]
+
+    def score(self, responses: Sequence[Response]) -> Scores:
+        """Score a step's responses and wait for the result. Raises as `accept`, as soon as too many have failed."""
+        return self.accept(responses, self.wait_for([([each], self.begin([each])) for each in responses]))
 
     def _allowed(self, responses: Sequence[Response]) -> int:
         return int(self._max_failed * len(responses))

@@ -8,7 +8,7 @@ from itertools import islice
 THINK_END = "</think>"
 _SOLUTION = "<|begin_of_solution|>"
 _BOXED = re.compile(r"\\boxed\{([^}]+)\}")
-_BLOCK = re.compile(r"```([\w+#.-]*)\s*\n*(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"```([\w+#.-]*)\s*(.*?)```", re.DOTALL)
 _NGRAM = 3
 
 
@@ -19,7 +19,7 @@ def after_thought(text: str) -> str:
 
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last `\boxed{}` up to its first closing brace; None if there is none."""
-    found = _BOXED.findall(text)
+    found = _BOXED.findall(text[: text.rfind("}") + 1])  # else every open one is looked up to the end
     return found[-1] if found else None
 
 
@@ -31,7 +31,7 @@ def code_of(text: str) -> str:
     text = text.rpartition(_SOLUTION)[2].rpartition(THINK_END)[2].strip()
     if "```" not in text:
         return text
-    blocks = [block for _, block in _BLOCK.findall(text)]
+    blocks = [block for _, block in _BLOCK.findall(text[: text.rfind("```") + 3])]
     return next((block for block in blocks if "def " in block), blocks[0] if blocks else "")
 
 

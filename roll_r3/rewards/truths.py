@@ -66,8 +66,9 @@ def check_truths(processes: RewardProcesses, rules: Sequence[tuple[Rule, int, Se
         raise ConfigError("\n".join(problems))
 
 
-def _key(rule: Rule, truth: Truth) -> str:
-    return truth.text if rule.reward == _BY_TEXT else truth.prompt_id
+def _key(rule: Rule, truth: Truth) -> str | int:
+    """Return a key of the check; ids of prompts may repeat, as in files of one name."""
+    return truth.text if rule.reward == _BY_TEXT else id(truth)
 
 
 def _empty_response(truth: Truth) -> Response:

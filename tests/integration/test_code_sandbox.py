@@ -160,6 +160,7 @@ def test_the_strongest_level_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         weaknesses.cache_clear()
         assert not level().namespaces
         assert "it may start any number of processes" in weaknesses()
+        assert ("keys" in weaknesses()) != level().drop_user
         assert "network" not in weaknesses(), "system calls are filtered without namespaces too"
         monkeypatch.setattr(sandbox.sys, "executable", "/no/such/python")
         level.cache_clear()

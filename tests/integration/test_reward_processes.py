@@ -266,6 +266,17 @@ def test_answers_tell_what_each_response_got(rewards: Open, caplog: pytest.LogCa
         found.accept(responses[1:2], answers[1:2])
 
 
+def test_a_step_ends_early_once_too_many_have_failed(rewards: Open) -> None:
+    found = rewards(workers=1, max_failed=0.2)
+    asks = [asked(text) for text in ("1", "raise it", "seconds 0.8", "2")]
+    groups = [([each], found.begin([each])) for each in asks]
+    answers = found.wait_for(groups)
+    assert [(answer.score, answer.why != "") for answer in answers] == [(1, False), (None, True), *[(None, False)] * 2]
+    with pytest.raises(RollError, match=r"^1 of the step's 4 responses"):
+        found.accept(asks, answers)
+    assert groups[3][1].cancelled(), "nobody waits for it"
+
+
 def test_a_cancelled_call_leaves_out_what_has_not_begun(rewards: Open, tmp_path: Path) -> None:
     found = rewards(workers=1)
     first, second = found.begin([asked("seconds 0.5")]), found.begin([asked("seconds 0.9")] * 50)
@@ -324,3 +335,5 @@ def test_built_in_rules_read_their_row(rewards: Open) -> None:
     assert found.score([asked(r"\boxed{C}", "C", num_response_tokens=250)]).scores == [0.75]
     with pytest.raises(ConfigError, match="of row rows-1 raised ValueError: a choice must begin with a capital letter"):
         found.check_truths([Truth("rows-0", "default", "A"), Truth("rows-1", "default", "a")])
+    with pytest.raises(ConfigError, match="1 of 2 ground truths can never be matched"):  # files may share a name
+        found.check_truths([Truth("rows-0", "default", "a"), Truth("rows-0", "default", "A")])

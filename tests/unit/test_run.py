@@ -18,6 +18,7 @@ from roll_r3 import run
 from roll_r3.config.load import load
 from roll_r3.config.rules.example import MINIMAL
 from roll_r3.errors import ConfigError, EngineError
+from roll_r3.models.known import known_config
 from roll_r3.preflight.rules import ALL_RULES
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +135,18 @@ def test_a_run_has_the_variables_of_its_file(config_file, monkeypatch):
     launch_with(monkeypatch, launch)
     assert run.main(["--config", str(config_file), "system_envs={DEMO_TOKEN: x}"]) == 0
     assert "DEMO_TOKEN" not in os.environ
+
+
+def test_a_check_looks_into_the_hubs_cache_of_its_file(config_file, tmp_path, capsys):
+    model = tmp_path / "models--own--tiny"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("abc")
+    (model / "snapshots" / "abc").mkdir(parents=True)
+    (model / "snapshots" / "abc" / "config.json").write_text(json.dumps(known_config("Qwen/Qwen3-30B-A3B")))
+    options = ["--config", str(config_file), "pretrain=own/tiny", "--plan"]
+    assert run.main([*options, f"system_envs={{HF_HUB_CACHE: {tmp_path}}}"]) == 0, capsys.readouterr().err
+    assert run.main([*options, "system_envs={A=B: '1'}"]) == 2
+    assert "variable-names" in capsys.readouterr().err
 
 
 def test_a_pipe_that_breaks_inside_a_run_is_no_success(config_file, monkeypatch, capsys):

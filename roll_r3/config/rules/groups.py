@@ -31,12 +31,14 @@ def _enabled(config: RLVRConfig) -> Iterator[tuple[str, GroupFilter]]:
 
 
 def _unread_fields(config: RLVRConfig) -> Verdict:
-    read = {"std": {"kind", "low"}, "mean": {"kind", "low", "high"}}
+    read = {"std": {"enable", "kind", "low"}, "mean": {"enable", "kind", "low", "high"}}
+    own = bool(config.rewards) and all(reward.filter_groups is not None for reward in config.rewards.values())
     return ", ".join(
         f"{path}.{name}"
         for path, found in _filters(config)
-        for name in ("kind", "low", "high")
-        if changed(config, f"{path}.{name}") and not (found.enable and name in read[found.kind])
+        for name in ("enable", "kind", "low", "high")
+        if changed(config, f"{path}.{name}")
+        and not (found.enable and name in read[found.kind] and not (own and path == "filter_groups"))
     )
 
 
@@ -81,7 +83,8 @@ RULES: tuple[AnyRule, ...] = (
     Rule(
         id="filter-fields-unread",
         fields=_FILTERS,
-        why="these settings of a filter of groups have no effect: the filter is off, or its kind does not read them",
+        why="these settings of a filter of groups have no effect: the filter is off, its kind does not read them, or "
+        "every section of rewards has a filter of its own",
         fix="write enable: true, or leave them out (`high` belongs to kind: mean)",
         wrong=("filter_groups={kind: mean, low: 0.1}",),
         right=("filter_groups={enable: true, kind: mean, low: 0.1}",),

@@ -28,6 +28,10 @@ _RESERVED = {("code", "total_seconds"): "timeout", ("math", "seconds"): "timeout
 """(Rule, argument filled by another field) -> the field."""
 
 
+def _odd_names(config: RLVRConfig) -> Verdict:
+    return ", ".join(repr(name) for name in config.rewards if not name or "." in name)
+
+
 def _unknown_rewards(config: RLVRConfig) -> Verdict:
     rules = (rule.reward for rule in config.rewards.values())
     return ", ".join(repr(r) for r in rules if r not in BUILT_IN_REWARDS and not FUNCTION.fullmatch(r))
@@ -139,6 +143,15 @@ RULES: tuple[AnyRule, ...] = (
         wrong=("rewards={}",),
         right=("rewards={mine: {reward: math}}",),
         violates=lambda c: not c.rewards,
+    ),
+    Rule(
+        id="reward-names",
+        fields=("rewards",),
+        why="a metric needs the name of its section, and the path of a field ends it at a dot",
+        fix="write another name, such as math_rule",
+        wrong=("rewards={a.b: {reward: math}}",),
+        right=("rewards={a_b: {reward: math}}",),
+        violates=_odd_names,
     ),
     Rule(
         id="reward-is-no-evaluation",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.table import AnyRule, Rule
 from roll_r3.config.secrets import HIDDEN
@@ -35,8 +37,9 @@ def _own(config: RLVRConfig) -> str:
     return ", ".join(name for name in config.system_envs if name in OWN or name.startswith(OWN_PREFIXES))
 
 
-def _no_names(config: RLVRConfig) -> bool:
-    return any(not name or "=" in name or "\0" in name + value for name, value in config.system_envs.items())
+def possible(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a process can have."""
+    return {name: value for name, value in variables.items() if name and "=" not in name and "\0" not in name + value}
 
 
 RULES: tuple[AnyRule, ...] = (
@@ -57,7 +60,7 @@ RULES: tuple[AnyRule, ...] = (
         fix="write NAME: value",
         wrong=("system_envs={A=B: '1'}",),
         right=("system_envs={A: '1'}",),
-        violates=_no_names,
+        violates=lambda c: possible(c.system_envs) != c.system_envs,
     ),
     Rule(
         id="hidden-variables",

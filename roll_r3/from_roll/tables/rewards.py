@@ -206,6 +206,8 @@ def _filter(draft: Draft, keys: Keys) -> None:
     if value is None or (isinstance(value, dict) and kind in (None, "no_filter")) or _keeps_all(draft, kind, given):
         draft.drop(keys)
         draft.keep_unknown(keys, value, ("type", "filter_args"))
+    elif not isinstance(given, dict):
+        draft.refuse(keys, "write filter_args as a section of numbers")
     elif kind == "std_filter":
         made = {"enable": True, "kind": "std", "low": given["std_threshold"]}
         draft.translate(keys, {(*keys[:-1], _FILTER): made}, f"groups with more deviation are trained on; {_BOUND}")

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.reading.yaml_file import to_yaml
 from roll_r3.data.draws import unused_sections
 from roll_r3.data.evaluation_sets import EvaluationSet, read_evaluation_sets
-from roll_r3.data.prompts import read_prompts
+from roll_r3.data.prompts import Prompt, read_prompts
 from roll_r3.errors import ConfigError
 from roll_r3.models.checkpoint_files import resolve_checkpoint
 from roll_r3.models.facts import read_facts
@@ -205,7 +205,7 @@ def _prepare(config: RLVRConfig, origins: Origins, rewards: Rewards, progress: P
         domains = Counter(prompt.domain for prompt in prompts)
         rewards.check_domains(set(domains))
         rewards.wait_until_ready()
-        rewards.check_truths(Truth(p.prompt_id, p.domain, p.ground_truth, p.row) for p in prompts)
+        rewards.check_truths(_truths(prompts))
     progress.say(
         f"{facts.model_type}, {len(facts.moe_layers)} MoE layers of {facts.num_layers}, top-{facts.top_k} of "
         f"{facts.num_experts} experts; {len(prompts)} prompts"
@@ -227,10 +227,14 @@ def _prepare_evaluation(
         sets = read_evaluation_sets(config.validation.data_args, tokenizer, config.prompt_length, _told(progress))
         prompts = [prompt for one in sets for prompt in one.prompts]
         rewards.check_domains({prompt.domain for prompt in prompts})
-        rewards.check_truths(Truth(p.prompt_id, p.domain, p.ground_truth) for p in prompts)
+        rewards.check_truths(_truths(prompts))
     named = ", ".join(f"{one.name} ({len(one.prompts):,} prompts)" for one in sets)
     progress.say(f"evaluation: {named}, {config.validation.val_n_sample} responses each")
     return sets
+
+
+def _truths(prompts: Iterable[Prompt]) -> Iterator[Truth]:
+    return (Truth(p.prompt_id, p.domain, p.ground_truth, p.row) for p in prompts)
 
 
 def _told(progress: Progress) -> Callable[[str], None]:

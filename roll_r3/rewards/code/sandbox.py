@@ -121,7 +121,7 @@ def weaknesses() -> str:
         return ""
     lacks = ["it may start any number of processes"]
     if not level().drop_user:
-        lacks.append("it may read and change every file of this run's user")
+        lacks.append("it may read and change every file of this run's user, and read the environment with its keys")
     if run(_NETWORK, "", Limits()).code == 0:
         lacks.append("it may use the network")
     return ", ".join(lacks)

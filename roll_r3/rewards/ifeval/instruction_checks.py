@@ -10,9 +10,9 @@ import re
 from collections.abc import Sequence
 
 _SENTENCE_END = re.compile(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[.?!])\s+")
-_BULLET = re.compile(r"^\s*(?:\*[^*]|-)", re.MULTILINE)
+_BULLET = re.compile(r"^[^\S\n]*(?:\*[^*]|-)", re.MULTILINE)
 _HIGHLIGHT = re.compile(r"\*\*([^\n*]+)\*\*|\*([^\n*]+)\*")
-_FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```(?:json)?(.*)```", re.DOTALL | re.IGNORECASE)
 _RESPONSES_MARK = "******"
 
 
@@ -100,7 +100,8 @@ def bullet_points(text: str, count: int) -> bool:
 
 
 def title(text: str) -> bool:
-    return any(name.strip() for name in re.findall(r"<<([^\n]+?)>>", text))
+    lines = (line[: line.rfind(">>") + 2] for line in text.split("\n"))  # else every << is looked up to the end
+    return any(name.strip() for line in lines for name in re.findall(r"<<(.+?)>>", line))
 
 
 def one_of(text: str, options: Sequence[str]) -> bool:
@@ -121,9 +122,9 @@ def sections(text: str, count: int, marker: str, relation: str = "exactly") -> b
 
 def json_format(text: str) -> bool:
     """Check for JSON as a whole, fenced or not."""
-    fenced = _FENCE.match(text.strip())
+    fenced = _FENCE.fullmatch(text.strip())
     try:
-        json.loads(fenced[1] if fenced else text)
+        json.loads(fenced[1].strip() if fenced else text)
     except (ValueError, RecursionError):
         return False
     return True

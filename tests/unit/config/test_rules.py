@@ -80,6 +80,14 @@ def judge(url: str, *fields: str) -> str:
 
 
 MORE_EXAMPLES: dict[str, Examples] = {
+    "filter-fields-unread": (
+        [["filter_groups.enable=true", "rewards={a: {reward: math, filter_groups: {enable: true}}}"]],
+        [["filter_groups.max_num_gen_batches=3", "rewards={a: {reward: math, filter_groups: {enable: true}}}"]],
+    ),
+    "reward-names": (
+        [["rewards={'': {reward: math}}"], ["rewards={a.b: {reward: math}}"]],
+        [["rewards={a/b: {reward: math}}"]],
+    ),
     "r3-on-both-sides": ([["actor_infer.router_replay.mode=disable"]], []),
     "reference-routes-by-itself": ([[KL, "reference.router_replay.mode=R2"]], []),
     "no-aux-loss": ([[KL, reference(moe_aux_loss_coeff=0.01)]], []),

@@ -62,6 +62,9 @@ def test_a_saved_configuration_has_no_secret_and_does_not_start():
         ("", ("system_envs={HF_TOKEN: 71717171",)),
         ("", ("actor_train.system_envs={HF_TOKEN: 71717171}",)),
         ("", ("rewards.judge={judge_api_key: 71717171}",)),
+        ("rewards: {a: {reward: llm_judge, judge: {base_url: http://a/v1, model: m, api_key_env: sk-71717171}}}\n", ()),
+        ("rewards: {a: {reward: llm_judge, judge: {base_url: 'http://me:71717171@a/v1', model: m}}}\n", ()),
+        ("", ("rewards={a: {reward: llm_judge, judge: {base_url: 'http://me:71717171@a/v1', model: m}}}",)),
     ],
 )
 def test_no_finding_shows_a_value(text, overrides):

@@ -151,8 +151,9 @@ def test_a_filter_of_prompts_is_one_of_groups(given, expected):
 
 
 def test_an_unknown_filter_is_refused():
-    _, named = run(of_roll(rewards__math_rule__query_filter_config={"type": "my_filter"}))
-    assert "rewards.math_rule.query_filter_config" in named["roll-unsupported"]
+    for given in ({"type": "my_filter"}, {"type": "std_filter", "filter_args": 3}):
+        _, named = run(of_roll(rewards__math_rule__query_filter_config=given))
+        assert "rewards.math_rule.query_filter_config" in named["roll-unsupported"]
 
 
 def test_rewards_without_tags_are_reached_by_a_column_with_their_names():

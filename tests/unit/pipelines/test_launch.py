@@ -11,8 +11,8 @@ import pytest
 from roll_r3.config.load import load_text
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rules.example import MINIMAL
-from roll_r3.models.tiny import make_tiny_checkpoint
-from roll_r3.pipelines.lifecycle.launch import _prepare, with_absolute_paths
+from roll_r3.models.tiny import byte_tokenizer, make_tiny_checkpoint
+from roll_r3.pipelines.lifecycle.launch import _prepare, _prepare_evaluation, with_absolute_paths
 from roll_r3.tracking.progress import Progress
 
 
@@ -75,3 +75,13 @@ def test_the_terminal_is_told_of_prompts_that_are_left_out(tmp_path, caplog):
     said = "skipped 2 of 3 prompts longer than prompt_length (10 tokens)"
     assert said in terminal.getvalue()
     assert said in caplog.text
+
+
+def test_rules_that_read_rows_can_check_those_of_an_evaluation(tmp_path):
+    row = {"prompt": "x", "ground_truth": "", "test_cases": ["assert f() == 1"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    config = load_text(MINIMAL, "run.yaml", [f"validation.data_args.file_name={tmp_path / 'rows.jsonl'}"]).config
+    rewards, checked = MagicMock(), []
+    rewards.check_truths.side_effect = checked.extend
+    _prepare_evaluation(config, byte_tokenizer(), rewards, Progress(1, StringIO()))
+    assert [truth.row for truth in checked] == [row]

@@ -124,6 +124,9 @@ class Cluster:
     def scores_of(self, responses: Sequence[Response]) -> list[float]:
         return [1.0 for _ in responses]
 
+    def wait_for(self, groups: Sequence[tuple[Sequence[Response], Future[list[Answer]]]]) -> list[Answer]:
+        return [answer for _, answers in groups for answer in answers.result()]
+
     def accept(self, responses: Sequence[Response], answers: Sequence[Answer]) -> Scores:
         assert responses == self.scored
         return Scores([answer.score for answer in answers], why="", undecided=1, by_rule={"mine": 0.75})

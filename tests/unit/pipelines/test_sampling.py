@@ -16,6 +16,7 @@ from roll_r3.cluster.engine_pool import Completed, Ticket
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.data.draws import NOWHERE, Place, PromptSource, prompt_source
 from roll_r3.data.prompts import Prompt
+from roll_r3.errors import RollError
 from roll_r3.pipelines.experience import Collected
 from roll_r3.pipelines.lifecycle.places import place_of, placed
 from roll_r3.pipelines.sampling import Collector
@@ -227,6 +228,24 @@ def test_a_step_whose_bound_is_reached_trains_on_fewer_and_says_so(verdicts: str
         f"step 1: {groups} of 4 groups passed the filter after {len(engines.requests)} prompts ({bound}): the step "
         "is smaller"
     ]
+
+
+def test_a_filtered_step_ends_once_a_rule_fails_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept(_: Engines, responses: Sequence[Response], answers: Sequence[Answer]) -> None:
+        raise RollError(f"{len(answers)} of {len(responses)}")
+
+    def begin(self: Engines, responses: Sequence[Response]) -> Future[list[Answer]]:
+        answers: Future[list[Answer]] = Future()
+        answers.set_result([Answer(None, {}, "raised")] * len(responses))
+        begun.append(answers)
+        return answers
+
+    begun: list[Future[list[Answer]]] = []
+    monkeypatch.setattr(Engines, "begin", begin)
+    monkeypatch.setattr(Engines, "accept", accept, raising=False)
+    with pytest.raises(RollError, match=r"^(\d+) of \1$"):
+        Run("l" * 40, **FILTER).step(1)
+    assert len(begun) <= 4, "a whole step's number, far below the bound"
 
 
 def test_additional_prompts_that_finish_late_are_aborted_and_come_first_in_the_next_step() -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from roll_r3.rewards.final_answer import final_answer
+from roll_r3.rewards.ifeval import instruction_checks as checks
 from roll_r3.rewards.ifeval import instructions
 from roll_r3.rewards.ifeval.ifeval_rule import ifeval, knows_instructions
 from roll_r3.rewards.ifeval.instructions import instructions_of
@@ -16,6 +20,24 @@ from roll_r3.rewards.multiple_choice import is_letter, multiple_choice
 from roll_r3.rewards.texts import after_thought, code_of, last_boxed, repetition
 
 BOXED, SAID, ANYWHERE = r"I think A. \boxed{\text{B}}", "the Answer is b or B", "B, not C"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: checks.json_format("```" + "\n" * 50_000 + "x"),
+        lambda: checks.title("<<" * 50_000),
+        lambda: checks.bullet_points("\n" * 200_000, 1),
+        lambda: last_boxed(r"\boxed{" * 50_000),
+        lambda: code_of("```" + "\n" * 50_000 + "x"),
+        lambda: final_answer(r"\boxed{" * 50_000),
+    ],
+)
+def test_a_long_repetition_takes_no_time(read: Callable[[], object]) -> None:
+    """A policy may loop; past the time of a rule a response has no score."""
+    began = time.process_time()
+    read()
+    assert time.process_time() - began < 1
 
 
 def test_parts_of_a_response() -> None:
