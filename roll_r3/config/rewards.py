@@ -37,7 +37,7 @@ class JudgeConfig(Config):
     temperature: NonNegativeFloat = 0.0
     """Sampling temperature."""
     extra_body: dict[str, Any] = {}
-    """Further fields of the request, such as chat_template_kwargs."""
+    """Further fields of the request, such as chat_template_kwargs. No key: it would be saved."""
     max_concurrency: PositiveInt = 32
     """Largest number of open requests, over all samples."""
     retries: NonNegativeInt = 5

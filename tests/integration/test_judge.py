@@ -177,6 +177,12 @@ def test_verdicts(text: str, score: str, value: float | None) -> None:
     assert read_verdict(text, score) == value
 
 
+def test_a_pattern_that_backtracks_without_end_decides_nothing() -> None:
+    began = time.monotonic()
+    assert read_verdict("a" * 40 + "!", r"(a|aa)+$(\d)") is None
+    assert time.monotonic() - began < 5
+
+
 def test_questions() -> None:
     filled = question("{question}{x}{response}|{reference}", prompt="{response}", response="a", ground_truth="b")
     assert filled == "{response}{x}a|b"

@@ -63,7 +63,11 @@ def _unknown_sections(config: RLVRConfig) -> Verdict:
 def _wrong_sum(config: RLVRConfig) -> Verdict:
     shares = config.actor_train.data_args.domain_interleave_probs
     total = sum(shares.values())
-    return f"they sum to {total:g}" if shares and abs(total - 1) > _TOLERANCE else False
+    if not shares:
+        return False
+    if abs(total - 1) > _TOLERANCE or min(section_sizes(shares, config.rollout_batch_size).values()) < 0:
+        return f"they sum to {total:g}"
+    return False
 
 
 def _empty_sections(config: RLVRConfig) -> Verdict:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
+import regex
+
 from roll_r3.config.judge_prompts import NAMED, placeholders
 from roll_r3.config.pipeline import RLVRConfig
 from roll_r3.config.rewards import BUILT_IN_REWARDS, JUDGE, JudgeConfig
 from roll_r3.config.rules.table import AnyRule, Rule, Verdict
-from roll_r3.config.secrets import names_variable
+from roll_r3.config.secrets import is_secret, names_variable
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -120,10 +122,14 @@ def _bad_score(judge: JudgeConfig) -> str:
     if judge.score in ("yes_no", "boxed"):
         return ""
     try:
-        pattern = re.compile(judge.score)
-    except re.error as error:
+        pattern = regex.compile(judge.score)
+    except regex.error as error:
         return str(error)
     return "" if pattern.groups else "it has no group"
+
+
+def _key_in_body(judge: JudgeConfig) -> str:
+    return ", ".join(name for name in judge.extra_body if is_secret(name, ""))
 
 
 def _bad_name(judge: JudgeConfig) -> str:
@@ -243,6 +249,15 @@ RULES: tuple[AnyRule, ...] = (
         wrong=(_WRONG % ("http://a/v1", ", api_key_env: sk-123"),),
         right=(_WRONG % ("http://a/v1", ", api_key_env: JUDGE_API_KEY"),),
         violates=_of_judges(_bad_name),
+    ),
+    Rule(
+        id="judge-body-has-no-key",
+        fields=("rewards.*.judge.api_key_env",),
+        why="the configuration is printed and saved, so extra_body must hold no key",
+        fix="take it out of extra_body, and write the name of the environment variable with the key in api_key_env",
+        wrong=(_WRONG % ("http://a/v1", ", extra_body: {api_key: sk-123}"),),
+        right=(_WRONG % ("http://a/v1", ", extra_body: {top_k: 1}"),),
+        violates=_of_judges(_key_in_body),
     ),
     Rule(
         id="judge-question",

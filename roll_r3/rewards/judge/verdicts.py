@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+import regex
+
 from roll_r3.rewards.texts import after_thought, last_boxed
 
 _YES_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
@@ -12,10 +14,13 @@ _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 _THINK = "<think>"
 _LAST = 8192
 """Number of characters read, at the end of a verdict."""
+_MATCHING_S = 1.0
+"""Seconds for a user's pattern, which may backtrack without end. It is matched beside the training loop."""
 
 
 def read_verdict(text: str, score: str) -> float | None:
-    """Return the score in a verdict; None if there is none, or the thought before it is unfinished.
+    """Return the score in a verdict; None if there is none, the thought before it is unfinished, or the
+    pattern takes longer than a second.
 
     Args:
         score: yes_no, boxed, or a regular expression with a group for the number.
@@ -31,7 +36,10 @@ def read_verdict(text: str, score: str) -> float | None:
         found = last_boxed(text)
         number = None if found is None else _NUMBER.search(found)
         return None if number is None else _finite(number[0])
-    matches = list(re.finditer(score, text))
+    try:
+        matches = list(regex.finditer(score, text, timeout=_MATCHING_S))
+    except TimeoutError:
+        return None
     return _finite(matches[-1][1]) if matches else None
 
 

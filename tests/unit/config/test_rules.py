@@ -280,6 +280,19 @@ MORE_EXAMPLES: dict[str, Examples] = {
         [["add_token_level_kl=true", "init_kl_coef=0.1"]],
         [["add_token_level_kl=true", "init_kl_coef=0.1", "reference={}"]],
     ),
+    "shares-sum-to-one": (
+        [
+            [
+                "rewards.a={reward: math, tag_included: [x]}",
+                "rewards.b={reward: math, tag_included: [y]}",
+                "rewards.c={reward: math}",
+                "actor_train.data_args={file_name: p.jsonl, domain: t}",
+                "actor_train.data_args.domain_interleave_probs={a: 1.0, b: 0.005, c: 0.0}",
+                "rollout_batch_size=1024",
+            ]
+        ],
+        [],
+    ),
     "kl-weighs-nothing": ([["add_token_level_kl=true", "reference={}"]], []),
     "dual-clip-above-one": ([["dual_clip_loss=0.5"]], []),
     "clip-low-below-one": (
