@@ -78,7 +78,8 @@ def test_a_program_past_its_limits_is_ended(at: Level, name: str) -> None:
     program, why = FAILS[name]
     began = time.monotonic()
     ended = run(program, "", QUICK, at)
-    assert ended.why == why
+    on_a_busy_machine = "did not end within 2 s" if name == "computes forever" else why
+    assert ended.why in (why, on_a_busy_machine)
     assert time.monotonic() - began < 10
     assert left() == []
 

@@ -32,7 +32,7 @@ def test_it_is_said_in_words(fault: Fault, tmp_path, monkeypatch):
     fault.lost("nothing; without a step there is no restart")
 
 
-@pytest.mark.parametrize("seconds", [0.3, 2.0])
+@pytest.mark.parametrize("seconds", [0.3, 1.0])  # before the third of a second in which Ray's core has its own handler
 def test_sigterm_while_it_starts_leaves_with_the_status_of_one(tmp_path, monkeypatch, seconds):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     checkpoint = make_tiny_checkpoint(tmp_path / "tiny", examples=addition_mod10())
