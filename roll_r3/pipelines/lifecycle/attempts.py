@@ -176,6 +176,7 @@ class Attempts:
             stack.enter_context(ray_cluster(config, progress.say))
             placement = stack.enter_context(place(config, again=self._device_kind))
         self._device_kind = placement.kind
+        self._shutdown.raise_if_asked()
         with _lost_if(again):
             roles = stack.enter_context(
                 Roles(config, placement, run_dir.log_dir, self._shutdown.unbroken, progress.say)
@@ -183,6 +184,7 @@ class Attempts:
         engine, ranks = config.actor_infer.strategy_args.strategy_name, len(config.actor_train.device_mapping)
         with progress.stage(f"starting {engine} and {ranks} training ranks on {placement.kind}"), _lost_if(again):
             roles.start()
+        self._shutdown.raise_if_asked()
         if point is not None:
             with progress.stage("reading the checkpoint"), _lost_if(again):
                 roles.trainer.load_checkpoint(point.checkpoint / TRAINER)
@@ -200,6 +202,7 @@ class Attempts:
         done, samples_seen = (point.state.step, point.state.samples_seen) if point else (0, 0)
         with progress.stage("sending the first weights"), _lost_if(again):
             pipeline.start(done=done, samples_seen=samples_seen)
+        self._shutdown.raise_if_asked()
         return roles, pipeline
 
     def _steps(

@@ -74,6 +74,14 @@ class Shutdown:
             with self.as_raised():
                 raise error
 
+    def raise_if_asked(self) -> None:
+        """Raise `GracefulExit` after a SIGTERM whose exception was lost.
+
+        Python ignores exceptions in some callbacks, such as those around a fork, of which a start makes many.
+        """
+        if self.asked and not self._held:
+            self._raise(GracefulExit())
+
     @contextmanager
     def as_raised(self) -> Iterator[None]:
         """Raise from the block exactly the exit of a signal. An interrupted call of Ray's replaces it by its own."""

@@ -169,6 +169,23 @@ def test_other_threads_hold_nothing():
             sigterm()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_whose_exception_python_ignored_is_raised_again() -> None:
+    """A finaliser, like a callback around a fork, raises nothing into the code that it interrupts."""
+
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with Shutdown(60) as shutdown:
+        shutdown.raise_if_asked()
+        one = Finalised()
+        del one
+        assert shutdown.asked
+        with pytest.raises(GracefulExit):
+            shutdown.raise_if_asked()
+
+
 def test_nothing_happens_without_one():
     with Shutdown(60) as shutdown, shutdown.held():
         pass
