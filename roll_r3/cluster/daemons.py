@@ -77,11 +77,17 @@ def kill_all() -> None:
 
 
 def kill_started_in(folder: Path) -> None:
-    """Kill descendants with the given directory in their command: the rest of a Ray that did not start."""
+    """Kill descendants with the given directory in their command, and all below them: a Ray that did not start.
+
+    Ray's agents have a title in place of their command, and outlive the raylet above them by about a minute.
+    """
+    found: set[int] = set()
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if any(str(folder) in argument for argument in child.cmdline()):
-                kill(child.pid)
+                found |= {process.pid for process in (child, *child.children(recursive=True))}
+    for pid in found:
+        kill(pid)
 
 
 def kill(pid: int) -> None:
