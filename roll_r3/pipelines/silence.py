@@ -10,6 +10,8 @@ from roll_r3.config.pipeline import RLVRConfig
 FIRST_WARNING = 3
 """Silent steps in a row before the first warning; the next ones come after twice as many each."""
 _MANY_CUT = 0.5
+_WITHOUT_GRADIENT = ("ppo", "dppo_tv")
+"""Losses without a gradient at the tokens they cut. The others truncate a weight."""
 
 
 class SilenceWatch:
@@ -83,7 +85,7 @@ class SilenceWatch:
             )
         elif silent["gradient"] and metrics.get("actor_train/optimizer_steps") == 0:
             yield "- every optimizer step was skipped, because its loss or gradient was not finite: see logs/driver.log"
-        elif silent["gradient"] and "actor/pg_clipfrac" in metrics:
+        elif silent["gradient"] and "actor/pg_clipfrac" in metrics and self._config.pg_variant in _WITHOUT_GRADIENT:
             yield (
                 f"- {metrics['actor/pg_clipfrac']:.0%} of the tokens have no gradient, since the loss clips "
                 "their ratio: lower the learning rate or the number of optimizer steps in a step"

@@ -74,12 +74,12 @@ FAILS = {
 
 
 @pytest.mark.parametrize("name", FAILS)
-def test_a_program_past_its_limits_is_ended(at: Level, name: str) -> None:
+def test_a_program_past_its_limits_is_ended(at: Level, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_WALL_FACTOR", 9)  # on a busy machine the processor limit comes later
     program, why = FAILS[name]
     began = time.monotonic()
     ended = run(program, "", QUICK, at)
-    on_a_busy_machine = "did not end within 2 s" if name == "computes forever" else why
-    assert ended.why in (why, on_a_busy_machine)
+    assert ended.why == why
     assert time.monotonic() - began < 10
     assert left() == []
 

@@ -89,16 +89,7 @@ def launch(config: RLVRConfig, origins: Origins) -> int:
                 progress.say(change)
         replace_file(run_dir.path / "config.yaml", to_yaml(config))
         try_saving(config, run_dir)
-        attempts = Attempts(
-            config,
-            run_dir=run_dir,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            rewards=rewards,
-            progress=progress,
-            shutdown=shutdown,
-            evaluation_sets=_prepare_evaluation(config, tokenizer, rewards, progress),
-        )
+        attempts = _attempts(config, run_dir, tokenizer, prompts, rewards, progress, shutdown)
         finished = attempts.run(point)
     summary = run_summary(
         run_dir.path,
@@ -141,21 +132,34 @@ def evaluate(config: RLVRConfig, origins: Origins) -> int:
         if point is not None:
             check_resumable(point.state, trainer=config.actor_train.strategy_args.strategy_name, data=point.state.data)
         replace_file(run_dir.path / "config.yaml", to_yaml(config))
-        attempts = Attempts(
-            config,
-            run_dir=run_dir,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            rewards=rewards,
-            progress=progress,
-            shutdown=shutdown,
-            evaluation_sets=_prepare_evaluation(config, tokenizer, rewards, progress),
-        )
+        attempts = _attempts(config, run_dir, tokenizer, prompts, rewards, progress, shutdown)
         evaluation = attempts.evaluate(point)
     weights = point.checkpoint if point else checkpoint_of(config, "actor_train")
     table = evaluation_table(evaluation.metrics)
     Progress(config.max_steps, sys.stdout).say(f"\nevaluation of {weights}\ndirectory {run_dir.path}\n{table}")
     return 0
+
+
+def _attempts(
+    config: RLVRConfig,
+    run_dir: RunDir,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    rewards: Rewards,
+    progress: Progress,
+    shutdown: Shutdown,
+) -> Attempts:
+    """Read the evaluation's prompts, and return the attempts of a run or of an evaluation."""
+    return Attempts(
+        config,
+        run_dir=run_dir,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        rewards=rewards,
+        progress=progress,
+        shutdown=shutdown,
+        evaluation_sets=_prepare_evaluation(config, tokenizer, rewards, progress),
+    )
 
 
 def _lacks_something(config: RLVRConfig, run_dir: RunDir, step: int) -> bool:

@@ -24,6 +24,8 @@ from roll_r3.rewards.code.confined import NOBODY
 
 _CONFINED = Path(__file__).with_name("confined.py")
 _POLL_S = 0.05
+_WALL_FACTOR = 2
+"""Wall time allowed to a program, in multiples of its processor time."""
 _END_S = 5.0
 """Seconds for the kernel to end a killed program."""
 _PROBE = "import threading; t = threading.Thread(target=print, args=('ran',)); t.start(); t.join()"
@@ -190,7 +192,7 @@ def _run(job: IO[bytes], limits: Limits) -> Ended:
 
 def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, bytes, str]:
     """Return output, errors of the confinement, and the exceeded limit, if any."""
-    deadline = time.monotonic() + 2 * limits.seconds
+    deadline = time.monotonic() + _WALL_FACTOR * limits.seconds
     found = {process.stdout: bytearray(), process.stderr: bytearray()}
     with selectors.DefaultSelector() as selector:
         for pipe in found:
@@ -209,11 +211,11 @@ def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, byte
                 _kill(process)  # a process left behind may hold the pipes
                 break
             if time.monotonic() > deadline:
-                return bytes(found[process.stdout]), b"", f"did not end within {2 * limits.seconds:g} s"
+                return bytes(found[process.stdout]), b"", f"did not end within {_WALL_FACTOR * limits.seconds:g} s"
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
         if process.returncode is None:
-            return bytes(found[process.stdout]), b"", f"did not end within {2 * limits.seconds:g} s"
+            return bytes(found[process.stdout]), b"", f"did not end within {_WALL_FACTOR * limits.seconds:g} s"
     return bytes(found[process.stdout]), bytes(found[process.stderr]), ""
 
 

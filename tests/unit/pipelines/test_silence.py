@@ -98,3 +98,11 @@ def test_a_term_that_still_moves_the_weights_is_named():
     said = last_of(watch(use_kl_loss=True, reference={}), *[moved] * 3)
     assert "only the KL term moves the weights" in said
     assert "gradient is 0" not in said
+
+
+@pytest.mark.parametrize(("variant", "named"), [("ppo", True), ("dppo_tv", True), ("cispo", False), ("topr", False)])
+def test_truncated_weights_are_no_reason_for_a_missing_gradient(variant: str, named: bool) -> None:
+    silence = watch(pg_variant=variant)
+    texts = [silence.observe(CLIPPED) or "" for _ in range(8)]
+    assert any(texts)
+    assert any("of the tokens have no gradient" in text for text in texts) == named
